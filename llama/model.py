@@ -1,0 +1,251 @@
+"""The Llama 2 transformer: token ids in, logits out, with its key-value cache inside.
+
+Touvron et al. 2023, "Llama 2: Open Foundation and Fine-Tuned Chat Models" (arXiv 2307.09288): a decoder (Vaswani et al.
+2017) with pre-normalization by RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary position embeddings (Su et
+al. 2021) and grouped-query attention (Ainslie et al. 2023). Parameters carry the names in Meta's files.
+
+Shapes:  B batch   T tokens of this call   S positions attended to   V vocabulary
+         H query heads   K key-value heads   D head dimension        (H and K are those of this rank)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide
+
+
+@dataclass
+class ModelArgs:
+    """A model's shape, by the keys of params.json, and how much cache to hold. ValueError for impossible values."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # -1: the tokenizer decides
+    multiple_of: int = 256  # the hidden size of the feed-forward layer is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_batch_size: int = 32  # 0: no cache, for training
+    max_seq_len: int = 2048
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            kinds = (int, float) if "float" in str(field.type) else (int,)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value!r}, which is not {' or '.join(k.__name__ for k in kinds)}")
+            unset = {"vocab_size": -1, "max_batch_size": 0}.get(field.name)
+            if value <= 0 and value != unset:
+                raise ValueError(f"{field.name} is {value}; it must be positive")
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise ValueError(f"dim {self.dim} cannot be divided into n_heads {self.n_heads} heads of even size")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def ffn_hidden(self) -> int:
+        """7B: int(2 * 4 * 4096 / 3) = 10922, rounded up to a multiple of 256 = 11008."""
+        hidden = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * math.ceil(hidden / self.multiple_of)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.type_as(x) * self.weight
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (B or 1, T, 1, D/2) in float32: pair i turns by position / theta^(2i/D)."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (D/2,)
+    angles = positions[..., None, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs of neighbouring elements (2i, 2i+1) of each head of x (B, T, heads, D) by their angles."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, D/2) each
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of q (B, H, T, D) over k and v (B, K, S, D); query head h reads key-value head h // (H / K).
+    `mask` (B or 1, 1, T, S) is true where a query may look; without one T = S is causal and T = 1 looks everywhere."""
+    B, H, T, D = q.shape
+    K = k.shape[1]
+    if T == 1:
+        # A group's queries laid along the query axis read their shared keys once, instead of H / K times.
+        return F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, mask).view(B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=K < H)
+
+
+class KVCache(nn.Module):
+    """Keys and values of every position so far of every row: two tensors (max_batch_size, K, max_seq_len, D)."""
+
+    k: Tensor
+    v: Tensor
+
+    def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("k", like.new_zeros(shape), persistent=False)
+        self.register_buffer("v", like.new_zeros(shape), persistent=False)
+
+    def update(self, k: Tensor, v: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, T, K, D) at their positions (B or 1, T); all that is cached up to `end`, (B, K, end, D)."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.k[rows, :, positions] = k
+        self.v[rows, :, positions] = v
+        return self.k[: len(k), :, :end], self.v[: len(v), :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; the heads are split over the ranks."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.n_heads = divide(args.n_heads, "n_heads")
+        self.n_kv_heads = divide(args.kv_heads, "n_kv_heads")
+        self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim)
+        self.wk = ColumnParallelLinear(args.dim, args.kv_heads * args.head_dim)
+        self.wv = ColumnParallelLinear(args.dim, args.kv_heads * args.head_dim)
+        self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim)
+        self.cache: KVCache | None = None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions: Tensor, end: int) -> Tensor:
+        B, T, _ = x.shape
+        q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), cos, sin)
+        k = rotate(self.wk(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin)
+        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim)
+        if self.cache is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, D)
+        else:
+            k, v = self.cache.update(k, v, positions, end)  # (B, K, S, D)
+        y = attend(q.transpose(1, 2), k, v, mask)  # (B, H, T, D)
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x); the hidden units are split over the ranks."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.w1 = ColumnParallelLinear(args.dim, args.ffn_hidden)
+        self.w2 = RowParallelLinear(args.ffn_hidden, args.dim)
+        self.w3 = ColumnParallelLinear(args.dim, args.ffn_hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions: Tensor, end: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, positions, end)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """The model. Call `parallel.init_model_parallel()` first; `Llama.build` does."""
+
+    def __init__(self, params: ModelArgs) -> None:
+        super().__init__()
+        if params.vocab_size < 0:
+            raise ValueError("vocab_size is not set; take it from the tokenizer: Tokenizer(path).n_words")
+        self.params = params
+        self.vocab_size = params.vocab_size
+        self.n_layers = params.n_layers
+        self.tok_embeddings = ParallelEmbedding(params.vocab_size, params.dim)
+        self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
+        self.norm = RMSNorm(params.dim, params.norm_eps)
+        self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
+        if params.max_batch_size:
+            self.allocate_cache()
+
+    def allocate_cache(self) -> None:
+        """New empty caches for max_batch_size rows of max_seq_len positions, on the weights' device in their dtype."""
+        p = self.params
+        for module in self.modules():
+            if isinstance(module, Attention):
+                shape = (p.max_batch_size, module.n_kv_heads, p.max_seq_len, module.head_dim)
+                module.cache = KVCache(shape, self.norm.weight)
+
+    def forward(self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor = 0) -> Tensor:
+        """Float32 logits (B, T, V) of tokens (B, T); see `hidden` for `start_pos`."""
+        return self.logits(self.hidden(tokens, start_pos))
+
+    def hidden(self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor = 0) -> Tensor:
+        """The last layer's output (B, T, dim) for tokens (B, T), whose keys and values are added to the cache.
+
+        The first of a row's tokens stands at position `start_pos`, one number for the batch or one per row; the rest
+        follow it. What the cache holds before that position is attended to, what it holds from there on is replaced.
+        Raises ValueError when the rows or positions exceed max_batch_size or max_seq_len.
+        """
+        B, T = tokens.shape
+        starts = torch.as_tensor(start_pos, dtype=torch.long).reshape(-1).cpu()
+        end = int(starts.max()) + T
+        self._check(B, T, starts, end)
+        uniform = bool((starts == starts[0]).all())
+        if uniform:
+            starts = starts[:1]
+        positions = (starts[:, None] + torch.arange(T)).to(tokens.device)  # (B or 1, T)
+        mask = None  # one token may look at all that came before it; a fresh prompt is causal
+        if not uniform or (T > 1 and end > T):
+            mask = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # (B or 1, 1, T, S)
+        cos, sin = rotary_angles(positions, self.params.head_dim, self.params.rope_theta)
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, positions, end)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits (..., V) of chosen positions of `hidden`'s result (..., dim)."""
+        return self.output(self.norm(hidden)).float()
+
+    def _check(self, B: int, T: int, starts: Tensor, end: int) -> None:
+        if len(starts) not in (1, B):
+            raise ValueError(f"start_pos has {len(starts)} values for a batch of {B}; give one, or one per row")
+        if T < 1 or int(starts.min()) < 0:
+            raise ValueError(f"{T} tokens at start_pos {int(starts.min())}; give at least one, from position 0 on")
+        if self.params.max_batch_size == 0:
+            if end > T:
+                raise ValueError("start_pos must be 0 in a model without a cache (max_batch_size 0)")
+        elif B > self.params.max_batch_size:
+            raise ValueError(f"a batch of {B} exceeds max_batch_size {self.params.max_batch_size}; build a larger one")
+        elif end > self.params.max_seq_len:
+            raise ValueError(f"position {end} exceeds max_seq_len {self.params.max_seq_len}; build with a larger one")
