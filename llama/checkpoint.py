@@ -13,7 +13,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +57,19 @@ def find_tokenizer(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str] | None
     raise FileNotFoundError(f"no tokenizer.model in {places[0].parent} or {places[1].parent}; give tokenizer_path")
 
 
-def check_path(value: Any, name: str, exists: Any, kind: str) -> Path:
-    # A command of several lines pasted on one turns "\<newline>--flag" into the word " --flag", which is then
-    # taken for a value; a flag without a value arrives as True.
-    if isinstance(value, str) and (value != value.strip() or value.startswith("--") or not value):
-        raise ValueError(
-            f"{name} is {value!r}, which looks like a flag and not like a path; "
-            "remove the backslashes of a command that was pasted on one line"
-        )
-    if not isinstance(value, (str, os.PathLike)):
+def check_path(value: Any, name: str, exists: Callable[[Path], bool], kind: str) -> Path:
+    if not isinstance(value, (str, os.PathLike)):  # a flag without a value arrives as True
         raise ValueError(f"{name} is {value!r}; it must be the path of a {kind}")
     path = Path(value)
-    if not exists(path):
-        raise FileNotFoundError(f"{name} {path} is not an existing {kind}")
-    return path
+    if exists(path):
+        return path
+    # A command of several lines pasted on one turns its backslash, line end and "--flag" into the word " --flag".
+    if str(value) != str(value).strip() or str(value).startswith("--") or not str(value):
+        raise ValueError(
+            f"{name} is {str(value)!r}, which looks like a flag and not like the path of a {kind}; "
+            "remove the backslashes of a command that was pasted on one line"
+        )
+    raise FileNotFoundError(f"{name} {path} is not an existing {kind}")
 
 
 def read_params(ckpt_dir: Path) -> dict[str, Any]:

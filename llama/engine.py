@@ -48,17 +48,16 @@ def steps(
     tokens, positions = torch.tensor(padded, device=device), [0]  # (B, T)
     hidden = model.hidden(tokens, positions)  # (B, T, dim)
     if echo:
-        rows = prompt_logprobs(model, tokens, hidden) if logprobs else [[None] * len(prompt) for prompt in prompts]
-        yield [
-            [Token(*pair) for pair in zip(prompt, row, strict=False)] for prompt, row in zip(prompts, rows, strict=True)
-        ]
+        none: list[list[float | None]] = [[None] * max(lengths)] * len(prompts)
+        scored = prompt_logprobs(model, tokens, hidden) if logprobs else none
+        yield [list(map(Token, prompt, row)) for prompt, row in zip(prompts, scored, strict=True)]
     hidden = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]  # (B, dim)
     while any(live):
         logits = model.logits(hidden)  # (B, V)
-        chosen = sample(logits)  # (B,)
+        finite = logits.isfinite().all()
+        chosen = sample(logits.where(finite, 0.0))  # (B,); drawing from NaN would abort the process on a GPU
         # One message and one synchronization a step: the ids, and whether they can be trusted.
-        finite = logits.isfinite().all().long()
-        *ids, ok = broadcast(torch.cat((chosen, finite[None]))).tolist()
+        *ids, ok = broadcast(torch.cat((chosen, finite.long()[None]))).tolist()
         if not ok:
             where = blame(model, tokens, positions)
             raise FloatingPointError(f"the logits are NaN or infinite; the first layer to give such values is {where}")

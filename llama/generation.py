@@ -67,7 +67,7 @@ class Llama:
         """
         where = parallel.choose_device(device)
         parallel.init_model_parallel(model_parallel_size, where)
-        with parallel.all_or_none("loading"):
+        with parallel.all_or_none():
             folder = check_folder(ckpt_dir)
             tokenizer = Tokenizer(find_tokenizer(folder, tokenizer_path))
             args = model_args(folder, tokenizer.n_words, max_seq_len, max_batch_size)
@@ -86,7 +86,7 @@ class Llama:
             kind = parallel.choose_dtype(dtype, where, saved)
         if len(set(all_saved := parallel.gather_objects(saved))) > 1:
             raise ValueError(f"the shards in {folder} have different dtypes: {', '.join(map(str, all_saved))}")
-        with parallel.all_or_none("loading"):
+        with parallel.all_or_none():
             load_shard(model, state, where, kind)
             model.allocate_cache()
         return Llama(model.eval().requires_grad_(False), tokenizer, seed)
@@ -139,6 +139,7 @@ class Llama:
         an error text and never reaches the model. Raises ValueError for a dialog whose roles are out of order."""
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is {dialogs!r}; it must be a list of dialogs")
+        dialogs = parallel.broadcast_object(dialogs)
         for i, dialog in enumerate(dialogs):
             check_dialog(dialog, f"dialog {i}")
         allowed = [i for i, dialog in enumerate(dialogs) if not has_tags(dialog)]

@@ -1,8 +1,8 @@
 """The Llama 2 transformer: token ids in, logits out, with its key-value cache inside.
 
-Touvron et al. 2023, "Llama 2: Open Foundation and Fine-Tuned Chat Models" (arXiv 2307.09288): a decoder (Vaswani et al.
-2017) with pre-normalization by RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary position embeddings (Su et
-al. 2021) and grouped-query attention (Ainslie et al. 2023). Parameters carry the names in Meta's files.
+Touvron et al. 2023, "Llama 2: Open Foundation and Fine-Tuned Chat Models" (arXiv 2307.09288): a decoder (Vaswani et
+al. 2017) with pre-normalization by RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary position embeddings
+(Su et al. 2021) and grouped-query attention (Ainslie et al. 2023). Parameters carry the names in Meta's files.
 
 Shapes:  B batch   T tokens of this call   S positions attended to   V vocabulary
          H query heads   K key-value heads   D head dimension        (H and K are those of this rank)

@@ -10,6 +10,7 @@ import io
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TypeVar
@@ -146,8 +147,12 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+class RankError(RuntimeError):
+    """Another rank failed; the message begins with its number."""
+
+
 @contextmanager
-def all_or_none(what: str) -> Iterator[None]:
+def all_or_none() -> Iterator[None]:
     """Run a block that one rank alone may fail in, such as reading its own file: if any rank fails, all of them raise,
     so that none waits for a message that never comes."""
     error: Exception | None = None
@@ -160,24 +165,29 @@ def all_or_none(what: str) -> Iterator[None]:
         raise error
     for number, message in enumerate(messages):
         if message is not None:
-            raise RuntimeError(f"{what} failed on rank {number}: {message}")
+            raise RankError(f"rank {number}: {message}")
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """For scripts: ends the process with exit code 1 and one line on stderr instead of a traceback. Of several ranks
-    only the first to fail speaks: the failures of the others follow from its own."""
+    """For scripts: ends the process with exit code 1 and one line on stderr in place of a traceback, which only an
+    error that nobody foresaw still gets. Of several ranks the first to fail speaks: the others fail because of it."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:
+        foreseen = isinstance(error, (ValueError, ArithmeticError, OSError, RuntimeError, MemoryError))
         several = dist.is_initialized() and dist.get_world_size() > 1
-        if not several:
-            sys.exit(f"error: {_one_line(error)}")
-        if _first_to_fail():
-            print(f"error: rank {dist.get_rank()}: {_one_line(error)}", file=sys.stderr, flush=True)
-        else:
+        if not several and not foreseen:
+            raise
+        if several and not _first_to_fail():
             time.sleep(5)  # torchrun ends this process once it sees the one that spoke; without torchrun, end anyway
-        os._exit(1)  # an ordinary exit would wait for ranks that may never answer
+        elif foreseen:
+            print(f"error: {_one_line(error, several)}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        if several:
+            os._exit(1)  # an ordinary exit would wait for ranks that may never answer
+        sys.exit(1)
 
 
 def _first_to_fail() -> bool:
@@ -187,8 +197,12 @@ def _first_to_fail() -> bool:
         return True
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _one_line(error: Exception, several: bool) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not several or isinstance(error, RankError):
+        return text
+    lost = "lost contact with another rank: " if "gloo" in text or "NCCL" in text else ""
+    return f"rank {dist.get_rank()}: {lost}{text}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class Tokenizer:
         self.pad_id: int = self.sp_model.pad_id()
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of a text; BOS before and EOS after it if asked for. Text that spells them never becomes their ids."""
+        """The ids of a text, with BOS before and EOS after it if asked for; text that spells them stays text."""
         if not isinstance(s, str):
             raise ValueError(f"only a str can be encoded, not {s!r}")
         return [self.bos_id] * bos + self.sp_model.encode(s) + [self.eos_id] * eos
@@ -41,7 +41,7 @@ class Tokenizer:
         return self.sp_model.decode(list(t))
 
     def decode_pieces(self, t: Sequence[int]) -> list[str]:
-        """What each id adds to the text; joined, exactly `decode(t)`. A character of several bytes comes with the last."""
+        """What each id adds to the text; joined, exactly `decode(t)`. A character comes with the last of its bytes."""
         texts: list[str] = []
         run = b""  # bytes since the last ordinary piece
         first = True

@@ -1,0 +1,46 @@
+import pytest
+import ranks as ranks_module
+import torch
+from small import MODELS, TOKENIZER
+
+from llama import Llama, Tokenizer, parallel
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_process():
+    """Joined without torchrun and without its variables."""
+    parallel.init_model_parallel()
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """ranks(n): n processes that share a model, started when first asked for."""
+    pools = {}
+
+    def get(world_size):
+        if world_size not in pools:
+            pools[world_size] = ranks_module.Ranks(world_size)
+        return pools[world_size]
+
+    yield get
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer(TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def base():
+    """The bundled base model."""
+    return Llama.build(MODELS / "small", max_seq_len=256, max_batch_size=8, device="cpu", dtype="float32")

@@ -1,0 +1,92 @@
+"""Small random models, the same weights in Hugging Face's Llama, and the bundled models' places."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from llama import ModelArgs, Transformer, checkpoint, parallel
+
+ROOT = Path(__file__).parent.parent
+MODELS = ROOT / "models"
+TOKENIZER = MODELS / "tokenizer.model"
+
+GQA = {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32}
+SHAPES = {
+    "MHA": {**GQA, "n_kv_heads": None},
+    "GQA": GQA,
+    "MQA": {**GQA, "n_kv_heads": 1},
+    "odd FFN": {**GQA, "multiple_of": 4, "ffn_dim_multiplier": 1.3},  # hidden 220
+    "other theta and eps": {**GQA, "rope_theta": 1e6, "norm_eps": 1e-2},
+}
+
+
+def random_model(shape=GQA, vocab_size=128, max_batch_size=4, max_seq_len=64, seed=0):
+    """A model whose weights are large enough that every part of it matters to the logits."""
+    parallel.init_model_parallel()
+    torch.manual_seed(seed)
+    args = ModelArgs(**shape, vocab_size=vocab_size, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    model = Transformer(args).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in name else torch.randn_like(weight) * 0.15)
+    return model
+
+
+def save_random(folder, shape=GQA, mp=1, vocab_size=-1, dtype=torch.float32, **options):
+    """Write a random model as a checkpoint of `mp` shards; its whole state dict."""
+    words = vocab_size if vocab_size > 0 else 1024
+    state = {name: w.to(dtype) for name, w in random_model(shape, words, **options).state_dict().items()}
+    params = {key: value for key, value in shape.items() if value is not None}
+    checkpoint.save(state, folder, {"norm_eps": 1e-5, **params, "vocab_size": vocab_size}, mp)
+    return state
+
+
+def edit_params(folder, **changes):
+    path = folder / "params.json"
+    params = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in params.items() if value != "delete"}))
+
+
+def hugging_face(args, state):
+    """Hugging Face's model with the same weights, mapped here by what FACTS says of both layouts, not by llama/."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    kv_heads = args.n_kv_heads or args.n_heads
+    config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=state["layers.0.feed_forward.w1.weight"].shape[0],
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+    def halves(weight, heads):
+        """Rows (heads, D/2, 2) -> (heads, 2, D/2): pairs of neighbours become element i and i + D/2."""
+        return weight.view(heads, -1, 2, args.dim).transpose(1, 2).reshape(weight.shape)
+
+    renamed = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
+    theirs = {f"{hf}.weight": state[f"{meta}.weight"] for hf, meta in renamed.items()}
+    for i in range(args.n_layers):
+        ours, layer = f"layers.{i}.", f"model.layers.{i}."
+        theirs[layer + "self_attn.q_proj.weight"] = halves(state[ours + "attention.wq.weight"], args.n_heads)
+        theirs[layer + "self_attn.k_proj.weight"] = halves(state[ours + "attention.wk.weight"], kv_heads)
+        theirs[layer + "self_attn.v_proj.weight"] = state[ours + "attention.wv.weight"]
+        theirs[layer + "self_attn.o_proj.weight"] = state[ours + "attention.wo.weight"]
+        theirs[layer + "mlp.gate_proj.weight"] = state[ours + "feed_forward.w1.weight"]
+        theirs[layer + "mlp.down_proj.weight"] = state[ours + "feed_forward.w2.weight"]
+        theirs[layer + "mlp.up_proj.weight"] = state[ours + "feed_forward.w3.weight"]
+        theirs[layer + "input_layernorm.weight"] = state[ours + "attention_norm.weight"]
+        theirs[layer + "post_attention_layernorm.weight"] = state[ours + "ffn_norm.weight"]
+    model = LlamaForCausalLM(config).eval()
+    model.load_state_dict(theirs, strict=True)
+    return model
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()

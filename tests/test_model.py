@@ -1,0 +1,160 @@
+"""The model against Hugging Face's Llama on the same random weights, and against itself in other ways to call it."""
+
+import pytest
+import torch
+from small import GQA, ROOT, SHAPES, hugging_face, random_model, relative_error, save_random
+
+from llama import Llama, ModelArgs, Transformer
+
+TOKENS = torch.tensor([[5, 17, 99, 3, 64, 64, 127, 0, 1, 2, 30, 31], [7, 7, 7, 8, 9, 100, 101, 102, 103, 104, 105, 6]])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_hugging_face(shape):
+    model = random_model(SHAPES[shape])
+    theirs = hugging_face(model.params, model.state_dict())(TOKENS).logits
+    assert relative_error(model(TOKENS, 0), theirs) <= 1e-5
+
+
+def _logits_of_checkpoint(folder, tokens):
+    llama = Llama.build(folder, max_seq_len=32, device="cpu", dtype="float32")
+    with torch.inference_mode():
+        return llama.model(tokens, 0).clone()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("shape", ["MHA", "GQA", "odd FFN"])
+def test_logits_on_several_ranks_equal_hugging_face(shape, world_size, ranks, tmp_path, tokenizer):
+    shape = SHAPES[shape]
+    state = save_random(tmp_path, shape, mp=world_size)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.sp_model.serialized_model_proto())
+    args = ModelArgs(**shape, vocab_size=tokenizer.n_words)
+    theirs = hugging_face(args, state)(TOKENS).logits
+    for ours in ranks(world_size).run(_logits_of_checkpoint, tmp_path, TOKENS):
+        assert relative_error(ours, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 7], [3, 1, 4, 1, 3], [11, 1]])
+def test_any_division_into_chunks_gives_the_same_logits(chunks):
+    """Fault 16: a chunk of several tokens after the first was once masked wrongly. Decoding is chunks of one."""
+    model = random_model()
+    whole = model(TOKENS, 0)
+    begin, parts = 0, []
+    for chunk in chunks:
+        parts.append(model(TOKENS[:, begin : begin + chunk], begin))
+        begin += chunk
+    assert relative_error(torch.cat(parts, 1), whole) <= 1e-5
+
+
+def test_rows_at_their_own_positions():
+    """One start per row: each row's logits are those it has alone, whatever the form of the starts."""
+    model = random_model()
+    whole = model(TOKENS, 0)
+    model.allocate_cache()
+    model(TOKENS[:, :9], 0)  # the second row's cache beyond position 4 is stale from here on
+    for starts in ([9, 4], torch.tensor([9, 4])):
+        step = model(torch.stack([TOKENS[0, 9:12], TOKENS[1, 4:7]]), starts)
+        assert relative_error(step, torch.stack([whole[0, 9:12], whole[1, 4:7]])) <= 1e-5
+
+
+def test_right_padding_is_never_seen():
+    model = random_model()
+    alone = model(TOKENS[:1, :5], 0)
+    padded = TOKENS[:1].clone()
+    padded[:, 5:] = 0
+    assert relative_error(model(padded, 0)[:, :5], alone) <= 1e-5
+
+
+def test_without_a_cache_the_logits_are_the_same_and_have_gradients():
+    cached = random_model()
+    model = Transformer(ModelArgs(**GQA, vocab_size=128, max_batch_size=0))
+    model.load_state_dict(cached.state_dict())
+    logits = model(TOKENS, 0)
+    assert relative_error(logits.detach(), cached(TOKENS, 0)) <= 1e-6
+    logits.square().mean().backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
+    with pytest.raises(ValueError, match="without a cache"):
+        model(TOKENS, 3)
+
+
+def test_logits_of_chosen_positions():
+    model = random_model()
+    hidden = model.hidden(TOKENS, 0)
+    assert torch.allclose(model.logits(hidden[:, -1]), model(TOKENS, 0)[:, -1], atol=1e-5)
+
+
+def test_computes_in_the_dtype_of_its_weights_and_answers_in_float32():
+    model = random_model().bfloat16()
+    exact = random_model()(TOKENS, 0)
+    logits = model(TOKENS, 0)
+    assert logits.dtype == torch.float32
+    assert model.layers[0].attention.cache.k.dtype == torch.bfloat16
+    assert 1e-4 < relative_error(logits, exact) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start", "message"),
+    [
+        (torch.zeros(5, 1, dtype=torch.long), 0, "batch of 5 exceeds max_batch_size 4"),
+        (torch.zeros(1, 65, dtype=torch.long), 0, "position 65 exceeds max_seq_len 64"),
+        (torch.zeros(2, 1, dtype=torch.long), [3, 64], "position 65 exceeds max_seq_len 64"),
+        (torch.zeros(2, 1, dtype=torch.long), [1, 2, 3], "3 values for a batch of 2"),
+        (torch.zeros(1, 1, dtype=torch.long), -1, "start_pos -1"),
+        (torch.zeros(1, 0, dtype=torch.long), 0, "0 tokens"),
+    ],
+)
+def test_what_does_not_fit_is_named(tokens, start, message):
+    """Fault 5: bare asserts such as `AssertionError: (6, 4)`."""
+    with pytest.raises(ValueError, match=message):
+        random_model()(tokens, start)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_kv_heads": 3}, "n_heads 8 is not divisible by n_kv_heads 3"),
+        ({"n_heads": 7}, "dim 64 cannot be divided into n_heads 7"),
+        ({"n_heads": 64}, "heads of even size"),
+        ({"dim": -64}, "dim is -64"),
+        ({"dim": 64.0}, "dim is 64.0"),
+        ({"n_layers": True}, "n_layers is True"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"ffn_dim_multiplier": "1.3"}, "ffn_dim_multiplier is '1.3'"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"max_seq_len": None}, "max_seq_len is None"),
+    ],
+)
+def test_impossible_shapes_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArgs(**{**GQA, **change})
+
+
+def test_vocab_size_must_be_known():
+    with pytest.raises(ValueError, match="vocab_size is not set"):
+        Transformer(ModelArgs(**GQA))
+
+
+@pytest.mark.parametrize(
+    ("args", "hidden", "parameters"),
+    [
+        ({}, 11008, 6_738_415_616),
+        ({"dim": 5120, "n_layers": 40, "n_heads": 40}, 13824, 13_015_864_320),
+        (
+            {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3},
+            28672,
+            68_976_648_192,
+        ),
+    ],
+)
+def test_published_sizes_on_the_meta_device(args, hidden, parameters):
+    """The numbers of parameters are those of the published checkpoints; nothing is allocated."""
+    args = ModelArgs(**args, vocab_size=32000)
+    assert args.ffn_hidden == hidden
+    with torch.device("meta"):
+        model = Transformer(args)
+    assert sum(weight.numel() for weight in model.parameters()) == parameters
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_the_model_is_read_in_one_sitting():
+    assert len((ROOT / "llama" / "model.py").read_text().splitlines()) <= 350
