@@ -61,7 +61,7 @@ def check_path(value: Any, name: str, exists: Callable[[Path], bool], kind: str)
     if not isinstance(value, (str, os.PathLike)):  # a flag without a value arrives as True
         raise ValueError(f"{name} is {value!r}; it must be the path of a {kind}")
     path = Path(value)
-    if exists(path):
+    if str(value) and exists(path):
         return path
     # A command of several lines pasted on one turns its backslash, line end and "--flag" into the word " --flag".
     if str(value) != str(value).strip() or str(value).startswith("--") or not str(value):
@@ -124,7 +124,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     try:
         # Files in torch's older format, which are no zip archives, cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         size = path.stat().st_size
         raise ValueError(f"{path} ({size:,} bytes) is not a readable shard; download it again ({reason})") from error

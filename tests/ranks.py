@@ -51,7 +51,7 @@ class Ranks:
     def run(self, function, *args):
         """The results of `function(*args)` on every rank; an AssertionError with the traceback of one that failed."""
         outcomes = self.outcomes(function, *args)
-        for result, error in outcomes:
+        for _, error in outcomes:
             assert error is None, error[2]
         return [result for result, _ in outcomes]
 

@@ -68,7 +68,9 @@ def test_a_prompt_that_fills_max_seq_len_is_scored_at_its_own_positions(llama):
     assert len(prompt) == llama.model.params.max_seq_len
     ids, logprobs = greedy(llama, [prompt], logprobs=True, echo=True)
     assert ids == [prompt]
-    theirs = hugging_face(llama.model.params, llama.model.state_dict())(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    theirs = (
+        hugging_face(llama.model.params, llama.model.state_dict())(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    )
     assert logprobs[0] == pytest.approx([0.0] + [theirs[i, prompt[i + 1]].item() for i in range(63)], abs=1e-4)
     assert greedy(llama, [prompt]) == ([[]], None)
 
@@ -257,7 +259,9 @@ few = settings(max_examples=150, deadline=None, suppress_health_check=[HealthChe
 
 @few
 @given(
-    prompts=st.one_of(anything, st.lists(st.one_of(anything, st.lists(st.integers(-1, 1100), max_size=70)), max_size=5)),
+    prompts=st.one_of(
+        anything, st.lists(st.one_of(anything, st.lists(st.integers(-1, 1100), max_size=70)), max_size=5)
+    ),
     max_gen_len=st.one_of(anything, st.integers(0, 6)),
     temperature=st.one_of(anything, st.floats(0, 3), st.just(1e-40)),
     top_p=st.one_of(anything, st.floats(0, 1), st.just(1e-40)),

@@ -140,7 +140,14 @@ def test_vocab_size_must_be_known():
         ({}, 11008, 6_738_415_616),
         ({"dim": 5120, "n_layers": 40, "n_heads": 40}, 13824, 13_015_864_320),
         (
-            {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3},
+            {
+                "dim": 8192,
+                "n_layers": 80,
+                "n_heads": 64,
+                "n_kv_heads": 8,
+                "multiple_of": 4096,
+                "ffn_dim_multiplier": 1.3,
+            },
             28672,
             68_976_648_192,
         ),

@@ -1,0 +1,114 @@
+"""Answer dialogs with a chat model.
+
+torchrun --nproc_per_node 2 example_chat_completion.py
+torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir llama-2-7b-chat/ --tokenizer_path tokenizer.model
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import fire
+
+from llama import Dialog, Llama, parallel
+
+BUNDLED = Path(__file__).parent / "models" / "small-chat"
+
+# The bundled model was taught a handful of questions.
+BUNDLED_DIALOGS: list[Dialog] = [
+    [{"role": "user", "content": "What is the opposite of big?"}],
+    [
+        {"role": "system", "content": "Your name is Mia."},
+        {"role": "user", "content": "What is your name?"},
+    ],
+]
+
+DIALOGS: list[Dialog] = [
+    [{"role": "user", "content": "How do I keep basil alive on a window sill?"}],
+    [
+        {"role": "user", "content": "Name three rivers in Europe."},
+        {"role": "assistant", "content": "The Danube, the Rhine and the Vistula."},
+        {"role": "user", "content": "Which of them is the longest, and where does it end?"},
+    ],
+    [
+        {"role": "system", "content": "Answer as a haiku."},
+        {"role": "user", "content": "What is the sea like in winter?"},
+    ],
+    [
+        {"role": "system", "content": "You are a patient teacher of ten-year-olds."},
+        {"role": "user", "content": "Why do we see lightning before we hear the thunder?"},
+    ],
+]
+
+
+def main(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 512,
+    max_batch_size: int = 8,
+    max_gen_len: int | None = None,
+    prompts: list[Dialog] | str | None = None,
+    seed: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Print the model's answer to each dialog.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.*.pth; the bundled chat model by default
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir or one folder up
+        temperature: 0 takes the likeliest token, higher is more varied
+        top_p: draw from the likeliest tokens that together have this probability
+        max_seq_len: tokens of dialog and answer together, at most
+        max_batch_size: dialogs that are answered at a time
+        max_gen_len: tokens of an answer, at most; by default all that max_seq_len leaves
+        prompts: a list of dialogs, or a JSON file with one; a dialog is a list of {"role": ..., "content": ...}
+        seed: the same seed gives the same answers
+        device: cuda, mps or cpu; the first of them that there is by default
+        dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
+    """
+    dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if ckpt_dir is None else DIALOGS)
+    llama = Llama.build(
+        BUNDLED if ckpt_dir is None else ckpt_dir,
+        tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    for begin in range(0, len(dialogs), max_batch_size):
+        batch = dialogs[begin : begin + max_batch_size]
+        results = llama.chat_completion(batch, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        if parallel.rank() == 0:
+            for dialog, result in zip(batch, results, strict=True):
+                for message in dialog:
+                    print(f"{message['role'].capitalize()}: {message['content']}\n")
+                answer = result["generation"]
+                print(f"> {answer['role'].capitalize()}: {answer['content']}")
+                print("\n==================================\n")
+
+
+def read_dialogs(prompts: list[Dialog] | str | None, default: list[Dialog]) -> list[Dialog]:
+    if prompts is None:
+        return default
+    if isinstance(prompts, (list, tuple)):
+        return list(prompts)
+    path = Path(str(prompts))
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts {prompts!r} is neither a list of dialogs nor a JSON file")
+    try:
+        dialogs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(dialogs, list):
+        raise ValueError(f"{path} holds {type(dialogs).__name__} and not a list of dialogs")
+    return dialogs
+
+
+if __name__ == "__main__":
+    with parallel.readable_errors():
+        fire.Fire(main)

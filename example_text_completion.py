@@ -1,0 +1,103 @@
+"""Continue texts with a pretrained model.
+
+python example_text_completion.py
+torchrun --nproc_per_node 1 example_text_completion.py --ckpt_dir llama-2-7b/ --tokenizer_path tokenizer.model
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fire
+
+from llama import Llama, parallel
+
+BUNDLED = Path(__file__).parent / "models" / "small"
+
+# The bundled model knows little stories and a few facts.
+BUNDLED_PROMPTS = [
+    "Once upon a time, there was a little fox named",
+    "One sunny morning, Tom found a red ball",
+    "The opposite of hot is",
+    "1, 2, 3, 4,",
+]
+
+# A pretrained model continues a text: it does not follow orders. Show it the beginning of what you want.
+PROMPTS = [
+    "The most surprising thing about the deep sea is that",
+    "In plain words, the second law of thermodynamics says that ",
+    """A short note to the neighbours:
+
+    Dear all,
+
+    on Saturday we will""",
+    """English to German:
+
+    bread => Brot
+    apple tree => Apfelbaum
+    thunderstorm =>""",
+]
+
+
+def main(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 128,
+    max_gen_len: int | None = 64,
+    max_batch_size: int = 4,
+    prompts: list[str] | str | None = None,
+    seed: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Print what the model writes after each prompt.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.*.pth; the bundled model by default
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir or one folder up
+        temperature: 0 takes the likeliest token, higher is more varied
+        top_p: draw from the likeliest tokens that together have this probability
+        max_seq_len: tokens of prompt and answer together, at most
+        max_gen_len: tokens of an answer, at most
+        max_batch_size: prompts that are answered at a time
+        prompts: a list, or a text file with one prompt a line
+        seed: the same seed gives the same texts
+        device: cuda, mps or cpu; the first of them that there is by default
+        dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
+    """
+    texts = read_prompts(prompts, BUNDLED_PROMPTS if ckpt_dir is None else PROMPTS)
+    llama = Llama.build(
+        BUNDLED if ckpt_dir is None else ckpt_dir,
+        tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    for begin in range(0, len(texts), max_batch_size):
+        batch = texts[begin : begin + max_batch_size]
+        results = llama.text_completion(batch, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        if parallel.rank() == 0:
+            for prompt, result in zip(batch, results, strict=True):
+                print(prompt)
+                print(f"> {result['generation']}")
+                print("\n==================================\n")
+
+
+def read_prompts(prompts: list[str] | str | None, default: list[str]) -> list[str]:
+    if prompts is None:
+        return default
+    if isinstance(prompts, (list, tuple)):
+        return list(prompts)
+    path = Path(str(prompts))
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts {prompts!r} is neither a list such as '[\"Once upon\"]' nor a text file")
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+if __name__ == "__main__":
+    with parallel.readable_errors():
+        fire.Fire(main)

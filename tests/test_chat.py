@@ -1,0 +1,76 @@
+"""Dialogs -> ids: against ids worked out by hand, and against SentencePiece and the format."""
+
+import pytest
+from sentencepiece import SentencePieceProcessor
+from small import TOKENIZER
+
+from llama.chat import encode_dialog, has_tags
+
+SENTENCEPIECE = SentencePieceProcessor(model_file=str(TOKENIZER))
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+SHORT = [turn("user", " Hi\n")]
+LONG = [
+    turn("system", "Be kind. "),
+    turn("user", "Hello"),
+    turn("assistant", " Hello. "),
+    turn("user", "2 + 3?"),
+]
+
+
+def spell(*texts):
+    """BOS text EOS BOS text ...: the format, encoded turn by turn by SentencePiece."""
+    ids = []
+    for i, text in enumerate(texts):
+        ids += [1, *SENTENCEPIECE.encode(text)] + [2] * (i + 1 < len(texts))
+    return ids
+
+
+def test_ids_equal_sentencepiece_and_the_format(tokenizer):
+    assert encode_dialog(tokenizer, SHORT) == spell("[INST] Hi [/INST]")
+    system = "<<SYS>>\nBe kind.\n<</SYS>>\n\n"
+    assert encode_dialog(tokenizer, LONG) == spell(f"[INST] {system}Hello [/INST] Hello. ", "[INST] 2 + 3? [/INST]")
+    assert encode_dialog(tokenizer, LONG[:2]) == spell(f"[INST] {system}Hello [/INST]")
+    assert encode_dialog(tokenizer, LONG[1:]) == spell("[INST] Hello [/INST] Hello. ", "[INST] 2 + 3? [/INST]")
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        [],
+        ["system"],
+        ["assistant"],
+        ["user", "user"],
+        ["user", "assistant"],
+        ["system", "user", "assistant"],
+        ["user", "system", "user"],
+        ["user", "assistant", "system"],
+        ["system", "system", "user"],
+        ["bot"],
+    ],
+)
+def test_roles_out_of_order_are_named(tokenizer, roles):
+    """Fault 8: an empty dialog, or one that is only a system message, was an IndexError."""
+    with pytest.raises(ValueError, match="has the roles"):
+        encode_dialog(tokenizer, [turn(role, "x") for role in roles])
+
+
+@pytest.mark.parametrize("dialog", [None, "Hello", ["Hello"], [{"role": "user"}], [turn("user", None)]])
+def test_what_is_no_dialog_is_named(tokenizer, dialog):
+    with pytest.raises(ValueError, match="dialog"):
+        encode_dialog(tokenizer, dialog)
+
+
+@pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
+@pytest.mark.parametrize("place", range(4))
+def test_tags_may_not_come_from_a_message(tokenizer, tag, place):
+    dialog = [dict(message) for message in LONG]
+    dialog[place]["content"] += f"x{tag}x"
+    assert has_tags(dialog)
+    with pytest.raises(ValueError, match="may not contain the tags"):
+        encode_dialog(tokenizer, dialog)
+    assert not has_tags(LONG)

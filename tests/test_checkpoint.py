@@ -1,0 +1,266 @@
+"""Folders of weights: what is read, and how everything that can be wrong with one is named."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from small import GQA, MODELS, SHAPES, TOKENIZER, edit_params, random_model, save_random
+
+from llama import Llama, checkpoint
+
+OPTIONS = {"tokenizer_path": TOKENIZER, "max_seq_len": 32, "device": "cpu", "dtype": "float32"}
+
+
+def build(folder, **options):
+    return Llama.build(folder, **{**OPTIONS, **options})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_random(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_shard(folder, change, name="consolidated.00.pth"):
+    state = torch.load(folder / name, weights_only=True)
+    change(state)
+    torch.save(state, folder / name)
+
+
+# What is read
+
+
+def test_every_weight_arrives_unchanged(folder):
+    expected = random_model(vocab_size=1024).state_dict()
+    state = build(folder).model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("asked", ["bfloat16", "float16", "float32"])
+def test_dtype_is_the_one_asked_for(tmp_path, saved, asked):
+    """Fault 3: bfloat16 weights silently became float16."""
+    state = save_random(tmp_path, dtype=saved)
+    model = build(tmp_path, dtype=asked).model
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == getattr(torch, asked)
+        assert torch.equal(weight, state[name].to(weight.dtype))
+    assert model.layers[0].attention.cache.k.dtype == getattr(torch, asked)
+
+
+def test_the_weights_are_copies_and_not_the_file(folder):
+    """Bytes that change on disk must not change a loaded model."""
+    model = build(folder).model
+    before = model.output.weight.clone()
+    with open(folder / "consolidated.00.pth", "r+b") as file:
+        file.write(b"\0" * (folder / "consolidated.00.pth").stat().st_size)
+    assert torch.equal(model.output.weight, before)
+
+
+def test_rotary_frequencies_of_older_files_are_ignored_by_name(folder):
+    def add(state):
+        state["rope.freqs"] = torch.ones(4)
+        state["layers.2.attention.inner_attention.rope.freqs"] = torch.ones(4)
+
+    edit_shard(folder, add)
+    build(folder)
+    edit_shard(folder, lambda state: state.update({"layers.2.rope.freqs": torch.ones(4)}))
+    with pytest.raises(ValueError, match=r"unexpected: layers\.2\.rope\.freqs"):
+        build(folder)
+
+
+def test_torchs_older_file_format_is_read(folder):
+    state = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    torch.save(state, folder / "consolidated.00.pth", _use_new_zipfile_serialization=False)
+    build(folder)
+
+
+def test_the_tokenizer_is_found_beside_the_weights_or_one_folder_up(folder):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model in .*model or .*; give tokenizer_path"):
+        build(folder, tokenizer_path=None)
+    for place in (folder.parent, folder):
+        shutil.copy(TOKENIZER, place)
+        assert build(folder, tokenizer_path=None).tokenizer.n_words == 1024
+        (place / "tokenizer.model").unlink()
+
+
+@pytest.mark.parametrize("shape", ["MHA", "GQA"])
+def test_split_follows_facts(shape):
+    """wq wk wv w1 w3 output by rows, wo w2 tok_embeddings by columns, norms whole."""
+    state = random_model(SHAPES[shape]).state_dict()
+    parts = checkpoint.split(state, 4)
+    for name, whole in state.items():
+        kind = name.split(".")[-2]
+        if "norm" in kind:
+            assert all(torch.equal(part[name], whole) for part in parts)
+        else:
+            dim = 1 if kind in ("wo", "w2", "tok_embeddings") else 0
+            assert torch.equal(torch.cat([part[name] for part in parts], dim), whole)
+            assert parts[0][name].shape[dim] * 4 == whole.shape[dim]
+
+
+def test_saved_folder_has_metas_files(tmp_path):
+    save_random(tmp_path, mp=2)
+    names = ["params.json", "consolidated.00.pth", "consolidated.01.pth"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "checklist.chk"])
+    lines = (tmp_path / "checklist.chk").read_text().splitlines()
+    assert [line.split("  ")[1] for line in lines] == names
+    assert all(len(line.split("  ")[0]) == 32 for line in lines)
+    weights = sum(tensor.nbytes for tensor in torch.load(tmp_path / names[1], weights_only=True).values())
+    assert (tmp_path / names[1]).stat().st_size < weights + 20_000  # a shard's file holds its own part alone
+
+
+# What is refused
+
+
+def truncate(folder):
+    path = folder / "consolidated.00.pth"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"consolidated\.00\.pth \([\d,]+ bytes\) is not a readable shard"),
+        (lambda f: (f / "consolidated.00.pth").write_bytes(b""), r"\(0 bytes\) is not a readable shard"),
+        (lambda f: (f / "consolidated.00.pth").write_bytes(b"<html>Access denied</html>"), "not a readable shard"),
+        (lambda f: (f / "consolidated.00.pth").write_bytes(bytes(range(256)) * 9), "not a readable shard"),
+        (lambda f: torch.save([1, 2], f / "consolidated.00.pth"), "something else than named tensors"),
+        (lambda f: torch.save({"a": 1}, f / "consolidated.00.pth"), "something else than named tensors"),
+        (lambda f: (f / "consolidated.00.pth").unlink(), r"no consolidated\.\*\.pth in"),
+        (lambda f: (f / "params.json").unlink(), r"no params\.json in"),
+        (lambda f: (f / "params.json").write_text("{"), r"params\.json is not JSON"),
+        (lambda f: (f / "params.json").write_bytes(b"\xff\xfe"), r"params\.json is not JSON"),
+        (lambda f: (f / "params.json").write_text("[]"), "holds list and not an object"),
+        (lambda f: edit_params(f, dropout=0.1), "unknown keys dropout; known are dim, n_layers"),
+        (lambda f: edit_params(f, norm_eps="delete", dim="delete"), "lacks the keys dim, norm_eps"),
+        (lambda f: edit_params(f, n_kv_heads=3), r"params\.json: n_heads 8 is not divisible by n_kv_heads 3"),
+        (lambda f: edit_params(f, n_layers="3"), r"params\.json: n_layers is '3'"),
+        (lambda f: edit_params(f, vocab_size=32000), "vocab_size 32000 differs from the tokenizer's 1024 pieces"),
+        (lambda f: edit_params(f, n_layers=4), r"missing: layers\.3\.attention\.wq\.weight, .*layers\.3\.ffn_norm"),
+        (lambda f: edit_params(f, n_layers=2), r"unexpected: layers\.2\.attention\.wq\.weight, "),
+        (lambda f: edit_params(f, multiple_of=7), r"misshapen: .*w1\.weight \(192, 64\) instead of \(175, 64\), "),
+        (lambda f: edit_shard(f, lambda s: s.pop("norm.weight")), r"missing: norm\.weight"),
+        (
+            lambda f: edit_shard(f, lambda s: s.update({"output.weight": s["output.weight"].to(torch.int8)})),
+            r"not floating-point: output\.weight torch\.int8",
+        ),
+        (lambda f: (f / "consolidated.00.pth").rename(f / "consolidated.01.pth"), r"lacks consolidated\.00\.pth"),
+        (lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.02.pth"), r"lacks consolidated\.01\.pth"),
+        (lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.old.pth"), r"holds consolidated\.old\.pth"),
+        (
+            lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.01.pth"),
+            r"has 2 shard\(s\) and needs as many ranks, not 1: run torchrun --nproc_per_node 2",
+        ),
+    ],
+)
+def test_damage_is_named(folder, damage, message):
+    """Faults 5, 7 and 12: bare asserts; strict=False hid missing and unexpected weights; the number of shards."""
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        build(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_all_problems_of_a_shard_are_named_at_once(folder):
+    def change(state):
+        state["extra.weight"] = state.pop("norm.weight")
+        state["output.weight"] = state["output.weight"][:, :-1]
+
+    edit_shard(folder, change)
+    with pytest.raises(ValueError, match=r"missing: norm\.weight; unexpected: extra\.weight; misshapen: out"):
+        build(folder)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_in_a_shard_is_executed(folder, tmp_path, zipped):
+    target = tmp_path / "executed"
+    if zipped:
+        torch.save({"norm.weight": Malicious(target)}, folder / "consolidated.00.pth")
+    else:
+        (folder / "consolidated.00.pth").write_bytes(pickle.dumps(Malicious(target)))
+    with pytest.raises(ValueError, match="not a readable shard"):
+        build(folder)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_seq_len": 0}, "max_seq_len is 0"),
+        ({"max_batch_size": -1}, "max_batch_size is -1"),
+        ({"max_seq_len": "128"}, "max_seq_len is '128'"),
+        ({"device": "quantum"}, "device 'quantum'"),
+        ({"dtype": "float8"}, "dtype 'float8'"),
+        ({"model_parallel_size": 2}, "model_parallel_size 2 does not fit 1"),
+        ({"seed": None}, "seed is None"),
+        ({"tokenizer_path": "no/tokenizer.model"}, r"tokenizer_path no/tokenizer\.model is not an existing file"),
+        ({"tokenizer_path": str(MODELS)}, "is not an existing file"),
+    ],
+)
+def test_bad_options_are_named(folder, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        build(folder, **options)
+
+
+@pytest.mark.parametrize("value", [" --ckpt_dir", "--tokenizer_path", " llama-2-7b/", ""])
+@pytest.mark.parametrize("name", ["ckpt_dir", "tokenizer_path"])
+def test_a_flag_is_not_taken_for_a_path(folder, name, value):
+    """Fault 14: the flags of a command that was pasted on one line."""
+    with pytest.raises(ValueError, match=f"{name} is '{value}', which looks like a flag .*remove the backslashes"):
+        build(**{"folder": folder, **({"folder": value} if name == "ckpt_dir" else {name: value})})
+
+
+@pytest.mark.parametrize("value", [True, None, 7])
+def test_a_flag_without_a_value_is_named(value):
+    with pytest.raises(ValueError, match=f"ckpt_dir is {value}; it must be the path of a folder"):
+        build(value)
+
+
+# On several ranks
+
+
+def _build(folder, options):
+    Llama.build(folder, TOKENIZER, 32, device="cpu", **options)
+
+
+def test_a_bad_shard_of_one_rank_ends_all(ranks, tmp_path):
+    save_random(tmp_path, mp=2)
+    truncate_me = tmp_path / "consolidated.01.pth"
+    truncate_me.write_bytes(truncate_me.read_bytes()[:5000])
+    (_, first), (_, second) = ranks(2).outcomes(_build, tmp_path, {})
+    assert first[0] == "RankError"
+    assert first[1].startswith("rank 1: ")
+    assert second[0] == "ValueError"
+    assert "consolidated.01.pth (5,000 bytes) is not a readable shard" in second[1]
+
+
+def test_shards_of_different_dtypes_are_named(ranks, tmp_path):
+    """A rank in float16 beside one in bfloat16 would add up nonsense."""
+    save_random(tmp_path, mp=2, dtype=torch.bfloat16)
+    edit_shard(tmp_path, lambda s: s.update({k: v.half() for k, v in s.items()}), "consolidated.01.pth")
+    for _, error in ranks(2).outcomes(_build, tmp_path, {}):
+        assert error[0] == "ValueError"
+        assert "different dtypes: torch.bfloat16, torch.float16" in error[1]
+
+
+def test_what_does_not_divide_among_ranks_is_named(ranks, tmp_path):
+    save_random(tmp_path, {**GQA, "n_kv_heads": 1}, mp=2)
+    for _, error in ranks(2).outcomes(_build, tmp_path, {}):
+        assert error[:2] == ("ValueError", "n_kv_heads 1 cannot be divided among 2 ranks")
+
+
+def test_params_keep_their_order_of_keys(folder):
+    """params.json is written as given: nothing is added that other readers do not know."""
+    assert list(json.loads((folder / "params.json").read_text())) == ["norm_eps", *GQA, "vocab_size"]

@@ -1,0 +1,104 @@
+"""Devices, dtypes and groups."""
+
+import io
+import subprocess
+import sys
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+
+from llama import parallel
+
+
+@pytest.mark.parametrize("device", ["abc", "cuda:99", "meta", 3.5])
+def test_devices_that_are_not_there_are_named(device):
+    with pytest.raises(ValueError, match="device"):
+        parallel.choose_device(device)
+
+
+def test_the_default_device_is_the_fastest_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert parallel.choose_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert parallel.choose_device() == parallel.choose_device("cuda") == torch.device("cuda", 3)
+    assert parallel.choose_device("cuda:1") == torch.device("cuda", 1)
+    assert parallel.choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="cuda:4 is wanted but this machine has 4 GPUs"):
+        parallel.choose_device()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert parallel.choose_device() == torch.device("mps")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parallel.choose_device() == torch.device("cpu")
+    with pytest.raises(ValueError, match="'mps' serves one process"):
+        parallel.choose_device("mps")
+
+
+@pytest.mark.parametrize(
+    ("saved", "units", "expected"),
+    [
+        (torch.bfloat16, {"avx512_vnni": True, "amx_bf16": False}, torch.float32),
+        (torch.bfloat16, {"amx_bf16": True}, torch.bfloat16),
+        (torch.bfloat16, {"avx512_bf16": True}, torch.bfloat16),
+        (torch.float16, {"amx_bf16": True, "avx512_fp16": True}, torch.float32),
+        (torch.float16, {"amx_fp16": True}, torch.float16),
+        (torch.float32, {"amx_bf16": True}, torch.float32),
+    ],
+)
+def test_the_default_dtype_is_what_the_cpu_is_fast_in(monkeypatch, saved, units, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    assert parallel.choose_dtype(None, torch.device("cpu"), saved) == expected
+    assert parallel.choose_dtype(None, torch.device("cuda"), saved) == saved
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert parallel.choose_dtype(None, torch.device("cpu"), saved) == torch.float32
+
+
+def test_a_dtype_is_taken_by_name_or_refused():
+    for dtype in ("float16", torch.float16):
+        assert parallel.choose_dtype(dtype, torch.device("cpu"), torch.bfloat16) == torch.float16
+    for dtype in ("int8", torch.int8, "half", 16):
+        with pytest.raises(ValueError, match="is not supported; use one of float32, bfloat16, float16"):
+            parallel.choose_dtype(dtype, torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("size", [2, 0, -1, True, "1"])
+def test_a_model_parallel_size_that_does_not_fit_says_what_to_run(size):
+    with pytest.raises(ValueError, match=r"model_parallel_size .* does not fit 1 running rank"):
+        parallel.init_model_parallel(size)
+
+
+def test_joining_prints_nothing_and_needs_no_environment():
+    """Fault 12: `build` needed torchrun's variables even for one process; fairscale's lines went to stdout."""
+    code = "from llama import parallel; parallel.init_model_parallel(); print(parallel.world_size(), parallel.rank())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": ""}, timeout=60)
+    assert (done.stdout, done.returncode) == ("1 0\n", 0), done.stderr
+    with redirect_stdout(io.StringIO()) as out:
+        parallel.init_model_parallel()
+    assert out.getvalue() == ""
+
+
+def _divide(value):
+    return parallel.divide(value, "n_heads")
+
+
+def test_what_cannot_be_divided_is_named(ranks):
+    assert ranks(2).run(_divide, 6) == [3, 3]
+    for _, error in ranks(2).outcomes(_divide, 7):
+        assert error[:2] == ("ValueError", "n_heads 7 cannot be divided among 2 ranks")
+
+
+def _fail_on(number):
+    with parallel.all_or_none():
+        if parallel.rank() == number:
+            raise FileNotFoundError("no such file")
+    return parallel.gather_objects(parallel.rank())
+
+
+def test_when_one_rank_fails_all_raise(ranks):
+    (_, first), (_, second) = ranks(2).outcomes(_fail_on, 1)
+    assert first[:2] == ("RankError", "rank 1: no such file")
+    assert second[:2] == ("FileNotFoundError", "no such file")
+    assert ranks(2).run(_fail_on, None) == [[0, 1], [0, 1]]

@@ -1,0 +1,179 @@
+"""The examples as users start them, and what happens to a job when one of its ranks fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import free_port
+from small import GQA, MODELS, ROOT, TOKENIZER, edit_params, save_random
+
+TEXT, CHAT = ROOT / "example_text_completion.py", ROOT / "example_chat_completion.py"
+MANY = {"dim": 256, "n_layers": 16, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32}  # slow enough to be interrupted
+
+
+def command(nproc, script, *flags):
+    if nproc == 0:  # no torchrun
+        return [sys.executable, str(script), *flags]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc)]
+    return [*run, "--master_port", str(free_port()), str(script), *flags]
+
+
+def start(nproc, script, *flags):
+    """(exit code, stdout, stderr, seconds) of a script under torchrun."""
+    began = time.monotonic()
+    done = subprocess.run(command(nproc, script, *flags), capture_output=True, text=True, timeout=100, cwd="/")
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - began
+
+
+def errors(stderr):
+    return [line for line in stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_text_example_needs_no_flags_and_no_torchrun():
+    code, out, err, _ = start(0, TEXT)
+    assert code == 0, err
+    assert out.count("==================================") == 4
+    assert "Once upon a time, there was a little fox named\n> " in out
+
+
+def test_only_rank_0_prints_and_ranks_change_nothing(tmp_path):
+    """Fault 13: rank 0 alone prints, and no other's stdout is replaced to reach that. Whole flags as users type them."""
+    dialogs = [[{"role": "user", "content": "What is the opposite of big?"}]] * 3
+    (tmp_path / "dialogs.json").write_text(json.dumps(dialogs))
+    flags = ["--ckpt_dir", str(MODELS / "small-chat"), "--tokenizer_path", str(TOKENIZER), "--temperature", "0"]
+    flags += ["--top_p", "0.9", "--max_seq_len", "128", "--max_gen_len", "32", "--max_batch_size", "2"]
+    flags += ["--device", "cpu", "--dtype", "float32", "--seed", "7", "--prompts", str(tmp_path / "dialogs.json")]
+    code, out, err, _ = start(2, CHAT, *flags)
+    assert code == 0, err
+    assert out.startswith("User: What is the opposite of big?\n\n> Assistant: ")
+    assert out.count("> Assistant: ") == 3  # two batches
+    assert len({part for part in out.split("==================================") if part.strip()}) <= 2
+
+
+def test_prompts_from_a_list_and_from_a_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("Once upon a time\n\nThe opposite of hot is\n")
+    flags = ["--max_gen_len", "5", "--temperature", "0"]
+    code, from_file, err, _ = start(0, TEXT, *flags, "--prompts", str(tmp_path / "prompts.txt"))
+    assert code == 0, err
+    assert start(0, TEXT, *flags, "--prompts", '["Once upon a time", "The opposite of hot is"]')[1] == from_file
+    assert from_file.count("\n> ") == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        # Fault 14: backslashes kept by pasting a command of several lines on one
+        (TEXT, [" --ckpt_dir", "llama-2-7b/", " --tokenizer_path", "tokenizer.model"], "remove the backslashes"),
+        (TEXT, ["--ckpt_dir", "llama-2-7b/"], "ckpt_dir llama-2-7b is not an existing folder"),
+        (TEXT, ["--prompts", "nowhere.txt"], "neither a list"),
+        (CHAT, [], "needs as many ranks, not 1: run torchrun --nproc_per_node 2"),
+    ],
+)
+def test_errors_are_one_line(script, flags, message):
+    code, out, err, seconds = start(0, script, *flags)
+    assert code == 1
+    assert seconds < 30
+    [line] = err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert out == ""
+
+
+# A rank that fails
+
+
+@pytest.mark.parametrize("rank_that_fails", [0, 1])
+def test_a_bad_shard_of_one_rank_ends_the_job_with_one_line(tmp_path, rank_that_fails):
+    save_random(tmp_path, mp=2)
+    (tmp_path / f"consolidated.0{rank_that_fails}.pth").write_bytes(b"")
+    code, out, err, seconds = start(2, TEXT, "--ckpt_dir", str(tmp_path), "--tokenizer_path", str(TOKENIZER))
+    assert code != 0
+    assert seconds < 30
+    [line] = errors(err)
+    assert line.startswith(f"error: rank {rank_that_fails}: {tmp_path}/consolidated.0{rank_that_fails}.pth (0 bytes)")
+    assert out == ""
+
+
+def test_an_exception_in_the_loop_of_one_rank_ends_the_job_with_one_line(tmp_path):
+    save_random(tmp_path / "model", GQA, mp=2)
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from llama import Llama, parallel
+with parallel.readable_errors():
+    llama = Llama.build({str(tmp_path / "model")!r}, {str(TOKENIZER)!r}, 64, device="cpu")
+    if parallel.rank() == 1:
+        hidden, calls = llama.model.hidden, []
+        def fail_later(*args):
+            calls.append(args)
+            if len(calls) == 4:
+                raise MemoryError("out of memory in step 4")
+            return hidden(*args)
+        llama.model.hidden = fail_later
+    llama.generate([[1, 2, 3]], 50)
+""")
+    code, _, err, seconds = start(2, script)
+    assert code != 0
+    assert seconds < 30
+    assert errors(err) == ["error: rank 1: out of memory in step 4"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_job(tmp_path, victim):
+    """Killed from outside, as by the kernel when memory runs out, in the middle of generating."""
+    save_random(tmp_path / "model", MANY, mp=2, max_seq_len=2048)
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from llama import Llama, parallel
+with parallel.readable_errors():
+    llama = Llama.build({str(tmp_path / "model")!r}, {str(TOKENIZER)!r}, 2048, 1, device="cpu")
+    llama.tokenizer.eos_id = -1
+    llama.generate([[1, 2, 3]], 3)
+    pathlib.Path({str(tmp_path)!r}, f"pid{{parallel.rank()}}").write_text(str(os.getpid()))
+    llama.generate([[1, 2, 3]], 2000)
+    print("finished")
+""")
+    process = subprocess.Popen(
+        command(2, script), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        files = [tmp_path / f"pid{rank}" for rank in range(2)]
+        deadline = time.monotonic() + 60
+        while not all(file.exists() and file.read_text() for file in files):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        pids = [int(file.read_text()) for file in files]
+        time.sleep(0.5)
+        began = time.monotonic()
+        os.kill(pids[victim], signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
+        assert time.monotonic() - began < 30
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert "finished" not in out
+    assert len(errors(err)) <= 1
+    assert all("lost contact with another rank" in line for line in errors(err))
+    assert f"exitcode: -9 (pid: {pids[victim]})" in " ".join(err.split()) or "Signal 9 (SIGKILL)" in err
+    for pid in pids:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_bad_arguments_on_several_ranks_are_one_line(tmp_path):
+    save_random(tmp_path, mp=2, dtype=torch.bfloat16)
+    edit_params(tmp_path, n_layers=0)
+    code, _, err, _ = start(2, TEXT, "--ckpt_dir", str(tmp_path), "--tokenizer_path", str(TOKENIZER))
+    assert code != 0
+    [line] = errors(err)
+    assert line.endswith("params.json: n_layers is 0; it must be positive")

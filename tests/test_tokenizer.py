@@ -1,0 +1,82 @@
+"""The tokenizer against SentencePiece itself."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from small import TOKENIZER
+
+from llama import Tokenizer
+
+TEXTS = ["", " ", "Once upon a time", "  two  spaces\n\ttab ", "2023 + 19", "naïve 你好 🙂", "<s> </s> <unk>", "▁ ▁▁x"]
+SENTENCEPIECE = SentencePieceProcessor(model_file=str(TOKENIZER))
+OURS = Tokenizer(TOKENIZER)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_encodes_as_sentencepiece_between_bos_and_eos(text):
+    pieces = SENTENCEPIECE.encode(text)
+    assert OURS.encode(text, bos=False, eos=False) == pieces
+    assert OURS.encode(text, bos=True, eos=False) == [1, *pieces]
+    assert OURS.encode(text, bos=True, eos=True) == [1, *pieces, 2]
+
+
+def test_special_ids_are_llamas():
+    assert (OURS.bos_id, OURS.eos_id, OURS.pad_id) == (1, 2, -1)
+    assert OURS.n_words == SENTENCEPIECE.vocab_size()
+    assert 1000 <= OURS.n_words <= 4096
+
+
+def test_has_llamas_settings():
+    """Byte fallback, single digits, no normalization, spaces kept."""
+    assert [SENTENCEPIECE.id_to_piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
+    assert [SENTENCEPIECE.is_byte(i) for i in (2, 3, 258, 259)] == [False, True, True, False]
+    digits = [SENTENCEPIECE.id_to_piece(i) for i in SENTENCEPIECE.encode("1234")]
+    assert "".join(digits) == "▁1234"
+    assert all(sum(c.isdigit() for c in piece) <= 1 for piece in digits)
+    for text in ("ﬁ ① Ａ", "a  b", " a", "a ", "e\u0301 é"):
+        assert OURS.decode(OURS.encode(text, bos=False, eos=False)) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_that_spells_special_tokens_stays_text(text):
+    assert not {0, 1, 2} & set(OURS.encode(text, bos=False, eos=False))
+
+
+ids = st.lists(
+    st.one_of(st.integers(0, OURS.n_words - 1), st.integers(0, 258), st.sampled_from([0, 1, 2])), max_size=12
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.one_of(ids, st.tuples(st.text(max_size=8), ids).map(lambda t: OURS.encode(t[0], True, True) + t[1])))
+def test_pieces_join_to_what_sentencepiece_decodes(ids):
+    """Fault 6: lost spaces and broken multi-byte characters."""
+    pieces = OURS.decode_pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == SENTENCEPIECE.decode(ids) == OURS.decode(ids)
+
+
+def test_a_character_comes_with_its_last_byte():
+    ids = OURS.encode("a🙂b", bos=True, eos=True)
+    pieces = OURS.decode_pieces(ids)
+    assert "🙂" in pieces
+    assert "".join(pieces) == "a🙂b"
+    last = pieces.index("🙂")
+    assert pieces[last - 3 : last] == ["", "", ""]
+    assert OURS.decode_pieces(ids[:last])[-3:] == ["\ufffd"] * 3  # cut inside the character
+
+
+def test_only_text_is_encoded():
+    for value in (None, b"bytes", 3):
+        with pytest.raises(ValueError, match="only a str"):
+            OURS.encode(value, bos=True, eos=False)
+
+
+def test_files_that_are_no_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        Tokenizer(tmp_path / "tokenizer.model")
+    for content in (b"", b"<html>", b"IQ== 0\nIg== 1\n"):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"\({len(content)} bytes\) is not a SentencePiece model"):
+            Tokenizer(tmp_path / "tokenizer.model")
