@@ -1,0 +1,69 @@
+"""Greedy generation for four prompts of 16, 64, 128 and 256 tokens, 32 new tokens each, beside Hugging Face's Llama.
+
+    python benchmarks/ragged_batch.py [--threads 2] [--repeats 5]
+
+110M shape (dim 768, 12 layers, 12 heads, FFN 2048, vocabulary 32000), the same random float32 weights, the two in turn.
+Needs the extra `test` (transformers).
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fire
+import torch
+
+from llama import ModelArgs, Transformer, parallel
+from llama.engine import steps
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from small import hugging_face
+
+LENGTHS, NEW = (16, 64, 128, 256), 32
+
+
+def main(threads: int = 2, repeats: int = 5) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    parallel.init_model_parallel()
+    args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, max_batch_size=4, max_seq_len=512)
+    model = Transformer(args).eval().requires_grad_(False)
+    theirs = hugging_face(args, model.state_dict())
+    prompts = [torch.randint(3, 32000, (length,)).tolist() for length in LENGTHS]
+
+    def ours() -> list[list[int]]:
+        rows: list[list[int]] = [[] for _ in prompts]
+        limits = [len(prompt) + NEW for prompt in prompts]
+        for step in steps(model, prompts, limits, [], lambda logits: logits.argmax(-1)):
+            for row, gained in zip(rows, step, strict=True):
+                row += [token.id for token in gained]
+        return rows
+
+    def hf() -> list[list[int]]:
+        longest = max(LENGTHS)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - n) + [1] * n for n in LENGTHS])
+        options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        with torch.inference_mode():
+            return theirs.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
+
+    same = sum(a == b for a, b in zip(ours(), hf(), strict=True))
+    times: dict[Callable[[], object], list[float]] = {ours: [], hf: []}
+    for _ in range(repeats):
+        for run, seconds in times.items():
+            began = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - began)
+    print(f"torch {torch.__version__}, {threads} threads, float32, {repeats} repeats; seconds: median (min - max)")
+    for run, seconds in times.items():
+        print(f"{run.__name__:>5}: {statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})")
+    ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
+    print(f"ours / hf, median of pairs: {ratio:.2f}; rows with equal tokens: {same} of {len(prompts)}")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

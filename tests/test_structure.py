@@ -1,0 +1,56 @@
+"""The plan of docs/design.md, held against the code."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from small import ROOT
+
+# Which rooms of llama/ a room may know. Nothing knows generation but the package, the commands and the examples.
+MAY_IMPORT = {
+    "tokenizer": set(),
+    "sampling": set(),
+    "parallel": set(),
+    "model": {"parallel"},
+    "checkpoint": {"model", "parallel"},
+    "chat": {"tokenizer"},
+    "engine": {"model", "parallel", "sampling"},
+    "generation": {"chat", "checkpoint", "engine", "model", "parallel", "sampling", "tokenizer"},
+    "__init__": {"chat", "generation", "model", "tokenizer"},
+}
+
+
+def imported_rooms(path):
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("llama")):
+            module = (node.module or "").removeprefix("llama").strip(".")
+            rooms |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            rooms |= {name.name.split(".")[1] for name in node.names if name.name.startswith("llama.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "llama").glob("*.py")), ids=lambda path: path.stem)
+def test_imports_run_one_way(path):
+    assert path.stem in MAY_IMPORT, f"a new room: {path.name}; add it here and to docs/design.md"
+    assert imported_rooms(path) <= MAY_IMPORT[path.stem]
+
+
+def test_the_public_names():
+    import llama
+
+    assert llama.__all__ == ["Dialog", "Llama", "ModelArgs", "Tokenizer", "Transformer"]
+    assert all(hasattr(llama, name) for name in llama.__all__)
+
+
+def test_importing_starts_nothing():
+    """No process group, no other default dtype, and none of the packages that only tests need."""
+    code = (
+        "import sys, torch; before = torch.get_default_dtype(); import llama; import torch.distributed as dist; "
+        "assert not dist.is_initialized() and torch.get_default_dtype() == before; "
+        "print([name for name in ('transformers', 'numpy.testing', 'fire', 'pytest') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
