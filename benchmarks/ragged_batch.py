@@ -21,7 +21,7 @@ from llama import ModelArgs, Transformer, parallel
 from llama.engine import steps
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from small import hugging_face
+from small import hugging_face  # type: ignore[import-not-found]
 
 LENGTHS, NEW = (16, 64, 128, 256), 32
 

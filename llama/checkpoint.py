@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .model import ModelArgs
+from .parallel import rank
 
 # Along which dimension the ranks' parts of a weight lie. The key is the last name before ".weight".
 SHARD_DIM: dict[str, int | None] = {
@@ -148,7 +150,14 @@ def check_shard(path: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Te
 
 def load_shard(model: nn.Module, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
     """Give `model`, whose parameters may be on the meta device, copies of the shard's tensors in their final place."""
-    model.load_state_dict({name: t.to(device, dtype, copy=True) for name, t in state.items()}, strict=True, assign=True)
+    final = {}
+    total = sum(tensor.nbytes for tensor in state.values())
+    quiet = None if rank() == 0 else True  # None: only on a terminal
+    with tqdm(desc="loading", total=total, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+        for name, tensor in state.items():
+            final[name] = tensor.to(device, dtype, copy=True)
+            bar.update(tensor.nbytes)
+    model.load_state_dict(final, strict=True, assign=True)
 
 
 def split(state: Mapping[str, Tensor], mp: int) -> list[dict[str, Tensor]]:

@@ -1,10 +1,14 @@
 """The examples as users start them, and what happens to a job when one of its ranks fails."""
 
+import fcntl
 import json
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -43,7 +47,7 @@ def test_text_example_needs_no_flags_and_no_torchrun():
 
 
 def test_only_rank_0_prints_and_ranks_change_nothing(tmp_path):
-    """Fault 13: rank 0 alone prints, and no other's stdout is replaced to reach that. Whole flags as users type them."""
+    """Fault 13: rank 0 alone prints, and no other's stdout is replaced for it. The flags that users type."""
     dialogs = [[{"role": "user", "content": "What is the opposite of big?"}]] * 3
     (tmp_path / "dialogs.json").write_text(json.dumps(dialogs))
     flags = ["--ckpt_dir", str(MODELS / "small-chat"), "--tokenizer_path", str(TOKENIZER), "--temperature", "0"]
@@ -83,6 +87,34 @@ def test_errors_are_one_line(script, flags, message):
     assert line.startswith("error: ")
     assert message in line
     assert out == ""
+
+
+def test_a_bar_shows_loading_on_a_terminal_only(tmp_path):
+    save_random(tmp_path)
+    flags = ["--ckpt_dir", str(tmp_path), "--tokenizer_path", str(TOKENIZER), "--max_gen_len", "1"]
+    mine, theirs = pty.openpty()
+    os.set_blocking(mine, False)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a terminal of no width shows no bar
+    subprocess.run(command(0, TEXT, *flags), stdout=subprocess.PIPE, stderr=theirs, check=True, timeout=60)
+    shown = os.read(mine, 10_000).decode()
+    assert "loading: " in shown
+    assert "B/s" in shown
+    assert start(0, TEXT, *flags)[2] == ""
+
+
+def test_two_nodes(tmp_path):
+    """The global rank chooses the shard, the local rank the device; only the first node prints."""
+    save_random(tmp_path, mp=2)
+    port, nodes = str(free_port()), []
+    flags = ["--ckpt_dir", str(tmp_path), "--tokenizer_path", str(TOKENIZER), "--max_gen_len", "2", "--device", "cpu"]
+    for node in range(2):
+        run = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node)]
+        run += ["--master_addr", "127.0.0.1", "--master_port", port, str(TEXT), *flags]
+        nodes.append(subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    (first, first_err), (second, second_err) = (node.communicate(timeout=100) for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], first_err + second_err
+    assert first.count("\n> ") == 4
+    assert second == ""
 
 
 # A rank that fails
