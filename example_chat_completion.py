@@ -13,7 +13,7 @@ import fire
 
 from llama import Dialog, Llama, parallel
 
-BUNDLED = Path(__file__).parent / "models" / "small-chat"
+BUNDLED = Path(__file__).resolve().parent / "models" / "small-chat"
 
 # The bundled model was taught a handful of questions.
 BUNDLED_DIALOGS: list[Dialog] = [
@@ -43,7 +43,7 @@ DIALOGS: list[Dialog] = [
 
 
 def main(
-    ckpt_dir: str | None = None,
+    ckpt_dir: str = str(BUNDLED),
     tokenizer_path: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
@@ -70,9 +70,9 @@ def main(
         device: cuda, mps or cpu; the first of them that there is by default
         dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
     """
-    dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if ckpt_dir is None else DIALOGS)
+    dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(str(ckpt_dir)).resolve() == BUNDLED else DIALOGS)
     llama = Llama.build(
-        BUNDLED if ckpt_dir is None else ckpt_dir,
+        ckpt_dir,
         tokenizer_path,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,

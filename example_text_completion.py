@@ -12,7 +12,7 @@ import fire
 
 from llama import Llama, parallel
 
-BUNDLED = Path(__file__).parent / "models" / "small"
+BUNDLED = Path(__file__).resolve().parent / "models" / "small"
 
 # The bundled model knows little stories and a few facts.
 BUNDLED_PROMPTS = [
@@ -40,7 +40,7 @@ PROMPTS = [
 
 
 def main(
-    ckpt_dir: str | None = None,
+    ckpt_dir: str = str(BUNDLED),
     tokenizer_path: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
@@ -67,9 +67,9 @@ def main(
         device: cuda, mps or cpu; the first of them that there is by default
         dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
     """
-    texts = read_prompts(prompts, BUNDLED_PROMPTS if ckpt_dir is None else PROMPTS)
+    texts = read_prompts(prompts, BUNDLED_PROMPTS if Path(str(ckpt_dir)).resolve() == BUNDLED else PROMPTS)
     llama = Llama.build(
-        BUNDLED if ckpt_dir is None else ckpt_dir,
+        ckpt_dir,
         tokenizer_path,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,

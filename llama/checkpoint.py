@@ -10,12 +10,11 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +33,8 @@ SHARD_DIM: dict[str, int | None] = {
 }  # fmt: skip
 # Rotary frequencies, which older files carry and which follow from params.json.
 IGNORED = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs")
-REQUIRED_PARAMS = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps", "vocab_size")
-OPTIONAL_PARAMS = ("n_kv_heads", "ffn_dim_multiplier", "rope_theta")
+REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
+KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name.startswith("max_")]
 
 
 def shard_dim(name: str) -> int | None:
@@ -43,15 +42,10 @@ def shard_dim(name: str) -> int | None:
     return SHARD_DIM[name.split(".")[-2]]
 
 
-def check_folder(ckpt_dir: str | os.PathLike[str]) -> Path:
-    """`ckpt_dir` as a path to an existing folder; FileNotFoundError or ValueError says what was given instead."""
-    return check_path(ckpt_dir, "ckpt_dir", Path.is_dir, "folder")
-
-
 def find_tokenizer(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str] | None) -> Path:
     """The tokenizer's file: the one given, or else tokenizer.model in the checkpoint's folder or one folder up."""
     if tokenizer_path is not None:
-        return check_path(tokenizer_path, "tokenizer_path", Path.is_file, "file")
+        return check_path(tokenizer_path, "tokenizer_path", "file")
     places = [ckpt_dir / "tokenizer.model", ckpt_dir.resolve().parent / "tokenizer.model"]
     for place in places:
         if place.is_file():
@@ -59,11 +53,12 @@ def find_tokenizer(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str] | None
     raise FileNotFoundError(f"no tokenizer.model in {places[0].parent} or {places[1].parent}; give tokenizer_path")
 
 
-def check_path(value: Any, name: str, exists: Callable[[Path], bool], kind: str) -> Path:
+def check_path(value: Any, name: str, kind: Literal["file", "folder"]) -> Path:
+    """`value` as the path of an existing file or folder; FileNotFoundError or ValueError says what it is instead."""
     if not isinstance(value, (str, os.PathLike)):  # a flag without a value arrives as True
         raise ValueError(f"{name} is {value!r}; it must be the path of a {kind}")
     path = Path(value)
-    if str(value) and exists(path):
+    if str(value) and (path.is_dir() if kind == "folder" else path.is_file()):
         return path
     # A command of several lines pasted on one turns its backslash, line end and "--flag" into the word " --flag".
     if str(value) != str(value).strip() or str(value).startswith("--") or not str(value):
@@ -85,25 +80,23 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(params, dict):
         raise ValueError(f"{path} holds {type(params).__name__} and not an object of keys and values")
-    known = REQUIRED_PARAMS + OPTIONAL_PARAMS
-    if unknown := [key for key in params if key not in known]:
-        raise ValueError(f"{path} has unknown keys {_names(unknown)}; known are {_names(known)}")
-    if missing := [key for key in REQUIRED_PARAMS if key not in params]:
+    if unknown := [key for key in params if key not in KNOWN]:
+        raise ValueError(f"{path} has unknown keys {_names(unknown)}; known are {_names(KNOWN)}")
+    if missing := [key for key in REQUIRED if key not in params]:
         raise ValueError(f"{path} lacks the keys {_names(missing)}")
     return params
 
 
-def model_args(ckpt_dir: Path, n_words: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
+def model_args(ckpt_dir: Path, n_words: int) -> ModelArgs:
     """The model's shape by params.json, with the vocabulary of a tokenizer of `n_words` pieces."""
-    path = ckpt_dir / "params.json"
+    params = read_params(ckpt_dir)
     try:
-        args = ModelArgs(**read_params(ckpt_dir), max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        args = ModelArgs(**params)
     except ValueError as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{ckpt_dir / 'params.json'}: {error}") from error
     if args.vocab_size not in (-1, n_words):
-        raise ValueError(f"{path}: vocab_size {args.vocab_size} differs from the tokenizer's {n_words} pieces")
+        given = f"{ckpt_dir / 'params.json'}: vocab_size {args.vocab_size}"
+        raise ValueError(f"{given} differs from the tokenizer's {n_words} pieces")
     return dataclasses.replace(args, vocab_size=n_words)
 
 
@@ -126,7 +119,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     try:
         # Files in torch's older format, which are no zip archives, cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # damage shows in any of a dozen types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         size = path.stat().st_size
         raise ValueError(f"{path} ({size:,} bytes) is not a readable shard; download it again ({reason})") from error
@@ -165,6 +158,8 @@ def split(state: Mapping[str, Tensor], mp: int) -> list[dict[str, Tensor]]:
     parts: list[dict[str, Tensor]] = [{} for _ in range(mp)]
     for name, tensor in state.items():
         dim = shard_dim(name)
+        if dim is not None and tensor.shape[dim] % mp:
+            raise ValueError(f"{name} {tuple(tensor.shape)} cannot be divided into {mp} shards along dimension {dim}")
         for part, piece in zip(parts, [tensor] * mp if dim is None else tensor.chunk(mp, dim), strict=True):
             part[name] = piece
     return parts
@@ -185,8 +180,16 @@ def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: 
 
 def write_checklist(path: Path, files: Iterable[Path]) -> None:
     """The md5 sums of files in the same folder, in the format of md5sum."""
-    lines = [f"{hashlib.md5(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
-    path.write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(f"{md5(file)}  {file.name}\n" for file in files), encoding="utf-8")
+
+
+def md5(path: Path) -> str:
+    """The md5 sum of a file, read in blocks."""
+    digest = hashlib.md5()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _names(names: Iterable[str]) -> str:

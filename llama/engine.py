@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ LOGITS_AT_ONCE = 2**25  # float32 values held while a prompt is scored: 128 MiB
 
 class Token(NamedTuple):
     id: int
-    logprob: float | None = None
+    logprob: float = math.nan  # where nobody asked
 
 
 Step = list[list[Token]]  # the tokens that each row has gained
@@ -42,41 +43,50 @@ def steps(
     device = model.norm.weight.device
     lengths = [len(prompt) for prompt in prompts]
     live = [length < limit for length, limit in zip(lengths, limits, strict=True)]
+    if not any(live) and not echo:
+        return
     # Right padding: what a row computes behind its own last token, no token of its own ever looks at, and its cache
     # slots are overwritten before they are reached. Any id serves.
     padded = [[*prompt] + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
     tokens, positions = torch.tensor(padded, device=device), [0]  # (B, T)
+    last = torch.tensor(lengths, device=device) - 1  # (B,): the last real token of each row
     hidden = model.hidden(tokens, positions)  # (B, T, dim)
     if echo:
-        none: list[list[float | None]] = [[None] * max(lengths)] * len(prompts)
-        scored = prompt_logprobs(model, tokens, hidden) if logprobs else none
-        yield [list(map(Token, prompt, row)) for prompt, row in zip(prompts, scored, strict=True)]
-    hidden = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]  # (B, dim)
+        scores = [[math.nan] * length for length in lengths]
+        if logprobs:
+            scores = prompt_logprobs(model, tokens, hidden).tolist()
+            scores = [row[:length] for row, length in zip(scores, lengths, strict=True)]
+            if not all(math.isfinite(score) for row in scores for score in row):
+                raise not_finite(model, tokens, positions, last)
+        yield [list(map(Token, *row)) for row in zip(prompts, scores, strict=True)]
     while any(live):
-        logits = model.logits(hidden)  # (B, V)
-        finite = logits.isfinite().all()
-        chosen = sample(logits.where(finite, 0.0))  # (B,); drawing from NaN would abort the process on a GPU
+        logits = model.logits(pick(hidden, last))  # (B, V)
         # One message and one synchronization a step: the ids, and whether they can be trusted.
-        *ids, ok = broadcast(torch.cat((chosen, finite.long()[None]))).tolist()
+        finite = logits.isfinite().all().long()
+        message = broadcast(torch.cat((sample(logits), finite[None])))
+        chosen, (*ids, ok) = message[:-1], message.tolist()
         if not ok:
-            where = blame(model, tokens, positions)
-            raise FloatingPointError(f"the logits are NaN or infinite; the first layer to give such values is {where}")
-        chosen = torch.tensor(ids, device=device)
-        scores: list[float | None] = token_logprobs(logits, chosen).tolist() if logprobs else [None] * len(ids)
+            raise not_finite(model, tokens, positions, last)
+        chances = token_logprobs(logits, chosen).tolist() if logprobs else [math.nan] * len(ids)
         gained: Step = [[] for _ in ids]
         for i, id in enumerate(ids):
             if live[i] and id not in stop_ids:
-                gained[i] = [Token(id, scores[i])]
+                gained[i] = [Token(id, chances[i])]
                 lengths[i] += 1
             live[i] = bool(gained[i]) and lengths[i] < limits[i]
         yield gained
         if any(live):
             # A row that has ended goes through the motions at its last position.
-            tokens, positions = chosen[:, None], [length - 1 for length in lengths]
-            hidden = model.hidden(tokens, positions)[:, 0]
+            tokens, positions, last = chosen[:, None], [length - 1 for length in lengths], torch.zeros_like(last)
+            hidden = model.hidden(tokens, positions)
 
 
-def prompt_logprobs(model: Transformer, tokens: Tensor, hidden: Tensor) -> list[list[float | None]]:
+def pick(hidden: Tensor, last: Tensor) -> Tensor:
+    """Position last[b] of each row of hidden (B, T, dim) -> (B, dim)."""
+    return hidden[torch.arange(len(last), device=last.device), last]
+
+
+def prompt_logprobs(model: Transformer, tokens: Tensor, hidden: Tensor) -> Tensor:
     """Log probabilities (B, T) of tokens (B, T) given those before them, from `hidden` (B, T, dim); 0 for the first,
     which nothing predicts. The logits of a few positions at a time, so that a long prompt fits."""
     B, T = tokens.shape
@@ -85,11 +95,11 @@ def prompt_logprobs(model: Transformer, tokens: Tensor, hidden: Tensor) -> list[
     for begin in range(0, T - 1, chunk):
         targets = tokens[:, begin + 1 : begin + 1 + chunk]  # position t predicts token t + 1
         parts.append(token_logprobs(model.logits(hidden[:, begin : begin + targets.shape[1]]), targets))
-    return torch.cat(parts, 1).tolist()
+    return torch.cat(parts, 1)
 
 
-def blame(model: Transformer, tokens: Tensor, positions: Sequence[int]) -> str:
-    """The name of the first layer whose output for this step, computed again, is NaN or infinite."""
+def not_finite(model: Transformer, tokens: Tensor, positions: Sequence[int], last: Tensor) -> FloatingPointError:
+    """The error that names the first layer whose output for this step, computed again, is NaN or infinite."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -99,8 +109,9 @@ def blame(model: Transformer, tokens: Tensor, positions: Sequence[int]) -> str:
     named |= {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
     hooks = [module.register_forward_hook(watch(name)) for name, module in named.items()]
     try:
-        model(tokens, positions)
+        model.logits(pick(model.hidden(tokens, positions), last))
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else "not reproducible"
+    where = f"the first layer to give such values is {found[0]}" if found else "computed again, they were not"
+    return FloatingPointError(f"the logits are NaN or infinite; {where}")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypedDict
 
 import torch
 
 from . import parallel
-from .chat import REFUSAL, Dialog, Role, check_dialog, encode_dialog, has_tags
-from .checkpoint import check_folder, check_shard, find_tokenizer, load_shard, model_args, read_shard, shard_paths
+from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
+from .checkpoint import check_path, check_shard, find_tokenizer, load_shard, model_args, read_shard, shard_paths
 from .engine import Token, steps
 from .model import Transformer
 from .sampling import sample
@@ -28,17 +29,12 @@ class CompletionPrediction(_Scored):
     generation: str
 
 
-class ChatMessage(TypedDict):
-    role: Role
-    content: str
-
-
 class ChatPrediction(_Scored):
-    generation: ChatMessage
+    generation: Message
 
 
 class Llama:
-    """Text and chat completion. Under torchrun every rank builds and calls alike; what rank 0 asks for is served."""
+    """Text and chat completion. Under torchrun all ranks make the same calls; what rank 0 asks for is served."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
         if type(seed) is not int:
@@ -65,32 +61,36 @@ class Llama:
         CPU; `dtype` to the checkpoint's, or float32 where the CPU has no instructions for it. Raises ValueError,
         FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank.
         """
-        where = parallel.choose_device(device)
-        parallel.init_model_parallel(model_parallel_size, where)
+        parallel.init_model_parallel(model_parallel_size)
         with parallel.all_or_none():
-            folder = check_folder(ckpt_dir)
+            where = parallel.choose_device(device)
+            parallel.use(where)
+            folder = check_path(ckpt_dir, "ckpt_dir", "folder")
             tokenizer = Tokenizer(find_tokenizer(folder, tokenizer_path))
-            args = model_args(folder, tokenizer.n_words, max_seq_len, max_batch_size)
+            args = model_args(folder, tokenizer.n_words)
+            args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+            if args.max_batch_size == 0:
+                raise ValueError("max_batch_size is 0; it must be positive")
             shards = shard_paths(folder)
             if len(shards) != parallel.world_size():
                 raise ValueError(
-                    f"{folder} has {len(shards)} shard(s) and needs as many ranks, not "
-                    f"{parallel.world_size()}: run torchrun --nproc_per_node {len(shards)} ..."
+                    f"{folder} has {len(shards)} shard(s) and needs as many ranks, not {parallel.world_size()}: "
+                    f"run torchrun --nproc_per_node {len(shards)} ..."
                 )
             path = shards[parallel.rank()]
             state = read_shard(path)
             with torch.device("meta"):
                 model = Transformer(args)
             check_shard(path, state, model.state_dict())
-            saved = state["tok_embeddings.weight"].dtype
-            kind = parallel.choose_dtype(dtype, where, saved)
-        if len(set(all_saved := parallel.gather_objects(saved))) > 1:
-            raise ValueError(f"the shards in {folder} have different dtypes: {', '.join(map(str, all_saved))}")
+            kind = parallel.choose_dtype(dtype, where, state["tok_embeddings.weight"].dtype)
+        if len(set(kinds := parallel.gather_objects((where.type, kind)))) > 1:
+            raise ValueError(f"the ranks would compute in different dtypes, {kinds}; give device and dtype")
         with parallel.all_or_none():
             load_shard(model, state, where, kind)
             model.allocate_cache()
         return Llama(model.eval().requires_grad_(False), tokenizer, seed)
 
+    @parallel.as_first_rank
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -108,8 +108,9 @@ class Llama:
         """
         rows = self._generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
         ids = [[token.id for token in row] for row in rows]
-        return ids, [_logprobs(row) for row in rows] if logprobs else None
+        return ids, [[token.logprob for token in row] for row in rows] if logprobs else None
 
+    @parallel.as_first_rank
     def text_completion(
         self,
         prompts: Sequence[str],
@@ -127,6 +128,7 @@ class Llama:
         rows = self._generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
         return [{"generation": self._text(row), **self._scored(row, logprobs)} for row in rows]
 
+    @parallel.as_first_rank
     def chat_completion(
         self,
         dialogs: Sequence[Dialog],
@@ -139,7 +141,6 @@ class Llama:
         an error text and never reaches the model. Raises ValueError for a dialog whose roles are out of order."""
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is {dialogs!r}; it must be a list of dialogs")
-        dialogs = parallel.broadcast_object(dialogs)
         for i, dialog in enumerate(dialogs):
             check_dialog(dialog, f"dialog {i}")
         allowed = [i for i, dialog in enumerate(dialogs) if not has_tags(dialog)]
@@ -162,8 +163,6 @@ class Llama:
         logprobs: bool,
         echo: bool = False,
     ) -> list[list[Token]]:
-        request = (prompts, max_gen_len, temperature, top_p, logprobs, echo)
-        prompts, max_gen_len, temperature, top_p, logprobs, echo = parallel.broadcast_object(request)
         max_seq_len = self.model.params.max_seq_len
         if max_gen_len is None:
             max_gen_len = max_seq_len - 1
@@ -191,7 +190,7 @@ class Llama:
             if not prompt:
                 raise ValueError(f"prompt {i} is empty; it needs at least one token, such as bos_id")
             if odd := [id for id in prompt if type(id) is not int or not 0 <= id < params.vocab_size]:
-                raise ValueError(f"prompt {i} holds {odd[0]!r}, no token id from 0 to {params.vocab_size - 1}")
+                raise ValueError(f"prompt {i} holds {odd[0]!r}, which is no int from 0 to {params.vocab_size - 1}")
             if len(prompt) > params.max_seq_len:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens, more than max_seq_len {params.max_seq_len}; "
@@ -199,7 +198,7 @@ class Llama:
                 )
         if type(max_gen_len) is not int or max_gen_len < 0:
             raise ValueError(f"max_gen_len is {max_gen_len!r}; it must be an int of at least 0")
-        if not _is_number(temperature) or temperature < 0:
+        if not _is_number(temperature) or not 0 <= temperature <= sys.float_info.max:
             raise ValueError(f"temperature is {temperature!r}; it must be a number of at least 0 (0: greedy)")
         if not _is_number(top_p) or not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p!r}; it must be a number above 0 and up to 1 (1: no cut)")
@@ -210,12 +209,9 @@ class Llama:
     def _scored(self, row: list[Token], logprobs: bool) -> _Scored:
         if not logprobs:
             return {}
-        return {"tokens": self.tokenizer.decode_pieces([token.id for token in row]), "logprobs": _logprobs(row)}
-
-
-def _logprobs(row: list[Token]) -> list[float]:
-    return [token.logprob for token in row if token.logprob is not None]
+        pieces = self.tokenizer.decode_pieces([token.id for token in row])
+        return {"tokens": pieces, "logprobs": [token.logprob for token in row]}
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide
+from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide, init_model_parallel
 
 
 @dataclass
@@ -33,9 +33,9 @@ class ModelArgs:
     multiple_of: int = 256  # the hidden size of the feed-forward layer is rounded up to a multiple of this
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
     max_batch_size: int = 32  # 0: no cache, for training
     max_seq_len: int = 2048
+    rope_theta: float = 10000.0  # last, as callers of the public implementation count on the order of the others
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -43,11 +43,11 @@ class ModelArgs:
             if value is None and field.default is None:
                 continue
             kinds = (int, float) if "float" in str(field.type) else (int,)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, kinds) or not -math.inf < value < math.inf:
                 raise ValueError(f"{field.name} is {value!r}, which is not {' or '.join(k.__name__ for k in kinds)}")
             unset = {"vocab_size": -1, "max_batch_size": 0}.get(field.name)
-            if value <= 0 and value != unset:
-                raise ValueError(f"{field.name} is {value}; it must be positive")
+            if not 0 < value < 2**31 and value != unset:
+                raise ValueError(f"{field.name} is {value}; it must be positive and below 2^31")
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} cannot be divided into n_heads {self.n_heads} heads of even size")
         if self.n_heads % self.kv_heads:
@@ -86,7 +86,8 @@ class RMSNorm(nn.Module):
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (B or 1, T, 1, D/2) in float32: pair i turns by position / theta^(2i/D)."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (D/2,)
+    # Not theta ** -x: its rounding differs, and at position 4,000 shows in the fifth digit of the logits.
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (D/2,)
     angles = positions[..., None, None].float() * frequencies
     return angles.cos(), angles.sin()
 
@@ -122,8 +123,8 @@ class KVCache(nn.Module):
     def update(self, k: Tensor, v: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Store k and v (B, T, K, D) at their positions (B or 1, T); all that is cached up to `end`, (B, K, end, D)."""
         rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[rows, :, positions] = k
-        self.v[rows, :, positions] = v
+        self.k[rows, :, positions] = k.detach()
+        self.v[rows, :, positions] = v.detach()
         return self.k[: len(k), :, :end], self.v[: len(v), :, :end]
 
 
@@ -159,6 +160,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
+        divide(args.ffn_hidden, "the hidden size of the feed-forward layer,")
         self.w1 = ColumnParallelLinear(args.dim, args.ffn_hidden)
         self.w2 = RowParallelLinear(args.ffn_hidden, args.dim)
         self.w3 = ColumnParallelLinear(args.dim, args.ffn_hidden)
@@ -181,12 +183,14 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model. Call `parallel.init_model_parallel()` first; `Llama.build` does."""
+    """The model, or under torchrun this rank's part of it."""
 
     def __init__(self, params: ModelArgs) -> None:
         super().__init__()
         if params.vocab_size < 0:
             raise ValueError("vocab_size is not set; take it from the tokenizer: Tokenizer(path).n_words")
+        init_model_parallel()
+        divide(params.vocab_size, "vocab_size")
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
@@ -225,7 +229,8 @@ class Transformer(nn.Module):
             starts = starts[:1]
         positions = (starts[:, None] + torch.arange(T)).to(tokens.device)  # (B or 1, T)
         mask = None  # one token may look at all that came before it; a fresh prompt is causal
-        if not uniform or (T > 1 and end > T):
+        # MPS is given the causal mask too: some of its releases leak the future into half precision without one.
+        if not uniform or (T > 1 and (end > T or tokens.device.type == "mps")):
             mask = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # (B or 1, 1, T, S)
         cos, sin = rotary_angles(positions, self.params.head_dim, self.params.rope_theta)
         x = self.tok_embeddings(tokens)

@@ -6,14 +6,15 @@ shard of the weights, the local rank chooses the GPU. fairscale keeps the groups
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
 T = TypeVar("T")
+P = ParamSpec("P")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _store: dist.Store | None = None  # where the ranks settle which of them reports a failure
@@ -47,7 +49,12 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         raise ValueError("device 'mps' serves one process only; use device='cpu' for several ranks on a Mac")
     if chosen.type == "cuda":
         count = torch.cuda.device_count()
-        index = chosen.index if chosen.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        index = local if chosen.index is None else chosen.index
+        if several and index != local:
+            raise ValueError(
+                f"device {str(device)!r} on local rank {local}: with several ranks give 'cuda'"
+            )
         if index >= count:
             raise ValueError(
                 f"device cuda:{index} is wanted but this machine has {count} GPUs; "
@@ -57,6 +64,12 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     if (chosen.type == "mps" and not torch.backends.mps.is_available()) or chosen.type not in ("cpu", "mps"):
         raise ValueError(f"device {str(device)!r} is not available here; use cuda, mps or cpu")
     return chosen
+
+
+def use(device: torch.device) -> None:
+    """Make a GPU the current one where each rank has its own: NCCL and kernels of other libraries go by that."""
+    if device.type == "cuda" and dist.get_world_size() > 1:
+        torch.cuda.set_device(device)
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, saved: torch.dtype) -> torch.dtype:
@@ -76,19 +89,15 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, saved: t
     return saved if any(found.get(unit) for unit in units) else torch.float32
 
 
-def init_model_parallel(model_parallel_size: int | None = None, device: torch.device | None = None) -> None:
-    """Join the process groups: torchrun's if its variables are set, else a group of this one process. Calling it again
-    is free. Raises ValueError when the number of ranks does not fit `model_parallel_size` (default: all ranks)."""
-    global _store
+def init_model_parallel(model_parallel_size: int | None = None) -> None:
+    """Join the process groups: torchrun's if its variables are set, else a group of this one process. Raises ValueError
+    when the ranks do not fit `model_parallel_size`, which is all of them by default. Calling it again is free."""
     if not dist.is_initialized():
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            if device is not None and device.type == "cuda":
-                torch.cuda.set_device(device)  # NCCL takes the current device for collectives of objects
-            _store, rank, world = next(dist.rendezvous("env://"))
-        else:
-            _store, rank, world = dist.HashStore(), 0, 1
+        store, rank, world = _join()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and world > 1 else "gloo"
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    if model_parallel_size is None and mp.model_parallel_is_initialized():
+        return
     world = dist.get_world_size()
     size = world if model_parallel_size is None else model_parallel_size
     if type(size) is not int or size < 1 or world % size:
@@ -101,6 +110,17 @@ def init_model_parallel(model_parallel_size: int | None = None, device: torch.de
             mp.initialize_model_parallel(size)
     elif size != world_size():
         raise ValueError(f"model_parallel_size {size} differs from {world_size()}, which this process already uses")
+
+
+def _join() -> tuple[dist.Store, int, int]:
+    """The store that all ranks share, this rank and the number of ranks."""
+    global _store
+    rank, world = 0, 1
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        _store = dist.HashStore()
+    else:
+        _store, rank, world = next(dist.rendezvous("env://"))
+    return _store, rank, world
 
 
 def world_size() -> int:
@@ -147,6 +167,18 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def as_first_rank(method: Callable[P, T]) -> Callable[P, T]:
+    """`method`, called on every rank with the arguments of the model's first rank, so that all of them do the same."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        myself, *request = args
+        request, kwargs = broadcast_object((request, kwargs))
+        return method(myself, *request, **kwargs)  # type: ignore[arg-type]
+
+    return call
+
+
 class RankError(RuntimeError):
     """Another rank failed; the message begins with its number."""
 
@@ -176,7 +208,7 @@ def readable_errors() -> Iterator[None]:
         yield
     except Exception as error:
         foreseen = isinstance(error, (ValueError, ArithmeticError, OSError, RuntimeError, MemoryError))
-        several = dist.is_initialized() and dist.get_world_size() > 1
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if not several and not foreseen:
             raise
         if several and not _first_to_fail():
@@ -192,8 +224,9 @@ def readable_errors() -> Iterator[None]:
 
 def _first_to_fail() -> bool:
     try:
-        return _store is None or _store.add("llama/failed", 1) == 1
-    except RuntimeError:  # the process that kept the store is gone, and could not speak
+        store = _store or _join()[0]
+        return store.add("llama/failed", 1) == 1
+    except (RuntimeError, ValueError):  # whoever kept the store is gone, and could not speak
         return True
 
 
@@ -201,8 +234,8 @@ def _one_line(error: Exception, several: bool) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if not several or isinstance(error, RankError):
         return text
-    lost = "lost contact with another rank: " if "gloo" in text or "NCCL" in text else ""
-    return f"rank {dist.get_rank()}: {lost}{text}"
+    broken = isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
+    return f"rank {os.environ.get('RANK')}: {'lost contact with another rank: ' * broken}{text}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

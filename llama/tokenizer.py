@@ -33,6 +33,7 @@ class Tokenizer:
         """The ids of a text, with BOS before and EOS after it if asked for; text that spells them stays text."""
         if not isinstance(s, str):
             raise ValueError(f"only a str can be encoded, not {s!r}")
+        s.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
         return [self.bos_id] * bos + self.sp_model.encode(s) + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int]) -> str:

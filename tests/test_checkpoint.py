@@ -3,12 +3,13 @@
 import json
 import pickle
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 from small import GQA, MODELS, SHAPES, TOKENIZER, edit_params, random_model, save_random
 
-from llama import Llama, checkpoint
+from llama import Llama, checkpoint, parallel
 
 OPTIONS = {"tokenizer_path": TOKENIZER, "max_seq_len": 32, "device": "cpu", "dtype": "float32"}
 
@@ -113,6 +114,11 @@ def test_saved_folder_has_metas_files(tmp_path):
     assert (tmp_path / names[1]).stat().st_size < weights + 20_000  # a shard's file holds its own part alone
 
 
+def test_what_cannot_be_split_is_named():
+    with pytest.raises(ValueError, match=r"output\.weight \(7, 64\) cannot be divided into 2 shards along dimension 0"):
+        checkpoint.split({"output.weight": torch.zeros(7, 64)}, 2)
+
+
 # What is refused
 
 
@@ -184,6 +190,20 @@ def test_all_problems_of_a_shard_are_named_at_once(folder):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
+def test_a_shard_with_any_damaged_byte_is_read_or_named(folder, zipped):
+    """Damage shows in a dozen types of errors deep inside of torch and pickle; each must become the file's name."""
+    path = folder / "consolidated.00.pth"
+    torch.save({"norm.weight": torch.ones(4)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            checkpoint.read_shard(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
 def test_nothing_in_a_shard_is_executed(folder, tmp_path, zipped):
     target = tmp_path / "executed"
     if zipped:
@@ -198,9 +218,10 @@ def test_nothing_in_a_shard_is_executed(folder, tmp_path, zipped):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_seq_len": 0}, "max_seq_len is 0"),
-        ({"max_batch_size": -1}, "max_batch_size is -1"),
-        ({"max_seq_len": "128"}, "max_seq_len is '128'"),
+        ({"max_seq_len": 0}, "^max_seq_len is 0"),
+        ({"max_batch_size": -1}, "^max_batch_size is -1"),
+        ({"max_batch_size": 0}, "^max_batch_size is 0"),
+        ({"max_seq_len": "128"}, "^max_seq_len is '128'"),
         ({"device": "quantum"}, "device 'quantum'"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"model_parallel_size": 2}, "model_parallel_size 2 does not fit 1"),
@@ -235,6 +256,11 @@ def _build(folder, options):
     Llama.build(folder, TOKENIZER, 32, device="cpu", **options)
 
 
+def _build_in_saved_dtype(folder):
+    with mock.patch.object(parallel, "choose_dtype", lambda dtype, device, saved: saved):
+        _build(folder, {})
+
+
 def test_a_bad_shard_of_one_rank_ends_all(ranks, tmp_path):
     save_random(tmp_path, mp=2)
     truncate_me = tmp_path / "consolidated.01.pth"
@@ -246,13 +272,14 @@ def test_a_bad_shard_of_one_rank_ends_all(ranks, tmp_path):
     assert "consolidated.01.pth (5,000 bytes) is not a readable shard" in second[1]
 
 
-def test_shards_of_different_dtypes_are_named(ranks, tmp_path):
-    """A rank in float16 beside one in bfloat16 would add up nonsense."""
-    save_random(tmp_path, mp=2, dtype=torch.bfloat16)
+def test_ranks_that_would_compute_in_different_dtypes_are_named(ranks, tmp_path):
+    """Float16 on one rank and float32 on another would add up to nonsense; with a dtype given it does not matter."""
+    save_random(tmp_path, mp=2)
     edit_shard(tmp_path, lambda s: s.update({k: v.half() for k, v in s.items()}), "consolidated.01.pth")
-    for _, error in ranks(2).outcomes(_build, tmp_path, {}):
+    for _, error in ranks(2).outcomes(_build_in_saved_dtype, tmp_path):
         assert error[0] == "ValueError"
-        assert "different dtypes: torch.bfloat16, torch.float16" in error[1]
+        assert "different dtypes, [('cpu', torch.float32), ('cpu', torch.float16)]; give device and dtype" in error[1]
+    ranks(2).run(_build, tmp_path, {"dtype": "float32"})
 
 
 def test_what_does_not_divide_among_ranks_is_named(ranks, tmp_path):

@@ -21,6 +21,12 @@ def llama(tokenizer):
     return Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
 
 
+@pytest.fixture(scope="module")
+def roomy(tokenizer):
+    """The same with room for dialogs of rare characters, each of which is four tokens."""
+    return Llama(random_model(vocab_size=tokenizer.n_words, max_seq_len=512), tokenizer)
+
+
 def greedy(llama, prompts, max_gen_len=10, **options):
     return llama.generate(prompts, max_gen_len, temperature=0, **options)
 
@@ -112,6 +118,13 @@ def test_echo_keeps_an_eos_inside_the_prompt(llama):
     ids, logprobs = greedy(llama, [prompt], max_gen_len=4, logprobs=True, echo=True)
     assert ids[0][:5] == prompt
     assert len(ids[0]) == len(logprobs[0]) == 9
+
+
+def test_nothing_is_computed_for_nothing(llama):
+    full = [1, *range(100, 163)]
+    with mock.patch.object(llama.model, "hidden") as hidden:
+        assert llama.generate([full], 5) == llama.generate([[1, 2]], 0) == ([[]], None)
+        hidden.assert_not_called()
 
 
 def test_max_gen_len_counts_for_each_row_and_max_seq_len_for_the_sum(llama):
@@ -224,11 +237,13 @@ def test_a_refused_dialog_is_not_generated_and_disturbs_nobody(llama):
         (lambda m: m.generate([[1]] * 5, 3), "5 prompts exceed max_batch_size 4"),
         (lambda m: m.generate([[1] * 65], 3), "prompt 0 has 65 tokens, more than max_seq_len 64"),
         (lambda m: m.generate([[1], []], 3), "prompt 1 is empty"),
-        (lambda m: m.generate([[1, 1024]], 3), "prompt 0 holds 1024, no token id from 0 to 1023"),
+        (lambda m: m.generate([[1, 1024]], 3), "prompt 0 holds 1024, which is no int from 0 to 1023"),
         (lambda m: m.generate([[-1]], 3), "holds -1"),
         (lambda m: m.generate([[1.0]], 3), "holds 1.0"),
         (lambda m: m.generate([1, 2], 3), "must be a list of lists"),
         (lambda m: m.generate([[1]], -1), "max_gen_len is -1"),
+        (lambda m: m.generate([[1]], 3, temperature=10**400), "temperature is 1000"),
+        (lambda m: m.text_completion(["\ud800"]), "surrogates not allowed"),
         (lambda m: m.generate([[1]], 3, temperature=-0.1), "temperature is -0.1"),
         (lambda m: m.generate([[1]], 3, temperature=float("nan")), "temperature is nan"),
         (lambda m: m.generate([[1]], 3, top_p=0), "top_p is 0"),
@@ -253,63 +268,80 @@ def test_nothing_to_do(llama):
     assert llama.text_completion([]) == llama.chat_completion([]) == []
 
 
-anything = st.one_of(st.none(), st.booleans(), st.integers(-3, 2000), st.floats(), st.text(max_size=3))
+numbers = st.one_of(st.integers(-3, 2000), st.floats(), st.sampled_from([5e-324, 1e-46, 1e-40, 10**400, True]))
+anything = st.one_of(st.none(), numbers, st.text(st.characters(), max_size=3), st.lists(st.integers(), max_size=2))
+ids = st.integers(0, 1023)
+valid_generate = {
+    "prompt_tokens": st.lists(st.lists(ids, min_size=1, max_size=64), min_size=1, max_size=4),
+    "max_gen_len": st.integers(0, 6),
+    "temperature": st.one_of(st.just(0), st.floats(0, 3), st.sampled_from([5e-324, 1e-46, 1e30])),
+    "top_p": st.floats(0, 1, exclude_min=True),
+    "logprobs": st.booleans(),
+    "echo": st.booleans(),
+}
+broken_prompts = st.lists(st.one_of(anything, st.lists(st.one_of(ids, anything), max_size=70)), max_size=6)
+turns = st.lists(st.text(max_size=8), min_size=1, max_size=4)
+messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool", None]), "content": anything}
+)
+
+
+def dialog_of(texts):
+    """An odd number of turns, after a system message where the number of texts is even."""
+    roles = ["system"] * (len(texts) % 2 == 0) + ["user", "assistant"] * 2
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+valid_chat = {"dialogs": st.lists(turns.map(dialog_of), min_size=1, max_size=3), "temperature": st.floats(0, 3)}
+broken_dialogs = st.lists(st.one_of(anything, st.lists(st.one_of(anything, messages), max_size=4)), max_size=6)
 few = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @few
-@given(
-    prompts=st.one_of(
-        anything, st.lists(st.one_of(anything, st.lists(st.integers(-1, 1100), max_size=70)), max_size=5)
-    ),
-    max_gen_len=st.one_of(anything, st.integers(0, 6)),
-    temperature=st.one_of(anything, st.floats(0, 3), st.just(1e-40)),
-    top_p=st.one_of(anything, st.floats(0, 1), st.just(1e-40)),
-    logprobs=st.booleans(),
-    echo=st.booleans(),
-)
-def test_generate_answers_or_raises_value_error(llama, prompts, max_gen_len, temperature, top_p, logprobs, echo):
-    try:
-        ids, scores = llama.generate(prompts, max_gen_len, temperature, top_p, logprobs, echo)
-    except ValueError:
-        return
-    assert len(ids) == len(prompts)
-    assert all(0 <= id < 1024 for row in ids for id in row)
+@given(call=st.fixed_dictionaries(valid_generate))
+def test_generate_answers_every_valid_call(llama, call):
+    ids, scores = llama.generate(**call)
+    assert len(ids) == len(call["prompt_tokens"])
+    for row, prompt in zip(ids, call["prompt_tokens"], strict=True):
+        assert len(row) <= call["echo"] * len(prompt) + call["max_gen_len"]
+        assert all(0 <= id < 1024 for id in row)
+    assert (scores is not None) == call["logprobs"]
     assert scores is None or [len(row) for row in scores] == [len(row) for row in ids]
+    assert scores is None or all(-1e5 < score <= 1e-6 for row in scores for score in row)
 
 
 @few
-@given(
-    dialogs=st.one_of(
-        anything,
-        st.lists(
-            st.one_of(
-                anything,
-                st.lists(
-                    st.one_of(
-                        anything,
-                        st.fixed_dictionaries(
-                            {
-                                "role": st.sampled_from(["system", "user", "assistant", "tool", None]),
-                                "content": st.one_of(anything, st.text(max_size=8), st.just("[INST]")),
-                            }
-                        ),
-                    ),
-                    max_size=4,
-                ),
-                st.builds(lambda text: [{"role": "user", "content": text}], st.text(max_size=8)),
-            ),
-            max_size=3,
-        ),
-    ),
-    temperature=st.one_of(anything, st.floats(0, 3)),
-)
-def test_chat_answers_or_raises_value_error(llama, dialogs, temperature):
+@given(data=st.data(), call=st.fixed_dictionaries(valid_generate))
+def test_generate_answers_or_raises_value_error(llama, data, call):
+    name = data.draw(st.sampled_from(["prompt_tokens", "max_gen_len", "temperature", "top_p"]))
+    call[name] = data.draw(st.one_of(anything, broken_prompts) if name == "prompt_tokens" else anything)
     try:
-        results = llama.chat_completion(dialogs, temperature=temperature, max_gen_len=2)
+        ids, _ = llama.generate(**call)
     except ValueError:
         return
-    assert len(results) == len(dialogs)
+    assert len(ids) == len(call["prompt_tokens"])
+
+
+@few
+@given(call=st.fixed_dictionaries(valid_chat))
+def test_chat_answers_every_valid_call(roomy, call):
+    results = roomy.chat_completion(**call, max_gen_len=2, top_p=1.0)
+    assert [set(result) for result in results] == [{"generation"}] * len(call["dialogs"])
+
+
+@few
+@given(data=st.data(), call=st.fixed_dictionaries(valid_chat))
+def test_chat_answers_or_raises_value_error(roomy, data, call):
+    name = data.draw(st.sampled_from(["dialogs", "message", "temperature"]))
+    if name == "message":
+        call["dialogs"][0][0] = data.draw(st.one_of(anything, messages))
+    else:
+        call[name] = data.draw(st.one_of(anything, broken_dialogs) if name == "dialogs" else anything)
+    try:
+        results = roomy.chat_completion(**call, max_gen_len=2)
+    except ValueError:
+        return
+    assert len(results) == len(call["dialogs"])
 
 
 # Broken numbers, and what is left as it was
@@ -333,6 +365,14 @@ def test_logits_that_are_not_finite_name_the_first_layer(tokenizer, name, value,
         llama.generate([[0, 5, 6]], 3, temperature=temperature)
 
 
+def test_scores_that_are_not_finite_name_the_first_layer(tokenizer):
+    """Nothing is generated here, so no logits are sampled from: the prompt's own scores must be checked."""
+    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
+    llama.model.layers[1].attention.wo.weight[3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"first layer to give such values is layers\.1$"):
+        llama.generate([[1, 5, 6], [1]], 0, logprobs=True, echo=True)
+
+
 def test_values_that_break_while_decoding_are_found(llama):
     real, calls = llama.model.hidden, []
 
@@ -343,7 +383,7 @@ def test_values_that_break_while_decoding_are_found(llama):
 
     with (
         mock.patch.object(llama.model, "hidden", break_later),
-        pytest.raises(FloatingPointError, match="not reproducible"),
+        pytest.raises(FloatingPointError, match="computed again, they were not"),
     ):
         greedy(llama, [[1, 2]])
     assert len(greedy(llama, [[1, 2]])[0][0]) == 10

@@ -16,6 +16,18 @@ def test_logits_equal_hugging_face(shape):
     assert relative_error(model(TOKENS, 0), theirs) <= 1e-5
 
 
+def test_logits_at_the_end_of_a_long_context_equal_hugging_face():
+    """Rotary angles grow with the position, and so does an error in their frequencies: theta ** -x in place of
+    1 / theta ** x, which rounds differently, was 4e-5 off here."""
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 128, (1, 4096))
+    model = random_model({**GQA, "n_heads": 2, "n_kv_heads": 1, "dim": 256, "n_layers": 2}, max_seq_len=4096)
+    theirs = hugging_face(model.params, model.state_dict())
+    with torch.inference_mode():
+        ours, theirs = model.hidden(tokens, 0)[:, -200:], theirs.model(tokens, output_hidden_states=True)
+        assert relative_error(model.norm(ours), theirs.last_hidden_state[:, -200:]) <= 1e-5
+
+
 def _logits_of_checkpoint(folder, tokens):
     llama = Llama.build(folder, max_seq_len=32, device="cpu", dtype="float32")
     with torch.inference_mode():
@@ -77,6 +89,20 @@ def test_without_a_cache_the_logits_are_the_same_and_have_gradients():
         model(TOKENS, 3)
 
 
+def test_the_cache_keeps_no_gradients():
+    """Called outside of inference mode, a cache that remembers how it was computed grows with every call."""
+    model = random_model().requires_grad_(True)
+    for start in range(3):
+        model(TOKENS[:, start : start + 1], start)
+    assert not model.layers[0].attention.cache.k.requires_grad
+
+
+def test_arguments_keep_their_order():
+    """Callers of the public implementation pass them by position."""
+    args = ModelArgs(64, 3, 8, 4, 128, 32, None, 1e-5, 2, 16)
+    assert (args.max_batch_size, args.max_seq_len, args.rope_theta) == (2, 16, 10000.0)
+
+
 def test_logits_of_chosen_positions():
     model = random_model()
     hidden = model.hidden(TOKENS, 0)
@@ -119,6 +145,7 @@ def test_what_does_not_fit_is_named(tokens, start, message):
         ({"dim": 64.0}, "dim is 64.0"),
         ({"n_layers": True}, "n_layers is True"),
         ({"norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"n_layers": 10**400}, "n_layers is 1000"),
         ({"ffn_dim_multiplier": "1.3"}, "ffn_dim_multiplier is '1.3'"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"max_seq_len": None}, "max_seq_len is None"),

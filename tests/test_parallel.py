@@ -24,6 +24,11 @@ def test_the_default_device_is_the_fastest_there_is(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert parallel.choose_device() == parallel.choose_device("cuda") == torch.device("cuda", 3)
     assert parallel.choose_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="'cuda:1' on local rank 3: with several ranks give 'cuda'"):
+        parallel.choose_device("cuda:1")
+    assert parallel.choose_device("cuda:3") == parallel.choose_device("cuda")
+    monkeypatch.delenv("WORLD_SIZE")
     assert parallel.choose_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(ValueError, match="cuda:4 is wanted but this machine has 4 GPUs"):
@@ -68,6 +73,11 @@ def test_a_dtype_is_taken_by_name_or_refused():
 def test_a_model_parallel_size_that_does_not_fit_says_what_to_run(size):
     with pytest.raises(ValueError, match=r"model_parallel_size .* does not fit 1 running rank"):
         parallel.init_model_parallel(size)
+
+
+def test_an_error_from_a_folder_named_after_a_backend_is_no_lost_contact():
+    assert "lost contact" not in parallel._one_line(FileNotFoundError("igloo/NCCL is not an existing folder"), True)
+    assert "lost contact" in parallel._one_line(RuntimeError("[gloo/transport] Connection closed by peer"), True)
 
 
 def test_joining_prints_nothing_and_needs_no_environment():

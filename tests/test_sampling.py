@@ -15,6 +15,7 @@ PROBS = torch.tensor([[0.5, 0.05, 0.3, 0.15], [0.1, 0.2, 0.3, 0.4]])
         (0.6, [[0.625, 0, 0.375, 0], [0, 0, 3 / 7, 4 / 7]]),
         (0.9, [[10 / 19, 0, 6 / 19, 3 / 19], [0, 2 / 9, 3 / 9, 4 / 9]]),
         (1e-9, [[1, 0, 0, 0], [0, 0, 0, 1]]),
+        (5e-324, [[1, 0, 0, 0], [0, 0, 0, 1]]),
         (1.0, PROBS.tolist()),
     ],
 )
@@ -26,7 +27,7 @@ def test_temperature_zero_takes_the_likeliest():
     assert sample(PROBS.log(), 0, 1.0).tolist() == [0, 3]
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 1e-3])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1e-3])
 def test_a_tiny_temperature_takes_the_likeliest(temperature):
     """Dividing by it must not overflow."""
     logits = torch.tensor([[1e4, -1e4, 9.9e3], [0.0, 3.0, 1.0]])

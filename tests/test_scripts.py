@@ -103,7 +103,7 @@ def test_a_bar_shows_loading_on_a_terminal_only(tmp_path):
 
 
 def test_two_nodes(tmp_path):
-    """The global rank chooses the shard, the local rank the device; only the first node prints."""
+    """The global rank chooses the shard; only the first node prints."""
     save_random(tmp_path, mp=2)
     port, nodes = str(free_port()), []
     flags = ["--ckpt_dir", str(tmp_path), "--tokenizer_path", str(TOKENIZER), "--max_gen_len", "2", "--device", "cpu"]
@@ -202,10 +202,18 @@ with parallel.readable_errors():
         assert not Path(f"/proc/{pid}").exists()
 
 
+def test_a_failure_before_the_ranks_have_met_is_one_line():
+    code, _, err, seconds = start(2, TEXT, "--prompts", "nowhere.txt")
+    assert code != 0
+    assert seconds < 30
+    [line] = errors(err)
+    assert "neither a list" in line
+
+
 def test_bad_arguments_on_several_ranks_are_one_line(tmp_path):
     save_random(tmp_path, mp=2, dtype=torch.bfloat16)
     edit_params(tmp_path, n_layers=0)
     code, _, err, _ = start(2, TEXT, "--ckpt_dir", str(tmp_path), "--tokenizer_path", str(TOKENIZER))
     assert code != 0
     [line] = errors(err)
-    assert line.endswith("params.json: n_layers is 0; it must be positive")
+    assert "params.json: n_layers is 0; it must be positive" in line
