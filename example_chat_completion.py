@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import fire
-
-from llama import Dialog, Llama, parallel
+from llama import Dialog, Llama, parallel, script
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "small-chat"
 
@@ -110,5 +108,4 @@ def read_dialogs(prompts: list[Dialog] | str | None, default: list[Dialog]) -> l
 
 
 if __name__ == "__main__":
-    with parallel.readable_errors():
-        fire.Fire(main)
+    script.run(main)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fire
-
-from llama import Llama, parallel
+from llama import Llama, parallel, script
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "small"
 
@@ -95,9 +93,11 @@ def read_prompts(prompts: list[str] | str | None, default: list[str]) -> list[st
     path = Path(str(prompts))
     if not path.is_file():
         raise FileNotFoundError(f"prompts {prompts!r} is neither a list such as '[\"Once upon\"]' nor a text file")
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 if __name__ == "__main__":
-    with parallel.readable_errors():
-        fire.Fire(main)
+    script.run(main)

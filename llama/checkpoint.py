@@ -1,27 +1,36 @@
-"""A folder of weights as Meta publishes it -> this rank's tensors; and a state dict -> such a folder.
+"""A folder of weights, in Meta's layout or Hugging Face's, saved for any number of ranks -> this rank's tensors.
 
-A folder holds params.json, one consolidated.NN.pth for each model-parallel rank, and checklist.chk with their md5 sums.
+Meta's: params.json, one consolidated.NN.pth for each model-parallel rank, and checklist.chk with their md5 sums.
+Hugging Face's: config.json, and model.safetensors or several files with model.safetensors.index.json.
 tokenizer.model lies beside them or one folder up.
+
+A weight is split over ranks along one dimension, in equal parts. The parts on disk need not be those in memory: say wq
+has 12 rows, saved in 4 shards of 3, and 3 ranks load it. Rank 1 wants rows 4 to 8, which are row 1 and 2 of shard 1 and
+rows 0 and 1 of shard 2. `pieces` works that out, and only these rows are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import re
+import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import hf
 from .model import ModelArgs
-from .parallel import rank
+from .parallel import rank, world_size
 
 # Along which dimension the ranks' parts of a weight lie. The key is the last name before ".weight".
 SHARD_DIM: dict[str, int | None] = {
@@ -32,14 +41,66 @@ SHARD_DIM: dict[str, int | None] = {
     "output": 0,
 }  # fmt: skip
 # Rotary frequencies, which older files carry and which follow from params.json.
-IGNORED = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs")
+IGNORED = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs|.*rotary_emb\.inv_freq")
 REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name.startswith("max_")]
+SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+MAPPED_AT_ONCE = 2**26  # bytes read through a mapping before it is given back: mapped pages count as memory in use
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan: which part of a weight goes where. Pure functions
 
 
 def shard_dim(name: str) -> int | None:
     """The dimension along which the parameter `name` is split over ranks; None for one that every rank holds whole."""
     return SHARD_DIM[name.split(".")[-2]]
+
+
+def shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights of a whole model."""
+    heads, kv_heads, hidden = args.n_heads * args.head_dim, args.kv_heads * args.head_dim, args.ffn_hidden
+    layer = {
+        "attention.wq": (heads, args.dim),
+        "attention.wk": (kv_heads, args.dim),
+        "attention.wv": (kv_heads, args.dim),
+        "attention.wo": (args.dim, heads),
+        "feed_forward.w1": (hidden, args.dim),
+        "feed_forward.w2": (args.dim, hidden),
+        "feed_forward.w3": (hidden, args.dim),
+        "attention_norm": (args.dim,),
+        "ffn_norm": (args.dim,),
+    }
+    whole = {"tok_embeddings": (args.vocab_size, args.dim), "norm": (args.dim,), "output": (args.vocab_size, args.dim)}
+    whole |= {f"layers.{i}.{name}": shape for i in range(args.n_layers) for name, shape in layer.items()}
+    return {f"{name}.weight": shape for name, shape in whole.items()}
+
+
+def share(name: str, size: int, args: ModelArgs, rank: int, world_size: int) -> tuple[int, int]:
+    """Where the part of a rank begins and ends in the `size` rows or columns of a weight. Each rank has an equal part;
+    with more ranks than key-value heads, neighbouring ranks have the same head: 2 heads on 4 ranks lie as 0 0 1 1."""
+    if name.split(".")[-2] in ("wk", "wv") and world_size > args.kv_heads:
+        rank, world_size = rank * args.kv_heads // world_size, args.kv_heads
+    return rank * size // world_size, (rank + 1) * size // world_size
+
+
+class Piece(NamedTuple):
+    shard: int
+    begin: int  # in the shard
+    offset: int  # in what is put together
+    length: int
+
+
+def pieces(size: int, shards: int, begin: int, end: int) -> Iterator[Piece]:
+    """The parts of `shards` equal shards of `size` rows or columns that make up those from `begin` to `end`."""
+    each = size // shards
+    for shard in range(begin // each, -(-end // each)):
+        first, last = max(begin, shard * each), min(end, (shard + 1) * each)
+        yield Piece(shard, first - shard * each, first - begin, last - first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files
 
 
 def find_tokenizer(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str] | None) -> Path:
@@ -69,17 +130,20 @@ def check_path(value: Any, name: str, kind: Literal["file", "folder"]) -> Path:
     raise FileNotFoundError(f"{name} {path} is not an existing {kind}")
 
 
-def read_params(ckpt_dir: Path) -> dict[str, Any]:
-    """The checked content of params.json; ValueError names an unknown or missing key."""
-    path = ckpt_dir / "params.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no params.json in {ckpt_dir}; is it the folder of a checkpoint?")
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; ValueError names the file that holds none."""
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(params, dict):
-        raise ValueError(f"{path} holds {type(params).__name__} and not an object of keys and values")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__} and not an object of keys and values")
+    return content
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """The checked content of params.json; ValueError names an unknown or missing key."""
+    params = read_json(path)
     if unknown := [key for key in params if key not in KNOWN]:
         raise ValueError(f"{path} has unknown keys {_names(unknown)}; known are {_names(KNOWN)}")
     if missing := [key for key in REQUIRED if key not in params]:
@@ -87,22 +151,9 @@ def read_params(ckpt_dir: Path) -> dict[str, Any]:
     return params
 
 
-def model_args(ckpt_dir: Path, n_words: int) -> ModelArgs:
-    """The model's shape by params.json, with the vocabulary of a tokenizer of `n_words` pieces."""
-    params = read_params(ckpt_dir)
-    try:
-        args = ModelArgs(**params)
-    except ValueError as error:
-        raise ValueError(f"{ckpt_dir / 'params.json'}: {error}") from error
-    if args.vocab_size not in (-1, n_words):
-        given = f"{ckpt_dir / 'params.json'}: vocab_size {args.vocab_size}"
-        raise ValueError(f"{given} differs from the tokenizer's {n_words} pieces")
-    return dataclasses.replace(args, vocab_size=n_words)
-
-
 def shard_paths(ckpt_dir: Path) -> list[Path]:
     """The shards in the order of ranks; FileNotFoundError names a missing one."""
-    found = {path.name: path for path in ckpt_dir.glob("consolidated.*.pth")}
+    found = {path.name: path for path in ckpt_dir.glob("consolidated.*.pth") if path.is_file()}
     if not found:
         raise FileNotFoundError(f"no consolidated.*.pth in {ckpt_dir}; is it the folder of a checkpoint?")
     numbers = [int(match[1]) for name in found if (match := re.fullmatch(r"consolidated\.(\d\d)\.pth", name))]
@@ -114,42 +165,211 @@ def shard_paths(ckpt_dir: Path) -> list[Path]:
     return [found[name] for name in wanted]
 
 
+def safetensors_paths(folder: Path) -> list[Path]:
+    """The files that model.safetensors.index.json names, or model.safetensors."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {_names(missing)}; download it again")
+    return [folder / name for name in names]
+
+
 def read_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of one shard, mapped and not read; nothing in the file is executed. ValueError if it is no shard."""
     try:
-        # Files in torch's older format, which are no zip archives, cannot be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Files in torch's older format, which are no zip archives, cannot be mapped.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # damage shows in any of a dozen types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        size = path.stat().st_size
-        raise ValueError(f"{path} ({size:,} bytes) is not a readable shard; download it again ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise unreadable(path, error) from error
+    plain = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not plain or not all(isinstance(t, Tensor) and t.layout is torch.strided and t.is_cpu for t in state.values()):
         raise ValueError(f"{path} holds something else than named tensors")
     return {name: tensor for name, tensor in state.items() if not IGNORED.fullmatch(name)}
 
 
-def check_shard(path: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """ValueError that names every tensor of a shard that is missing, unexpected, misshapen or not floating-point."""
-    problems = {
-        "missing": [name for name in wanted if name not in state],
-        "unexpected": [name for name in state if name not in wanted],
-        "misshapen": [f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-                      for name in wanted if name in state and state[name].shape != wanted[name].shape],
-        "not floating-point": [f"{name} {t.dtype}" for name, t in state.items() if not t.is_floating_point()],
-    }  # fmt: skip
-    if found := [f"{problem}: {_names(names)}" for problem, names in problems.items() if names]:
-        raise ValueError(f"{path} does not fit params.json: {'; '.join(found)}")
+def unreadable(path: Path, error: Exception) -> Exception:
+    """The error that says so of a file; one such as PermissionError says it itself."""
+    if isinstance(error, OSError) and type(error) is not OSError:
+        return error
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "weights_only" in str(error):  # torch goes on to recommend that the file be trusted
+        reason = "it holds other things than tensors"
+    return ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a readable shard; download it again ({reason})")
 
 
-def load_shard(model: nn.Module, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    """Give `model`, whose parameters may be on the meta device, copies of the shard's tensors in their final place."""
-    final = {}
-    total = sum(tensor.nbytes for tensor in state.values())
+class TorchFile:
+    """One consolidated.NN.pth."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.mapped = path, 0
+        self.state = read_shard(path)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self.state.items()}
+
+    def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
+        if self.mapped > MAPPED_AT_ONCE:
+            self.state, self.mapped = read_shard(self.path), 0
+        part = self.state[name].narrow(dim, begin, length)
+        self.mapped += part.nbytes
+        return part
+
+
+class SafetensorsFile:
+    """One file of Hugging Face's. Its tensors go by Meta's names here, and their rows lie in Meta's order."""
+
+    def __init__(self, path: Path, names: Mapping[str, str], head_dim: int) -> None:
+        self.path, self.mapped, self.head_dim = path, 0, head_dim
+        self.open()
+        ours = {theirs: meta for meta, theirs in names.items()}
+        theirs = self.file.keys()
+        self.keys = {ours.get(key, key): key for key in theirs if not IGNORED.fullmatch(key)}
+        slices = {name: self.file.get_slice(key) for name, key in self.keys.items()}
+        self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        self.dtypes = {name: SAFETENSORS_DTYPES.get(part.get_dtype(), torch.uint8) for name, part in slices.items()}
+
+    def tie(self, name: str, to: str) -> None:
+        """Where this file has the weight `to`, let it be `name` too."""
+        tables: tuple[dict[str, Any], ...] = (self.keys, self.shapes, self.dtypes)
+        for table in tables:
+            table.pop(name, None)
+            if to in table:
+                table[name] = table[to]
+
+    def open(self) -> None:
+        try:
+            self.file = safe_open(self.path, framework="pt")
+        except Exception as error:
+            raise unreadable(self.path, error) from error
+
+    def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
+        if self.mapped > MAPPED_AT_ONCE:
+            self.open()
+            self.mapped = 0
+        part = self.file.get_slice(self.keys[name])
+        part = part[begin : begin + length] if dim == 0 else part[:, begin : begin + length]
+        self.mapped += part.nbytes
+        return hf.to_pairs(part, self.head_dim) if name.split(".")[-2] in ("wq", "wk") else part
+
+
+class Checkpoint:
+    """A folder of weights, opened: `params`, by Meta's keys, and any part of any weight. What is in the files is looked
+    up in their headers; FileNotFoundError or ValueError names the file and what is wrong with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: Sequence[TorchFile | SafetensorsFile]
+        # The files that hold a weight's parts, in the order of ranks.
+        self.holders: dict[str, Sequence[TorchFile | SafetensorsFile]]
+        if (folder / "params.json").is_file():
+            self.layout, self.source = "meta", folder / "params.json"
+            self.params = read_params(self.source)
+            self.files = [TorchFile(path) for path in shard_paths(folder)]
+            self.holders = {name: self.files for file in self.files for name in file.shapes}
+        elif (folder / "config.json").is_file():
+            self.layout, self.source = "hf", folder / "config.json"
+            config = read_json(self.source)
+            try:
+                self.params = hf.params(config)
+            except ValueError as error:
+                raise ValueError(f"{self.source}: {error}") from error
+            names, head_dim = hf.names(self.params["n_layers"]), self.params["dim"] // self.params["n_heads"]
+            files = [SafetensorsFile(path, names, head_dim) for path in safetensors_paths(folder)]
+            if config.get("tie_word_embeddings"):
+                for file in files:
+                    file.tie("output.weight", "tok_embeddings.weight")
+            self.files = files
+            self.holders = {name: [file] for file in files for name in file.shapes}
+        else:
+            raise FileNotFoundError(f"no params.json or config.json in {folder}; is it the folder of a checkpoint?")
+
+    def args(self, n_words: int) -> ModelArgs:
+        """The model's shape, with the vocabulary of a tokenizer of `n_words` pieces; checked against the files."""
+        try:
+            args = ModelArgs(**self.params)
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from error
+        if args.vocab_size not in (-1, n_words):
+            given = f"{self.source}: vocab_size {args.vocab_size}"
+            raise ValueError(f"{given} differs from the tokenizer's {n_words} pieces")
+        held = self.holders.get("output.weight", [])
+        rows = sum(file.shapes["output.weight"][0] for file in held if "output.weight" in file.shapes)
+        if held and rows != n_words:
+            raise ValueError(f"the tokenizer has {n_words} pieces and the weights in {self.folder} {rows}: not a pair")
+        args = dataclasses.replace(args, vocab_size=n_words)
+        self.check(args)
+        return args
+
+    def check(self, args: ModelArgs) -> None:
+        """ValueError that names every tensor of a file that is missing, unexpected, misshapen or not floating-point."""
+        wanted = shapes(args)
+        for file in self.files:
+            here = wanted if self.layout == "meta" else [name for name in wanted if self.holders.get(name) == [file]]
+            found = [
+                (name, file.shapes[name], self.part_shapes(name, wanted[name])) for name in here if name in file.shapes
+            ]
+            problems = {
+                "missing": [name for name in here if name not in file.shapes],
+                "unexpected": [name for name in file.shapes if name not in wanted],
+                "misshapen": [f"{name} {shape} instead of {fit[0]}" for name, shape, fit in found if shape not in fit],
+                "not floating-point": [f"{name} {t}" for name, t in file.dtypes.items() if not t.is_floating_point],
+            }
+            if listed := [f"{problem}: {_names(names)}" for problem, names in problems.items() if names]:
+                raise ValueError(f"{file.path} does not fit {self.source.name}: {'; '.join(listed)}")
+        if missing := [name for name in wanted if name not in self.holders]:
+            raise ValueError(f"{self.folder} does not fit {self.source.name}: missing: {_names(missing)}")
+        norms = [file.read("norm.weight", 0, 0, args.dim) for file in self.holders["norm.weight"]]
+        for file, norm in zip(self.files, norms, strict=False):
+            if not torch.equal(norm, norms[0]):  # every shard of a model has the same
+                raise ValueError(f"{file.path} and {self.files[0].path.name} are shards of different models")
+
+    def part_shapes(self, name: str, whole: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shapes that a file's part of a weight may have. Embeddings are split by columns in Llama 2's files and by
+        rows in Llama 3's."""
+        shards, dim = len(self.holders[name]), shard_dim(name)
+        if dim is None:
+            return [whole]
+        dims = [d for d in ((1, 0) if "tok_embeddings" in name else (dim,)) if whole[d] % shards == 0] or [dim]
+        return [tuple(size // shards if i == dim else size for i, size in enumerate(whole)) for dim in dims]
+
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds every weight."""
+        return functools.reduce(torch.promote_types, {dtype for file in self.files for dtype in file.dtypes.values()})
+
+    def read(self, name: str, begin: int, end: int, into: Tensor) -> None:
+        """Copy rows or columns `begin` to `end` of a weight, counted along its `shard_dim`, into a tensor of their
+        shape, on whatever device and in whatever dtype it is."""
+        files, dim = self.holders[name], shard_dim(name)
+        if dim is None:
+            into.copy_(files[0].read(name, 0, 0, len(into)))
+            return
+        other = 1 - dim
+        each = files[0].shapes[name][other]
+        if each != into.shape[other]:  # split along the other dimension: every file has some of what is wanted
+            for i, file in enumerate(files):
+                into.narrow(other, i * each, each).copy_(file.read(name, dim, begin, end - begin))
+            return
+        size = files[0].shapes[name][dim] * len(files)
+        for piece in pieces(size, len(files), begin, end):
+            source = files[piece.shard].read(name, dim, piece.begin, piece.length)
+            into.narrow(dim, piece.offset, piece.length).copy_(source)
+
+
+def load(model: nn.Module, checkpoint: Checkpoint, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
+    """Give `model`, whose parameters may be on the meta device, this rank's part of the weights, each allocated once,
+    in its final place and dtype."""
+    whole, final = shapes(args), {}
+    total = sum(weight.numel() * dtype.itemsize for weight in model.parameters())
     quiet = None if rank() == 0 else True  # None: only on a terminal
     with tqdm(desc="loading", total=total, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
-        for name, tensor in state.items():
-            final[name] = tensor.to(device, dtype, copy=True)
-            bar.update(tensor.nbytes)
+        for name, weight in model.named_parameters():
+            final[name] = torch.empty(weight.shape, dtype=dtype, device=device)
+            size = whole[name][shard_dim(name) or 0]
+            checkpoint.read(name, *share(name, size, args, rank(), world_size()), into=final[name])
+            bar.update(final[name].nbytes)
     model.load_state_dict(final, strict=True, assign=True)
 
 

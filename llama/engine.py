@@ -46,8 +46,8 @@ def steps(
     if not any(live) and not echo:
         return
     # Right padding: what a row computes behind its own last token, no token of its own ever looks at, and its cache
-    # slots are overwritten before they are reached. Any id serves.
-    padded = [[*prompt] + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
+    # slots are overwritten before they are reached. The last token again, as another's weights may be broken.
+    padded = [[*prompt] + [prompt[-1]] * (max(lengths) - len(prompt)) for prompt in prompts]
     tokens, positions = torch.tensor(padded, device=device), [0]  # (B, T)
     last = torch.tensor(lengths, device=device) - 1  # (B,): the last real token of each row
     hidden = model.hidden(tokens, positions)  # (B, T, dim)
@@ -99,7 +99,8 @@ def prompt_logprobs(model: Transformer, tokens: Tensor, hidden: Tensor) -> Tenso
 
 
 def not_finite(model: Transformer, tokens: Tensor, positions: Sequence[int], last: Tensor) -> FloatingPointError:
-    """The error that names the first layer whose output for this step, computed again, is NaN or infinite."""
+    """The error that names the first layer whose output for this step, computed again, is NaN or infinite. The cache is
+    emptied."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -113,5 +114,7 @@ def not_finite(model: Transformer, tokens: Tensor, positions: Sequence[int], las
     finally:
         for hook in hooks:
             hook.remove()
+    for cache in model.buffers():  # a masked NaN is still NaN times 0: it would break the next batch too
+        cache.zero_()
     where = f"the first layer to give such values is {found[0]}" if found else "computed again, they were not"
     return FloatingPointError(f"the logits are NaN or infinite; {where}")

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from reprlib import repr as shorten
 from typing import Any, TypedDict
 
 import torch
 
 from . import parallel
 from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
-from .checkpoint import check_path, check_shard, find_tokenizer, load_shard, model_args, read_shard, shard_paths
+from .checkpoint import Checkpoint, check_path, find_tokenizer, load
 from .engine import Token, steps
 from .model import Transformer
 from .sampling import sample
 from .tokenizer import Tokenizer
+
+_one_at_a_time = threading.Lock()  # a model has one cache
 
 
 class _Scored(TypedDict, total=False):
@@ -37,10 +41,10 @@ class Llama:
     """Text and chat completion. Under torchrun all ranks make the same calls; what rank 0 asks for is served."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
-        if type(seed) is not int:
-            raise ValueError(f"seed is {seed!r}; it must be an int")
+        check_seed(seed)
         self.model = model
         self.tokenizer = tokenizer
+        self.broken = False  # the ranks have lost step
         self.generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
 
     @staticmethod
@@ -54,39 +58,32 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> Llama:
-        """Load the checkpoint in `ckpt_dir`, one shard per rank.
+        """Load the checkpoint in `ckpt_dir`, in Meta's layout or Hugging Face's, whatever number of shards it has.
 
         `max_seq_len` counts the tokens of prompt and answer together; with `max_batch_size` it sizes the cache.
         `tokenizer_path` defaults to tokenizer.model in the folder or one up. `device` defaults to CUDA, then MPS, then
         CPU; `dtype` to the checkpoint's, or float32 where the CPU has no instructions for it. Raises ValueError,
         FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank.
         """
+        check_seed(seed)
         parallel.init_model_parallel(model_parallel_size)
         with parallel.all_or_none():
             where = parallel.choose_device(device)
             parallel.use(where)
             folder = check_path(ckpt_dir, "ckpt_dir", "folder")
             tokenizer = Tokenizer(find_tokenizer(folder, tokenizer_path))
-            args = model_args(folder, tokenizer.n_words)
-            args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+            weights = Checkpoint(folder)
+            args = replace(weights.args(tokenizer.n_words), max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             if args.max_batch_size == 0:
                 raise ValueError("max_batch_size is 0; it must be positive")
-            shards = shard_paths(folder)
-            if len(shards) != parallel.world_size():
-                raise ValueError(
-                    f"{folder} has {len(shards)} shard(s) and needs as many ranks, not {parallel.world_size()}: "
-                    f"run torchrun --nproc_per_node {len(shards)} ..."
-                )
-            path = shards[parallel.rank()]
-            state = read_shard(path)
             with torch.device("meta"):
                 model = Transformer(args)
-            check_shard(path, state, model.state_dict())
-            kind = parallel.choose_dtype(dtype, where, state["tok_embeddings.weight"].dtype)
-        if len(set(kinds := parallel.gather_objects((where.type, kind)))) > 1:
-            raise ValueError(f"the ranks would compute in different dtypes, {kinds}; give device and dtype")
+            kind = parallel.choose_dtype(dtype, where, weights.dtype())
+        plans = parallel.gather_objects((where.type, kind, max_seq_len, max_batch_size))
+        if len(set(plans)) > 1:
+            raise ValueError(f"the ranks differ in (device, dtype, max_seq_len, max_batch_size): {plans}")
         with parallel.all_or_none():
-            load_shard(model, state, where, kind)
+            load(model, weights, args, where, kind)
             model.allocate_cache()
         return Llama(model.eval().requires_grad_(False), tokenizer, seed)
 
@@ -123,7 +120,10 @@ class Llama:
         """The text that continues each prompt; with `logprobs` also the text and log probability of each token.
         `max_gen_len` defaults to all that max_seq_len leaves. See `generate` for the rest."""
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-            raise ValueError(f"prompts is {prompts!r}; it must be a list of str")
+            raise ValueError(f"prompts is {shorten(prompts)}; it must be a list of str")
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt {i} is {shorten(prompt)}, which is not a str")
         prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         rows = self._generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
         return [{"generation": self._text(row), **self._scored(row, logprobs)} for row in rows]
@@ -140,12 +140,14 @@ class Llama:
         """The assistant's answer to each dialog. A dialog whose messages hold a tag of the chat format is answered with
         an error text and never reaches the model. Raises ValueError for a dialog whose roles are out of order."""
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
-            raise ValueError(f"dialogs is {dialogs!r}; it must be a list of dialogs")
+            raise ValueError(f"dialogs is {shorten(dialogs)}; it must be a list of dialogs")
         for i, dialog in enumerate(dialogs):
             check_dialog(dialog, f"dialog {i}")
         allowed = [i for i, dialog in enumerate(dialogs) if not has_tags(dialog)]
         prompt_tokens = [encode_dialog(self.tokenizer, dialogs[i]) for i in allowed]
-        rows = dict(zip(allowed, self._generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs), strict=True))
+        names = [f"dialog {i}" for i in allowed]
+        answers = self._generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, names=names)
+        rows = dict(zip(allowed, answers, strict=True))
         return [
             {
                 "generation": {"role": "assistant", "content": self._text(rows[i]) if i in rows else REFUSAL},
@@ -162,38 +164,48 @@ class Llama:
         top_p: float,
         logprobs: bool,
         echo: bool = False,
+        names: Sequence[str] = (),
     ) -> list[list[Token]]:
         max_seq_len = self.model.params.max_seq_len
         if max_gen_len is None:
             max_gen_len = max_seq_len - 1
-        self._check(prompts, max_gen_len, temperature, top_p)
+        self._check(prompts, max_gen_len, temperature, top_p, names)
         rows: list[list[Token]] = [[] for _ in prompts]
         if not rows:
             return rows
         limits = [min(max_seq_len, len(prompt) + max_gen_len) for prompt in prompts]
+        if self.broken:
+            raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
         draw = partial(sample, temperature=temperature, top_p=top_p, generator=self.generator)
-        for step in steps(self.model, prompts, limits, [self.tokenizer.eos_id], draw, logprobs, echo):
-            for row, gained in zip(rows, step, strict=True):
-                row += gained
+        with _one_at_a_time:
+            try:
+                for step in steps(self.model, prompts, limits, [self.tokenizer.eos_id], draw, logprobs, echo):
+                    for row, gained in zip(rows, step, strict=True):
+                        row += gained
+            except FloatingPointError:  # all ranks agree on that
+                raise
+            except BaseException:
+                self.broken = parallel.world_size() > 1
+                raise
         return rows
 
-    def _check(self, prompts: Any, max_gen_len: Any, temperature: Any, top_p: Any) -> None:
+    def _check(self, prompts: Any, max_gen_len: Any, temperature: Any, top_p: Any, names: Sequence[str]) -> None:
         params = self.model.params
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, (list, tuple)) for prompt in prompts):
-            raise ValueError(f"prompt_tokens is {prompts!r}; it must be a list of lists of token ids")
+            raise ValueError(f"prompt_tokens is {shorten(prompts)}; it must be a list of lists of token ids")
         if len(prompts) > params.max_batch_size:
             raise ValueError(
                 f"{len(prompts)} prompts exceed max_batch_size {params.max_batch_size}; "
                 "pass fewer at a time or build with a larger max_batch_size"
             )
-        for i, prompt in enumerate(prompts):
+        for prompt, name in zip(prompts, names or [f"prompt {i}" for i in range(len(prompts))], strict=True):
             if not prompt:
-                raise ValueError(f"prompt {i} is empty; it needs at least one token, such as bos_id")
+                raise ValueError(f"{name} is empty; it needs at least one token, such as bos_id")
             if odd := [id for id in prompt if type(id) is not int or not 0 <= id < params.vocab_size]:
-                raise ValueError(f"prompt {i} holds {odd[0]!r}, which is no int from 0 to {params.vocab_size - 1}")
+                raise ValueError(f"{name} holds {shorten(odd[0])}, which is no int from 0 to {params.vocab_size - 1}")
             if len(prompt) > params.max_seq_len:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens, more than max_seq_len {params.max_seq_len}; "
+                    f"{name} has {len(prompt)} tokens, more than max_seq_len {params.max_seq_len}; "
                     "shorten it or build with a larger max_seq_len"
                 )
         if type(max_gen_len) is not int or max_gen_len < 0:
@@ -211,6 +223,11 @@ class Llama:
             return {}
         pieces = self.tokenizer.decode_pieces([token.id for token in row])
         return {"tokens": pieces, "logprobs": [token.logprob for token in row]}
+
+
+def check_seed(seed: Any) -> None:
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {shorten(seed)}; it must be an int of 64 bits")
 
 
 def _is_number(value: object) -> bool:

@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide, init_model_parallel
+from .parallel import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RowParallelLinear,
+    divide,
+    init_model_parallel,
+    world_size,
+)
 
 
 @dataclass
@@ -135,10 +142,12 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = args.head_dim
         self.n_heads = divide(args.n_heads, "n_heads")
-        self.n_kv_heads = divide(args.kv_heads, "n_kv_heads")
+        # With more ranks than key-value heads, several ranks have the same one.
+        all_kv_heads = max(args.kv_heads, world_size())
+        self.n_kv_heads = divide(all_kv_heads, "n_kv_heads")
         self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim)
-        self.wk = ColumnParallelLinear(args.dim, args.kv_heads * args.head_dim)
-        self.wv = ColumnParallelLinear(args.dim, args.kv_heads * args.head_dim)
+        self.wk = ColumnParallelLinear(args.dim, all_kv_heads * args.head_dim)
+        self.wv = ColumnParallelLinear(args.dim, all_kv_heads * args.head_dim)
         self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim)
         self.cache: KVCache | None = None
 
@@ -220,8 +229,12 @@ class Transformer(nn.Module):
         follow it. What the cache holds before that position is attended to, what it holds from there on is replaced.
         Raises ValueError when the rows or positions exceed max_batch_size or max_seq_len.
         """
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise ValueError(f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}, not ids (batch, seqlen)")
+        starts = torch.as_tensor(start_pos).reshape(-1).cpu()
+        if starts.is_floating_point() or not len(starts):
+            raise ValueError(f"start_pos is {start_pos}; give an int, or one for each row")
         B, T = tokens.shape
-        starts = torch.as_tensor(start_pos, dtype=torch.long).reshape(-1).cpu()
         end = int(starts.max()) + T
         self._check(B, T, starts, end)
         uniform = bool((starts == starts[0]).all())

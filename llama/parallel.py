@@ -9,9 +9,6 @@ from __future__ import annotations
 import functools
 import io
 import os
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import ParamSpec, TypeVar
@@ -36,7 +33,7 @@ _store: dist.Store | None = None  # where the ranks settle which of them reports
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The device of this rank: CUDA, then MPS, then CPU unless `device` says which; under torchrun `cuda` means the GPU
     of the local rank. Raises ValueError for a device that this machine does not have."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = launched() > 1
     if device is None:
         # gloo cannot reduce tensors that live on MPS, so several ranks on a Mac compute on its CPU.
         mps = torch.backends.mps.is_available() and not several
@@ -52,9 +49,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         index = local if chosen.index is None else chosen.index
         if several and index != local:
-            raise ValueError(
-                f"device {str(device)!r} on local rank {local}: with several ranks give 'cuda'"
-            )
+            raise ValueError(f"device {str(device)!r} on local rank {local}: with several ranks give 'cuda'")
         if index >= count:
             raise ValueError(
                 f"device cuda:{index} is wanted but this machine has {count} GPUs; "
@@ -81,6 +76,8 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, saved: t
         raise ValueError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     if dtype is not None:
         return dtype  # type: ignore[return-value]
+    if saved not in DTYPES.values():
+        return torch.float32
     if device.type != "cpu":
         return saved
     # Measured on two cores: 1,000 GFLOP/s in bfloat16 with AMX, 50 with AVX-512 alone, 150-220 in float32.
@@ -112,12 +109,21 @@ def init_model_parallel(model_parallel_size: int | None = None) -> None:
         raise ValueError(f"model_parallel_size {size} differs from {world_size()}, which this process already uses")
 
 
+def launched() -> int:
+    """The number of processes that torchrun, or whoever sets its variables, started together; 1 without them."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 1
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit; start with torchrun")
+    return int(world)
+
+
 def _join() -> tuple[dist.Store, int, int]:
     """The store that all ranks share, this rank and the number of ranks."""
     global _store
-    rank, world = 0, 1
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        _store = dist.HashStore()
+    if launched() == 1:
+        _store, rank, world = dist.HashStore(), 0, 1
     else:
         _store, rank, world = next(dist.rendezvous("env://"))
     return _store, rank, world
@@ -200,42 +206,13 @@ def all_or_none() -> Iterator[None]:
             raise RankError(f"rank {number}: {message}")
 
 
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """For scripts: ends the process with exit code 1 and one line on stderr in place of a traceback, which only an
-    error that nobody foresaw still gets. Of several ranks the first to fail speaks: the others fail because of it."""
+def first_to_fail() -> bool:
+    """Whether no rank has called this before. For a script of several ranks: the others fail because of the first, so
+    it alone should speak."""
     try:
-        yield
-    except Exception as error:
-        foreseen = isinstance(error, (ValueError, ArithmeticError, OSError, RuntimeError, MemoryError))
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if not several and not foreseen:
-            raise
-        if several and not _first_to_fail():
-            time.sleep(5)  # torchrun ends this process once it sees the one that spoke; without torchrun, end anyway
-        elif foreseen:
-            print(f"error: {_one_line(error, several)}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exc()
-        if several:
-            os._exit(1)  # an ordinary exit would wait for ranks that may never answer
-        sys.exit(1)
-
-
-def _first_to_fail() -> bool:
-    try:
-        store = _store or _join()[0]
-        return store.add("llama/failed", 1) == 1
+        return (_store or _join()[0]).add("llama/failed", 1) == 1
     except (RuntimeError, ValueError):  # whoever kept the store is gone, and could not speak
         return True
-
-
-def _one_line(error: Exception, several: bool) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if not several or isinstance(error, RankError):
-        return text
-    broken = isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
-    return f"rank {os.environ.get('RANK')}: {'lost contact with another rank: ' * broken}{text}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

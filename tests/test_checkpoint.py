@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-from unittest import mock
 
 import pytest
 import torch
@@ -145,7 +144,7 @@ class Malicious:
         (lambda f: torch.save([1, 2], f / "consolidated.00.pth"), "something else than named tensors"),
         (lambda f: torch.save({"a": 1}, f / "consolidated.00.pth"), "something else than named tensors"),
         (lambda f: (f / "consolidated.00.pth").unlink(), r"no consolidated\.\*\.pth in"),
-        (lambda f: (f / "params.json").unlink(), r"no params\.json in"),
+        (lambda f: (f / "params.json").unlink(), r"no params\.json or config\.json in"),
         (lambda f: (f / "params.json").write_text("{"), r"params\.json is not JSON"),
         (lambda f: (f / "params.json").write_bytes(b"\xff\xfe"), r"params\.json is not JSON"),
         (lambda f: (f / "params.json").write_text("[]"), "holds list and not an object"),
@@ -157,6 +156,8 @@ class Malicious:
         (lambda f: edit_params(f, n_layers=4), r"missing: layers\.3\.attention\.wq\.weight, .*layers\.3\.ffn_norm"),
         (lambda f: edit_params(f, n_layers=2), r"unexpected: layers\.2\.attention\.wq\.weight, "),
         (lambda f: edit_params(f, multiple_of=7), r"misshapen: .*w1\.weight \(192, 64\) instead of \(175, 64\), "),
+        (lambda f: torch.save({1: torch.ones(3)}, f / "consolidated.00.pth"), "something else than named tensors"),
+        (lambda f: torch.save({"a": torch.ones(3).to_sparse()}, f / "consolidated.00.pth"), "not a readable|else than"),
         (lambda f: edit_shard(f, lambda s: s.pop("norm.weight")), r"missing: norm\.weight"),
         (
             lambda f: edit_shard(f, lambda s: s.update({"output.weight": s["output.weight"].to(torch.int8)})),
@@ -167,7 +168,7 @@ class Malicious:
         (lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.old.pth"), r"holds consolidated\.old\.pth"),
         (
             lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.01.pth"),
-            r"has 2 shard\(s\) and needs as many ranks, not 1: run torchrun --nproc_per_node 2",
+            r"weights in .* 2048: not a pair",
         ),
     ],
 )
@@ -256,36 +257,71 @@ def _build(folder, options):
     Llama.build(folder, TOKENIZER, 32, device="cpu", **options)
 
 
-def _build_in_saved_dtype(folder):
-    with mock.patch.object(parallel, "choose_dtype", lambda dtype, device, saved: saved):
-        _build(folder, {})
-
-
-def test_a_bad_shard_of_one_rank_ends_all(ranks, tmp_path):
+def test_a_bad_shard_ends_all_ranks(ranks, tmp_path):
     save_random(tmp_path, mp=2)
     truncate_me = tmp_path / "consolidated.01.pth"
     truncate_me.write_bytes(truncate_me.read_bytes()[:5000])
-    (_, first), (_, second) = ranks(2).outcomes(_build, tmp_path, {})
-    assert first[0] == "RankError"
-    assert first[1].startswith("rank 1: ")
-    assert second[0] == "ValueError"
-    assert "consolidated.01.pth (5,000 bytes) is not a readable shard" in second[1]
-
-
-def test_ranks_that_would_compute_in_different_dtypes_are_named(ranks, tmp_path):
-    """Float16 on one rank and float32 on another would add up to nonsense; with a dtype given it does not matter."""
-    save_random(tmp_path, mp=2)
-    edit_shard(tmp_path, lambda s: s.update({k: v.half() for k, v in s.items()}), "consolidated.01.pth")
-    for _, error in ranks(2).outcomes(_build_in_saved_dtype, tmp_path):
+    for _, error in ranks(2).outcomes(_build, tmp_path, {}):
         assert error[0] == "ValueError"
-        assert "different dtypes, [('cpu', torch.float32), ('cpu', torch.float16)]; give device and dtype" in error[1]
-    ranks(2).run(_build, tmp_path, {"dtype": "float32"})
+        assert "consolidated.01.pth (5,000 bytes) is not a readable shard" in error[1]
+
+
+def _build_by_rank(folder, options):
+    _build(folder, options[parallel.rank()])
+
+
+@pytest.mark.parametrize("other", [{"dtype": "bfloat16"}, {"max_batch_size": 3}])
+def test_ranks_that_build_differently_are_named(ranks, tmp_path, other):
+    """Bfloat16 on one rank and float32 on another would add up to nonsense, or end the process."""
+    save_random(tmp_path, mp=2)
+    same = {"dtype": "float32"}
+    for _, error in ranks(2).outcomes(_build_by_rank, tmp_path, [same, {**same, **other}]):
+        assert error[0] == "ValueError"
+        assert "the ranks differ in (device, dtype, max_seq_len, max_batch_size): [('cpu', torch.float32" in error[1]
+    ranks(2).run(_build, tmp_path, same)
+
+
+def test_shards_of_different_models_are_named(tmp_path):
+    """They fit each other in everything but what they say."""
+    save_random(tmp_path, mp=2)
+    save_random(tmp_path / "other", mp=2, seed=1)
+    shutil.copy(tmp_path / "other" / "consolidated.01.pth", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"consolidated\.01\.pth and consolidated\.00\.pth are shards of different models"
+    ):
+        build(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_named(tmp_path):
+    save_random(tmp_path, vocab_size=2000)
+    edit_params(tmp_path, vocab_size=-1)
+    with pytest.raises(ValueError, match="the tokenizer has 1024 pieces and the weights in .* 2000: not a pair"):
+        build(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_no_broken_one(folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        build(folder)
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_nobody_is_advised_to_run_pickles(folder, content):
+    """Torch's own message goes on to recommend weights_only=False."""
+    (folder / "consolidated.00.pth").write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        build(folder)
+    assert "weights_only" not in str(caught.value)
+    assert "trust" not in str(caught.value)
 
 
 def test_what_does_not_divide_among_ranks_is_named(ranks, tmp_path):
-    save_random(tmp_path, {**GQA, "n_kv_heads": 1}, mp=2)
+    save_random(tmp_path, {**GQA, "dim": 72, "n_heads": 9, "n_kv_heads": 3})
     for _, error in ranks(2).outcomes(_build, tmp_path, {}):
-        assert error[:2] == ("ValueError", "n_kv_heads 1 cannot be divided among 2 ranks")
+        assert error[:2] == ("ValueError", "n_heads 9 cannot be divided among 2 ranks")
 
 
 def test_params_keep_their_order_of_keys(folder):

@@ -1,7 +1,7 @@
 """generate, text_completion and chat_completion: what they return, and what they refuse."""
 
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -249,10 +249,18 @@ def test_a_refused_dialog_is_not_generated_and_disturbs_nobody(llama):
         (lambda m: m.generate([[1]], 3, top_p=0), "top_p is 0"),
         (lambda m: m.generate([[1]], 3, top_p=1.5), "top_p is 1.5"),
         (lambda m: m.text_completion("Hello"), "prompts is 'Hello'"),
-        (lambda m: m.text_completion([b"Hello"]), "only a str"),
+        (lambda m: m.text_completion(["a", b"Hello"]), "prompt 1 is b'Hello', which is not a str"),
+        (
+            lambda m: m.chat_completion([[{"role": "user", "content": text}] for text in ("[INST]", "a" * 200)]),
+            "dialog 1 has .* tokens, more than max_seq_len 64",
+        ),
         (lambda m: m.chat_completion([[]]), "dialog 0 has the roles"),
         (lambda m: m.chat_completion([[{"role": "system", "content": "x"}]]), r"dialog 0 has the roles \['system'\]"),
         (lambda m: Llama(m.model, m.tokenizer, seed=1.5), "seed is 1.5"),
+        (
+            lambda m: Llama(m.model, m.tokenizer, seed=2**63),
+            "seed is 9223372036854775808; it must be an int of 64 bits",
+        ),
     ],
 )
 def test_bad_arguments_are_named_with_their_limit(llama, call, message):
@@ -373,6 +381,24 @@ def test_scores_that_are_not_finite_name_the_first_layer(tokenizer):
         llama.generate([[1, 5, 6], [1]], 0, logprobs=True, echo=True)
 
 
+def test_a_failed_call_leaves_nothing_behind(tokenizer):
+    """NaN in slots of the cache that a later, shorter row masks: times 0 it is NaN again, so a valid call failed."""
+    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
+    expected = greedy(llama, PROMPTS)
+    llama.model.tok_embeddings.weight[77] = float("nan")
+    with pytest.raises(FloatingPointError):
+        greedy(llama, [[77] * 30] * 4)
+    assert greedy(llama, PROMPTS) == expected
+
+
+def test_a_broken_token_that_no_prompt_holds_does_no_harm(tokenizer):
+    """Padding must not bring it in."""
+    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
+    expected = greedy(llama, PROMPTS)
+    llama.model.tok_embeddings.weight[0] = float("nan")
+    assert greedy(llama, PROMPTS) == expected
+
+
 def test_values_that_break_while_decoding_are_found(llama):
     real, calls = llama.model.hidden, []
 
@@ -410,9 +436,25 @@ def test_build_twice_and_leave_defaults_alone(ranks, tmp_path):
     assert first == second
 
 
-def test_generate_from_another_thread(llama):
-    results = []
-    thread = threading.Thread(target=lambda: results.append(greedy(llama, PROMPTS)))
-    thread.start()
-    thread.join()
-    assert results == [greedy(llama, PROMPTS)]
+def test_threads_get_their_own_texts(llama):
+    """A model has one cache: calls at the same time overwrote each other's, without an error."""
+    prompts = [[[1, 5, i]] for i in range(6)]
+    expected = [greedy(llama, prompt, 20) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda prompt: greedy(llama, prompt, 20), prompts * 2)) == expected * 2
+
+
+def _fail_on_one_rank_and_go_on(folder):
+    llama = Llama.build(folder, MODELS / "tokenizer.model", 64, 4, device="cpu")
+    if parallel.rank() == 0:
+        return "waits"  # the other rank's failure must not depend on this one
+    with mock.patch.object(llama.model, "hidden", side_effect=MemoryError("no memory")), pytest.raises(MemoryError):
+        llama._generate([[1, 2]], 3, 0, 1.0, False)
+    with pytest.raises(RuntimeError, match="an earlier call failed on this rank .* start the job again"):
+        llama._generate([[1, 2]], 3, 0, 1.0, False)
+
+
+def test_a_rank_that_lost_step_says_so(ranks, tmp_path):
+    """After an error that only it had, and that the script caught, its next call would wait for ever."""
+    save_random(tmp_path, mp=2)
+    assert ranks(2).run(_fail_on_one_rank_and_go_on, tmp_path) == ["waits", None]

@@ -127,6 +127,10 @@ def test_computes_in_the_dtype_of_its_weights_and_answers_in_float32():
         (torch.zeros(2, 1, dtype=torch.long), [1, 2, 3], "3 values for a batch of 2"),
         (torch.zeros(1, 1, dtype=torch.long), -1, "start_pos -1"),
         (torch.zeros(1, 0, dtype=torch.long), 0, "0 tokens"),
+        (torch.zeros(3, dtype=torch.long), 0, r"of shape \(3,\), not ids"),
+        (torch.zeros(1, 2), 0, "tokens are torch.float32"),
+        (torch.zeros(1, 2, dtype=torch.long), 1.5, "start_pos is 1.5"),
+        (torch.zeros(1, 2, dtype=torch.long), [], r"start_pos is \[\]"),
     ],
 )
 def test_what_does_not_fit_is_named(tokens, start, message):

@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
-from llama import parallel
+from llama import parallel, script
 
 
 @pytest.mark.parametrize("device", ["abc", "cuda:99", "meta", 3.5])
@@ -25,6 +25,7 @@ def test_the_default_device_is_the_fastest_there_is(monkeypatch):
     assert parallel.choose_device() == parallel.choose_device("cuda") == torch.device("cuda", 3)
     assert parallel.choose_device("cuda:1") == torch.device("cuda", 1)
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
     with pytest.raises(ValueError, match="'cuda:1' on local rank 3: with several ranks give 'cuda'"):
         parallel.choose_device("cuda:1")
     assert parallel.choose_device("cuda:3") == parallel.choose_device("cuda")
@@ -37,6 +38,7 @@ def test_the_default_device_is_the_fastest_there_is(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert parallel.choose_device() == torch.device("mps")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     assert parallel.choose_device() == torch.device("cpu")
     with pytest.raises(ValueError, match="'mps' serves one process"):
         parallel.choose_device("mps")
@@ -75,9 +77,19 @@ def test_a_model_parallel_size_that_does_not_fit_says_what_to_run(size):
         parallel.init_model_parallel(size)
 
 
-def test_an_error_from_a_folder_named_after_a_backend_is_no_lost_contact():
-    assert "lost contact" not in parallel._one_line(FileNotFoundError("igloo/NCCL is not an existing folder"), True)
-    assert "lost contact" in parallel._one_line(RuntimeError("[gloo/transport] Connection closed by peer"), True)
+def test_an_error_from_a_folder_named_after_a_backend_is_no_lost_contact(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "lost contact" not in script.one_line(FileNotFoundError("igloo/NCCL is not an existing folder"))
+    assert "lost contact" in script.one_line(RuntimeError("[gloo/transport] Connection closed by peer"))
+
+
+@pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("a", "2"), ("0", "")])
+def test_an_environment_that_does_not_fit_is_named(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match=f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit"):
+        parallel.launched()
 
 
 def test_joining_prints_nothing_and_needs_no_environment():

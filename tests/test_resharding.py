@@ -1,0 +1,180 @@
+"""Any number of shards on any number of ranks, in either layout."""
+
+import json
+
+import pytest
+import torch
+from small import GQA, SHAPES, TOKENIZER, hugging_face, random_model, relative_error, save_random
+
+from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
+from llama.checkpoint import Checkpoint, pieces, shapes, share
+
+PUBLISHED = {
+    "7B": {},
+    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
+    "70B": {
+        "dim": 8192,
+        "n_layers": 80,
+        "n_heads": 64,
+        "n_kv_heads": 8,
+        "multiple_of": 4096,
+        "ffn_dim_multiplier": 1.3,
+    },
+}
+WIDE = {"dim": 128, "n_layers": 2, "n_heads": 8, "n_kv_heads": 8, "multiple_of": 32}
+TOKENS = torch.tensor([[5, 17, 99, 3, 64, 64, 127, 0, 1, 2, 30, 31]])
+
+
+def test_pieces_worked_out_by_hand():
+    """12 rows in 4 shards of 3, wanted by 3 ranks: the example of checkpoint.py."""
+    assert list(pieces(12, 4, 4, 8)) == [(1, 1, 0, 2), (2, 0, 2, 2)]
+    assert list(pieces(12, 4, 0, 12)) == [(0, 0, 0, 3), (1, 0, 3, 3), (2, 0, 6, 3), (3, 0, 9, 3)]
+    assert list(pieces(12, 1, 4, 8)) == [(0, 4, 0, 4)]
+
+
+def test_key_value_heads_are_repeated_in_the_right_order():
+    """2 heads of 4 rows on 4 ranks lie as 0 0 1 1 and not as 0 1 0 1: rank r has query heads 2r and 2r + 1 of 8."""
+    args = ModelArgs(dim=32, n_heads=8, n_kv_heads=2, vocab_size=8)
+    assert [share("layers.0.attention.wk.weight", 8, args, r, 4) for r in range(4)] == [(0, 4), (0, 4), (4, 8), (4, 8)]
+    assert [share("layers.0.attention.wq.weight", 32, args, r, 4) for r in range(4)] == [
+        (0, 8), (8, 16), (16, 24), (24, 32),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_plans_of_the_published_sizes_cover_every_row_once(size, shards, ranks):
+    args = ModelArgs(**PUBLISHED[size], vocab_size=32000)
+    for name, shape in shapes(args).items():
+        dim = checkpoint.shard_dim(name)
+        if dim is None:
+            continue
+        covered = []
+        for rank in range(ranks):
+            begin, end = share(name, shape[dim], args, rank, ranks)
+            parts = list(pieces(shape[dim], shards, begin, end))
+            assert [part.offset for part in parts] == [sum(p.length for p in parts[:i]) for i in range(len(parts))]
+            each = shape[dim] // shards
+            assert all(0 <= part.begin and part.begin + part.length <= each for part in parts)
+            covered += [part.shard * each + part.begin + i for part in parts for i in (0, part.length - 1)]
+            assert sum(part.length for part in parts) == shape[dim] // ranks
+        assert covered == sorted(covered)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_shapes_are_the_models(size):
+    args = ModelArgs(**PUBLISHED[size], vocab_size=32000)
+    with torch.device("meta"):
+        model = Transformer(args)
+    assert shapes(args) == {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+def _load(folder, tokens):
+    llama = Llama.build(folder, TOKENIZER, max_seq_len=32, device="cpu", dtype="float32")
+    with torch.inference_mode():
+        logits = llama.model(tokens, 0).clone()
+    return parallel.rank(), {name: weight.clone() for name, weight in llama.model.state_dict().items()}, logits
+
+
+def rejoin(states, kv_heads):
+    whole = {}
+    for name in states[0]:
+        dim, parts = checkpoint.shard_dim(name), [state[name] for state in states]
+        if name.split(".")[-2] in ("wk", "wv") and len(states) > kv_heads:
+            parts = parts[:: len(states) // kv_heads]
+        whole[name] = parts[0] if dim is None else torch.cat(parts, dim)
+    return whole
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [8, 2], ids=["MHA", "GQA"])
+def test_any_shards_on_any_ranks(tmp_path, ranks, kv_heads, shards, world_size):
+    """The weights, joined again, are equal bit for bit; the logits within 1e-5. With 2 key-value heads on 4 ranks,
+    or in 4 and 8 shards, a head lies on several."""
+    shape = {**WIDE, "n_kv_heads": kv_heads}
+    state = save_random(tmp_path, shape, mp=shards)
+    expected = random_model(shape, vocab_size=1024)(TOKENS, 0)
+    results = [_load(tmp_path, TOKENS)] if world_size == 1 else ranks(world_size).run(_load, tmp_path, TOKENS)
+    whole = rejoin([result[1] for result in sorted(results, key=lambda result: result[0])], kv_heads)
+    assert all(torch.equal(whole[name], state[name]) for name in state)
+    for _, _, logits in results:
+        assert relative_error(logits, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_embeddings_split_by_rows_as_in_llama_3(tmp_path, ranks, shards):
+    state = save_random(tmp_path, mp=shards)
+    for i in range(shards):
+        path = tmp_path / f"consolidated.{i:02d}.pth"
+        part = torch.load(path, weights_only=True)
+        part["tok_embeddings.weight"] = state["tok_embeddings.weight"].chunk(shards, 0)[i].clone()
+        torch.save(part, path)
+    for world_size in (1, 2):
+        results = [_load(tmp_path, TOKENS)] if world_size == 1 else ranks(world_size).run(_load, tmp_path, TOKENS)
+        whole = rejoin([result[1] for result in results], 4)
+        assert torch.equal(whole["tok_embeddings.weight"], state["tok_embeddings.weight"])
+
+
+# Hugging Face's layout
+
+
+def save_hugging_face(folder, shape=GQA, dtype=torch.float32, max_shard_size="50GB", **changes):
+    model = random_model(shape, vocab_size=1024)
+    theirs = hugging_face(model.params, model.state_dict()).to(dtype)
+    theirs.save_pretrained(folder, max_shard_size=max_shard_size)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("max_shard_size", ["50GB", "100KB"])
+def test_a_hugging_face_folder_loads_directly(tmp_path, shape, max_shard_size):
+    model = save_hugging_face(tmp_path, SHAPES[shape], max_shard_size=max_shard_size)
+    _, state, logits = _load(tmp_path, TOKENS)
+    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+    assert relative_error(logits, model(TOKENS, 0)) <= 1e-5
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_hugging_face_folder_on_several_ranks(tmp_path, ranks, world_size):
+    model = save_hugging_face(tmp_path, {**GQA, "n_kv_heads": 2})
+    results = ranks(world_size).run(_load, tmp_path, TOKENS)
+    whole = rejoin([result[1] for result in results], 2)
+    assert all(torch.equal(weight, whole[name]) for name, weight in model.state_dict().items())
+
+
+def test_tied_embeddings(tmp_path):
+    save_hugging_face(tmp_path, tie_word_embeddings=True)
+    _, state, _ = _load(tmp_path, TOKENS)
+    assert torch.equal(state["output.weight"], state["tok_embeddings.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling .*linear.* is not supported"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type 'llama3'"),
+        ({"attention_bias": True}, "attention_bias True is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; only 'silu' is"),
+        ({"model_type": "mistral"}, "model_type 'mistral' is not supported; only 'llama' is"),
+        ({"head_dim": 16}, "head_dim 16 is not hidden_size 64 / num_attention_heads 8"),
+        ({"num_hidden_layers": 4}, "missing: layers.3.attention.wq.weight"),
+        ({"num_hidden_layers": 2}, "unexpected: model.layers.2."),
+        ({"intermediate_size": 128}, "misshapen: .*w1.weight"),
+        ({"vocab_size": 999}, "vocab_size 999 differs from the tokenizer's 1024 pieces"),
+    ],
+)
+def test_what_is_not_llama_2_is_refused_by_name(tmp_path, change, message):
+    save_hugging_face(tmp_path, **change)
+    with pytest.raises(ValueError, match=message) as caught:
+        _load(tmp_path, TOKENS)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_rope_theta_in_either_place(tmp_path):
+    for change in ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}):
+        save_hugging_face(tmp_path, **{"rope_parameters": None, **change})
+        assert Checkpoint(tmp_path).params["rope_theta"] == 5e5
