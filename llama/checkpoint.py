@@ -19,7 +19,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -252,7 +252,7 @@ class SafetensorsFile:
         part = self.file.get_slice(self.keys[name])
         part = part[begin : begin + length] if dim == 0 else part[:, begin : begin + length]
         self.mapped += part.nbytes
-        return hf.to_pairs(part, self.head_dim) if name.split(".")[-2] in ("wq", "wk") else part
+        return hf.to_pairs(part, self.head_dim) if hf.is_rotated(name) else part
 
 
 class Checkpoint:
@@ -403,12 +403,13 @@ def write_checklist(path: Path, files: Iterable[Path]) -> None:
     path.write_text("".join(f"{md5(file)}  {file.name}\n" for file in files), encoding="utf-8")
 
 
-def md5(path: Path) -> str:
-    """The md5 sum of a file, read in blocks."""
+def md5(path: Path, progress: Callable[[int], object] = lambda size: None) -> str:
+    """The md5 sum of a file, read in blocks; `progress` is told the size of each."""
     digest = hashlib.md5()
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
+            progress(len(block))
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ from . import parallel
 from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
 from .checkpoint import Checkpoint, check_path, find_tokenizer, load
 from .engine import Token, steps
+from .memory import available, footprint, shortage
 from .model import Transformer
 from .sampling import sample
 from .tokenizer import Tokenizer
@@ -57,13 +58,15 @@ class Llama:
         seed: int = 1,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        check_memory: bool = True,
     ) -> Llama:
         """Load the checkpoint in `ckpt_dir`, in Meta's layout or Hugging Face's, whatever number of shards it has.
 
         `max_seq_len` counts the tokens of prompt and answer together; with `max_batch_size` it sizes the cache.
         `tokenizer_path` defaults to tokenizer.model in the folder or one up. `device` defaults to CUDA, then MPS, then
         CPU; `dtype` to the checkpoint's, or float32 where the CPU has no instructions for it. Raises ValueError,
-        FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank.
+        FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank, and MemoryError
+        before anything is allocated when weights, cache and activations will not fit; `check_memory=False` tries.
         """
         check_seed(seed)
         parallel.init_model_parallel(model_parallel_size)
@@ -79,6 +82,9 @@ class Llama:
             with torch.device("meta"):
                 model = Transformer(args)
             kind = parallel.choose_dtype(dtype, where, weights.dtype())
+            needed, free = footprint(args, parallel.world_size(), kind), available(where)
+            if check_memory and (problem := shortage(needed, free, where, parallel.world_size())):
+                raise MemoryError(problem)
         plans = parallel.gather_objects((where.type, kind, max_seq_len, max_batch_size))
         if len(set(plans)) > 1:
             raise ValueError(f"the ranks differ in (device, dtype, max_seq_len, max_batch_size): {plans}")

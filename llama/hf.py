@@ -40,6 +40,11 @@ def names(n_layers: int) -> dict[str, str]:
     return table
 
 
+def is_rotated(name: str) -> bool:
+    """Whether a weight (by Meta's name) makes vectors that rotary embedding turns, whose rows are in another order."""
+    return name.split(".")[-2] in ("wq", "wk")
+
+
 def to_pairs(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of whole heads of q_proj or k_proj -> wq's or wk's. Rotary embedding turns element i with i + D/2 there and
     2i with 2i + 1 here: for D = 6, rows 0 1 2 3 4 5 are theirs in the order 0 3 1 4 2 5."""
@@ -85,7 +90,7 @@ def ffn_params(dim: int, hidden: int) -> dict[str, Any]:
     raise AssertionError("the last pair always fits")
 
 
-def config(params: Mapping[str, Any], hidden: int, vocab_size: int, max_seq_len: int, dtype: str) -> dict[str, Any]:
+def config(params: Mapping[str, Any], hidden: int, vocab_size: int, dtype: str) -> dict[str, Any]:
     """params.json -> config.json of a model with `hidden` units in its feed-forward layers."""
     heads = params["n_heads"]
     return {
@@ -101,7 +106,7 @@ def config(params: Mapping[str, Any], hidden: int, vocab_size: int, max_seq_len:
         "rms_norm_eps": params["norm_eps"],
         "rope_theta": params.get("rope_theta", 10000.0),
         "rope_scaling": None,
-        "max_position_embeddings": max_seq_len,
+        "max_position_embeddings": 4096,
         "vocab_size": vocab_size,
         "attention_bias": False,
         "mlp_bias": False,
@@ -113,3 +118,72 @@ def config(params: Mapping[str, Any], hidden: int, vocab_size: int, max_seq_len:
         "use_cache": True,
         "torch_dtype": dtype,
     }
+
+
+def tokenizer_files(pieces: list[str]) -> dict[str, dict[str, Any]]:
+    """The files that AutoTokenizer loads, for a SentencePiece BPE model with Llama 2's settings whose `pieces` are in
+    the order of ids: unk, bos, eos, 256 bytes, merged pieces from the first merge on, and single characters."""
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    # A merge is any division of a piece into two others; SentencePiece joins the pair whose result has the lowest id.
+    merges = [
+        (piece[:i], piece[i:])
+        for piece in pieces[259:]
+        for i in range(1, len(piece))
+        if piece[:i] in ids and piece[i:] in ids
+    ]
+    special = [{"id": i, "content": pieces[i], "special": True} for i in range(3)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    bos, text = {"SpecialToken": {"id": pieces[1], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [token | flags for token in special],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos, text],
+            "pair": [
+                bos,
+                text,
+                {"SpecialToken": {"id": pieces[1], "type_id": 1}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {pieces[1]: {"id": pieces[1], "ids": [1], "tokens": [pieces[1]]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": pieces[0],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": [list(pair) for pair in merges],
+        },
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": pieces[0],
+        "bos_token": pieces[1],
+        "eos_token": pieces[2],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+    }
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}

@@ -67,15 +67,19 @@ def use(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype, or its name, of those that weights may have; ValueError for another."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ValueError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    return found
+
+
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, saved: torch.dtype) -> torch.dtype:
     """The dtype to compute in: `dtype` if given, else the checkpoint's own `saved`, except on CPUs without matrix
     instructions for it, where float32 is several times faster."""
-    if isinstance(dtype, str):
-        dtype = DTYPES.get(dtype, dtype)
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ValueError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     if dtype is not None:
-        return dtype  # type: ignore[return-value]
+        return as_dtype(dtype)
     if saved not in DTYPES.values():
         return torch.float32
     if device.type != "cpu":

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import fire
 
@@ -20,21 +20,24 @@ FORESEEN = (ValueError, ArithmeticError, OSError, RuntimeError, MemoryError)
 LONGEST = 2000  # characters of a line
 
 
-def run(main: Callable[..., None]) -> None:
-    """Call `main` with the command line's flags, under `readable_errors`."""
-    calls: list[tuple[Any, Any]] = []
+def run(command: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
+    """Call a function, or the one of several that the command line names, with its flags, under `readable_errors`."""
+    calls: list[Callable[[], None]] = []
 
-    @functools.wraps(main)
-    def note(*args: Any, **kwargs: Any) -> None:
-        calls.append((args, kwargs))  # fire complains about flags that main does not have only after calling it
+    def note(function: Callable[..., None]) -> Callable[..., None]:
+        # fire complains about flags that a function does not have only after calling it
+        return functools.wraps(function)(lambda *args, **flags: calls.append(partial(function, *args, **flags)))
 
     with readable_errors():
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
-        fire.Fire(note)
-        for args, kwargs in calls:
-            main(*args, **kwargs)
+        if isinstance(command, dict):
+            fire.Fire({name: note(function) for name, function in command.items()})
+        else:
+            fire.Fire(note(command))
+        for call in calls:
+            call()
 
 
 @contextmanager

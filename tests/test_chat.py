@@ -21,6 +21,19 @@ LONG = [
     turn("user", "2 + 3?"),
 ]
 
+# Worked out by hand from the bundled tokenizer's pieces.
+SHORT_IDS = [
+    1, 264, 265, 976, 330, 954, 284, 265, 976,  # <s> ▁[ INST ] ▁H i ▁[/ INST ]
+]  # fmt: skip
+LONG_IDS = [
+    1, 264, 265, 976, 291, 290, 288, 13, 1012,  # <s> ▁[ INST ] ▁<< SYS >> <0x0A> B
+    949, 695, 960, 13, 287, 979, 290, 288, 13,  # e ▁kind . <0x0A> << / SYS >> <0x0A>
+    13, 991, 714, 284, 265, 976, 717, 960, 948,  # <0x0A> H ello ▁[/ INST ] ▁Hello . ▁
+    2,  # </s>
+    1, 264, 265, 976, 948, 996, 430, 948, 1000,  # <s> ▁[ INST ] ▁ 2 ▁+ ▁ 3
+    985, 284, 265, 976,  # ? ▁[/ INST ]
+]  # fmt: skip
+
 
 def spell(*texts):
     """BOS text EOS BOS text ...: the format, encoded turn by turn by SentencePiece."""
@@ -28,6 +41,11 @@ def spell(*texts):
     for i, text in enumerate(texts):
         ids += [1, *SENTENCEPIECE.encode(text)] + [2] * (i + 1 < len(texts))
     return ids
+
+
+def test_ids_worked_out_by_hand(tokenizer):
+    assert encode_dialog(tokenizer, SHORT) == SHORT_IDS
+    assert encode_dialog(tokenizer, LONG) == LONG_IDS
 
 
 def test_ids_equal_sentencepiece_and_the_format(tokenizer):

@@ -178,3 +178,46 @@ def test_rope_theta_in_either_place(tmp_path):
     for change in ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}):
         save_hugging_face(tmp_path, **{"rope_parameters": None, **change})
         assert Checkpoint(tmp_path).params["rope_theta"] == 5e5
+
+
+def _load_weights(folder, n_words):
+    weights = Checkpoint(folder)
+    args = weights.args(n_words)
+    with torch.device("meta"):
+        model = Transformer(args)
+    checkpoint.load(model, weights, args, torch.device("cpu"), torch.float32)
+    return model.state_dict()
+
+
+def test_three_shards_on_two_ranks_and_back(tmp_path, ranks):
+    """Neither number divides the other."""
+    shape = {"dim": 96, "n_layers": 2, "n_heads": 6, "n_kv_heads": 6, "multiple_of": 12, "ffn_dim_multiplier": 0.75}
+    state = save_random(tmp_path, shape, mp=3, vocab_size=96)
+    whole = rejoin(ranks(2).run(_load_weights, tmp_path, 96), 6)
+    assert all(torch.equal(whole[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: b"",
+        lambda whole: b"<html>Access denied</html>",
+        lambda whole: (2**60).to_bytes(8, "little") + whole[8:],  # a header that lies about its size
+        lambda whole: (len(whole)).to_bytes(8, "little") + whole[8:],
+        lambda whole: whole[:8] + b"x" + whole[9:],
+    ],
+)
+def test_a_damaged_safetensors_file_is_named(tmp_path, damage):
+    save_hugging_face(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"model\.safetensors \([\d,]+ bytes\) is not a readable shard"):
+        _load(tmp_path, TOKENS)
+
+
+def test_a_missing_safetensors_file_is_named(tmp_path):
+    save_hugging_face(tmp_path, max_shard_size="100KB")
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks model-00002-of-\d+\.safetensors"):
+        _load(tmp_path, TOKENS)

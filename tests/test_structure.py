@@ -17,8 +17,11 @@ MAY_IMPORT = {
     "chat": {"tokenizer"},
     "hf": set(),
     "script": {"parallel"},
+    "memory": {"checkpoint", "model"},
+    "convert": {"checkpoint", "hf", "model", "tokenizer"},
+    "__main__": {"checkpoint", "convert", "memory", "parallel", "script", "tokenizer"},
     "engine": {"model", "parallel", "sampling"},
-    "generation": {"chat", "checkpoint", "engine", "model", "parallel", "sampling", "tokenizer"},
+    "generation": {"chat", "checkpoint", "engine", "memory", "model", "parallel", "sampling", "tokenizer"},
     "__init__": {"chat", "generation", "model", "tokenizer"},
 }
 

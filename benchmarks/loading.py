@@ -1,0 +1,93 @@
+"""Loading the 1.1B shape (dim 2048, 22 layers, 32 heads, 4 kv heads, FFN 5632) in bfloat16 from the page cache, beside
+Hugging Face's from_pretrained on the same weights: seconds, and the peak of memory in use of the whole process.
+
+    python benchmarks/loading.py [--repeats 3] [--folder SOMEWHERE_WITH_5_GB]
+
+Every run is a process of its own, in turn. Needs the extra `test` (transformers).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+
+from llama import ModelArgs, Transformer, parallel
+from llama.checkpoint import Checkpoint, load, save, shapes
+from llama.convert import write_hf
+
+PARAMS: dict[str, Any] = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256}
+PARAMS["norm_eps"] = 1e-5
+VOCAB = 32000
+
+
+class NoBar:
+    def update(self, size: int) -> None:
+        pass
+
+
+def prepare(folder: Path) -> None:
+    """The same random weights in both layouts."""
+    args = ModelArgs(**PARAMS, vocab_size=VOCAB)
+    state = {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in shapes(args).items()}
+    save(state, folder / "meta", {**PARAMS, "vocab_size": -1})
+    (folder / "hf").mkdir()
+    write_hf(Checkpoint(folder / "meta"), args, folder / "hf", torch.bfloat16, NoBar())
+
+
+def one(who: str, folder: str, dtype: str) -> None:
+    """Load once and print what it took."""
+    kind = getattr(torch, dtype)
+    if who == "ours":
+        parallel.init_model_parallel()
+        began = time.perf_counter()
+        checkpoint = Checkpoint(Path(folder) / "meta")
+        args = checkpoint.args(VOCAB)
+        with torch.device("meta"):
+            model = Transformer(ModelArgs(**{**args.__dict__, "max_batch_size": 0}))
+        load(model, checkpoint, args, torch.device("cpu"), kind)
+    else:
+        from transformers import LlamaForCausalLM
+
+        began = time.perf_counter()
+        model = LlamaForCausalLM.from_pretrained(Path(folder) / "hf", dtype=kind)
+    # Every weight is looked at: what is merely mapped would be read only then.
+    total = sum(float(weight.sum(dtype=torch.float32)) for weight in model.parameters())
+    seconds = time.perf_counter() - began
+    own = sum(weight.nbytes for weight in model.parameters())
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(json.dumps({"seconds": seconds, "peak": int(peak.split()[1]) * 1024, "own": own, "sum": round(total)}))
+
+
+def main(repeats: int = 3, folder: str | None = None) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        prepare(Path(place))
+        print(f"torch {torch.__version__}; {repeats} repeats in turn; medians")
+        for dtype in ("bfloat16", "float32"):
+            runs: dict[str, list[dict[str, float]]] = {"ours": [], "hf": []}
+            for i in range(repeats + 1):
+                for who, results in runs.items():
+                    command = [sys.executable, __file__, "one", who, place, dtype]
+                    done = subprocess.run(command, check=True, capture_output=True, text=True)
+                    if i > 0:  # the first round fills the page cache
+                        results.append(json.loads(done.stdout.splitlines()[-1]))
+            for who, results in runs.items():
+                seconds, peak = (statistics.median(r[key] for r in results) for key in ("seconds", "peak"))
+                own = results[0]["own"]
+                bound = own * 1.10 + 300e6
+                print(f"{dtype:>9} {who:>5}: {seconds:.2f} s, peak {peak / 1e9:.2f} GB ({own / 1e9:.2f} GB of weights; "
+                      f"x 1.10 + 300 MB = {bound / 1e9:.2f} GB)")  # fmt: skip
+            pairs = zip(runs["ours"], runs["hf"], strict=True)
+            print(f"{dtype:>9} ours / hf: {statistics.median(a['seconds'] / b['seconds'] for a, b in pairs):.2f}")
+
+
+if __name__ == "__main__":
+    fire.Fire({"one": one, "main": main}) if sys.argv[1:2] == ["one"] else fire.Fire(main)

@@ -1,0 +1,142 @@
+"""A checkpoint -> a new folder, in Meta's layout for any number of ranks or in Hugging Face's.
+
+The weights go through mapped files, a part of one tensor at a time, so that the largest model converts on a small
+machine. The folder gets its name when it is complete: until then it is `.NAME.partial` beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from . import hf
+from .checkpoint import Checkpoint, shapes, shard_dim, share, write_checklist
+from .model import ModelArgs
+from .tokenizer import Tokenizer
+
+HF_FILE = 2 * 10**9  # bytes of one model-0000n-of-0000m.safetensors, which are in memory together
+
+
+def convert(source: Path, target: Path, to: str, mp: int, dtype: torch.dtype | None, tokenizer_path: Path) -> None:
+    """Write the checkpoint in `source` to a new folder: `to` is meta, for `mp` ranks, or hf.
+
+    Raises FileExistsError for a `target` that exists, OSError when the disk is too small and ValueError for a model
+    that cannot be divided into `mp` shards.
+    """
+    if to not in ("meta", "hf"):
+        raise ValueError(f"to is {to!r}; it must be meta or hf")
+    if target.exists():
+        raise FileExistsError(f"{target} exists; nothing is overwritten, so give the name of a new folder")
+    tokenizer = Tokenizer(tokenizer_path)
+    checkpoint = Checkpoint(source)
+    args = checkpoint.args(tokenizer.n_words)
+    dtype = dtype or checkpoint.dtype()
+    size = sum(torch.Size(shape).numel() for shape in shapes(args).values()) * dtype.itemsize
+    with new_folder(target, size) as folder, tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+        shutil.copy(tokenizer_path, folder / "tokenizer.model")
+        if to == "meta":
+            write_meta(checkpoint, args, folder, mp, dtype, bar)
+        else:
+            write_hf(checkpoint, args, folder, dtype, bar)
+            pieces = [tokenizer.sp_model.id_to_piece(i) for i in range(tokenizer.n_words)]
+            write_json(folder, hf.tokenizer_files(pieces))
+
+
+@contextmanager
+def new_folder(target: Path, size: int) -> Iterator[Path]:
+    """A folder for `size` bytes that gets its name at the end of the block, and is removed when the block fails."""
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(target.parent).free) < size:
+        raise OSError(f"{target} needs {size:,} bytes and its disk has {free:,} free")
+    folder = target.parent / f".{target.name}.partial"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir()
+    try:
+        yield folder
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_meta(checkpoint: Checkpoint, args: ModelArgs, folder: Path, mp: int, dtype: torch.dtype, bar: Any) -> None:
+    whole = shapes(args)
+    for name, shape in whole.items():
+        dim = shard_dim(name)
+        if type(mp) is not int or mp < 1 or (dim is not None and shape[dim] % mp):
+            raise ValueError(f"{name} {shape} cannot be divided into mp {mp!r} shards along dimension {dim}")
+    write_json(folder, {"params.json": checkpoint.params})
+    files = [folder / "params.json"]
+    for rank in range(mp):
+        ranges = {name: share(name, shape[shard_dim(name) or 0], args, rank, mp) for name, shape in whole.items()}
+        parts = {}
+        for name, shape in whole.items():
+            part = list(shape)
+            if (dim := shard_dim(name)) is not None:
+                part[dim] //= mp
+            parts[name] = torch.empty(part, dtype=dtype)
+        files.append(folder / f"consolidated.{rank:02d}.pth")
+        for name, tensor in blank_file(parts, files[-1]).items():
+            checkpoint.read(name, *ranges[name], into=tensor)
+            bar.update(tensor.nbytes)
+    write_checklist(folder / "checklist.chk", files)
+
+
+def blank_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A file of tensors like these, which are never looked at, and its own as they lie in it: to write to them is to
+    write to the disk."""
+    with torch.serialization.skip_data():
+        torch.save(dict(tensors), path)
+    if hasattr(os, "posix_fallocate"):  # otherwise a full disk would end the process in the middle of a copy
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        return torch.load(path, mmap=True, weights_only=True)
+
+
+def write_hf(checkpoint: Checkpoint, args: ModelArgs, folder: Path, dtype: torch.dtype, bar: Any) -> None:
+    whole, names = shapes(args), hf.names(args.n_layers)
+    groups: list[list[str]] = [[]]
+    room = HF_FILE
+    for name, shape in whole.items():
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if nbytes > room and groups[-1]:
+            groups.append([])
+            room = HF_FILE
+        groups[-1].append(name)
+        room -= nbytes
+    index: dict[str, str] = {}
+    for i, group in enumerate(groups):
+        file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
+        tensors = {}
+        for name in group:
+            tensor = torch.empty(whole[name], dtype=dtype)
+            checkpoint.read(name, 0, whole[name][shard_dim(name) or 0], into=tensor)
+            if hf.is_rotated(name):
+                tensor = hf.to_halves(tensor, args.head_dim).contiguous()
+            tensors[names[name]] = tensor
+            bar.update(tensor.nbytes)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    config = hf.config(checkpoint.params, args.ffn_hidden, args.vocab_size, str(dtype).removeprefix("torch."))
+    write_json(folder, {"config.json": config, "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2}})
+    if len(groups) > 1:
+        total = sum(torch.Size(shape).numel() for shape in whole.values()) * dtype.itemsize
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        write_json(folder, {"model.safetensors.index.json": content})
+
+
+def write_json(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,189 @@
+"""Converting: what comes out is what went in, in another layout, and all of it or nothing."""
+
+import os
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import context
+from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
+from small import GQA, MODELS, SHAPES, TOKENIZER, relative_error, save_random
+
+from llama import Llama, convert
+from llama.checkpoint import Checkpoint
+from llama.convert import convert as run
+
+TOKENS = torch.tensor([[5, 17, 99, 3, 64, 64, 127, 0, 1, 2, 30, 31]])
+
+
+def weights(folder, dtype="float32"):
+    return Llama.build(folder, TOKENIZER, 32, device="cpu", dtype=dtype).model.state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("shape", ["GQA", "odd FFN"])
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4), (4, 2)])
+def test_meta_to_meta_with_another_number_of_shards(tmp_path, shape, before, after):
+    """The files are those that would have been saved for that number in the first place, to the last tensor."""
+    state = save_random(tmp_path / "from", SHAPES[shape], mp=before, dtype=torch.bfloat16)
+    save_random(tmp_path / "expected", SHAPES[shape], mp=after, dtype=torch.bfloat16)
+    run(tmp_path / "from", tmp_path / "to", "meta", after, None, TOKENIZER)
+    for i in range(after):
+        name = f"consolidated.{i:02d}.pth"
+        for mapped in (True, False):
+            ours = torch.load(tmp_path / "to" / name, weights_only=True, mmap=mapped)
+            assert same(ours, torch.load(tmp_path / "expected" / name, weights_only=True))
+    assert same(weights(tmp_path / "to", "bfloat16"), state)
+    assert (tmp_path / "to" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
+    assert Checkpoint(tmp_path / "to").params == Checkpoint(tmp_path / "from").params
+    check = subprocess.run(["md5sum", "-c", "checklist.chk"], cwd=tmp_path / "to", capture_output=True, text=True)
+    assert check.stdout.count(": OK") == after + 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("file_size", [2 * 10**9, 100_000])
+def test_meta_to_hugging_face_and_back(tmp_path, monkeypatch, shape, file_size):
+    """transformers loads it and computes the same logits; back again, every tensor is equal bit for bit."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(convert, "HF_FILE", file_size)
+    state = save_random(tmp_path / "meta", SHAPES[shape], mp=1 if shape == "MQA" else 2)
+    run(tmp_path / "meta", tmp_path / "hf", "hf", 1, None, TOKENIZER)
+    assert (len(list((tmp_path / "hf").glob("*.safetensors"))) == 1) == (file_size > 10**6)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    llama = Llama.build(tmp_path / "meta", TOKENIZER, 32, device="cpu", dtype="float32")
+    with torch.inference_mode():
+        assert relative_error(llama.model(TOKENS, 0), theirs(TOKENS).logits) <= 1e-5
+    assert theirs.generation_config.eos_token_id == 2
+    run(tmp_path / "hf", tmp_path / "back", "meta", 1, None, TOKENIZER)
+    assert same(torch.load(tmp_path / "back" / "consolidated.00.pth", weights_only=True), state)
+
+
+def test_dtype(tmp_path):
+    state = save_random(tmp_path / "meta")
+    run(tmp_path / "meta", tmp_path / "half", "meta", 1, torch.float16, TOKENIZER)
+    half = torch.load(tmp_path / "half" / "consolidated.00.pth", weights_only=True)
+    assert same(half, {name: weight.half() for name, weight in state.items()})
+    run(tmp_path / "meta", tmp_path / "hf", "hf", 1, torch.bfloat16, TOKENIZER)
+    theirs = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {weight.dtype for weight in theirs.values()} == {torch.bfloat16}
+
+
+def test_auto_tokenizer_gives_the_same_ids(tmp_path):
+    """On 2,000 lines with leading spaces, tabs, newlines, emoji, Chinese, Arabic and combining marks."""
+    from transformers import AutoTokenizer
+
+    run(MODELS / "small-chat", tmp_path / "hf", "hf", 1, None, TOKENIZER)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = SentencePieceProcessor(model_file=str(TOKENIZER))
+    draw = random.Random(0)
+    words = ["the", "fox", "was", "happy", "There", "opposite", "[INST]", "[/INST]", "<<SYS>>", "small,", "12", "3 + 4"]
+    words += ["thanks!", "🙂", "你好", "مرحبا", "e\u0301", "naïve", "<0x41>"]
+    spaces = [" ", "", "  ", "\t", "\n", " \n", "▁"]
+    lines = ["", " ", "   ", "\n", *words]
+    for _ in range(2000):
+        lines.append("".join(draw.choice(spaces) + draw.choice(words) for _ in range(draw.randrange(1, 9))))
+    for line in lines:
+        ids = theirs(line)["input_ids"]
+        assert ids == [1, *ours.encode(line)], repr(line)
+        assert theirs.decode(ids[1:]) == ours.decode(ids[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "gguf"}, "to is 'gguf'; it must be meta or hf"),
+        ({"mp": 3}, r"tok_embeddings\.weight \(1024, 64\) cannot be divided into mp 3 shards along dimension 1"),
+        ({"mp": 0}, "into mp 0 shards"),
+        ({"mp": "2"}, "into mp '2' shards"),
+    ],
+)
+def test_what_cannot_be_done_leaves_nothing(tmp_path, options, message):
+    save_random(tmp_path / "from")
+    options = {"to": "meta", "mp": 1, "dtype": None, "tokenizer_path": TOKENIZER, **options}
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "from", tmp_path / "to", **options)
+    assert os.listdir(tmp_path) == ["from"]
+
+
+def test_nothing_is_overwritten(tmp_path):
+    save_random(tmp_path / "from")
+    (tmp_path / "to").mkdir()
+    with pytest.raises(FileExistsError, match="to exists; nothing is overwritten"):
+        run(tmp_path / "from", tmp_path / "to", "meta", 1, None, TOKENIZER)
+
+
+@pytest.mark.parametrize("to", ["meta", "hf"])
+def test_a_damaged_source_leaves_nothing(tmp_path, to):
+    save_random(tmp_path / "from", mp=2)
+    shard = tmp_path / "from" / "consolidated.01.pth"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="not a readable shard"):
+        run(tmp_path / "from", tmp_path / "to", to, 1, None, TOKENIZER)
+    assert os.listdir(tmp_path) == ["from"]
+
+
+@pytest.mark.parametrize("to", ["meta", "hf"])
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, to):
+    """On a small file system, first with the size known beforehand, then as if something else had taken its room."""
+    save_random(tmp_path / "from", {**GQA, "n_layers": 2})
+    small = tmp_path / "disk"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", small], capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        with pytest.raises(OSError, match="needs .* bytes and its disk has"):
+            run(tmp_path / "from", small / "to", to, 1, torch.float32, TOKENIZER)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
+            with pytest.raises(Exception, match="No space left on device"):
+                run(tmp_path / "from", small / "to", to, 1, torch.float32, TOKENIZER)
+        assert os.listdir(small) == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def _slow_convert(source, target):
+    real = Checkpoint.read
+
+    def read(*args, **kwargs):
+        time.sleep(0.005)
+        real(*args, **kwargs)
+
+    Checkpoint.read = read
+    run(source, target, "meta", 2, None, TOKENIZER)
+
+
+def test_killed_twenty_times_and_run_again(tmp_path):
+    """There is a whole result or none."""
+    state = save_random(tmp_path / "from", mp=4)
+    draw, finished = random.Random(0), 0
+    for _ in range(20):
+        process = context.Process(target=_slow_convert, args=(tmp_path / "from", tmp_path / "to"))
+        process.start()
+        process.join(draw.uniform(0.0, 0.8))
+        process.kill()
+        process.join()
+        if (tmp_path / "to").exists():
+            finished += 1
+            assert same(weights(tmp_path / "to"), state)
+            shutil.rmtree(tmp_path / "to")
+    assert finished < 20
+    run(tmp_path / "from", tmp_path / "to", "meta", 2, None, TOKENIZER)
+    assert same(weights(tmp_path / "to"), state)
+    assert sorted(os.listdir(tmp_path)) == ["from", "to"]
+
+
+def test_the_command(tmp_path):
+    command = ["python", "-m", "llama", "convert", str(MODELS / "small-chat"), str(tmp_path / "to"), "--to", "hf"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "to" / "model.safetensors").is_file()

@@ -1,0 +1,102 @@
+"""What a model takes, told beforehand; and the command that tells it."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from small import GQA, MODELS, ROOT, TOKENIZER, random_model, save_random
+
+from llama import Llama, ModelArgs, checkpoint, memory
+from llama.checkpoint import shapes
+
+SEVENTY = {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}
+
+
+def test_footprints_worked_out_by_hand():
+    seven = ModelArgs(vocab_size=32000, max_batch_size=1, max_seq_len=4096)
+    on_one = memory.footprint(seven, 1, torch.bfloat16)
+    assert on_one.weights == 2 * 6_738_415_616
+    assert on_one.cache == 2 * 32 * 32 * 128 * 4096 * 2 == 2_147_483_648
+    seventy = ModelArgs(**SEVENTY, vocab_size=32000, max_batch_size=1, max_seq_len=4096)
+    norms = 161 * 8192
+    assert memory.footprint(seventy, 8, torch.bfloat16).weights == 2 * ((68_976_648_192 - norms) // 8 + norms)
+    assert memory.footprint(seventy, 16, torch.bfloat16).cache == 2 * 80 * 1 * 128 * 4096 * 2  # a head is never halved
+
+
+def test_weights_and_cache_are_the_models(tokenizer):
+    model = random_model(vocab_size=1024)
+    needed = memory.footprint(model.params, 1, torch.float32)
+    assert needed.weights == sum(weight.nbytes for weight in model.parameters())
+    assert needed.cache == sum(cache.nbytes for cache in model.buffers())
+
+
+def test_build_stops_before_it_allocates_what_does_not_fit(tmp_path):
+    save_random(tmp_path)
+    with pytest.raises(MemoryError, match=r"each of 1 rank\(s\) needs .* and cpu has .* GB free; use more ranks"):
+        Llama.build(tmp_path, TOKENIZER, max_seq_len=10**9, device="cpu")
+
+
+def test_the_check_can_be_overridden(tmp_path, monkeypatch):
+    save_random(tmp_path)
+    monkeypatch.setattr("llama.generation.available", lambda device: 1000)
+    with pytest.raises(MemoryError, match="check_memory=False tries all the same"):
+        Llama.build(tmp_path, TOKENIZER, device="cpu")
+    Llama.build(tmp_path, TOKENIZER, device="cpu", check_memory=False)
+
+
+def inspect(*args):
+    command = [sys.executable, "-m", "llama", "inspect", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+def test_inspect_tells_what_there_is_and_what_to_run():
+    done = inspect(MODELS / "small-chat", "--world_size", 2, "--dtype", "float32", "--device", "cpu", "--verify")
+    assert done.returncode == 0, done.stderr
+    for words in ("Meta's", "1,049,728", "(2 key-value)", "2, in bfloat16", "2 rank(s)", "in float32", "fits: yes"):
+        assert words in done.stdout
+    assert "torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir" in done.stdout
+    assert "verified: params.json, consolidated.00.pth, consolidated.01.pth" in done.stdout
+
+
+def test_verify_names_what_differs(tmp_path):
+    shutil.copytree(MODELS / "small-chat", tmp_path / "model")
+    path = tmp_path / "model" / "consolidated.01.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    done = inspect(tmp_path / "model", "--tokenizer_path", TOKENIZER, "--verify")
+    assert done.returncode == 1
+    assert "the md5 sums of consolidated.01.pth differ" in done.stderr
+
+
+def test_inspect_of_70b_reads_headers_alone(tmp_path):
+    """Eight sparse shards of 17 GB: in well under the time and memory that reading them would take."""
+    args = ModelArgs(**SEVENTY, vocab_size=1024)
+    with torch.serialization.skip_data():
+        for i in range(8):
+            part = {}
+            for name, shape in shapes(args).items():
+                dim = checkpoint.shard_dim(name)
+                part[name] = torch.empty([n // 8 if d == dim else n for d, n in enumerate(shape)], dtype=torch.bfloat16)
+            torch.save(part, tmp_path / f"consolidated.{i:02d}.pth")
+    (tmp_path / "params.json").write_text(json.dumps({**SEVENTY, "norm_eps": 1e-5, "vocab_size": -1}))
+    inspect("--help")
+    began = time.monotonic()
+    done = inspect(tmp_path, "--tokenizer_path", TOKENIZER)
+    assert time.monotonic() - began < 20  # two seconds alone on a machine; a test may share it
+    assert done.returncode == 0, done.stderr
+    assert "68," in done.stdout
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 10**6  # kilobytes; of any child so far
+
+
+def test_a_smaller_model_takes_less():
+    wide, narrow = ({**GQA, "n_kv_heads": kv_heads} for kv_heads in (8, 2))
+    options = {"vocab_size": 1024, "max_batch_size": 4, "max_seq_len": 128}
+    assert memory.footprint(ModelArgs(**narrow, **options), 1, torch.float32) < memory.footprint(
+        ModelArgs(**wide, **options), 1, torch.float32
+    )
