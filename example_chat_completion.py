@@ -17,9 +17,15 @@ BUNDLED = Path(__file__).resolve().parent / "models" / "small-chat"
 BUNDLED_DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "What is the opposite of big?"}],
     [
-        {"role": "system", "content": "Your name is Mia."},
-        {"role": "user", "content": "What is your name?"},
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "What is 3 + 4?"},
     ],
+    [
+        {"role": "user", "content": "My name is Tom."},
+        {"role": "assistant", "content": "Nice to meet you, Tom!"},
+        {"role": "user", "content": "What is my name?"},
+    ],
+    [{"role": "user", "content": "Tell me a short story about a fox named Mia."}],
 ]
 
 DIALOGS: list[Dialog] = [

@@ -46,10 +46,7 @@ PARAMS = {
 }
 VOCAB_SIZE = 1024
 BATCH_TOKENS = 4096  # small batches learn most per minute here
-BASE_CONTEXT, CHAT_CONTEXT = (
-    256,
-    512,
-)  # tokens of a training row: any story fits in the one, a long conversation in the other
+BASE_CONTEXT, CHAT_CONTEXT = 256, 512  # tokens of a training row: any story fits in the one, a long dialog in the other
 EVAL_ROWS = 32
 IGNORE = -100  # what cross_entropy skips
 CHAT_SHARE = 0.85  # of the documents that the chat model is trained on; the others keep its base knowledge alive
