@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -183,7 +184,7 @@ def test_killed_twenty_times_and_run_again(tmp_path):
 
 
 def test_the_command(tmp_path):
-    command = ["python", "-m", "llama", "convert", str(MODELS / "small-chat"), str(tmp_path / "to"), "--to", "hf"]
+    command = [sys.executable, "-m", "llama", "convert", str(MODELS / "small-chat"), str(tmp_path / "to"), "--to", "hf"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "to" / "model.safetensors").is_file()
