@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import warnings
@@ -45,7 +46,6 @@ IGNORED = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope
 REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name.startswith("max_")]
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-MAPPED_AT_ONCE = 2**26  # bytes read through a mapping before it is given back: mapped pages count as memory in use
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,58 +201,93 @@ def unreadable(path: Path, error: Exception) -> Exception:
     return ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a readable shard; download it again ({reason})")
 
 
-class TorchFile:
+class File:
+    """A file of weights, of which any part can be read. Subclasses look up in its header what lies where."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.buffer = bytearray()  # what was read last
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.offsets: dict[str, int] = {}
+
+    def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
+        """Rows or columns of a tensor, to be copied before the next call. They are read and not mapped: touching a
+        mapping's pages one by one takes several times as long, and they count as memory in use."""
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        first, rows = (begin, length) if dim == 0 else (0, shape[0])
+        row = math.prod(shape[1:]) * dtype.itemsize
+        if rows * row > len(self.buffer):
+            self.buffer = bytearray(rows * row)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offsets[name] + first * row)
+            got = file.readinto(memoryview(self.buffer)[: rows * row])
+        if got != rows * row:
+            raise ValueError(f"{self.path} ends inside of {name}; download it again")
+        part = torch.frombuffer(self.buffer, dtype=dtype, count=rows * row // dtype.itemsize).view(rows, *shape[1:])
+        return part if dim == 0 else part.narrow(dim, begin, length)
+
+
+class TorchFile(File):
     """One consolidated.NN.pth."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.mapped = path, 0
+        super().__init__(path)
         self.state = read_shard(path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self.state.items()}
+        if zipfile.is_zipfile(path):
+            # The tensors are views of one mapping, which is never touched: their addresses tell where they lie.
+            reader = torch._C.PyTorchFileReader(str(path))
+            records = [record for record in reader.get_all_records() if record.startswith("data/")]
+            base = min(tensor.untyped_storage().data_ptr() for tensor in self.state.values())
+            base -= min(reader.get_record_offset(record) for record in records)  # type: ignore[attr-defined]
+            plain = {name: tensor for name, tensor in self.state.items() if tensor.is_contiguous()}
+            self.offsets = {name: tensor.data_ptr() - base for name, tensor in plain.items()}
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        if self.mapped > MAPPED_AT_ONCE:
-            self.state, self.mapped = read_shard(self.path), 0
-        part = self.state[name].narrow(dim, begin, length)
-        self.mapped += part.nbytes
-        return part
+        if name in self.offsets:
+            return super().read(name, dim, begin, length)
+        return self.state[name].narrow(dim, begin, length)  # of torch's older format, already in memory
 
 
-class SafetensorsFile:
+class SafetensorsFile(File):
     """One file of Hugging Face's. Its tensors go by Meta's names here, and their rows lie in Meta's order."""
 
     def __init__(self, path: Path, names: Mapping[str, str], head_dim: int) -> None:
-        self.path, self.mapped, self.head_dim = path, 0, head_dim
-        self.open()
+        super().__init__(path)
+        self.head_dim = head_dim
         ours = {theirs: meta for meta, theirs in names.items()}
-        theirs = self.file.keys()
-        self.keys = {ours.get(key, key): key for key in theirs if not IGNORED.fullmatch(key)}
-        slices = {name: self.file.get_slice(key) for name, key in self.keys.items()}
-        self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        self.dtypes = {name: SAFETENSORS_DTYPES.get(part.get_dtype(), torch.uint8) for name, part in slices.items()}
+        for key, entry, offset in read_header(path):
+            if not IGNORED.fullmatch(key):
+                name = ours.get(key, key)
+                self.shapes[name], self.offsets[name] = tuple(entry["shape"]), offset
+                self.dtypes[name] = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
 
     def tie(self, name: str, to: str) -> None:
         """Where this file has the weight `to`, let it be `name` too."""
-        tables: tuple[dict[str, Any], ...] = (self.keys, self.shapes, self.dtypes)
+        tables: tuple[dict[str, Any], ...] = (self.shapes, self.dtypes, self.offsets)
         for table in tables:
             table.pop(name, None)
             if to in table:
                 table[name] = table[to]
 
-    def open(self) -> None:
-        try:
-            self.file = safe_open(self.path, framework="pt")
-        except Exception as error:
-            raise unreadable(self.path, error) from error
-
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        if self.mapped > MAPPED_AT_ONCE:
-            self.open()
-            self.mapped = 0
-        part = self.file.get_slice(self.keys[name])
-        part = part[begin : begin + length] if dim == 0 else part[:, begin : begin + length]
-        self.mapped += part.nbytes
+        part = super().read(name, dim, begin, length)
         return hf.to_pairs(part, self.head_dim) if hf.is_rotated(name) else part
+
+
+def read_header(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Name, entry and offset in the file of every tensor of a safetensors file, which the library has found sound."""
+    try:
+        with safe_open(path, framework="pt"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except Exception as error:
+        raise unreadable(path, error) from error
+    for key, entry in header.items():
+        if key != "__metadata__":
+            yield key, entry, 8 + size + entry["data_offsets"][0]
 
 
 class Checkpoint:
@@ -321,7 +356,7 @@ class Checkpoint:
                 raise ValueError(f"{file.path} does not fit {self.source.name}: {'; '.join(listed)}")
         if missing := [name for name in wanted if name not in self.holders]:
             raise ValueError(f"{self.folder} does not fit {self.source.name}: missing: {_names(missing)}")
-        norms = [file.read("norm.weight", 0, 0, args.dim) for file in self.holders["norm.weight"]]
+        norms = [file.read("norm.weight", 0, 0, args.dim).clone() for file in self.holders["norm.weight"]]
         for file, norm in zip(self.files, norms, strict=False):
             if not torch.equal(norm, norms[0]):  # every shard of a model has the same
                 raise ValueError(f"{file.path} and {self.files[0].path.name} are shards of different models")

@@ -259,4 +259,7 @@ class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
 
 
 def _new_weight(rows: int, columns: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.normal_(torch.empty(rows, columns), std=0.02))
+    weight = torch.empty(rows, columns)
+    if not weight.is_meta:  # nothing to fill there, and asking for it imports for most of a second
+        nn.init.normal_(weight, std=0.02)
+    return nn.Parameter(weight)
