@@ -21,7 +21,9 @@ LONG = [
     turn("user", "2 + 3?"),
 ]
 
-# Worked out by hand from the bundled tokenizer's pieces.
+# Worked out by hand from the bundled tokenizer's vocabulary. Of all neighbours that join to a piece, those with the
+# lowest id join first: "▁Hello" by way of ll 284, ▁H 331, ell 356, ello 822, ▁Hello 823; after a newline, which is the
+# byte 3 + 10 = 13, there is no ▁ and "H ello" stays. "▁kind" by way of nd 276, ▁k 406, ind 464, ▁kind 700.
 SHORT_IDS = [
     1, 264, 265, 975, 331, 954, 283, 265, 975,  # <s> ▁[ INST ] ▁H i ▁[/ INST ]
 ]  # fmt: skip
