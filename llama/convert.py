@@ -1,7 +1,8 @@
 """A checkpoint -> a new folder, in Meta's layout for any number of ranks or in Hugging Face's.
 
 One tensor of the source is in memory at a time, and of the target what one file of Hugging Face's holds (Meta's are
-filled through a mapping), so that the largest model converts on a small machine. The folder gets its name when it is complete: until then it is `.NAME.partial` beside it.
+filled through a mapping), so that the largest model converts on a small machine. The folder gets its name when it is
+complete: until then it is `.NAME.partial` beside it.
 """
 
 from __future__ import annotations
