@@ -124,3 +124,17 @@ def test_when_one_rank_fails_all_raise(ranks):
     assert first[:2] == ("RankError", "rank 1: no such file")
     assert second[:2] == ("FileNotFoundError", "no such file")
     assert ranks(2).run(_fail_on, None) == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize(("last_line", "joined"), [("", False), ("raise KeyError", True)])
+def test_an_ordinary_exit_leaves_the_groups_and_one_after_an_error_waits_for_nobody(last_line, joined):
+    code = f"""
+import atexit
+import torch.distributed as dist
+from llama import parallel
+atexit.register(lambda: print(dist.is_initialized()))
+parallel.init_model_parallel()
+{last_line}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == f"{joined}\n", done.stderr
