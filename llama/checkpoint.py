@@ -16,8 +16,10 @@ import functools
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,6 +47,7 @@ SHARD_DIM: dict[str, int | None] = {
 IGNORED = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs|.*rotary_emb\.inv_freq")
 REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name.startswith("max_")]
+MAP_NORESERVE = {"linux": 0x4000, "darwin": 0x40}.get(sys.platform, 0)  # the module mmap has no name for it
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -77,8 +80,11 @@ def shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 
 def share(name: str, size: int, args: ModelArgs, rank: int, world_size: int) -> tuple[int, int]:
-    """Where the part of a rank begins and ends in the `size` rows or columns of a weight. Each rank has an equal part;
-    with more ranks than key-value heads, neighbouring ranks have the same head: 2 heads on 4 ranks lie as 0 0 1 1."""
+    """Where the part of a rank begins and ends in the `size` rows or columns of a weight. Each rank has an equal part,
+    of a norm the whole. With more ranks than key-value heads, neighbouring ranks have the same head: 2 heads on 4 ranks
+    lie as 0 0 1 1."""
+    if shard_dim(name) is None:
+        return 0, size
     if name.split(".")[-2] in ("wk", "wv") and world_size > args.kv_heads:
         rank, world_size = rank * args.kv_heads // world_size, args.kv_heads
     return rank * size // world_size, (rank + 1) * size // world_size
@@ -176,17 +182,20 @@ def safetensors_paths(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_shard(path: Path) -> dict[str, Tensor]:
-    """The tensors of one shard, mapped and not read; nothing in the file is executed. ValueError if it is no shard."""
+def read_shard(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of one shard, mapped and not read, or without any data on the device "meta"; nothing in the file is
+    executed. ValueError if it is no shard."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Files in torch's older format, which are no zip archives, cannot be mapped.
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            mapped = device == "cpu" and zipfile.is_zipfile(path)
+            state = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # damage shows in any of a dozen types
         raise unreadable(path, error) from error
     plain = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    if not plain or not all(isinstance(t, Tensor) and t.layout is torch.strided and t.is_cpu for t in state.values()):
+    kind = (torch.strided, device)
+    if not plain or not all(isinstance(t, Tensor) and (t.layout, t.device.type) == kind for t in state.values()):
         raise ValueError(f"{path} holds something else than named tensors")
     return {name: tensor for name, tensor in state.items() if not IGNORED.fullmatch(name)}
 
@@ -206,26 +215,30 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.buffer = bytearray()  # what was read last
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.offsets: dict[str, int] = {}
 
+    @functools.cached_property
+    def pages(self) -> mmap.mmap:
+        with self.path.open("rb") as file:  # NORESERVE: the file may be larger than memory
+            return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
+
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        """Rows or columns of a tensor, to be copied before the next call. They are read and not mapped: touching a
-        mapping's pages one by one takes several times as long, and they count as memory in use."""
+        """Rows or columns of a tensor: a view of the file's pages, which memory holds once for all processes. To write
+        to it changes no file; the file must not be cut short while the view lives."""
         shape, dtype = self.shapes[name], self.dtypes[name]
         first, rows = (begin, length) if dim == 0 else (0, shape[0])
-        row = math.prod(shape[1:]) * dtype.itemsize
-        if rows * row > len(self.buffer):
-            self.buffer = bytearray(rows * row)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offsets[name] + first * row)
-            got = file.readinto(memoryview(self.buffer)[: rows * row])
-        if got != rows * row:
+        row = math.prod(shape[1:])
+        start = self.offsets[name] + first * row * dtype.itemsize
+        if start + rows * row * dtype.itemsize > len(self.pages):
             raise ValueError(f"{self.path} ends inside of {name}; download it again")
-        part = torch.frombuffer(self.buffer, dtype=dtype, count=rows * row // dtype.itemsize).view(rows, *shape[1:])
+        part = torch.frombuffer(self.pages, dtype=dtype, offset=start, count=rows * row).view(rows, *shape[1:])
         return part if dim == 0 else part.narrow(dim, begin, length)
+
+    def release(self) -> None:
+        """Let what was read no longer count as memory of this process. It is read again where it is still in use."""
+        self.pages.madvise(mmap.MADV_DONTNEED)
 
 
 class TorchFile(File):
@@ -233,22 +246,23 @@ class TorchFile(File):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.state = read_shard(path)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in self.state.items()}
-        if zipfile.is_zipfile(path):
-            # The tensors are views of one mapping, which is never touched: their addresses tell where they lie.
-            reader = torch._C.PyTorchFileReader(str(path))
-            records = [record for record in reader.get_all_records() if record.startswith("data/")]
-            base = min(tensor.untyped_storage().data_ptr() for tensor in self.state.values())
-            base -= min(reader.get_record_offset(record) for record in records)  # type: ignore[attr-defined]
-            plain = {name: tensor for name, tensor in self.state.items() if tensor.is_contiguous()}
-            self.offsets = {name: tensor.data_ptr() - base for name, tensor in plain.items()}
+        zipped = zipfile.is_zipfile(path)
+        state = read_shard(path, "meta" if zipped else "cpu")
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in state.items()}
+        # Of torch's older format, or transposed: torch must read them itself.
+        odd = not zipped or not all(tensor.is_contiguous() for tensor in state.values())
+        self.state = read_shard(path) if odd else {}
+        for name, tensor in state.items() if not odd else ():
+            storage: Any = tensor.untyped_storage()
+            self.offsets[name] = storage._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        if name in self.offsets:
-            return super().read(name, dim, begin, length)
-        return self.state[name].narrow(dim, begin, length)  # of torch's older format, already in memory
+        return self.state[name].narrow(dim, begin, length) if self.state else super().read(name, dim, begin, length)
+
+    def release(self) -> None:
+        if not self.state:
+            super().release()
 
 
 class SafetensorsFile(File):
@@ -356,7 +370,7 @@ class Checkpoint:
                 raise ValueError(f"{file.path} does not fit {self.source.name}: {'; '.join(listed)}")
         if missing := [name for name in wanted if name not in self.holders]:
             raise ValueError(f"{self.folder} does not fit {self.source.name}: missing: {_names(missing)}")
-        norms = [file.read("norm.weight", 0, 0, args.dim).clone() for file in self.holders["norm.weight"]]
+        norms = [file.read("norm.weight", 0, 0, args.dim) for file in self.holders["norm.weight"]]
         for file, norm in zip(self.files, norms, strict=False):
             if not torch.equal(norm, norms[0]):  # every shard of a model has the same
                 raise ValueError(f"{file.path} and {self.files[0].path.name} are shards of different models")
@@ -374,36 +388,51 @@ class Checkpoint:
         """The narrowest dtype that holds every weight."""
         return functools.reduce(torch.promote_types, {dtype for file in self.files for dtype in file.dtypes.values()})
 
-    def read(self, name: str, begin: int, end: int, into: Tensor) -> None:
-        """Copy rows or columns `begin` to `end` of a weight, counted along its `shard_dim`, into a tensor of their
-        shape, on whatever device and in whatever dtype it is."""
+    def read(
+        self,
+        name: str,
+        shape: Sequence[int],
+        begin: int,
+        end: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a weight that is of `shape` as a whole.
+        What one file has in this dtype as it is wanted is not copied on the CPU, and stays a view of the file."""
         files, dim = self.holders[name], shard_dim(name)
         if dim is None:
-            into.copy_(files[0].read(name, 0, 0, len(into)))
-            return
-        other = 1 - dim
-        each = files[0].shapes[name][other]
-        if each != into.shape[other]:  # split along the other dimension: every file has some of what is wanted
-            for i, file in enumerate(files):
-                into.narrow(other, i * each, each).copy_(file.read(name, dim, begin, end - begin))
-            return
-        size = files[0].shapes[name][dim] * len(files)
-        for piece in pieces(size, len(files), begin, end):
-            source = files[piece.shard].read(name, dim, piece.begin, piece.length)
-            into.narrow(dim, piece.offset, piece.length).copy_(source)
+            parts, dim = [files[0].read(name, 0, begin, end - begin)], 0
+        elif len(files) > 1 and files[0].shapes[name][dim] == shape[dim]:  # split the other way: each has some of it
+            parts, dim = [file.read(name, dim, begin, end - begin) for file in files], 1 - dim
+        else:
+            plan = pieces(shape[dim], len(files), begin, end)
+            parts = [files[piece.shard].read(name, dim, piece.begin, piece.length) for piece in plan]
+        if len(parts) == 1:
+            whole = parts[0].to(device, dtype).contiguous()
+        else:
+            lengths = [part.shape[dim] for part in parts]
+            joined = list(parts[0].shape)
+            joined[dim] = sum(lengths)
+            whole = torch.empty(joined, dtype=dtype, device=device)
+            for place, part in zip(whole.split(lengths, dim), parts, strict=True):
+                place.copy_(part)
+        if whole.data_ptr() != parts[0].data_ptr():
+            for file in files:
+                file.release()
+        return whole
 
 
 def load(model: nn.Module, checkpoint: Checkpoint, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
-    """Give `model`, whose parameters may be on the meta device, this rank's part of the weights, each allocated once,
-    in its final place and dtype."""
+    """Give `model`, whose parameters may be on the meta device, this rank's part of the weights, each in its final
+    place and dtype: allocated once, or a view of the file where that is the same."""
     whole, final = shapes(args), {}
     total = sum(weight.numel() * dtype.itemsize for weight in model.parameters())
     quiet = None if rank() == 0 else True  # None: only on a terminal
     with tqdm(desc="loading", total=total, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
-        for name, weight in model.named_parameters():
-            final[name] = torch.empty(weight.shape, dtype=dtype, device=device)
-            size = whole[name][shard_dim(name) or 0]
-            checkpoint.read(name, *share(name, size, args, rank(), world_size()), into=final[name])
+        for name, _ in model.named_parameters():
+            shape = whole[name]
+            begin, end = share(name, shape[shard_dim(name) or 0], args, rank(), world_size())
+            final[name] = checkpoint.read(name, shape, begin, end, dtype, device)
             bar.update(final[name].nbytes)
     model.load_state_dict(final, strict=True, assign=True)
 
@@ -428,8 +457,11 @@ def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: 
     names = ["params.json"]
     for i, part in enumerate(split(state, mp)):
         names.append(f"consolidated.{i:02d}.pth")
-        # clone: a view would take its whole storage with it into the file
-        torch.save({name: tensor.clone().contiguous() for name, tensor in part.items()}, folder / names[-1])
+        # clone: a view would take its whole storage with it into the file. Renamed when complete: a model that is in
+        # use may be a view of the file of that name.
+        new = folder / f".{names[-1]}.partial"
+        torch.save({name: tensor.clone().contiguous() for name, tensor in part.items()}, new)
+        new.replace(folder / names[-1])
     write_checklist(folder / "checklist.chk", [folder / name for name in names])
 
 

@@ -89,7 +89,7 @@ def write_meta(checkpoint: Checkpoint, args: ModelArgs, folder: Path, mp: int, d
             parts[name] = torch.empty(part, dtype=dtype)
         files.append(folder / f"consolidated.{rank:02d}.pth")
         for name, tensor in blank_file(parts, files[-1]).items():
-            checkpoint.read(name, *ranges[name], into=tensor)
+            tensor.copy_(checkpoint.read(name, whole[name], *ranges[name], dtype))
             bar.update(tensor.nbytes)
     write_checklist(folder / "checklist.chk", files)
 
@@ -122,8 +122,7 @@ def write_hf(checkpoint: Checkpoint, args: ModelArgs, folder: Path, dtype: torch
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
         tensors = {}
         for name in group:
-            tensor = torch.empty(whole[name], dtype=dtype)
-            checkpoint.read(name, 0, whole[name][shard_dim(name) or 0], into=tensor)
+            tensor = checkpoint.read(name, whole[name], 0, whole[name][shard_dim(name) or 0], dtype)
             if hf.is_rotated(name):
                 tensor = hf.to_halves(tensor, args.head_dim).contiguous()
             tensors[names[name]] = tensor

@@ -51,13 +51,40 @@ def test_dtype_is_the_one_asked_for(tmp_path, saved, asked):
     assert model.layers[0].attention.cache.k.dtype == getattr(torch, asked)
 
 
-def test_the_weights_are_copies_and_not_the_file(folder):
-    """Bytes that change on disk must not change a loaded model."""
+def test_a_model_is_a_view_of_its_files_that_neither_can_harm(folder):
+    """Writing to the weights changes no file; saving to the folder or removing it changes no weights."""
+    path = folder / "consolidated.00.pth"
+    before, content = checkpoint.read_shard(path)["output.weight"].clone(), path.read_bytes()
     model = build(folder).model
-    before = model.output.weight.clone()
-    with open(folder / "consolidated.00.pth", "r+b") as file:
-        file.write(b"\0" * (folder / "consolidated.00.pth").stat().st_size)
-    assert torch.equal(model.output.weight, before)
+    with torch.no_grad():
+        model.output.weight.add_(1)
+    assert path.read_bytes() == content
+    zeros = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
+    checkpoint.save(zeros, folder, GQA)
+    assert torch.equal(model.output.weight, before + 1)
+    assert not checkpoint.read_shard(path)["norm.weight"].any()
+    shutil.rmtree(folder)
+    assert torch.equal(model.output.weight, before + 1)
+    assert model.norm.weight.any()
+
+
+def test_what_is_whole_and_of_the_final_dtype_is_not_copied(folder):
+    """Two models of one file share its pages: their weights take no memory of their own."""
+    opened = checkpoint.Checkpoint(folder)
+    shape = opened.files[0].shapes["output.weight"]
+    begin = torch.frombuffer(opened.files[0].pages, dtype=torch.uint8).data_ptr()
+    inside = range(begin, begin + (folder / "consolidated.00.pth").stat().st_size)
+    for span, dtype, viewed in [
+        ((0, shape[0]), torch.float32, True),
+        ((8, 16), torch.float32, True),
+        ((0, shape[0]), torch.bfloat16, False),
+    ]:
+        weight = opened.read("output.weight", shape, *span, dtype)
+        assert (weight.data_ptr() in inside) == viewed
+        assert weight.shape == (span[1] - span[0], shape[1])
+    column = opened.read("tok_embeddings.weight", opened.files[0].shapes["tok_embeddings.weight"], 4, 8, torch.float32)
+    assert column.is_contiguous()
+    assert column.data_ptr() not in inside
 
 
 def test_rotary_frequencies_of_older_files_are_ignored_by_name(folder):
