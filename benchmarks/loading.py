@@ -4,7 +4,8 @@ Hugging Face's from_pretrained on the same weights: seconds, and the peak of mem
     python benchmarks/loading.py [--repeats 3] [--folder SOMEWHERE_WITH_5_GB]
 
 Every run is a process of its own, in turn, which first touches as much memory as the weights take and gives it back: a
-virtual machine may wait seconds for memory from its host, and whoever comes second would not. Needs the extra `test` (transformers).
+virtual machine may wait seconds for memory from its host, and whoever comes second would not. Needs the
+extra `test` (transformers).
 """
 
 from __future__ import annotations
