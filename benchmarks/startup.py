@@ -1,26 +1,58 @@
-"""Whole processes: what `import llama` adds to `import torch`, and the text example on the bundled model.
+"""Whole processes: what `import llama` adds to `import torch`, the text example on the bundled model, and `inspect` on
+the headers of 70B in 8 shards (sparse files).
 
 python benchmarks/startup.py [--repeats 7]
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import fire
+import torch
+
+from llama import ModelArgs
+from llama.checkpoint import shapes, shard_dim
 
 ROOT = Path(__file__).parent.parent
 
 
+SEVENTY = {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}
+
+
+def write_headers(folder: Path, params: dict[str, Any], vocab_size: int, mp: int) -> None:
+    """A checkpoint whose files have every header and no data: sparse, so that 138 GB take no room."""
+    (folder / "params.json").write_text(json.dumps({**params, "norm_eps": 1e-5, "vocab_size": -1}))
+    whole = shapes(ModelArgs(**params, vocab_size=vocab_size))
+    with torch.serialization.skip_data():
+        for i in range(mp):
+            parts = {name: list(shape) for name, shape in whole.items()}
+            for name, shape in parts.items():
+                if (dim := shard_dim(name)) is not None:
+                    shape[dim] //= mp
+            tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in parts.items()}
+            torch.save(tensors, folder / f"consolidated.{i:02d}.pth")
+
+
 def main(repeats: int = 7) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_headers(Path(folder), SEVENTY, 1024, 8)
+        measure(repeats, folder)
+
+
+def measure(repeats: int, seventy: str) -> None:
     commands = {
         "import torch": [sys.executable, "-c", "import torch"],
         "import torch, llama": [sys.executable, "-c", "import torch, llama"],
         "example_text_completion.py": [sys.executable, "example_text_completion.py"],
+        "llama inspect, 70B": [sys.executable, "-m", "llama", "inspect", seventy],
     }
     times: dict[str, list[float]] = {name: [] for name in commands}
     for i in range(repeats + 1):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +12,13 @@ import torch
 from tqdm import tqdm
 
 from . import parallel, script
-from .checkpoint import Checkpoint, check_path, find_tokenizer, md5, shapes
+from .checkpoint import Checkpoint, check_path, digest, find_tokenizer, shapes
 from .convert import convert as write
 from .memory import available, footprint, shortage
 from .tokenizer import Tokenizer
+
+SUMS = ("*.chk", "*.md5", "*.sha256", "*SUMS")  # names of lists
+KINDS = {32: "md5", 64: "sha256"}  # by the length of a sum
 
 
 def convert(
@@ -54,12 +59,16 @@ def inspect(
         max_seq_len: tokens of prompt and answer together, at most
         max_batch_size: prompts at a time, at most
         device: cuda, mps or cpu; the first of them that there is by default
-        verify: read everything and compare md5 sums with checklist.chk
+        verify: read everything and compare it with the lists of md5 or sha256 sums in the folder and the tokenizer's
     """
     folder = check_path(ckpt_dir, "ckpt_dir", "folder")
     checkpoint = Checkpoint(folder)
-    path = find_tokenizer(folder, tokenizer_path)
-    args = checkpoint.args(Tokenizer(path).n_words)
+    path, missing = None, ""
+    try:
+        path = find_tokenizer(folder, tokenizer_path)
+    except FileNotFoundError as error:
+        missing = f"missing: {error}"
+    args = checkpoint.args(checkpoint.vocab_size() if path is None else Tokenizer(path).n_words)
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     where = parallel.choose_device(device)
     kind = parallel.choose_dtype(dtype, where, checkpoint.dtype())
@@ -77,32 +86,47 @@ def inspect(
         "model": f"{args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.kv_heads} key-value), "
         f"FFN {args.ffn_hidden}, vocabulary {args.vocab_size}",
         "files": f"{len(checkpoint.files)}, in {name(checkpoint.dtype())}",
-        "tokenizer": path,
+        "tokenizer": path or missing,
         "each rank": f"{needed} in {name(kind)}, {max_batch_size} x {max_seq_len} positions, {chosen} rank(s)",
         "here": f"{where} with {each[chosen] / 1e9:.2f} GB free for each rank",
         "fits": shortage(needed, each[chosen], where, chosen) or "yes",
         "run": f"torchrun --nproc_per_node {chosen} example_text_completion.py --ckpt_dir {folder} "
-        f"--tokenizer_path {path} --max_seq_len {max_seq_len} --max_batch_size {max_batch_size}",
+        f"--tokenizer_path {path or 'TOKENIZER.MODEL'} --max_seq_len {max_seq_len} --max_batch_size {max_batch_size}",
     }
     for title, value in rows.items():
         print(f"{title:>10}: {value}")
     if verify:
-        verify_sums(folder / "checklist.chk")
+        lists = {file for pattern in SUMS for file in folder.glob(pattern)}
+        beside = (path or folder / "tokenizer.model").parent / "tokenizer_checklist.chk"
+        if beside.is_file():
+            lists.add(beside)
+        if not lists:
+            raise FileNotFoundError(f"no list of sums to verify in {folder}: none of {', '.join(SUMS)}")
+        verify_sums(sorted(lists))
 
 
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def verify_sums(checklist: Path) -> None:
-    """Compare the files that a checklist names with their md5 sums; ValueError names those that differ."""
-    lines = [line.split(maxsplit=1) for line in checklist.read_text(encoding="utf-8").splitlines() if line.strip()]
-    files = {checklist.parent / file.strip().lstrip("*"): sum for sum, file in lines}
-    total = sum(file.stat().st_size for file in files)
+def verify_sums(lists: Sequence[Path]) -> None:
+    """Compare the files that lists name with their md5 or sha256 sums, told apart by their length. ValueError names the
+    files that are missing or differ, and lines that are none of either."""
+    wanted = []
+    for path in lists:
+        for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+            if not (match := re.fullmatch(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{64}) [ *]?(.+)", line.strip())):
+                raise ValueError(f"{path}: {line!r} is no line of md5sum or sha256sum")
+            wanted.append((path.parent / match[2].strip(), match[1].lower()))
+    missing = [file for file, _ in wanted if not file.is_file()]
+    there = [(file, sum) for file, sum in wanted if file not in missing]
+    total = sum(file.stat().st_size for file, _ in there)
     with tqdm(desc="verifying", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        if wrong := [file.name for file, sum in files.items() if md5(file, bar.update) != sum]:
-            raise ValueError(f"{checklist}: the md5 sums of {', '.join(wrong)} differ; download again")
-    print(f"{'verified':>10}: {', '.join(file.name for file in files)}")
+        wrong = [file for file, sum in there if digest(file, KINDS[len(sum)], bar.update) != sum]
+    problems = {"missing": missing, "other than their sums say": wrong}
+    if told := [f"{what}: {', '.join(map(str, files))}" for what, files in problems.items() if files]:
+        raise ValueError(f"{'; '.join(told)}; download again")
+    print(f"{'verified':>10}: {', '.join(file.name for file, _ in there)}")
 
 
 if __name__ == "__main__":

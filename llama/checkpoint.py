@@ -335,6 +335,11 @@ class Checkpoint:
         else:
             raise FileNotFoundError(f"no params.json or config.json in {folder}; is it the folder of a checkpoint?")
 
+    def vocab_size(self) -> int:
+        """The number of rows of the weight that makes logits; 0 if the files lack it."""
+        held = self.holders.get("output.weight", [])
+        return sum(file.shapes["output.weight"][0] for file in held if "output.weight" in file.shapes)
+
     def args(self, n_words: int) -> ModelArgs:
         """The model's shape, with the vocabulary of a tokenizer of `n_words` pieces; checked against the files."""
         try:
@@ -344,10 +349,13 @@ class Checkpoint:
         if args.vocab_size not in (-1, n_words):
             given = f"{self.source}: vocab_size {args.vocab_size}"
             raise ValueError(f"{given} differs from the tokenizer's {n_words} pieces")
-        held = self.holders.get("output.weight", [])
-        rows = sum(file.shapes["output.weight"][0] for file in held if "output.weight" in file.shapes)
-        if held and rows != n_words:
-            raise ValueError(f"the tokenizer has {n_words} pieces and the weights in {self.folder} {rows}: not a pair")
+        [rows, *_] = self.files[0].shapes.get("layers.0.attention.wq.weight") or [args.dim]
+        here, saved = len(self.files), args.dim // max(rows, 1)
+        if self.layout == "meta" and here < saved:
+            lacking = _names(f"consolidated.{i:02d}.pth" for i in range(here, saved))
+            raise FileNotFoundError(f"{self.folder} has {here} of {saved} shards; download {lacking}")
+        if (size := self.vocab_size()) not in (0, n_words):
+            raise ValueError(f"the tokenizer has {n_words} pieces and the weights in {self.folder} {size}: not a pair")
         args = dataclasses.replace(args, vocab_size=n_words)
         self.check(args)
         return args
@@ -467,17 +475,17 @@ def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: 
 
 def write_checklist(path: Path, files: Iterable[Path]) -> None:
     """The md5 sums of files in the same folder, in the format of md5sum."""
-    path.write_text("".join(f"{md5(file)}  {file.name}\n" for file in files), encoding="utf-8")
+    path.write_text("".join(f"{digest(file, 'md5')}  {file.name}\n" for file in files), encoding="utf-8")
 
 
-def md5(path: Path, progress: Callable[[int], object] = lambda size: None) -> str:
-    """The md5 sum of a file, read in blocks; `progress` is told the size of each."""
-    digest = hashlib.md5()
+def digest(path: Path, kind: str, progress: Callable[[int], object] = lambda size: None) -> str:
+    """The md5 or sha256 sum of a file, read in blocks; `progress` is told the size of each."""
+    sum = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(2**20):
-            digest.update(block)
+            sum.update(block)
             progress(len(block))
-    return digest.hexdigest()
+    return sum.hexdigest()
 
 
 def _names(names: Iterable[str]) -> str:
