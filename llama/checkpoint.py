@@ -361,8 +361,9 @@ class Checkpoint:
         return args
 
     def check(self, args: ModelArgs) -> None:
-        """ValueError that names every tensor of a file that is missing, unexpected, misshapen or not floating-point."""
-        wanted = shapes(args)
+        """ValueError that names every tensor of a file that is missing, unexpected, misshapen, not floating-point
+        or not of one dtype in all shards."""
+        wanted, first = shapes(args), self.files[0].dtypes
         for file in self.files:
             here = wanted if self.layout == "meta" else [name for name in wanted if self.holders.get(name) == [file]]
             found = [
@@ -373,6 +374,9 @@ class Checkpoint:
                 "unexpected": [name for name in file.shapes if name not in wanted],
                 "misshapen": [f"{name} {shape} instead of {fit[0]}" for name, shape, fit in found if shape not in fit],
                 "not floating-point": [f"{name} {t}" for name, t in file.dtypes.items() if not t.is_floating_point],
+                f"of another dtype than in {self.files[0].path.name}": [
+                    f"{name} {dtype}" for name, dtype in file.dtypes.items() if first.get(name, dtype) != dtype
+                ],
             }
             if listed := [f"{problem}: {_names(names)}" for problem, names in problems.items() if names]:
                 raise ValueError(f"{file.path} does not fit {self.source.name}: {'; '.join(listed)}")
