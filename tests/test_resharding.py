@@ -1,10 +1,11 @@
 """Any number of shards on any number of ranks, in either layout."""
 
+import doctest
 import json
 
 import pytest
 import torch
-from small import GQA, SHAPES, TOKENIZER, hugging_face, random_model, relative_error, save_random
+from small import GQA, ROOT, SHAPES, TOKENIZER, hugging_face, random_model, relative_error, save_random
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
 from llama.checkpoint import Checkpoint, pieces, shapes, share
@@ -30,6 +31,10 @@ def test_pieces_worked_out_by_hand():
     assert list(pieces(12, 4, 4, 8)) == [(1, 1, 0, 2), (2, 0, 2, 2)]
     assert list(pieces(12, 4, 0, 12)) == [(0, 0, 0, 3), (1, 0, 3, 3), (2, 0, 6, 3), (3, 0, 9, 3)]
     assert list(pieces(12, 1, 4, 8)) == [(0, 4, 0, 4)]
+
+
+def test_the_worked_example_of_the_documents():
+    assert doctest.testfile(str(ROOT / "docs" / "checkpoints.md"), module_relative=False) == (0, 2)
 
 
 def test_key_value_heads_are_repeated_in_the_right_order():
