@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from . import bench as benchmark
 from . import parallel, script
 from .checkpoint import Checkpoint, check_path, digest, find_tokenizer, shapes
 from .convert import convert as write
 from .memory import available, footprint, shortage
+from .model import ModelArgs
 from .tokenizer import Tokenizer
 
 SUMS = ("*.chk", "*.md5", "*.sha256", "*SUMS")  # names of lists
@@ -105,6 +109,79 @@ def inspect(
         verify_sums(sorted(lists))
 
 
+def bench(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    shape: str = "110M",
+    dtype: str | None = None,
+    device: str | None = None,
+    batches: int | tuple[int, ...] = (1, 8, 32),
+    prompts: int | tuple[int, ...] = (128, 512, 2048),
+    tokens: int = 32,
+    repeats: int = 5,
+    compare: str | tuple[str, ...] = (),
+) -> None:
+    """Measure tokens per second, as a fraction of what the machine can do and beside other libraries.
+
+    Args:
+        ckpt_dir: a checkpoint in either layout; by default random weights of `shape`
+        tokenizer_path: tokenizer.model of the checkpoint; by default the one in ckpt_dir or one folder up
+        shape: 110M, 1.1B, 7B, 13B or 70B
+        dtype: bfloat16, float16 or float32; by default what Llama.build would choose, for a shape of bfloat16 weights
+        device: cuda, mps or cpu; the first of them that there is by default
+        batches: how many rows to decode at once, one or several numbers
+        prompts: lengths of prompts to prefill, one or several numbers
+        tokens: how many to decode, after a prompt of 128
+        repeats: how often each is measured
+        compare: transformers, to measure it in turn on the same weights (one rank only)
+    """
+    peers = [compare] if isinstance(compare, str) else [*compare]
+    many = {"batches": batches, "prompts": prompts, "tokens": tokens, "repeats": repeats}
+    sizes = {what: [value] if isinstance(value, int) else [*value] for what, value in many.items()}
+    for what, values in sizes.items():
+        if not all(type(value) is int and value > (what == "tokens") for value in values):
+            raise ValueError(f"{what} is {many[what]!r}; it must be of numbers from {1 + (what == 'tokens')} on")
+    if unknown := [peer for peer in peers if peer not in benchmark.PEERS]:
+        raise ValueError(f"compare names {', '.join(map(str, unknown))}; known are {', '.join(benchmark.PEERS)}")
+    if shape not in benchmark.SHAPES:
+        raise ValueError(f"shape is {shape!r}; it must be one of {', '.join(benchmark.SHAPES)}")
+    parallel.init_model_parallel()
+    if peers and parallel.world_size() > 1:
+        raise ValueError("compare measures on one rank only")
+    cases = [benchmark.Case(1, length, 1) for length in sizes["prompts"]]
+    cases += [benchmark.Case(batch, 128, tokens) for batch in sizes["batches"]]
+    where = parallel.choose_device(device)
+    parallel.use(where)
+    room = {
+        "max_seq_len": max(case.prompt + case.tokens for case in cases),
+        "max_batch_size": max(case.batch for case in cases),
+    }
+    began = time.perf_counter()
+    if ckpt_dir is None:
+        args = ModelArgs(**benchmark.SHAPES[shape], vocab_size=32000, **room)
+        kind = parallel.choose_dtype(dtype, where, torch.bfloat16)
+        fit(args, where, kind)
+        model = benchmark.random_model(args, where, kind)
+    else:
+        folder = check_path(ckpt_dir, "ckpt_dir", "folder")
+        checkpoint = Checkpoint(folder)
+        args = replace(checkpoint.args(Tokenizer(find_tokenizer(folder, tokenizer_path)).n_words), **room)
+        kind = parallel.choose_dtype(dtype, where, checkpoint.dtype())
+        fit(args, where, kind)
+        model = benchmark.loaded_model(checkpoint, args, where, kind)
+    benchmark.synchronize(where)
+    facts = {"model": str(ckpt_dir or shape), "dtype": name(kind), "load_s": time.perf_counter() - began}
+    with redirect_stdout(None) if parallel.rank() else nullcontext():
+        benchmark.bench(model, cases, repeats, peers, facts)
+
+
+def fit(args: ModelArgs, where: torch.device, dtype: torch.dtype) -> None:
+    """MemoryError for a model that this machine has no room for."""
+    ranks = parallel.world_size()
+    if problem := shortage(footprint(args, ranks, dtype), available(where), where, ranks):
+        raise MemoryError(problem)
+
+
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -130,4 +207,4 @@ def verify_sums(lists: Sequence[Path]) -> None:
 
 
 if __name__ == "__main__":
-    script.run({"convert": convert, "inspect": inspect})
+    script.run({"bench": bench, "convert": convert, "inspect": inspect})

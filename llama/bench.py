@@ -1,0 +1,246 @@
+"""python -m llama bench: how fast a model prefills and decodes here, as a fraction of what this machine can do, and
+beside other libraries on the same weights.
+
+The limits are measured in the same run. Decoding reads every weight once a step, and the cache: bytes over seconds over
+the bandwidth of reading memory is its MBU, model bandwidth utilization. Prefill multiplies every weight by every token:
+operations over seconds over the rate of a large matrix product is its MFU, model FLOPs utilization.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import hf, parallel
+from .checkpoint import Checkpoint, load
+from .engine import steps
+from .model import ModelArgs, Transformer
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "110M": {"dim": 768, "n_layers": 12, "n_heads": 12},
+    "1.1B": {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4},
+    "7B": {},
+    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
+    "70B": {
+        "dim": 8192,
+        "n_layers": 80,
+        "n_heads": 64,
+        "n_kv_heads": 8,
+        "multiple_of": 4096,
+        "ffn_dim_multiplier": 1.3,
+    },
+}
+# A library at work: prompts (B, T) and a number of tokens -> an iterator that ends a step when it has B more tokens.
+Run = Callable[[Tensor, int], Iterator[object]]
+
+
+class Case(NamedTuple):
+    """`batch` prompts of `prompt` tokens; with `tokens` above 1 the steps after the first are what is measured."""
+
+    batch: int
+    prompt: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"prefill {self.prompt}" if self.tokens == 1 else f"decode, batch {self.batch}"
+
+
+def random_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """A model with random weights, made on the device."""
+    with torch.device("meta"):
+        model = Transformer(replace(args, max_batch_size=0)).to(dtype)
+    model.to_empty(device=device)
+    for name, weight in model.named_parameters():
+        nn.init.ones_(weight) if "norm" in name else nn.init.normal_(weight, std=0.02)
+    return with_cache(model, args)
+
+
+def loaded_model(checkpoint: Checkpoint, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(replace(args, max_batch_size=0))
+    load(model, checkpoint, args, device, dtype)
+    return with_cache(model, args)
+
+
+def with_cache(model: Transformer, args: ModelArgs) -> Transformer:
+    model.params = args
+    model.allocate_cache()
+    return model.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """The least time of several runs after a first: a limit is what the machine can do at its best."""
+    taken = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that this rank reads from memory: of a float32 tensor far larger than any cache, summed."""
+    values = torch.ones(2**28 if device.type == "cpu" else 2**30, device=device)
+    return values.nbytes / seconds(values.sum, device)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a product of two square matrices: two for each multiplication with its addition."""
+    size = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, device)
+
+
+def clock(run: Run, case: Case, vocab_size: int, device: torch.device) -> float:
+    """Seconds of prefill and first token, or the median of the steps after it."""
+    ids = torch.randint(3, vocab_size, (case.batch, case.prompt), generator=torch.Generator().manual_seed(0))
+    taken, began = [], time.perf_counter()
+    for _ in run(ids, case.tokens):
+        synchronize(device)
+        taken.append(time.perf_counter() - began)
+        began = time.perf_counter()
+    return taken[0] if case.tokens == 1 else statistics.median(taken[1:])
+
+
+def work(model: Transformer, case: Case) -> tuple[float, float]:
+    """(bytes, operations) that this rank's part of the model cannot do without in a case: one step, or the prefill."""
+    matrices = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and "tok_emb" not in name]
+    size = sum(weight.numel() for weight in matrices)
+    head = model.output.weight.numel()
+    p, ranks = model.params, parallel.world_size()
+    width = max(p.kv_heads // ranks, 1) * p.head_dim
+    queries, rows = (case.prompt, 1) if case.tokens == 1 else (1, case.batch)
+    seen = case.prompt + case.tokens / 2  # positions attended to, in the middle of decoding
+    if case.tokens == 1:
+        seen = case.prompt / 2  # causal: on average
+    attention = 4 * p.n_layers * rows * queries * seen * p.dim / ranks
+    cache = 2 * p.n_layers * rows * seen * width * model.norm.weight.itemsize
+    nbytes = sum(weight.nbytes for weight in matrices) + cache
+    return nbytes, 2 * rows * (queries * (size - head) + head) + attention
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who is measured
+
+
+def ours(model: Transformer) -> Run:
+    def run(ids: Tensor, tokens: int) -> Iterator[object]:
+        return steps(model, ids.tolist(), [ids.shape[1] + tokens] * len(ids), (), lambda logits: logits.argmax(-1))
+
+    return run
+
+
+def transformers_eager(model: Transformer) -> Run:
+    """Hugging Face's Llama on the same weights, with its growing cache, as `generate` runs it."""
+    import transformers
+
+    args, head_dim = model.params, model.params.head_dim
+    config = transformers.LlamaConfig(**hf.config(hf_params(args), args.ffn_hidden, args.vocab_size, "float32"))
+    with torch.device("meta"):
+        theirs = transformers.LlamaForCausalLM(config)
+    names = hf.names(args.n_layers)
+    state = {
+        names[name]: hf.to_halves(weight, head_dim) if hf.is_rotated(name) else weight
+        for name, weight in model.state_dict().items()
+    }
+    theirs.load_state_dict(state, assign=True)
+    with model.norm.weight.device:  # its frequencies are no weights and were made on the meta device too
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
+    theirs.eval()
+
+    @torch.inference_mode()
+    def run(ids: Tensor, tokens: int) -> Iterator[object]:
+        ids, cache = ids.to(model.norm.weight.device), None
+        for _ in range(tokens):
+            out = theirs(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            yield ids.tolist()
+
+    return run
+
+
+def hf_params(args: ModelArgs) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if not name.startswith("max_") and value is not None}
+
+
+PEERS: Mapping[str, Callable[[Transformer], Run]] = {"transformers": transformers_eager}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def bench(model: Transformer, cases: list[Case], repeats: int, peers: list[str], facts: dict[str, Any]) -> None:
+    """Measure every case `repeats` times, ours and each peer in turn, and print a table, with JSON as the last line."""
+    weight = model.norm.weight
+    device, vocab_size = weight.device, model.vocab_size
+    runs = {"llama": ours(model), **{peer: PEERS[peer](model) for peer in peers}}
+    limits = {"bandwidth": bandwidth(device), "matrix_rate": matrix_rate(device, weight.dtype)}
+    facts = {**facts, **machine(device), **limits, "cases": {}}
+    print(f"{facts['model']} in {facts['dtype']} on {facts['device']}, {facts['ranks']} rank(s) of {facts['threads']} "
+          f"thread(s), torch {facts['torch']}")  # fmt: skip
+    print(f"It reads {limits['bandwidth'] / 1e9:,.1f} GB/s and multiplies {limits['matrix_rate'] / 1e9:,.0f} GFLOP/s; "
+          f"tokens/s: median (min - max) of {repeats}")  # fmt: skip
+    for case in cases:
+        for run in runs.values():
+            clock(run, case, vocab_size, device)  # the first is slower
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(repeats):
+            for name, run in runs.items():
+                taken[name].append(clock(run, case, vocab_size, device))
+        count = case.batch * (case.prompt if case.tokens == 1 else 1)
+        rates = {name: sorted(count / t for t in times) for name, times in taken.items()}
+        nbytes, operations = work(model, case)
+        best = statistics.median(taken["llama"])
+        used = {"MBU": nbytes / best / limits["bandwidth"], "MFU": operations / best / limits["matrix_rate"]}
+        kind = "MFU" if case.tokens == 1 else "MBU"
+        ratios = {
+            peer: statistics.median(b / a for a, b in zip(taken["llama"], taken[peer], strict=True)) for peer in peers
+        }
+        told = [
+            f"{name} {statistics.median(rate):,.1f} ({rate[0]:,.1f} - {rate[-1]:,.1f})" for name, rate in rates.items()
+        ]
+        told += [f"{ratio:.2f} x {peer}" for peer, ratio in ratios.items()]
+        print(f"{case!s:>17}: {kind} {used[kind]:.2f}; {'; '.join(told)}", flush=True)
+        facts["cases"][str(case)] = {"tokens_per_second": rates, **used, "ratios": ratios}
+    facts["peak_bytes"] = peak(device)
+    first = facts["cases"].get(str(cases[0]), {}).get("tokens_per_second", {}).get("llama")
+    if first and cases[0].tokens == 1:
+        facts["first_token_s"] = cases[0].prompt / statistics.median(first)
+        print(f"{'first token':>17}: {facts['first_token_s']:.3f} s after {cases[0].prompt} tokens")
+    print(f"{'load':>17}: {facts['load_s']:.2f} s; peak memory {facts['peak_bytes'] / 1e9:.2f} GB")
+    print(json.dumps(facts))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    threads = {"ranks": parallel.world_size(), "threads": torch.get_num_threads()}
+    return {"device": f"{device.type} ({name})", **threads, "torch": torch.__version__}
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes in use so far: on a GPU, or of the whole process, peers included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,79 @@
+"""python -m llama bench: the arithmetic by hand, and that it runs. Nothing here is timed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from small import MODELS, ROOT, random_model
+
+from llama import ModelArgs, bench
+
+
+def command(*flags):
+    run = [sys.executable, "-m", "llama", "bench", "--repeats", "1", "--tokens", "3", "--device", "cpu", *flags]
+    return subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=100)
+
+
+def test_work_of_a_small_model_worked_out_by_hand():
+    shape = {"dim": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "multiple_of": 1}  # hidden int(64 / 3) = 21
+    model = random_model(shape, vocab_size=10, max_batch_size=2)
+    layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 21  # wq; wk, wv; wo; w1, w2, w3
+    head = 10 * 8
+    # Two rows decode 4 tokens after 6: on average 8 positions are seen, each a key and a value of 4 numbers.
+    nbytes, operations = bench.work(model, bench.Case(batch=2, prompt=6, tokens=4))
+    assert nbytes == 4 * (layer + head) + 4 * 2 * 2 * 8 * 4
+    assert operations == 2 * 2 * (layer + head) + 2 * (4 * 8 * 8)
+    # A prompt of 6: logits of its last token alone; each token looks at 3 others on average.
+    _, operations = bench.work(model, bench.Case(batch=1, prompt=6, tokens=1))
+    assert operations == 2 * (6 * layer + head) + 6 * (4 * 8 * 3)
+
+
+@pytest.mark.parametrize("kv_heads", [8, 4])
+def test_a_peer_takes_the_same_steps(kv_heads):
+    shape = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": kv_heads, "multiple_of": 32, "norm_eps": 1e-3}
+    model = random_model(shape, vocab_size=128)
+    ids = torch.randint(3, 128, (2, 5))
+    mine = [[row[0].id for row in step] for step in bench.ours(model)(ids, 12)]
+    theirs = [[id for [id] in step] for step in bench.transformers_eager(model)(ids, 12)]
+    assert mine == theirs
+    assert len(mine) == 12
+
+
+def test_a_random_model_has_its_dtype_and_cache():
+    args = ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=32, max_batch_size=2, max_seq_len=16)
+    model = bench.random_model(args, torch.device("cpu"), torch.bfloat16)
+    assert {t.dtype for t in [*model.parameters(), *model.buffers()]} == {torch.bfloat16}
+    assert model.layers[0].attention.cache.k.shape == (2, 4, 16, 16)
+    assert model.layers[0].attention.wq.weight.float().std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_the_command_ends_with_json():
+    done = command("--ckpt_dir", str(MODELS / "small"), "--prompts", "16", "--batches", "1,2", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert list(facts["cases"]) == ["prefill 16", "decode, batch 1", "decode, batch 2"]
+    assert all(0 < facts["cases"][case][used] < 1.5 for case in facts["cases"] for used in ("MBU", "MFU"))
+    assert facts["first_token_s"] == 16 / facts["cases"]["prefill 16"]["tokens_per_second"]["llama"][0]
+    assert "prefill 16: MFU 0." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shape", "8B"], "shape is '8B'; it must be one of 110M, 1.1B, 7B, 13B, 70B"),
+        (["--compare", "vllm"], "compare names vllm; known are transformers"),
+        (["--batches", "0"], "batches is 0; it must be of numbers from 1 on"),
+        (["--prompts", "a"], "prompts is 'a'"),
+        (["--tokens", "1"], "tokens is 1; it must be of numbers from 2 on"),
+        (["--ckpt_dir", "nowhere"], "ckpt_dir nowhere is not an existing folder"),
+        (["--shape", "70B", "--dtype", "float32"], "use more ranks"),
+    ],
+)
+def test_bad_flags_are_named(flags, message):
+    done = command(*flags)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert message in line
+    assert done.stdout == ""
