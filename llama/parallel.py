@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -64,9 +65,21 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def use(device: torch.device) -> None:
-    """Make a GPU the current one where each rank has its own: NCCL and kernels of other libraries go by that."""
-    if device.type == "cuda" and dist.get_world_size() > 1:
+    """Make a GPU the current one where each rank has its own: NCCL and kernels of other libraries go by that. On a CPU,
+    compute on this rank's share of the cores, where torchrun chose a single thread for want of knowing better."""
+    if dist.get_world_size() == 1:
+        return
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif device.type == "cpu" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+
+
+def cores(root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """The physical cores that this process may use: two threads of one core multiply no faster than one."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = (root / f"cpu{i}" / "topology" / "thread_siblings_list" for i in allowed)
+    return len({path.read_text() if path.exists() else str(path) for path in siblings})
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Devices, dtypes and groups."""
 
 import io
+import os
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -61,6 +62,36 @@ def test_the_default_dtype_is_what_the_cpu_is_fast_in(monkeypatch, saved, units,
     assert parallel.choose_dtype(None, torch.device("cuda"), saved) == saved
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert parallel.choose_dtype(None, torch.device("cpu"), saved) == torch.float32
+
+
+def test_hyperthreads_are_no_cores(monkeypatch, tmp_path):
+    for cpu, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
+        (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(siblings + "\n")
+    for allowed, count in [({0, 1, 2, 3}, 2), ({0, 2}, 1), ({3}, 1), ({0, 1, 9}, 3)]:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, allowed=allowed: allowed, raising=False)
+        assert parallel.cores(tmp_path) == count
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}, 4),  # torchrun's own choice
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "3"}, None),  # somebody's
+        ({"OMP_NUM_THREADS": "1"}, None),  # started in another way
+    ],
+)
+def test_ranks_share_the_cores(monkeypatch, environment, threads):
+    for name in ("TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**environment, "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "cores", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    parallel.use(torch.device("cpu"))
+    assert chosen == ([] if threads is None else [threads])
 
 
 def test_a_dtype_is_taken_by_name_or_refused():
