@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import torch
+from fire.decorators import SetParseFns
 from tqdm import tqdm
 
 from . import bench as benchmark
@@ -25,6 +27,7 @@ SUMS = ("*.chk", "*.md5", "*.sha256", "*SUMS")  # names of lists
 KINDS = {32: "md5", 64: "sha256"}  # by the length of a sum
 
 
+@SetParseFns(dst=str)  # or a folder named 2024_01 would become 202401
 def convert(
     src: str, dst: str, to: str = "meta", mp: int = 1, dtype: str | None = None, tokenizer_path: str | None = None
 ) -> None:
@@ -77,8 +80,10 @@ def inspect(
     where = parallel.choose_device(device)
     kind = parallel.choose_dtype(dtype, where, checkpoint.dtype())
     free = available(where)
-    ranks = [n for n in (1, 2, 4, 8) if args.n_heads % n == 0 == args.ffn_hidden % n]
+    ranks = [n for n in (1, 2, 4, 8) if divides(args, n)]
     if world_size is not None:
+        if type(world_size) is not int or world_size < 1 or not divides(args, world_size):
+            raise ValueError(f"world_size {world_size!r} does not divide the model; {', '.join(map(str, ranks))} do")
         ranks = [world_size]
     each = {n: free // n if where.type == "cpu" else free for n in ranks}  # ranks on a CPU share its memory
     fitting = [n for n in ranks if shortage(footprint(args, n, kind), each[n], where, n) is None]
@@ -94,8 +99,9 @@ def inspect(
         "each rank": f"{needed} in {name(kind)}, {max_batch_size} x {max_seq_len} positions, {chosen} rank(s)",
         "here": f"{where} with {each[chosen] / 1e9:.2f} GB free for each rank",
         "fits": shortage(needed, each[chosen], where, chosen) or "yes",
-        "run": f"torchrun --nproc_per_node {chosen} example_text_completion.py --ckpt_dir {folder} "
-        f"--tokenizer_path {path or 'TOKENIZER.MODEL'} --max_seq_len {max_seq_len} --max_batch_size {max_batch_size}",
+        "run": f"torchrun --nproc_per_node {chosen} example_text_completion.py --ckpt_dir {quote(str(folder))} "
+        f"--tokenizer_path {quote(str(path or 'TOKENIZER.MODEL'))} "
+        f"--max_seq_len {max_seq_len} --max_batch_size {max_batch_size}",
     }
     for title, value in rows.items():
         print(f"{title:>10}: {value}")
@@ -106,7 +112,13 @@ def inspect(
             lists.add(beside)
         if not lists:
             raise FileNotFoundError(f"no list of sums to verify in {folder}: none of {', '.join(SUMS)}")
-        verify_sums(sorted(lists))
+        verify_sums(sorted(lists), [file.path for file in checkpoint.files])
+
+
+def divides(args: ModelArgs, ranks: int) -> bool:
+    """Whether a model can be shared by this many ranks."""
+    whole = args.n_heads % ranks == args.ffn_hidden % ranks == args.vocab_size % ranks == args.dim % ranks == 0
+    return whole and (args.kv_heads % ranks == 0 or ranks % args.kv_heads == 0)
 
 
 def bench(
@@ -186,12 +198,12 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def verify_sums(lists: Sequence[Path]) -> None:
+def verify_sums(lists: Sequence[Path], needed: Sequence[Path]) -> None:
     """Compare the files that lists name with their md5 or sha256 sums, told apart by their length. ValueError names the
-    files that are missing or differ, and lines that are none of either."""
+    files that are missing, differ or are `needed` and in no list, and lines that are none of either."""
     wanted = []
     for path in lists:
-        for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+        for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
             if not (match := re.fullmatch(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{64}) [ *]?(.+)", line.strip())):
                 raise ValueError(f"{path}: {line!r} is no line of md5sum or sha256sum")
             wanted.append((path.parent / match[2].strip(), match[1].lower()))
@@ -200,7 +212,8 @@ def verify_sums(lists: Sequence[Path]) -> None:
     total = sum(file.stat().st_size for file, _ in there)
     with tqdm(desc="verifying", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         wrong = [file for file, sum in there if digest(file, KINDS[len(sum)], bar.update) != sum]
-    problems = {"missing": missing, "other than their sums say": wrong}
+    unlisted = [file for file in needed if file not in [listed for listed, _ in wanted]]
+    problems = {"missing": missing, "other than their sums say": wrong, "in no list of sums": unlisted}
     if told := [f"{what}: {', '.join(map(str, files))}" for what, files in problems.items() if files]:
         raise ValueError(f"{'; '.join(told)}; download again")
     print(f"{'verified':>10}: {', '.join(file.name for file, _ in there)}")

@@ -49,6 +49,7 @@ REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name.startswith("max_")]
 MAP_NORESERVE = {"linux": 0x4000, "darwin": 0x40}.get(sys.platform, 0)  # the module mmap has no name for it
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+READABLE = set(SAFETENSORS_DTYPES.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,11 +114,12 @@ def find_tokenizer(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str] | None
     """The tokenizer's file: the one given, or else tokenizer.model in the checkpoint's folder or one folder up."""
     if tokenizer_path is not None:
         return check_path(tokenizer_path, "tokenizer_path", "file")
-    places = [ckpt_dir / "tokenizer.model", ckpt_dir.resolve().parent / "tokenizer.model"]
+    folders = dict.fromkeys([ckpt_dir, ckpt_dir.absolute().parent, ckpt_dir.resolve().parent])
+    places = [folder / "tokenizer.model" for folder in folders]
     for place in places:
         if place.is_file():
             return place
-    raise FileNotFoundError(f"no tokenizer.model in {places[0].parent} or {places[1].parent}; give tokenizer_path")
+    raise FileNotFoundError(f"no tokenizer.model in {' or '.join(map(str, folders))}; give tokenizer_path")
 
 
 def check_path(value: Any, name: str, kind: Literal["file", "folder"]) -> Path:
@@ -176,10 +178,34 @@ def safetensors_paths(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
+            raise ValueError(f"{index} has no weight_map from the names of weights to files; download it again")
+        names = sorted(set(listed.values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {_names(missing)}; download it again")
     return [folder / name for name in names]
+
+
+def records(path: Path) -> dict[int, int] | None:
+    """Where the records of a .pth file begin and how long they are, if it is as torch writes it: an archive whose
+    records lie in it as they are, in this machine's byte order. None for any other, which torch must read itself."""
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            found = {}
+            for info in archive.infolist():
+                odd = info.filename.endswith("/byteorder") and archive.read(info) != sys.byteorder.encode()
+                if odd or info.compress_type != zipfile.ZIP_STORED:
+                    return None
+                file.seek(info.header_offset + 26)  # the lengths of a name and of a field that come before the content
+                lengths = file.read(4)
+                begin = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+                found[begin] = info.file_size
+            return found
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return None
 
 
 def read_shard(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -188,8 +214,7 @@ def read_shard(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Files in torch's older format, which are no zip archives, cannot be mapped.
-            mapped = device == "cpu" and zipfile.is_zipfile(path)
+            mapped = device == "cpu" and records(path) is not None
             state = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # damage shows in any of a dozen types
         raise unreadable(path, error) from error
@@ -226,7 +251,7 @@ class File:
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
         """Rows or columns of a tensor: a view of the file's pages, which memory holds once for all processes. To write
-        to it changes no file; the file must not be cut short while the view lives."""
+        to it changes no file, and lasts until `release`; the file must not be cut short while the view lives."""
         shape, dtype = self.shapes[name], self.dtypes[name]
         first, rows = (begin, length) if dim == 0 else (0, shape[0])
         row = math.prod(shape[1:])
@@ -237,7 +262,8 @@ class File:
         return part if dim == 0 else part.narrow(dim, begin, length)
 
     def release(self) -> None:
-        """Let what was read no longer count as memory of this process. It is read again where it is still in use."""
+        """Let what was read no longer count as memory of this process. What is still in use is read again, as it is in
+        the file."""
         self.pages.madvise(mmap.MADV_DONTNEED)
 
 
@@ -246,16 +272,19 @@ class TorchFile(File):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        zipped = zipfile.is_zipfile(path)
-        state = read_shard(path, "meta" if zipped else "cpu")
+        found = records(path)
+        state = read_shard(path, "cpu" if found is None else "meta")
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in state.items()}
-        # Of torch's older format, or transposed: torch must read them itself.
-        odd = not zipped or not all(tensor.is_contiguous() for tensor in state.values())
-        self.state = read_shard(path) if odd else {}
-        for name, tensor in state.items() if not odd else ():
+        self.state: dict[str, Tensor] = {}
+        for name, tensor in state.items():
             storage: Any = tensor.untyped_storage()
-            self.offsets[name] = storage._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
+            # torch works the offset out from how it would have written the file, which another program may have.
+            begin: int = getattr(storage, "_checkpoint_offset", -1)
+            if not found or found.get(begin) != storage.nbytes() or not tensor.is_contiguous():
+                self.state = read_shard(path) if found else state
+                break
+            self.offsets[name] = begin + int(tensor.storage_offset()) * tensor.itemsize
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
         return self.state[name].narrow(dim, begin, length) if self.state else super().read(name, dim, begin, length)
@@ -282,13 +311,15 @@ class SafetensorsFile(File):
         """Where this file has the weight `to`, let it be `name` too."""
         tables: tuple[dict[str, Any], ...] = (self.shapes, self.dtypes, self.offsets)
         for table in tables:
-            table.pop(name, None)
             if to in table:
                 table[name] = table[to]
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        part = super().read(name, dim, begin, length)
-        return hf.to_pairs(part, self.head_dim) if hf.is_rotated(name) else part
+        if not hf.is_rotated(name):
+            return super().read(name, dim, begin, length)
+        first = begin - begin % self.head_dim  # rows change places within a head
+        last = -(-(begin + length) // self.head_dim) * self.head_dim
+        return hf.to_pairs(super().read(name, dim, first, last - first), self.head_dim).narrow(0, begin - first, length)
 
 
 def read_header(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -327,7 +358,7 @@ class Checkpoint:
                 raise ValueError(f"{self.source}: {error}") from error
             names, head_dim = hf.names(self.params["n_layers"]), self.params["dim"] // self.params["n_heads"]
             files = [SafetensorsFile(path, names, head_dim) for path in safetensors_paths(folder)]
-            if config.get("tie_word_embeddings"):
+            if config.get("tie_word_embeddings") and not any("output.weight" in file.shapes for file in files):
                 for file in files:
                     file.tie("output.weight", "tok_embeddings.weight")
             self.files = files
@@ -361,8 +392,8 @@ class Checkpoint:
         return args
 
     def check(self, args: ModelArgs) -> None:
-        """ValueError that names every tensor of a file that is missing, unexpected, misshapen, not floating-point
-        or not of one dtype in all shards."""
+        """ValueError that names every tensor of a file that is missing, unexpected, misshapen, of a dtype that cannot
+        be read or not of one dtype in all shards."""
         wanted, first = shapes(args), self.files[0].dtypes
         for file in self.files:
             here = wanted if self.layout == "meta" else [name for name in wanted if self.holders.get(name) == [file]]
@@ -373,7 +404,9 @@ class Checkpoint:
                 "missing": [name for name in here if name not in file.shapes],
                 "unexpected": [name for name in file.shapes if name not in wanted],
                 "misshapen": [f"{name} {shape} instead of {fit[0]}" for name, shape, fit in found if shape not in fit],
-                "not floating-point": [f"{name} {t}" for name, t in file.dtypes.items() if not t.is_floating_point],
+                "of a dtype that cannot be read": [
+                    f"{name} {t}" for name, t in file.dtypes.items() if t not in READABLE
+                ],
                 f"of another dtype than in {self.files[0].path.name}": [
                     f"{name} {dtype}" for name, dtype in file.dtypes.items() if first.get(name, dtype) != dtype
                 ],
@@ -386,6 +419,11 @@ class Checkpoint:
         for file, norm in zip(self.files, norms, strict=False):
             if not torch.equal(norm, norms[0]):  # every shard of a model has the same
                 raise ValueError(f"{file.path} and {self.files[0].path.name} are shards of different models")
+        if self.layout == "meta":
+            rows = [file.read("layers.0.attention.wq.weight", 0, 0, 1) for file in self.files]
+            for file, row in zip(self.files[1:], rows[1:], strict=True):
+                if torch.equal(row, rows[0]) and row.any():
+                    raise ValueError(f"{file.path} and {self.files[0].path.name} are the same shard")
 
     def part_shapes(self, name: str, whole: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The shapes that a file's part of a weight may have. Embeddings are split by columns in Llama 2's files and by
@@ -394,7 +432,9 @@ class Checkpoint:
         if dim is None:
             return [whole]
         dims = [d for d in ((1, 0) if "tok_embeddings" in name else (dim,)) if whole[d] % shards == 0] or [dim]
-        return [tuple(size // shards if i == dim else size for i, size in enumerate(whole)) for dim in dims]
+        fit = [tuple(size // shards if i == dim else size for i, size in enumerate(whole)) for dim in dims]
+        first = self.holders[name][0].shapes.get(name)
+        return [first] if first in fit else fit  # all in the same way
 
     def dtype(self) -> torch.dtype:
         """The narrowest dtype that holds every weight."""
@@ -463,11 +503,11 @@ def split(state: Mapping[str, Tensor], mp: int) -> list[dict[str, Tensor]]:
 
 def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: Mapping[str, Any], mp: int = 1) -> None:
     """Write a whole model as a checkpoint of `mp` shards, with params.json and checklist.chk."""
-    folder = Path(ckpt_dir)
+    folder, parts = Path(ckpt_dir), split(state, mp)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
     names = ["params.json"]
-    for i, part in enumerate(split(state, mp)):
+    for i, part in enumerate(parts):
         names.append(f"consolidated.{i:02d}.pth")
         # clone: a view would take its whole storage with it into the file. Renamed when complete: a model that is in
         # use may be a view of the file of that name.
@@ -477,9 +517,10 @@ def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: 
     write_checklist(folder / "checklist.chk", [folder / name for name in names])
 
 
-def write_checklist(path: Path, files: Iterable[Path]) -> None:
-    """The md5 sums of files in the same folder, in the format of md5sum."""
-    path.write_text("".join(f"{digest(file, 'md5')}  {file.name}\n" for file in files), encoding="utf-8")
+def write_checklist(path: Path, files: Iterable[Path], progress: Callable[[int], object] = lambda size: None) -> None:
+    """The md5 sums of files in the same folder, in the format of md5sum; `progress` is told of bytes as in `digest`."""
+    lines = [f"{digest(file, 'md5', progress)}  {file.name}\n" for file in files]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def digest(path: Path, kind: str, progress: Callable[[int], object] = lambda size: None) -> str:

@@ -7,6 +7,7 @@ complete: until then it is `.NAME.partial` beside it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
@@ -22,10 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import hf
-from .checkpoint import Checkpoint, shapes, shard_dim, share, write_checklist
+from .checkpoint import Checkpoint, shapes, shard_dim, write_checklist
 from .model import ModelArgs
 from .tokenizer import Tokenizer
 
+LOCK = ".lock"  # a file in a folder that is being written, locked by who writes it
 HF_FILE = 2 * 10**9  # bytes of one model-0000n-of-0000m.safetensors, which are in memory together
 
 
@@ -37,14 +39,16 @@ def convert(source: Path, target: Path, to: str, mp: int, dtype: torch.dtype | N
     """
     if to not in ("meta", "hf"):
         raise ValueError(f"to is {to!r}; it must be meta or hf")
-    if target.exists():
-        raise FileExistsError(f"{target} exists; nothing is overwritten, so give the name of a new folder")
+    target = Path(os.path.abspath(target))
+    check_new(target)
     tokenizer = Tokenizer(tokenizer_path)
     checkpoint = Checkpoint(source)
     args = checkpoint.args(tokenizer.n_words)
     dtype = dtype or checkpoint.dtype()
+    if to == "meta":
+        check_divides(args, mp)
     size = sum(torch.Size(shape).numel() for shape in shapes(args).values()) * dtype.itemsize
-    with new_folder(target, size) as folder, tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+    with new_folder(target, size) as folder, tqdm(total=2 * size, unit="B", unit_scale=True, disable=None) as bar:
         shutil.copy(tokenizer_path, folder / "tokenizer.model")
         if to == "meta":
             write_meta(checkpoint, args, folder, mp, dtype, bar)
@@ -52,46 +56,65 @@ def convert(source: Path, target: Path, to: str, mp: int, dtype: torch.dtype | N
             write_hf(checkpoint, args, folder, dtype, bar)
             pieces = [tokenizer.sp_model.id_to_piece(i) for i in range(tokenizer.n_words)]
             write_json(folder, hf.tokenizer_files(pieces))
+        written = sorted(file for file in folder.iterdir() if file.name != LOCK)
+        write_checklist(folder / "checklist.chk", written, bar.update)
+
+
+def check_new(target: Path) -> None:
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} exists; nothing is overwritten, so give the name of a new folder")
+
+
+def check_divides(args: ModelArgs, mp: int) -> None:
+    for name, shape in shapes(args).items():
+        dim = shard_dim(name)
+        if type(mp) is not int or mp < 1 or (dim is not None and shape[dim] % mp):
+            raise ValueError(f"{name} {shape} cannot be divided into mp {mp!r} shards along dimension {dim}")
 
 
 @contextmanager
 def new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A folder for `size` bytes that gets its name at the end of the block, and is removed when the block fails."""
-    target = target.absolute()
+    """A folder for `size` bytes that gets its name at the end of the block, and is removed when the block fails. What a
+    killed run left behind is removed too; what is not such a thing, or what another run fills, is not touched."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target.parent).free) < size:
         raise OSError(f"{target} needs {size:,} bytes and its disk has {free:,} free")
     folder = target.parent / f".{target.name}.partial"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir()
-    try:
-        yield folder
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    lock = folder / LOCK
+    if folder.exists() and not lock.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is in the way; it is not of a conversion, so move or remove it")
+    folder.mkdir(exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+        except BlockingIOError as error:
+            raise FileExistsError(f"{target} is being written by another process") from error
+        try:
+            check_new(target)  # it may have been finished just now
+            for old in folder.iterdir():
+                if old != lock:
+                    old.unlink()
+            yield folder
+            folder.rename(target)
+            (target / LOCK).unlink()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_meta(checkpoint: Checkpoint, args: ModelArgs, folder: Path, mp: int, dtype: torch.dtype, bar: Any) -> None:
     whole = shapes(args)
-    for name, shape in whole.items():
-        dim = shard_dim(name)
-        if type(mp) is not int or mp < 1 or (dim is not None and shape[dim] % mp):
-            raise ValueError(f"{name} {shape} cannot be divided into mp {mp!r} shards along dimension {dim}")
     write_json(folder, {"params.json": checkpoint.params})
-    files = [folder / "params.json"]
     for rank in range(mp):
-        ranges = {name: share(name, shape[shard_dim(name) or 0], args, rank, mp) for name, shape in whole.items()}
-        parts = {}
+        parts, ranges = {}, {}
         for name, shape in whole.items():
-            part = list(shape)
-            if (dim := shard_dim(name)) is not None:
-                part[dim] //= mp
+            part, dim = list(shape), shard_dim(name)
+            if dim is not None:
+                part[dim] //= mp  # of a key-value head too, where there are more shards than heads
             parts[name] = torch.empty(part, dtype=dtype)
-        files.append(folder / f"consolidated.{rank:02d}.pth")
-        for name, tensor in blank_file(parts, files[-1]).items():
+            ranges[name] = (0, shape[0]) if dim is None else (rank * part[dim], (rank + 1) * part[dim])
+        for name, tensor in blank_file(parts, folder / f"consolidated.{rank:02d}.pth").items():
             tensor.copy_(checkpoint.read(name, whole[name], *ranges[name], dtype))
             bar.update(tensor.nbytes)
-    write_checklist(folder / "checklist.chk", files)
 
 
 def blank_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -120,11 +143,13 @@ def write_hf(checkpoint: Checkpoint, args: ModelArgs, folder: Path, dtype: torch
     index: dict[str, str] = {}
     for i, group in enumerate(groups):
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name in group:
             tensor = checkpoint.read(name, whole[name], 0, whole[name][shard_dim(name) or 0], dtype)
             if hf.is_rotated(name):
                 tensor = hf.to_halves(tensor, args.head_dim).contiguous()
+            if any(tensor.data_ptr() == other.data_ptr() for other in tensors.values()):
+                tensor = tensor.clone()  # tied: the format does not know two names of one tensor
             tensors[names[name]] = tensor
             bar.update(tensor.nbytes)
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -62,11 +62,17 @@ def params(config: Mapping[str, Any]) -> dict[str, Any]:
         if (value := config.get(key, allowed[0])) not in allowed:
             raise ValueError(f"{key} {value!r} is not supported; only {allowed[0]!r} is")
     rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters {rope!r} are not an object of keys and values")
     if (kind := rope.get("rope_type", "default")) != "default":
         raise ValueError(f"rope_parameters with rope_type {kind!r} are not supported; only 'default' is")
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if missing := [key for key in needed if key not in config]:
         raise ValueError(f"lacks the keys {', '.join(missing)}")
+    for key in (*needed, "num_key_value_heads"):
+        value = config.get(key)
+        if (type(value) is not int or value < 1) and (key in needed or value is not None):
+            raise ValueError(f"{key} is {value!r}, not a positive whole number")
     dim, layers, heads, hidden, vocab = (config[key] for key in needed)
     if config.get("head_dim") not in (None, dim / heads):
         raise ValueError(f"head_dim {config['head_dim']} is not hidden_size {dim} / num_attention_heads {heads}")

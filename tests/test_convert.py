@@ -6,14 +6,13 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from ranks import context
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
-from small import GQA, MODELS, SHAPES, TOKENIZER, relative_error, save_random
+from small import GQA, MODELS, ROOT, SHAPES, TOKENIZER, relative_error, save_random
 
 from llama import Llama, convert
 from llama.checkpoint import Checkpoint
@@ -30,8 +29,8 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("shape", ["GQA", "odd FFN"])
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4), (4, 2)])
+@pytest.mark.parametrize("shape", ["GQA", "odd FFN", "MQA"])
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4), (4, 2), (1, 8)])
 def test_meta_to_meta_with_another_number_of_shards(tmp_path, shape, before, after):
     """The files are those that would have been saved for that number in the first place, to the last tensor."""
     state = save_random(tmp_path / "from", SHAPES[shape], mp=before, dtype=torch.bfloat16)
@@ -46,7 +45,7 @@ def test_meta_to_meta_with_another_number_of_shards(tmp_path, shape, before, aft
     assert (tmp_path / "to" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
     assert Checkpoint(tmp_path / "to").params == Checkpoint(tmp_path / "from").params
     check = subprocess.run(["md5sum", "-c", "checklist.chk"], cwd=tmp_path / "to", capture_output=True, text=True)
-    assert check.stdout.count(": OK") == after + 1
+    assert check.stdout.count(": OK") == after + 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -64,8 +63,21 @@ def test_meta_to_hugging_face_and_back(tmp_path, monkeypatch, shape, file_size):
     with torch.inference_mode():
         assert relative_error(llama.model(TOKENS, 0), theirs(TOKENS).logits) <= 1e-5
     assert theirs.generation_config.eos_token_id == 2
+    assert len((tmp_path / "hf" / "checklist.chk").read_text().splitlines()) == len(os.listdir(tmp_path / "hf")) - 1
     run(tmp_path / "hf", tmp_path / "back", "meta", 1, None, TOKENIZER)
     assert same(torch.load(tmp_path / "back" / "consolidated.00.pth", weights_only=True), state)
+    if shape != "odd FFN":
+        run(tmp_path / "hf", tmp_path / "eight", "meta", 8, None, TOKENIZER)  # more shards than key-value heads
+        assert same(weights(tmp_path / "eight"), state)
+
+
+def test_tied_embeddings_are_written_twice(tmp_path):
+    """Two names of one tensor in the source; the target's format knows no such thing."""
+    state = save_random(tmp_path / "from")
+    state["output.weight"] = state["tok_embeddings.weight"]
+    torch.save(state, tmp_path / "from" / "consolidated.00.pth")
+    run(tmp_path / "from", tmp_path / "to", "hf", 1, None, TOKENIZER)
+    assert same(weights(tmp_path / "to"), state)
 
 
 def test_dtype(tmp_path):
@@ -115,6 +127,35 @@ def test_what_cannot_be_done_leaves_nothing(tmp_path, options, message):
     assert os.listdir(tmp_path) == ["from"]
 
 
+def test_what_is_not_a_conversions_is_in_the_way(tmp_path):
+    """A folder that happens to have the name of an unfinished one, perhaps the source itself, was removed."""
+    save_random(tmp_path / ".to.partial")
+    before = sorted(os.listdir(tmp_path / ".to.partial"))
+    with pytest.raises(FileExistsError, match=r"\.to\.partial is in the way"):
+        run(tmp_path / ".to.partial", tmp_path / "to", "meta", 1, None, TOKENIZER)
+    assert sorted(os.listdir(tmp_path / ".to.partial")) == before
+    assert os.listdir(tmp_path) == [".to.partial"]
+
+
+def test_two_conversions_to_one_folder(tmp_path):
+    with convert.new_folder(tmp_path / "to", 1) as folder:
+        (folder / "file").touch()
+        second = convert.new_folder(tmp_path / "to", 1)
+        with pytest.raises(FileExistsError, match="to is being written by another process"):
+            second.__enter__()
+    assert os.listdir(tmp_path) == ["to"]
+    assert os.listdir(tmp_path / "to") == ["file"]
+
+
+@pytest.mark.parametrize("target", ["new/..", "link", "from/../from"])
+def test_odd_targets_are_refused_before_the_work(tmp_path, target):
+    save_random(tmp_path / "from")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="exists; nothing is overwritten"):
+        run(tmp_path / "from", tmp_path / target, "meta", 1, None, TOKENIZER)
+    assert sorted(os.listdir(tmp_path)) == ["from", "link"]
+
+
 def test_nothing_is_overwritten(tmp_path):
     save_random(tmp_path / "from")
     (tmp_path / "to").mkdir()
@@ -147,7 +188,7 @@ def _slow_convert(source, target):
 
     def read(*args, **kwargs):
         time.sleep(0.005)
-        real(*args, **kwargs)
+        return real(*args, **kwargs)
 
     Checkpoint.read = read
     run(source, target, "meta", 2, None, TOKENIZER)
@@ -156,25 +197,29 @@ def _slow_convert(source, target):
 def test_killed_twenty_times_and_run_again(tmp_path):
     """There is a whole result or none."""
     state = save_random(tmp_path / "from", mp=4)
-    draw, finished = random.Random(0), 0
+    draw, finished, halfway = random.Random(0), 0, 0
     for _ in range(20):
         process = context.Process(target=_slow_convert, args=(tmp_path / "from", tmp_path / "to"))
         process.start()
         process.join(draw.uniform(0.0, 0.8))
         process.kill()
         process.join()
+        halfway += (tmp_path / ".to.partial" / "consolidated.00.pth").exists()
         if (tmp_path / "to").exists():
             finished += 1
             assert same(weights(tmp_path / "to"), state)
             shutil.rmtree(tmp_path / "to")
     assert finished < 20
+    assert halfway > 0
     run(tmp_path / "from", tmp_path / "to", "meta", 2, None, TOKENIZER)
     assert same(weights(tmp_path / "to"), state)
     assert sorted(os.listdir(tmp_path)) == ["from", "to"]
 
 
 def test_the_command(tmp_path):
-    command = [sys.executable, "-m", "llama", "convert", str(MODELS / "small-chat"), str(tmp_path / "to"), "--to", "hf"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=60)
+    """The name of the target is a number to those who parse flags."""
+    command = [sys.executable, "-m", "llama", "convert", str(MODELS / "small-chat"), "2024_01", "--to", "hf"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert (tmp_path / "to" / "model.safetensors").is_file()
+    assert (tmp_path / "2024_01" / "model.safetensors").is_file()

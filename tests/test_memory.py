@@ -105,6 +105,21 @@ def test_a_list_that_verifies_nothing_is_an_error(tmp_path, lines, message):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize("world_size", [3, 0, "abc", 8])
+def test_inspect_names_a_number_of_ranks_that_does_not_fit(world_size):
+    done = inspect(MODELS / "small-chat", "--world_size", world_size, "--device", "cpu")
+    assert done.returncode == 1
+    assert "does not divide the model; 1, 2, 4 do" in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_command_to_run_can_be_pasted(tmp_path):
+    save_random(tmp_path / "a model")
+    shutil.copy(TOKENIZER, tmp_path / "a model")
+    done = inspect(tmp_path / "a model")
+    assert f"--ckpt_dir '{tmp_path}/a model' --tokenizer_path '{tmp_path}/a model/tokenizer.model'" in done.stdout
+
+
 def test_inspect_does_without_a_tokenizer_and_counts_shards(tmp_path):
     save_random(tmp_path / "model", mp=4)
     done = inspect(tmp_path / "model")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small import GQA, ROOT, SHAPES, TOKENIZER, hugging_face, random_model, relative_error, save_random
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
@@ -151,10 +152,21 @@ def test_a_hugging_face_folder_on_several_ranks(tmp_path, ranks, world_size):
     assert all(torch.equal(weight, whole[name]) for name, weight in model.state_dict().items())
 
 
-def test_tied_embeddings(tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings(tmp_path, tied):
+    """They serve as the output where the files have none of its own, as in transformers."""
+    from transformers import LlamaForCausalLM
+
     save_hugging_face(tmp_path, tie_word_embeddings=True)
-    _, state, _ = _load(tmp_path, TOKENS)
-    assert torch.equal(state["output.weight"], state["tok_embeddings.weight"])
+    if tied:
+        tensors = load_file(tmp_path / "model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, state, logits = _load(tmp_path, TOKENS)
+    assert torch.equal(state["output.weight"], state["tok_embeddings.weight"]) == tied
+    with torch.inference_mode():
+        theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(TOKENS).logits
+    assert relative_error(logits, theirs) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -169,6 +181,10 @@ def test_tied_embeddings(tmp_path):
         ({"num_hidden_layers": 4}, "missing: layers.3.attention.wq.weight"),
         ({"num_hidden_layers": 2}, "unexpected: model.layers.2."),
         ({"intermediate_size": 128}, "misshapen: .*w1.weight"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, not a positive whole number"),
+        ({"hidden_size": "64"}, "hidden_size is '64', not a positive whole number"),
+        ({"intermediate_size": None}, "intermediate_size is None"),
+        ({"rope_parameters": [1]}, r"rope_parameters \[1\] are not an object"),
         ({"vocab_size": 999}, "vocab_size 999 differs from the tokenizer's 1024 pieces"),
     ],
 )
@@ -218,6 +234,14 @@ def test_a_damaged_safetensors_file_is_named(tmp_path, damage):
     path = tmp_path / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"model\.safetensors \([\d,]+ bytes\) is not a readable shard"):
+        _load(tmp_path, TOKENS)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"lm_head.weight": 1}}])
+def test_a_damaged_index_is_named(tmp_path, index):
+    save_hugging_face(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json has no weight_map"):
         _load(tmp_path, TOKENS)
 
 
