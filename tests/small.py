@@ -1,11 +1,15 @@
-"""Small random models, the same weights in Hugging Face's Llama, and the bundled models' places."""
+"""Small random models, the same weights in Hugging Face's Llama, the bundled models' places, and commands."""
 
+import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
+from subprocess import CompletedProcess
 
+import fire
 import torch
 
-from llama import ModelArgs, Transformer, checkpoint, parallel
+from llama import ModelArgs, Transformer, checkpoint, parallel, script
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models"
@@ -90,3 +94,14 @@ def hugging_face(args, state):
 
 def relative_error(a, b):
     return ((a - b).norm() / b.norm()).item()
+
+
+def in_process(function, *flags):
+    """What a command does with these flags, without the start of a process: exit code, stdout and stderr."""
+    out, code, err = io.StringIO(), 0, ""
+    try:
+        with redirect_stdout(out):
+            fire.Fire(function, command=[str(flag) for flag in flags])
+    except script.FORESEEN as error:
+        code, err = 1, f"error: {script.one_line(error)}\n"
+    return CompletedProcess(flags, code, out.getvalue(), err)

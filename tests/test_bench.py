@@ -1,19 +1,16 @@
 """python -m llama bench: the arithmetic by hand, and that it runs. Nothing here is timed."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from small import MODELS, ROOT, random_model
+from small import MODELS, in_process, random_model
 
-from llama import ModelArgs, bench
+from llama import ModelArgs, __main__, bench
 
 
 def command(*flags):
-    run = [sys.executable, "-m", "llama", "bench", "--repeats", "1", "--tokens", "3", "--device", "cpu", *flags]
-    return subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    return in_process(__main__.bench, "--repeats", 1, "--tokens", 3, "--device", "cpu", *flags)
 
 
 def test_work_of_a_small_model_worked_out_by_hand():

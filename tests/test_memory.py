@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import GQA, MODELS, ROOT, TOKENIZER, random_model, save_random
+from small import GQA, MODELS, ROOT, TOKENIZER, in_process, random_model, save_random
 
-from llama import Llama, ModelArgs, checkpoint, memory
+from llama import Llama, ModelArgs, __main__, checkpoint, memory
 from llama.checkpoint import shapes
 
 SEVENTY = {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}
@@ -60,9 +60,8 @@ def test_the_check_can_be_overridden(tmp_path, monkeypatch):
     Llama.build(tmp_path, TOKENIZER, device="cpu", check_memory=False)
 
 
-def inspect(*args):
-    command = [sys.executable, "-m", "llama", "inspect", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+def inspect(*flags):
+    return in_process(__main__.inspect, *flags)
 
 
 def test_inspect_tells_what_there_is_and_what_to_run():
