@@ -144,14 +144,18 @@ def test_inspect_of_70b_reads_headers_alone(tmp_path):
             torch.save(part, tmp_path / f"consolidated.{i:02d}.pth")
     (tmp_path / "params.json").write_text(json.dumps({**SEVENTY, "norm_eps": 1e-5, "vocab_size": -1}))
     code = """
-import runpy
+import runpy, torch
+def tell(): print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+tell()
 runpy.run_module("llama", run_name="__main__")
-print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+tell()
 """
     command = [sys.executable, "-c", code, "inspect", str(tmp_path), "--tokenizer_path", str(TOKENIZER)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert "68,469,137,408" in done.stdout, done.stderr
-    assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) * 1024 <= 400e6
+    imported, peak = (int(kilobytes) * 1024 for kilobytes in re.findall(r"VmHWM:\s+(\d+) kB", done.stdout))
+    assert peak - imported <= 50e6
+    assert peak <= 400e6 or torch.version.cuda  # torch alone takes more with CUDA's libraries
 
 
 def test_a_smaller_model_takes_less():
