@@ -19,12 +19,10 @@ import fire
 import torch
 
 from llama import ModelArgs
+from llama.bench import SHAPES
 from llama.checkpoint import shapes, shard_dim
 
 ROOT = Path(__file__).parent.parent
-
-
-SEVENTY = {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}
 
 
 def write_headers(folder: Path, params: dict[str, Any], vocab_size: int, mp: int) -> None:
@@ -43,7 +41,7 @@ def write_headers(folder: Path, params: dict[str, Any], vocab_size: int, mp: int
 
 def main(repeats: int = 7) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        write_headers(Path(folder), SEVENTY, 1024, 8)
+        write_headers(Path(folder), SHAPES["70B"], 1024, 8)
         measure(repeats, folder)
 
 

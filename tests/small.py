@@ -25,6 +25,21 @@ SHAPES = {
 }
 
 
+# The shapes of Llama 2, as in the params.json of each.
+PUBLISHED = {
+    "7B": {},
+    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
+    "70B": {
+        "dim": 8192,
+        "n_layers": 80,
+        "n_heads": 64,
+        "n_kv_heads": 8,
+        "multiple_of": 4096,
+        "ffn_dim_multiplier": 1.3,
+    },
+}
+
+
 def random_model(shape=GQA, vocab_size=128, max_batch_size=4, max_seq_len=64, seed=0):
     """A model whose weights are large enough that every part of it matters to the logits."""
     parallel.init_model_parallel()

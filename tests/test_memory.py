@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import GQA, MODELS, ROOT, TOKENIZER, in_process, random_model, save_random
+from small import GQA, MODELS, PUBLISHED, ROOT, TOKENIZER, in_process, random_model, save_random
 
 from llama import Llama, ModelArgs, __main__, checkpoint, memory
 from llama.checkpoint import shapes
 
-SEVENTY = {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}
+SEVENTY = PUBLISHED["70B"]
 
 
 def test_footprints_worked_out_by_hand():
@@ -29,11 +29,10 @@ def test_footprints_worked_out_by_hand():
 
 
 def test_the_readmes_table_is_what_is_computed():
-    sizes = {"7B": {}, "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40}, "70B": SEVENTY}
     rows = re.findall(r"^\| (\d+B) \| (\w+) \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(rows) == 6
     for size, dtype, cells in rows:
-        args = ModelArgs(**sizes[size], vocab_size=32000, max_batch_size=1, max_seq_len=4096)
+        args = ModelArgs(**PUBLISHED[size], vocab_size=32000, max_batch_size=1, max_seq_len=4096)
         needed = [memory.footprint(args, ranks, getattr(torch, dtype)) for ranks in (1, 2, 4, 8)]
         assert cells == " | ".join(f"{n.weights / 1e9:.1f} + {n.cache / 1e9:.1f}" for n in needed)
         assert all(0.15e9 < n.activations < 1.85e9 for n in needed)

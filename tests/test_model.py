@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import GQA, ROOT, SHAPES, hugging_face, random_model, relative_error, save_random
+from small import GQA, PUBLISHED, ROOT, SHAPES, hugging_face, random_model, relative_error, save_random
 
 from llama import Llama, ModelArgs, Transformer
 
@@ -168,20 +168,9 @@ def test_vocab_size_must_be_known():
 @pytest.mark.parametrize(
     ("args", "hidden", "parameters"),
     [
-        ({}, 11008, 6_738_415_616),
-        ({"dim": 5120, "n_layers": 40, "n_heads": 40}, 13824, 13_015_864_320),
-        (
-            {
-                "dim": 8192,
-                "n_layers": 80,
-                "n_heads": 64,
-                "n_kv_heads": 8,
-                "multiple_of": 4096,
-                "ffn_dim_multiplier": 1.3,
-            },
-            28672,
-            68_976_648_192,
-        ),
+        (PUBLISHED["7B"], 11008, 6_738_415_616),
+        (PUBLISHED["13B"], 13824, 13_015_864_320),
+        (PUBLISHED["70B"], 28672, 68_976_648_192),
     ],
 )
 def test_published_sizes_on_the_meta_device(args, hidden, parameters):

@@ -6,23 +6,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import GQA, ROOT, SHAPES, TOKENIZER, hugging_face, random_model, relative_error, save_random
+from small import GQA, PUBLISHED, ROOT, SHAPES, TOKENIZER, hugging_face, random_model, relative_error, save_random
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
 from llama.checkpoint import Checkpoint, pieces, shapes, share
 
-PUBLISHED = {
-    "7B": {},
-    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
-    "70B": {
-        "dim": 8192,
-        "n_layers": 80,
-        "n_heads": 64,
-        "n_kv_heads": 8,
-        "multiple_of": 4096,
-        "ffn_dim_multiplier": 1.3,
-    },
-}
 WIDE = {"dim": 128, "n_layers": 2, "n_heads": 8, "n_kv_heads": 8, "multiple_of": 32}
 TOKENS = torch.tensor([[5, 17, 99, 3, 64, 64, 127, 0, 1, 2, 30, 31]])
 
