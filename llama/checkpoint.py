@@ -196,15 +196,16 @@ def records(path: Path) -> dict[int, int] | None:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             found = {}
             for info in archive.infolist():
-                odd = info.filename.endswith("/byteorder") and archive.read(info) != sys.byteorder.encode()
-                if odd or info.compress_type != zipfile.ZIP_STORED:
+                if info.compress_type != zipfile.ZIP_STORED:
+                    return None
+                if info.filename.endswith("/byteorder") and archive.read(info) != sys.byteorder.encode():
                     return None
                 file.seek(info.header_offset + 26)  # the lengths of a name and of a field that come before the content
                 lengths = file.read(4)
                 begin = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
                 found[begin] = info.file_size
             return found
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    except Exception:  # damage shows in any of a dozen types; torch, which then reads the file, says what is wrong
         return None
 
 
@@ -319,7 +320,9 @@ class SafetensorsFile(File):
             return super().read(name, dim, begin, length)
         first = begin - begin % self.head_dim  # rows change places within a head
         last = -(-(begin + length) // self.head_dim) * self.head_dim
-        return hf.to_pairs(super().read(name, dim, first, last - first), self.head_dim).narrow(0, begin - first, length)
+        pairs = hf.to_pairs(super().read(name, dim, first, last - first), self.head_dim)  # a copy
+        self.release()
+        return pairs.narrow(0, begin - first, length)
 
 
 def read_header(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
