@@ -10,7 +10,7 @@ import pytest
 import torch
 from small import GQA, MODELS, SHAPES, TOKENIZER, edit_params, random_model, save_random
 
-from llama import Llama, checkpoint, parallel
+from llama import Llama, checkpoint, files, parallel
 
 OPTIONS = {"tokenizer_path": TOKENIZER, "max_seq_len": 32, "device": "cpu", "dtype": "float32"}
 
@@ -56,7 +56,7 @@ def test_dtype_is_the_one_asked_for(tmp_path, saved, asked):
 def test_a_model_is_a_view_of_its_files_that_neither_can_harm(folder):
     """Writing to the weights changes no file; saving to the folder or removing it changes no weights."""
     path = folder / "consolidated.00.pth"
-    before, content = checkpoint.read_shard(path)["output.weight"].clone(), path.read_bytes()
+    before, content = files.read_shard(path)["output.weight"].clone(), path.read_bytes()
     model = build(folder).model
     with torch.no_grad():
         model.output.weight.add_(1)
@@ -64,7 +64,7 @@ def test_a_model_is_a_view_of_its_files_that_neither_can_harm(folder):
     zeros = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
     checkpoint.save(zeros, folder, GQA)
     assert torch.equal(model.output.weight, before + 1)
-    assert not checkpoint.read_shard(path)["norm.weight"].any()
+    assert not files.read_shard(path)["norm.weight"].any()
     shutil.rmtree(folder)
     assert torch.equal(model.output.weight, before + 1)
     assert model.norm.weight.any()
@@ -260,7 +260,7 @@ def test_a_shard_with_any_damaged_byte_is_read_or_named(folder, zipped):
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
         try:
-            checkpoint.read_shard(path)
+            files.read_shard(path)
         except ValueError as error:
             assert str(path) in str(error)
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this reposito
 
 import corpus
 
-from llama import Llama, ModelArgs, Tokenizer, Transformer, chat, checkpoint, parallel
+from llama import Llama, ModelArgs, Tokenizer, Transformer, chat, checkpoint, files, parallel
 
 # vocab_size -1: the tokenizer decides, as in Llama 2's own files. Every width divides by two, for two shards.
 PARAMS = {
@@ -182,7 +182,7 @@ def load(out: Path, name: str) -> Llama:
     """A saved model in one process, however many shards it has; the rounded weights, float32 arithmetic."""
     tokenizer = Tokenizer(out / "tokenizer.model")
     model = new_model(tokenizer.n_words, max_batch_size=EVAL_ROWS, max_seq_len=CHAT_CONTEXT)
-    shards = [checkpoint.read_shard(path) for path in checkpoint.shard_paths(out / name)]
+    shards = [files.read_shard(path) for path in checkpoint.shard_paths(out / name)]
     whole = dict(shards[0])
     for key in whole:
         if (dim := checkpoint.shard_dim(key)) is not None:
@@ -258,7 +258,7 @@ def main() -> None:
     if not args.eval_only:
         tokenizer = Tokenizer(args.out / "tokenizer.model")
         model = new_model(tokenizer.n_words, max_batch_size=0)
-        model.load_state_dict(checkpoint.read_shard(args.out / "small" / "consolidated.00.pth"))
+        model.load_state_dict(files.read_shard(args.out / "small" / "consolidated.00.pth"))
         print("chat model, from the base model's saved weights")
         train(model, batches(tokenizer, args.seed + 1, CHAT_SHARE, CHAT_CONTEXT), args.chat_steps, peak=2e-3)
         save(model, args.out / "small-chat", mp=2)

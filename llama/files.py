@@ -1,0 +1,178 @@
+"""One file of weights, torch's or safetensors': what its header says, and any part of any tensor in it, mapped."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import mmap
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from . import hf
+
+# Rotary frequencies, which older files carry and which follow from params.json.
+IGNORED = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs|.*rotary_emb\.inv_freq")
+MAP_NORESERVE = {"linux": 0x4000, "darwin": 0x40}.get(sys.platform, 0)  # the module mmap has no name for it
+SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+READABLE = set(SAFETENSORS_DTYPES.values())
+
+
+def records(path: Path) -> dict[int, int] | None:
+    """Where the records of a .pth file begin and how long they are, if it is as torch writes it: an archive whose
+    records lie in it as they are, in this machine's byte order. None for any other, which torch must read itself."""
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            found = {}
+            for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED:
+                    return None
+                if info.filename.endswith("/byteorder") and archive.read(info) != sys.byteorder.encode():
+                    return None
+                file.seek(info.header_offset + 26)  # the lengths of a name and of a field that come before the content
+                lengths = file.read(4)
+                begin = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+                found[begin] = info.file_size
+            return found
+    except Exception:  # damage shows in any of a dozen types; torch, which then reads the file, says what is wrong
+        return None
+
+
+def read_shard(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of one shard, mapped and not read, or without any data on the device "meta"; nothing in the file is
+    executed. ValueError if it is no shard."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mapped = device == "cpu" and records(path) is not None
+            state = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+    except Exception as error:  # damage shows in any of a dozen types
+        raise unreadable(path, error) from error
+    plain = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    kind = (torch.strided, device)
+    if not plain or not all(isinstance(t, Tensor) and (t.layout, t.device.type) == kind for t in state.values()):
+        raise ValueError(f"{path} holds something else than named tensors")
+    return {name: tensor for name, tensor in state.items() if not IGNORED.fullmatch(name)}
+
+
+def unreadable(path: Path, error: Exception) -> Exception:
+    """The error that says so of a file; one such as PermissionError says it itself."""
+    if isinstance(error, OSError) and type(error) is not OSError:
+        return error
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "weights_only" in str(error):  # torch goes on to recommend that the file be trusted
+        reason = "it holds other things than tensors"
+    return ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a readable shard; download it again ({reason})")
+
+
+class File:
+    """A file of weights, of which any part can be read. Subclasses look up in its header what lies where."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.offsets: dict[str, int] = {}
+
+    @functools.cached_property
+    def pages(self) -> mmap.mmap:
+        with self.path.open("rb") as file:  # NORESERVE: the file may be larger than memory
+            return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
+        """Rows or columns of a tensor: a view of the file's pages, which memory holds once for all processes. To write
+        to it changes no file, and lasts until `release`; the file must not be cut short while the view lives."""
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        first, rows = (begin, length) if dim == 0 else (0, shape[0])
+        row = math.prod(shape[1:])
+        start = self.offsets[name] + first * row * dtype.itemsize
+        if start + rows * row * dtype.itemsize > len(self.pages):
+            raise ValueError(f"{self.path} ends inside of {name}; download it again")
+        part = torch.frombuffer(self.pages, dtype=dtype, offset=start, count=rows * row).view(rows, *shape[1:])
+        return part if dim == 0 else part.narrow(dim, begin, length)
+
+    def release(self) -> None:
+        """Let what was read no longer count as memory of this process. What is still in use is read again, as it is in
+        the file."""
+        self.pages.madvise(mmap.MADV_DONTNEED)
+
+
+class TorchFile(File):
+    """One consolidated.NN.pth."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        found = records(path)
+        state = read_shard(path, "cpu" if found is None else "meta")
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in state.items()}
+        self.state: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            storage: Any = tensor.untyped_storage()
+            # torch works the offset out from how it would have written the file, which another program may have.
+            begin: int = getattr(storage, "_checkpoint_offset", -1)
+            if not found or found.get(begin) != storage.nbytes() or not tensor.is_contiguous():
+                self.state = read_shard(path) if found else state
+                break
+            self.offsets[name] = begin + int(tensor.storage_offset()) * tensor.itemsize
+
+    def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
+        return self.state[name].narrow(dim, begin, length) if self.state else super().read(name, dim, begin, length)
+
+    def release(self) -> None:
+        if not self.state:
+            super().release()
+
+
+class SafetensorsFile(File):
+    """One file of Hugging Face's. Its tensors go by Meta's names here, and their rows lie in Meta's order."""
+
+    def __init__(self, path: Path, names: Mapping[str, str], head_dim: int) -> None:
+        super().__init__(path)
+        self.head_dim = head_dim
+        ours = {theirs: meta for meta, theirs in names.items()}
+        for key, entry, offset in read_header(path):
+            if not IGNORED.fullmatch(key):
+                name = ours.get(key, key)
+                self.shapes[name], self.offsets[name] = tuple(entry["shape"]), offset
+                self.dtypes[name] = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
+
+    def tie(self, name: str, to: str) -> None:
+        """Where this file has the weight `to`, let it be `name` too."""
+        tables: tuple[dict[str, Any], ...] = (self.shapes, self.dtypes, self.offsets)
+        for table in tables:
+            if to in table:
+                table[name] = table[to]
+
+    def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
+        if not hf.is_rotated(name):
+            return super().read(name, dim, begin, length)
+        first = begin - begin % self.head_dim  # rows change places within a head
+        last = -(-(begin + length) // self.head_dim) * self.head_dim
+        pairs = hf.to_pairs(super().read(name, dim, first, last - first), self.head_dim)  # a copy
+        self.release()
+        return pairs.narrow(0, begin - first, length)
+
+
+def read_header(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Name, entry and offset in the file of every tensor of a safetensors file, which the library has found sound."""
+    try:
+        with safe_open(path, framework="pt"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except Exception as error:
+        raise unreadable(path, error) from error
+    for key, entry in header.items():
+        if key != "__metadata__":
+            yield key, entry, 8 + size + entry["data_offsets"][0]
