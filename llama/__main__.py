@@ -173,14 +173,14 @@ def bench(
         args = ModelArgs(**benchmark.SHAPES[shape], vocab_size=32000, **room)
         kind = parallel.choose_dtype(dtype, where, torch.bfloat16)
         fit(args, where, kind)
-        model = benchmark.random_model(args, where, kind)
+        model = benchmark.loaded(benchmark.RandomWeights(), args, where, kind)
     else:
         folder = check_path(ckpt_dir, "ckpt_dir", "folder")
         checkpoint = Checkpoint(folder)
         args = replace(checkpoint.args(Tokenizer(find_tokenizer(folder, tokenizer_path)).n_words), **room)
         kind = parallel.choose_dtype(dtype, where, checkpoint.dtype())
         fit(args, where, kind)
-        model = benchmark.loaded_model(checkpoint, args, where, kind)
+        model = benchmark.loaded(checkpoint, args, where, kind)
     benchmark.synchronize(where)
     facts = {"model": str(ckpt_dir or shape), "dtype": name(kind), "load_s": time.perf_counter() - began}
     with redirect_stdout(None) if parallel.rank() else nullcontext():

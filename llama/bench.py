@@ -14,7 +14,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hf, parallel
-from .checkpoint import Checkpoint, load
+from .checkpoint import Weights, load
 from .engine import steps
 from .model import ModelArgs, Transformer
 
@@ -55,24 +55,27 @@ class Case(NamedTuple):
         return f"prefill {self.prompt}" if self.tokens == 1 else f"decode, batch {self.batch}"
 
 
-def random_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """A model with random weights, made on the device."""
-    with torch.device("meta"):
-        model = Transformer(replace(args, max_batch_size=0)).to(dtype)
-    model.to_empty(device=device)
-    for name, weight in model.named_parameters():
-        nn.init.ones_(weight) if "norm" in name else nn.init.normal_(weight, std=0.02)
-    return with_cache(model, args)
+class RandomWeights:
+    """What `load` reads of a checkpoint that there is not: random matrices, made on the device."""
+
+    def read(
+        self,
+        name: str,
+        shape: Sequence[int],
+        begin: int,
+        end: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        out: Tensor | None,
+    ) -> Tensor:
+        assert out is not None
+        return nn.init.ones_(out) if "norm" in name else nn.init.normal_(out, std=0.02)
 
 
-def loaded_model(checkpoint: Checkpoint, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
+def loaded(weights: Weights, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
     with torch.device("meta"):
         model = Transformer(replace(args, max_batch_size=0))
-    load(model, checkpoint, args, device, dtype)
-    return with_cache(model, args)
-
-
-def with_cache(model: Transformer, args: ModelArgs) -> Transformer:
+    load(model, weights, args, device, dtype)
     model.params = args
     model.allocate_cache()
     return model.eval().requires_grad_(False)

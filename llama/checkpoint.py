@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ SHARD_DIM: dict[str, int | None] = {
     "attention_norm": None, "ffn_norm": None, "norm": None,
     "output": 0,
 }  # fmt: skip
+# Weights that multiply the same vector, and are laid side by side for one product.
+JOINED = (("wq", "wk", "wv"), ("w1", "w3"))
 REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name.startswith("max_")]
 
@@ -290,9 +292,11 @@ class Checkpoint:
         end: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        out: Tensor | None = None,
     ) -> Tensor:
         """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a weight that is of `shape` as a whole.
-        What one file has in this dtype as it is wanted is not copied on the CPU, and stays a view of the file."""
+        What one file has in this dtype as it is wanted is not copied on the CPU, and stays a view of the file; anything
+        else is put into `out`, or a new tensor."""
         files, dim = self.holders[name], shard_dim(name)
         if dim is None:
             parts, dim = [files[0].read(name, 0, begin, end - begin)], 0
@@ -301,33 +305,61 @@ class Checkpoint:
         else:
             plan = pieces(shape[dim], len(files), begin, end)
             parts = [files[piece.shard].read(name, dim, piece.begin, piece.length) for piece in plan]
-        if len(parts) == 1:
-            whole = parts[0].to(device, dtype).contiguous()
-        else:
-            lengths = [part.shape[dim] for part in parts]
+        ready = parts[0].dtype == dtype and torch.device(device).type == "cpu"
+        if len(parts) == 1 and ready and parts[0].is_contiguous():
+            return parts[0]
+        if out is None:
             joined = list(parts[0].shape)
-            joined[dim] = sum(lengths)
-            whole = torch.empty(joined, dtype=dtype, device=device)
-            for place, part in zip(whole.split(lengths, dim), parts, strict=True):
-                place.copy_(part)
-        if whole.data_ptr() != parts[0].data_ptr():
-            for file in files:
-                file.release()
-        return whole
+            joined[dim] = sum(part.shape[dim] for part in parts)
+            out = torch.empty(joined, dtype=dtype, device=device)
+        for place, part in zip(out.split([part.shape[dim] for part in parts], dim), parts, strict=True):
+            place.copy_(part)
+        for file in files:
+            file.release()
+        return out
 
 
-def load(model: nn.Module, checkpoint: Checkpoint, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
+class Weights(Protocol):
+    """Where `load` takes weights from."""
+
+    def read(
+        self,
+        name: str,
+        shape: Sequence[int],
+        begin: int,
+        end: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        out: Tensor | None,
+    ) -> Tensor: ...
+
+
+def products(names: Iterable[str]) -> list[list[str]]:
+    """The names of parameters, those together that one product serves."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        *path, last, _ = name.split(".")
+        [kind] = [group[0] for group in JOINED if last in group] or [last]
+        groups.setdefault(".".join([*path, kind]), []).append(name)
+    return list(groups.values())
+
+
+def load(model: nn.Module, weights: Weights, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
     """Give `model`, whose parameters may be on the meta device, this rank's part of the weights, each in its final
     place and dtype: allocated once, or a view of the file where that is the same."""
     whole, final = shapes(args), {}
-    total = sum(weight.numel() * dtype.itemsize for weight in model.parameters())
+    mine = {name: weight.shape for name, weight in model.named_parameters()}
+    total = sum(shape.numel() * dtype.itemsize for shape in mine.values())
     quiet = None if rank() == 0 else True  # None: only on a terminal
     with tqdm(desc="loading", total=total, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
-        for name, _ in model.named_parameters():
-            shape = whole[name]
-            begin, end = share(name, shape[shard_dim(name) or 0], args, rank(), world_size())
-            final[name] = checkpoint.read(name, shape, begin, end, dtype, device)
-            bar.update(final[name].nbytes)
+        for names in products(mine):
+            rows = [mine[name][0] for name in names]
+            place = torch.empty(sum(rows), *mine[names[0]][1:], dtype=dtype, device=device)
+            for name, out in zip(names, place.split(rows), strict=True):
+                shape = whole[name]
+                begin, end = share(name, shape[shard_dim(name) or 0], args, rank(), world_size())
+                final[name] = weights.read(name, shape, begin, end, dtype, device, out)
+                bar.update(final[name].nbytes)
     model.load_state_dict(final, strict=True, assign=True)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .decode import Decode, decoder
 from .model import Transformer
 from .parallel import broadcast
 from .sampling import token_logprobs
@@ -59,10 +60,11 @@ def steps(
             if not all(math.isfinite(score) for row in scores for score in row):
                 raise not_finite(model, tokens, positions, last)
         yield [list(map(Token, *row)) for row in zip(prompts, scores, strict=True)]
+    decode: Decode | None = None
     while any(live):
         logits = model.logits(pick(hidden, last))  # (B, V)
         # One message and one synchronization a step: the ids, and whether they can be trusted.
-        finite = logits.isfinite().all().long()
+        finite = logits.sum().isfinite().long()  # what is not makes the sum so, and a sum is quicker to look at
         message = broadcast(torch.cat((sample(logits), finite[None])))
         chosen, (*ids, ok) = message[:-1], message.tolist()
         if not ok:
@@ -78,11 +80,14 @@ def steps(
         if any(live):
             # A row that has ended goes through the motions at its last position.
             tokens, positions, last = chosen[:, None], [length - 1 for length in lengths], torch.zeros_like(last)
-            hidden = model.hidden(tokens, positions)
+            decode = decode or decoder(model, len(prompts))
+            hidden = decode(tokens, positions)
 
 
 def pick(hidden: Tensor, last: Tensor) -> Tensor:
     """Position last[b] of each row of hidden (B, T, dim) -> (B, dim)."""
+    if hidden.shape[1] == 1:
+        return hidden[:, 0]
     return hidden[torch.arange(len(last), device=last.device), last]
 
 

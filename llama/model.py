@@ -13,19 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parallel import (
-    ColumnParallelLinear,
-    ParallelEmbedding,
-    RowParallelLinear,
-    divide,
-    init_model_parallel,
-    world_size,
-)
+from .layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, columns
+from .parallel import divide, init_model_parallel, world_size
 
 
 @dataclass
@@ -86,53 +81,60 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.type_as(x) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (B or 1, T, 1, D/2) in float32: pair i turns by position / theta^(2i/D)."""
+def rotations(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """What rotary embedding multiplies by, complex (B or 1, T, 1, D/2): pair i turns by position / theta^(2i/D)."""
     # Not theta ** -x: its rounding differs, and at position 4,000 shows in the fifth digit of the logits.
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (D/2,)
     angles = positions[..., None, None].float() * frequencies
-    return angles.cos(), angles.sin()
+    return torch.complex(angles.cos(), angles.sin())
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs of neighbouring elements (2i, 2i+1) of each head of x (B, T, heads, D) by their angles."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, D/2) each
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the pairs of neighbours (2i, 2i+1) in each head of x (B, T, heads, D), seen as complex numbers."""
+    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))  # (B, T, heads, D/2)
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+
+class Positions(NamedTuple):
+    """Where the tokens of one call stand; the same for all layers."""
+
+    rows: Tensor  # (B, 1)
+    positions: Tensor  # (B or 1, T)
+    end: int  # behind the last of them: S
+    turns: Tensor  # what `rotations` says of them
+    mask: Tensor | None  # see `attend`
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of q (B, H, T, D) over k and v (B, K, S, D); query head h reads key-value head h // (H / K).
-    `mask` (B or 1, 1, T, S) is true where a query may look; without one T = S is causal and T = 1 looks everywhere."""
-    B, H, T, D = q.shape
+    """Softmax attention of q (B, T, H, D) over k and v (B, K, S, D) -> (B, T, H * D); query head h reads key-value head
+    h // (H / K). `mask` (B or 1, 1, T, S) is true where a query may look; without one T = S is causal and T = 1 looks
+    everywhere."""
+    B, T, H, D = q.shape
     K = k.shape[1]
     if T == 1:
         # A group's queries laid along the query axis read their shared keys once, instead of H / K times.
-        return F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, mask).view(B, H, T, D)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=K < H)
+        return F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, mask).reshape(B, T, H * D)
+    q = q.transpose(1, 2)  # (B, H, T, D)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=K < H)
+    return y.transpose(1, 2).reshape(B, T, H * D)
 
 
 class KVCache(nn.Module):
-    """Keys and values of every position so far of every row: two tensors (max_batch_size, K, max_seq_len, D)."""
+    """Keys, and behind them values, of every position so far of every row: (max_batch_size, 2K, max_seq_len, D)."""
 
-    k: Tensor
-    v: Tensor
+    kv: Tensor
 
     def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
         super().__init__()
-        self.register_buffer("k", like.new_zeros(shape), persistent=False)
-        self.register_buffer("v", like.new_zeros(shape), persistent=False)
+        self.register_buffer("kv", like.new_zeros(shape), persistent=False)
 
-    def update(self, k: Tensor, v: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, T, K, D) at their positions (B or 1, T); all that is cached up to `end`, (B, K, end, D)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[rows, :, positions] = k.detach()
-        self.v[rows, :, positions] = v.detach()
-        return self.k[: len(k), :, :end], self.v[: len(v), :, :end]
+    def update(self, kv: Tensor, rows: Tensor, positions: Tensor, end: int) -> Tensor:
+        """Store kv (B, T, 2K, D) of rows (B, 1) at positions (B or 1, T); all that they have up to `end`."""
+        self.kv[rows, :, positions] = kv.detach()
+        return self.kv[: len(kv), :, :end]  # (B, 2K, end, D)
 
 
 class Attention(nn.Module):
@@ -151,17 +153,17 @@ class Attention(nn.Module):
         self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim)
         self.cache: KVCache | None = None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions: Tensor, end: int) -> Tensor:
+    def forward(self, x: Tensor, where: Positions) -> Tensor:
         B, T, _ = x.shape
-        q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), cos, sin)
-        k = rotate(self.wk(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin)
-        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim)
+        H, K = self.n_heads, self.n_kv_heads
+        heads = columns(x, self.wq, self.wk, self.wv).view(B, T, H + 2 * K, self.head_dim)
+        qk, v = heads.split((H + K, K), 2)
+        q, k = rotate(qk, where.turns).split((H, K), 2)
         if self.cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, D)
         else:
-            k, v = self.cache.update(k, v, positions, end)  # (B, K, S, D)
-        y = attend(q.transpose(1, 2), k, v, mask)  # (B, H, T, D)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+            k, v = self.cache.update(torch.cat((k, v), 2), where.rows, where.positions, where.end).chunk(2, 1)
+        return self.wo(attend(q, k, v, where.mask))  # k, v: (B, K, S, D)
 
 
 class FeedForward(nn.Module):
@@ -175,7 +177,8 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(args.dim, args.ffn_hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = columns(x, self.w1, self.w3).chunk(2, -1)
+        return self.w2(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -186,8 +189,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions: Tensor, end: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, positions, end)
+    def forward(self, x: Tensor, where: Positions) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), where)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -215,7 +218,7 @@ class Transformer(nn.Module):
         p = self.params
         for module in self.modules():
             if isinstance(module, Attention):
-                shape = (p.max_batch_size, module.n_kv_heads, p.max_seq_len, module.head_dim)
+                shape = (p.max_batch_size, 2 * module.n_kv_heads, p.max_seq_len, module.head_dim)
                 module.cache = KVCache(shape, self.norm.weight)
 
     def forward(self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor = 0) -> Tensor:
@@ -245,15 +248,17 @@ class Transformer(nn.Module):
         # MPS is given the causal mask too: some of its releases leak the future into half precision without one.
         if not uniform or (T > 1 and (end > T or tokens.device.type == "mps")):
             mask = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # (B or 1, 1, T, S)
-        cos, sin = rotary_angles(positions, self.params.head_dim, self.params.rope_theta)
+        rows = torch.arange(B, device=tokens.device)[:, None]
+        turns = rotations(positions, self.params.head_dim, self.params.rope_theta)
+        where = Positions(rows, positions, end, turns, mask)
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, positions, end)
+            x = layer(x, where)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of chosen positions of `hidden`'s result (..., dim)."""
-        return self.output(self.norm(hidden)).float()
+        return self.output(self.norm(hidden)).float().contiguous()
 
     def _check(self, B: int, T: int, starts: Tensor, end: int) -> None:
         if len(starts) not in (1, B):

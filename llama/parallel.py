@@ -1,7 +1,7 @@
 """Processes: which device this one computes on, which ranks share the model, and what they must agree on.
 
 One process needs no launcher and no environment variables. Several are started by torchrun; the global rank chooses the
-shard of the weights, the local rank chooses the GPU. fairscale keeps the groups and supplies the layers.
+shard of the weights, the local rank chooses the GPU. fairscale keeps the groups.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as mp
-from fairscale.nn.model_parallel import layers as fairscale_layers
-from torch import nn
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -200,6 +198,24 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of the ranks' tensors, on all of them."""
+    if world_size() > 1:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, group=mp.get_model_parallel_group())
+    return tensor
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The ranks' tensors joined along the last dimension, in the order of ranks."""
+    if world_size() == 1:
+        return tensor
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor, group=mp.get_model_parallel_group())
+    return torch.cat(parts, -1)
+
+
 def as_first_rank(method: Callable[P, T]) -> Callable[P, T]:
     """`method`, called on every rank with the arguments of the model's first rank, so that all of them do the same."""
 
@@ -240,49 +256,3 @@ def first_to_fail() -> bool:
         return (_store or _join()[0]).add("llama/failed", 1) == 1
     except (RuntimeError, ValueError):  # whoever kept the store is gone, and could not speak
         return True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers. fairscale's constructors build the whole matrix on every rank, on the CPU, and then cut it; these allocate
-# this rank's slice alone, on the default device (torch.device("meta") included). The computation stays fairscale's.
-
-
-class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
-    """y = x Wᵀ with the rows of W (out_features, in_features) split over the ranks."""
-
-    def __init__(self, in_features: int, out_features: int, gather_output: bool = False) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
-        self.output_size_per_partition = divide(out_features, "a layer's output size")
-        self.weight = _new_weight(self.output_size_per_partition, in_features)
-        self.register_parameter("bias", None)
-
-
-class RowParallelLinear(fairscale_layers.RowParallelLinear):
-    """y = x Wᵀ with the columns of W (out_features, in_features) split over the ranks, as x already is."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
-        self.input_size_per_partition = divide(in_features, "a layer's input size")
-        self.weight = _new_weight(out_features, self.input_size_per_partition)
-        self.register_parameter("bias", None)
-
-
-class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
-    """Rows of a table (num_embeddings, embedding_dim) whose columns are split over the ranks."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
-        self.scale_grad_by_freq, self.sparse = False, False
-        self.embedding_dim_per_partition = divide(embedding_dim, "dim")
-        self.weight = _new_weight(num_embeddings, self.embedding_dim_per_partition)
-
-
-def _new_weight(rows: int, columns: int) -> nn.Parameter:
-    weight = torch.empty(rows, columns)
-    if not weight.is_meta:  # nothing to fill there, and asking for it imports for most of a second
-        nn.init.normal_(weight, std=0.02)
-    return nn.Parameter(weight)

@@ -40,9 +40,9 @@ def test_a_peer_takes_the_same_steps(kv_heads):
 
 def test_a_random_model_has_its_dtype_and_cache():
     args = ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=32, max_batch_size=2, max_seq_len=16)
-    model = bench.random_model(args, torch.device("cpu"), torch.bfloat16)
+    model = bench.loaded(bench.RandomWeights(), args, torch.device("cpu"), torch.bfloat16)
     assert {t.dtype for t in [*model.parameters(), *model.buffers()]} == {torch.bfloat16}
-    assert model.layers[0].attention.cache.k.shape == (2, 4, 16, 16)
+    assert model.layers[0].attention.cache.kv.shape == (2, 8, 16, 16)
     assert model.layers[0].attention.wq.weight.float().std() == pytest.approx(0.02, rel=0.1)
 
 

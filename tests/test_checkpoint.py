@@ -50,7 +50,7 @@ def test_dtype_is_the_one_asked_for(tmp_path, saved, asked):
     for name, weight in model.state_dict().items():
         assert weight.dtype == getattr(torch, asked)
         assert torch.equal(weight, state[name].to(weight.dtype))
-    assert model.layers[0].attention.cache.k.dtype == getattr(torch, asked)
+    assert model.layers[0].attention.cache.kv.dtype == getattr(torch, asked)
 
 
 def test_a_model_is_a_view_of_its_files_that_neither_can_harm(folder):

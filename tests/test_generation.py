@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small import MODELS, SHAPES, hugging_face, random_model, save_random
 
-from llama import Llama, parallel
+from llama import Llama, decode, parallel
 
 PROMPTS = [[1, 400, 401, 402], [1, 17], [1, *range(300, 319)], [1, 99, 98, 97, 96, 95, 94]]
 
@@ -83,10 +83,13 @@ def test_a_prompt_that_fills_max_seq_len_is_scored_at_its_own_positions(llama):
 
 def test_a_ragged_batch_is_prefilled_in_one_pass(llama):
     """Fault 11: everything but the shortest prompt was prefilled one token at a time."""
-    with mock.patch.object(llama.model, "hidden", wraps=llama.model.hidden) as hidden:
+    with (
+        mock.patch.object(llama.model, "hidden", wraps=llama.model.hidden) as hidden,
+        mock.patch.object(decode.Flat, "__call__", autospec=True, side_effect=decode.Flat.__call__) as flat,
+    ):
         greedy(llama, PROMPTS, max_gen_len=5)
-    lengths = [call.args[0].shape[1] for call in hidden.call_args_list]
-    assert lengths == [20, 1, 1, 1, 1]  # and no pass after the last token
+    assert [call.args[0].shape[1] for call in hidden.call_args_list] == [20]
+    assert [call.args[1].shape[1] for call in flat.call_args_list] == [1, 1, 1, 1]  # no pass after the last token
 
 
 # Where a row ends
@@ -400,15 +403,15 @@ def test_a_broken_token_that_no_prompt_holds_does_no_harm(tokenizer):
 
 
 def test_values_that_break_while_decoding_are_found(llama):
-    real, calls = llama.model.hidden, []
+    real, calls = decode.Flat.__call__, []
 
-    def break_later(tokens, start_pos):
+    def break_later(self, tokens, positions):
         calls.append(tokens)
-        hidden = real(tokens, start_pos)
-        return hidden * float("nan") if len(calls) == 3 else hidden
+        hidden = real(self, tokens, positions)
+        return hidden * float("nan") if len(calls) == 2 else hidden
 
     with (
-        mock.patch.object(llama.model, "hidden", break_later),
+        mock.patch.object(decode.Flat, "__call__", break_later),
         pytest.raises(FloatingPointError, match="computed again, they were not"),
     ):
         greedy(llama, [[1, 2]])

@@ -94,7 +94,7 @@ def test_the_cache_keeps_no_gradients():
     model = random_model().requires_grad_(True)
     for start in range(3):
         model(TOKENS[:, start : start + 1], start)
-    assert not model.layers[0].attention.cache.k.requires_grad
+    assert not model.layers[0].attention.cache.kv.requires_grad
 
 
 def test_arguments_keep_their_order():
@@ -114,7 +114,7 @@ def test_computes_in_the_dtype_of_its_weights_and_answers_in_float32():
     exact = random_model()(TOKENS, 0)
     logits = model(TOKENS, 0)
     assert logits.dtype == torch.float32
-    assert model.layers[0].attention.cache.k.dtype == torch.bfloat16
+    assert model.layers[0].attention.cache.kv.dtype == torch.bfloat16
     assert 1e-4 < relative_error(logits, exact) < 0.1
 
 

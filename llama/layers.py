@@ -1,0 +1,118 @@
+"""Linear layers and embeddings that are split over the ranks, and the fastest product that this device has for them.
+
+The layers are fairscale's. Its constructors build the whole matrix on every rank, on the CPU, and then cut it; these
+allocate this rank's slice alone, on the default device (torch.device("meta") included). To compute gradients they are
+fairscale's still; without them, its mappings are left out and a product is `linear`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel import layers as fairscale_layers
+from torch import Tensor, nn
+
+from .parallel import all_gather, all_reduce, divide
+
+Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
+
+# With so many rows a CPU multiplies faster with the weight on the left, (weight xᵀ)ᵀ, where oneDNN rearranges x alone
+# and reads the weight as it lies. Fewer rows of float32 are better served by a matrix-vector product.
+LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float16: range(1, 256)}
+
+
+def product(weight: Tensor, rows: int) -> Product:
+    """The fastest way here to multiply the transposed weight (out, in) by x (..., in) of so many rows."""
+    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if on_cpu and rows in LEFT.get(weight.dtype, ()):
+        return partial(from_left, weight)
+    return partial(F.linear, weight=weight)
+
+
+def from_left(weight: Tensor, x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if not (rows.is_contiguous() or rows.t().is_contiguous()):  # ten times as slow
+        rows = rows.contiguous()
+    y = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "")  # (out, rows)
+    return y.t().view(*x.shape[:-1], -1)  # its columns lie one behind the other
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) times the transposed weight (out, in) -> (..., out)."""
+    return product(weight, x.numel() // x.shape[-1])(x)
+
+
+def columns(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
+    """What the layers make of x, one behind the other along the last dimension; in one product where their weights lie
+    one behind the other in memory."""
+    whole = joined([layer.weight for layer in layers])
+    if whole is None or torch.is_grad_enabled():
+        return torch.cat([layer(x) for layer in layers], -1)
+    return linear(x, whole)
+
+
+def joined(weights: Sequence[Tensor]) -> Tensor | None:
+    """The matrix that these matrices are the rows of, where they lie one behind the other in one storage."""
+    first, end = weights[0], weights[0].data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage:
+            return None
+        end += weight.nbytes
+    return first.detach().as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+
+
+class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
+    """y = x Wᵀ with the rows of W (out_features, in_features) split over the ranks."""
+
+    def __init__(self, in_features: int, out_features: int, gather_output: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
+        self.output_size_per_partition = divide(out_features, "a layer's output size")
+        self.weight = _new_weight(self.output_size_per_partition, in_features)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        y = linear(x, self.weight)
+        return all_gather(y) if self.gather_output else y
+
+
+class RowParallelLinear(fairscale_layers.RowParallelLinear):
+    """y = x Wᵀ with the columns of W (out_features, in_features) split over the ranks, as x already is."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
+        self.input_size_per_partition = divide(in_features, "a layer's input size")
+        self.weight = _new_weight(out_features, self.input_size_per_partition)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else all_reduce(linear(x, self.weight))
+
+
+class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
+    """Rows of a table (num_embeddings, embedding_dim) whose columns are split over the ranks."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
+        self.scale_grad_by_freq, self.sparse = False, False
+        self.embedding_dim_per_partition = divide(embedding_dim, "dim")
+        self.weight = _new_weight(num_embeddings, self.embedding_dim_per_partition)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) if torch.is_grad_enabled() else all_gather(F.embedding(ids, self.weight))
+
+
+def _new_weight(rows: int, columns: int) -> nn.Parameter:
+    weight = torch.empty(rows, columns)
+    if not weight.is_meta:  # nothing to fill there, and asking for it imports for most of a second
+        nn.init.normal_(weight, std=0.02)
+    return nn.Parameter(weight)

@@ -1,0 +1,52 @@
+"""Products: every way to multiply gives what a plain product gives, whatever the number of rows and their strides."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import random_model, relative_error
+
+from llama import layers
+
+ROWS = [1, 2, 3, 4, 7, 8, 33, 127, 128, 255, 256, 300]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_products_of_any_number_of_rows(rows, dtype, bound):
+    weight, x = torch.randn(48, 40).to(dtype), torch.randn(rows, 40).to(dtype)
+    y = layers.linear(x, weight)
+    assert y.dtype == dtype
+    assert relative_error(y.double(), F.linear(x.double(), weight.double())) < bound
+
+
+@pytest.mark.parametrize("rows", [1, 5, 130])
+def test_products_of_strided_input(rows):
+    """Half of a wider matrix, as gate and up are, and columns one behind the other, as a product on the left leaves."""
+    weight = torch.randn(48, 40)
+    for x in (torch.randn(rows, 2, 80)[..., 40:], torch.randn(40, rows, 2).permute(1, 2, 0)):
+        assert torch.allclose(layers.linear(x, weight), F.linear(x.contiguous(), weight), atol=1e-5)
+
+
+def test_weights_side_by_side_are_one():
+    whole = torch.randn(10, 4)
+    parts = [torch.nn.Parameter(part) for part in whole.split([5, 2, 3])]
+    assert torch.equal(layers.joined(parts), whole)
+    assert layers.joined(parts[1:]).data_ptr() == parts[1].data_ptr()
+    assert layers.joined([parts[0], parts[2]]) is None
+    assert layers.joined([parts[0], torch.nn.Parameter(parts[1].clone()), parts[2]]) is None
+
+
+def test_layers_give_one_result_joined_or_not():
+    attention = random_model().layers[0].attention
+    parts = (attention.wq, attention.wk, attention.wv)
+    x = torch.randn(2, 3, 64)
+    with torch.inference_mode():
+        apart = layers.columns(x, *parts)
+        whole = torch.cat([layer.weight for layer in parts])
+        for layer, rows in zip(parts, whole.split([len(layer.weight) for layer in parts]), strict=True):
+            layer.weight = torch.nn.Parameter(rows, requires_grad=False)
+        assert layers.joined([layer.weight for layer in parts]) is not None
+        assert torch.allclose(layers.columns(x, *parts), apart, atol=1e-5)
+    parts[1].weight = torch.nn.Parameter(torch.zeros_like(parts[1].weight))  # a user's own: no longer joined
+    with torch.inference_mode():
+        assert not layers.columns(x, *parts)[..., 64:96].any()
