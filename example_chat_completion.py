@@ -58,6 +58,7 @@ def main(
     seed: int = 1,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Print the model's answer to each dialog.
 
@@ -73,6 +74,7 @@ def main(
         seed: the same seed gives the same answers
         device: cuda, mps or cpu; the first of them that there is by default
         dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
+        quantize: int8 or int4, to round the weights when they are loaded
     """
     dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(str(ckpt_dir)).resolve() == BUNDLED else DIALOGS)
     llama = Llama.build(
@@ -83,6 +85,7 @@ def main(
         seed=seed,
         device=device,
         dtype=dtype,
+        quantize=quantize,
     )
     for begin in range(0, len(dialogs), max_batch_size):
         batch = dialogs[begin : begin + max_batch_size]

@@ -49,6 +49,7 @@ def main(
     seed: int = 1,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Print what the model writes after each prompt.
 
@@ -64,6 +65,7 @@ def main(
         seed: the same seed gives the same texts
         device: cuda, mps or cpu; the first of them that there is by default
         dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
+        quantize: int8 or int4, to round the weights when they are loaded
     """
     texts = read_prompts(prompts, BUNDLED_PROMPTS if Path(str(ckpt_dir)).resolve() == BUNDLED else PROMPTS)
     llama = Llama.build(
@@ -74,6 +76,7 @@ def main(
         seed=seed,
         device=device,
         dtype=dtype,
+        quantize=quantize,
     )
     for begin in range(0, len(texts), max_batch_size):
         batch = texts[begin : begin + max_batch_size]

@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint, check_path, digest, find_tokenizer, shapes
 from .convert import convert as write
 from .memory import available, footprint, shortage
 from .model import ModelArgs
+from .quantization import Scheme, scheme
 from .tokenizer import Tokenizer
 
 SUMS = ("*.chk", "*.md5", "*.sha256", "*SUMS")  # names of lists
@@ -29,7 +30,15 @@ KINDS = {32: "md5", 64: "sha256"}  # by the length of a sum
 
 @SetParseFns(dst=str)  # or a folder named 2024_01 would become 202401
 def convert(
-    src: str, dst: str, to: str = "meta", mp: int = 1, dtype: str | None = None, tokenizer_path: str | None = None
+    src: str,
+    dst: str,
+    to: str = "meta",
+    mp: int = 1,
+    dtype: str | None = None,
+    tokenizer_path: str | None = None,
+    quantize: str | None = None,
+    group_size: int = 64,
+    search: bool = True,
 ) -> None:
     """Write the checkpoint in SRC, in either layout, to the new folder DST.
 
@@ -40,10 +49,14 @@ def convert(
         mp: number of shards, for meta
         dtype: bfloat16, float16 or float32; by default as in src
         tokenizer_path: tokenizer.model; by default the one in src or one folder up
+        quantize: int8 or int4, for meta: the matrices are rounded, and loaded as they are rounded
+        group_size: columns of a group of int4: 32, 64 or 128
+        search: look for the best range of each group of int4, which takes ten times as long as rounding
     """
     folder = check_path(src, "src", "folder")
     kind = None if dtype is None else parallel.as_dtype(dtype)
-    write(folder, Path(str(dst)), to, mp, kind, find_tokenizer(folder, tokenizer_path))
+    tokenizer = find_tokenizer(folder, tokenizer_path)
+    write(folder, Path(str(dst)), to, mp, kind, tokenizer, quantize, group_size, search)
 
 
 def inspect(
@@ -55,6 +68,8 @@ def inspect(
     max_batch_size: int = 4,
     device: str | None = None,
     verify: bool = False,
+    quantize: str | None = None,
+    group_size: int = 64,
 ) -> None:
     """Tell what a checkpoint is, what it needs and how to run it, from headers alone.
 
@@ -66,6 +81,8 @@ def inspect(
         max_seq_len: tokens of prompt and answer together, at most
         max_batch_size: prompts at a time, at most
         device: cuda, mps or cpu; the first of them that there is by default
+        quantize: int8 or int4, to tell what it needs when loaded so
+        group_size: columns of a group of int4: 32, 64 or 128
         verify: read everything and compare it with the lists of md5 or sha256 sums in the folder and the tokenizer's
     """
     folder = check_path(ckpt_dir, "ckpt_dir", "folder")
@@ -79,6 +96,7 @@ def inspect(
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     where = parallel.choose_device(device)
     kind = parallel.choose_dtype(dtype, where, checkpoint.dtype())
+    rounding = checkpoint.scheme_for(quantize, group_size)
     free = available(where)
     ranks = [n for n in (1, 2, 4, 8) if divides(args, n)]
     if world_size is not None:
@@ -86,17 +104,18 @@ def inspect(
             raise ValueError(f"world_size {world_size!r} does not divide the model; {', '.join(map(str, ranks))} do")
         ranks = [world_size]
     each = {n: free // n if where.type == "cpu" else free for n in ranks}  # ranks on a CPU share its memory
-    fitting = [n for n in ranks if shortage(footprint(args, n, kind), each[n], where, n) is None]
+    fitting = [n for n in ranks if shortage(footprint(args, n, kind, rounding), each[n], where, n) is None]
     chosen = (fitting or ranks[-1:])[0]
-    needed = footprint(args, chosen, kind)
+    needed = footprint(args, chosen, kind, rounding)
     rows = {
         "layout": {"meta": "Meta's", "hf": "Hugging Face's"}[checkpoint.layout],
         "parameters": f"{sum(math.prod(shape) for shape in shapes(args).values()):,}",
         "model": f"{args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.kv_heads} key-value), "
         f"FFN {args.ffn_hidden}, vocabulary {args.vocab_size}",
-        "files": f"{len(checkpoint.files)}, in {name(checkpoint.dtype())}",
+        "files": f"{len(checkpoint.files)}, in {checkpoint.scheme or name(checkpoint.dtype())}",
         "tokenizer": path or missing,
-        "each rank": f"{needed} in {name(kind)}, {max_batch_size} x {max_seq_len} positions, {chosen} rank(s)",
+        "each rank": f"{needed} in {rounding or name(kind)}, "
+        f"{max_batch_size} x {max_seq_len} positions, {chosen} rank(s)",
         "here": f"{where} with {each[chosen] / 1e9:.2f} GB free for each rank",
         "fits": shortage(needed, each[chosen], where, chosen) or "yes",
         "run": f"torchrun --nproc_per_node {chosen} example_text_completion.py --ckpt_dir {quote(str(folder))} "
@@ -132,6 +151,8 @@ def bench(
     tokens: int = 32,
     repeats: int = 5,
     compare: str | tuple[str, ...] = (),
+    quantize: str | None = None,
+    group_size: int = 64,
 ) -> None:
     """Measure tokens per second, as a fraction of what the machine can do and beside other libraries.
 
@@ -146,6 +167,8 @@ def bench(
         tokens: how many to decode, after a prompt of 128
         repeats: how often each is measured
         compare: transformers, to measure it in turn on the same weights (one rank only)
+        quantize: int8 or int4
+        group_size: columns of a group of int4: 32, 64 or 128
     """
     peers = [compare] if isinstance(compare, str) else [*compare]
     many = {"batches": batches, "prompts": prompts, "tokens": tokens, "repeats": repeats}
@@ -172,25 +195,33 @@ def bench(
     if ckpt_dir is None:
         args = ModelArgs(**benchmark.SHAPES[shape], vocab_size=32000, **room)
         kind = parallel.choose_dtype(dtype, where, torch.bfloat16)
-        fit(args, where, kind)
-        model = benchmark.loaded(benchmark.RandomWeights(), args, where, kind)
+        rounding = scheme(quantize, group_size)
+        fit(args, where, kind, rounding)
+        model = benchmark.loaded(benchmark.RandomWeights(), args, where, kind, rounding)
     else:
         folder = check_path(ckpt_dir, "ckpt_dir", "folder")
         checkpoint = Checkpoint(folder)
         args = replace(checkpoint.args(Tokenizer(find_tokenizer(folder, tokenizer_path)).n_words), **room)
         kind = parallel.choose_dtype(dtype, where, checkpoint.dtype())
-        fit(args, where, kind)
-        model = benchmark.loaded(checkpoint, args, where, kind)
+        rounding = checkpoint.scheme_for(quantize, group_size)
+        fit(args, where, kind, rounding)
+        model = benchmark.loaded(checkpoint, args, where, kind, rounding)
     benchmark.synchronize(where)
-    facts = {"model": str(ckpt_dir or shape), "dtype": name(kind), "load_s": time.perf_counter() - began}
+    rounded = None if rounding is None else str(rounding)
+    facts = {
+        "model": str(ckpt_dir or shape),
+        "dtype": name(kind),
+        "quantize": rounded,
+        "load_s": time.perf_counter() - began,
+    }
     with redirect_stdout(None) if parallel.rank() else nullcontext():
         benchmark.bench(model, cases, repeats, peers, facts)
 
 
-def fit(args: ModelArgs, where: torch.device, dtype: torch.dtype) -> None:
+def fit(args: ModelArgs, where: torch.device, dtype: torch.dtype, rounding: Scheme | None) -> None:
     """MemoryError for a model that this machine has no room for."""
     ranks = parallel.world_size()
-    if problem := shortage(footprint(args, ranks, dtype), available(where), where, ranks):
+    if problem := shortage(footprint(args, ranks, dtype, rounding), available(where), where, ranks):
         raise MemoryError(problem)
 
 

@@ -9,6 +9,7 @@ operations over seconds over the rate of a large matrix product is its MFU, mode
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 import statistics
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from . import hf, parallel
 from .checkpoint import Weights, load
 from .engine import steps
+from .layers import ColumnParallelLinear, RowParallelLinear
 from .model import ModelArgs, Transformer
+from .quantization import Scheme
 
 SHAPES: dict[str, dict[str, Any]] = {
     "110M": {"dim": 768, "n_layers": 12, "n_heads": 12},
@@ -58,6 +61,14 @@ class Case(NamedTuple):
 class RandomWeights:
     """What `load` reads of a checkpoint that there is not: random matrices, made on the device."""
 
+    scheme: Scheme | None = None
+
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def release(self) -> None:
+        pass
+
     def read(
         self,
         name: str,
@@ -65,17 +76,19 @@ class RandomWeights:
         begin: int,
         end: int,
         dtype: torch.dtype,
-        device: torch.device | str,
-        out: Tensor | None,
+        device: torch.device | str = "cpu",
+        out: Tensor | None = None,
     ) -> Tensor:
         assert out is not None
         return nn.init.ones_(out) if "norm" in name else nn.init.normal_(out, std=0.02)
 
 
-def loaded(weights: Weights, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
+def loaded(
+    weights: Weights, args: ModelArgs, device: torch.device, dtype: torch.dtype, scheme: Scheme | None = None
+) -> Transformer:
     with torch.device("meta"):
         model = Transformer(replace(args, max_batch_size=0))
-    load(model, weights, args, device, dtype)
+    load(model, weights, args, device, dtype, scheme)
     model.params = args
     model.allocate_cache()
     return model.eval().requires_grad_(False)
@@ -128,9 +141,10 @@ def clock(run: Run, case: Case, vocab_size: int, device: torch.device) -> float:
 
 def work(model: Transformer, case: Case) -> tuple[float, float]:
     """(bytes, operations) that this rank's part of the model cannot do without in a case: one step, or the prefill."""
-    matrices = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and "tok_emb" not in name]
-    size = sum(weight.numel() for weight in matrices)
-    head = model.output.weight.numel()
+    linear = (ColumnParallelLinear, RowParallelLinear)
+    matrices = [module.weight for module in model.modules() if isinstance(module, linear)]
+    size = sum(math.prod(weight.shape) for weight in matrices)
+    head = math.prod(model.output.weight.shape)
     p, ranks = model.params, parallel.world_size()
     width = max(p.kv_heads // ranks, 1) * p.head_dim
     queries, rows = (case.prompt, 1) if case.tokens == 1 else (1, case.batch)
@@ -201,8 +215,8 @@ def bench(model: Transformer, cases: list[Case], repeats: int, peers: list[str],
     runs = {"llama": ours(model), **{peer: PEERS[peer](model) for peer in peers}}
     limits = {"bandwidth": bandwidth(device), "matrix_rate": matrix_rate(device, weight.dtype)}
     facts = {**facts, **machine(device), **limits, "cases": {}}
-    print(f"{facts['model']} in {facts['dtype']} on {facts['device']}, {facts['ranks']} rank(s) of {facts['threads']} "
-          f"thread(s), torch {facts['torch']}")  # fmt: skip
+    print(f"{facts['model']} in {facts['quantize'] or facts['dtype']} on {facts['device']}, "
+          f"{facts['ranks']} rank(s) of {facts['threads']} thread(s), torch {facts['torch']}")  # fmt: skip
     print(f"It reads {limits['bandwidth'] / 1e9:,.1f} GB/s and multiplies {limits['matrix_rate'] / 1e9:,.0f} GFLOP/s; "
           f"tokens/s: median (min - max) of {repeats}")  # fmt: skip
     for case in cases:

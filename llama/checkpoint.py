@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from . import hf
 from .files import READABLE, SafetensorsFile, TorchFile
 from .model import ModelArgs
 from .parallel import rank, world_size
+from .quantization import Quantized, Rows, Scheme, kernel, quantize, scheme, stack
 
 # Along which dimension the ranks' parts of a weight lie. The key is the last name before ".weight".
 SHARD_DIM: dict[str, int | None] = {
@@ -42,6 +44,7 @@ SHARD_DIM: dict[str, int | None] = {
 JOINED = (("wq", "wk", "wv"), ("w1", "w3"))
 REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name.startswith("max_")]
+KNOWN.append("quantization")  # {"bits": 8} or {"bits": 4, "group_size": 64}, in what `convert` wrote
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,7 +53,8 @@ KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name
 
 def shard_dim(name: str) -> int | None:
     """The dimension along which the parameter `name` is split over ranks; None for one that every rank holds whole."""
-    return SHARD_DIM[name.split(".")[-2]]
+    dim = SHARD_DIM[name.split(".")[-2]]
+    return None if dim == 1 and name.endswith(".scale") else dim  # of a whole row
 
 
 def shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
@@ -70,6 +74,11 @@ def shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     whole = {"tok_embeddings": (args.vocab_size, args.dim), "norm": (args.dim,), "output": (args.vocab_size, args.dim)}
     whole |= {f"layers.{i}.{name}": shape for i in range(args.n_layers) for name, shape in layer.items()}
     return {f"{name}.weight": shape for name, shape in whole.items()}
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a weight multiplies, and is quantized where any is."""
+    return shard_dim(name) is not None and "tok_embeddings" not in name
 
 
 def share(name: str, size: int, args: ModelArgs, rank: int, world_size: int) -> tuple[int, int]:
@@ -179,18 +188,32 @@ def safetensors_paths(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def read_scheme(quantization: Any, path: Path) -> Scheme | None:
+    """What params.json says of quantized weights."""
+    if quantization is None:
+        return None
+    try:
+        return scheme(f"int{quantization['bits']}", quantization.get("group_size", 64))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: quantization is {quantization!r}; it must be of 8 bits, or of 4 in groups"
+        ) from error
+
+
 class Checkpoint:
     """A folder of weights, opened: `params`, by Meta's keys, and any part of any weight. What is in the files is looked
     up in their headers; FileNotFoundError or ValueError names the file and what is wrong with it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.scheme: Scheme | None = None  # of weights that were quantized before they were saved
         self.files: Sequence[TorchFile | SafetensorsFile]
         # The files that hold a weight's parts, in the order of ranks.
         self.holders: dict[str, Sequence[TorchFile | SafetensorsFile]]
         if (folder / "params.json").is_file():
             self.layout, self.source = "meta", folder / "params.json"
             self.params = read_params(self.source)
+            self.scheme = read_scheme(self.params.pop("quantization", None), self.source)
             self.files = [TorchFile(path) for path in shard_paths(folder)]
             self.holders = {name: self.files for file in self.files for name in file.shapes}
         elif (folder / "config.json").is_file():
@@ -238,7 +261,8 @@ class Checkpoint:
     def check(self, args: ModelArgs) -> None:
         """ValueError that names every tensor of a file that is missing, unexpected, misshapen, of a dtype that cannot
         be read or not of one dtype in all shards."""
-        wanted, first = shapes(args), self.files[0].dtypes
+        stored, first = self.stored(args), self.files[0].dtypes
+        wanted = {name: shape for name, (shape, _) in stored.items()}
         for file in self.files:
             here = wanted if self.layout == "meta" else [name for name in wanted if self.holders.get(name) == [file]]
             found = [
@@ -249,7 +273,7 @@ class Checkpoint:
                 "unexpected": [name for name in file.shapes if name not in wanted],
                 "misshapen": [f"{name} {shape} instead of {fit[0]}" for name, shape, fit in found if shape not in fit],
                 "of a dtype that cannot be read": [
-                    f"{name} {t}" for name, t in file.dtypes.items() if t not in READABLE
+                    f"{name} {t}" for name, t in file.dtypes.items() if t not in stored.get(name, ((), READABLE))[1]
                 ],
                 f"of another dtype than in {self.files[0].path.name}": [
                     f"{name} {dtype}" for name, dtype in file.dtypes.items() if first.get(name, dtype) != dtype
@@ -269,6 +293,16 @@ class Checkpoint:
                 if torch.equal(row, rows[0]) and row.any():
                     raise ValueError(f"{file.path} and {self.files[0].path.name} are the same shard")
 
+    def stored(self, args: ModelArgs) -> dict[str, tuple[tuple[int, ...], set[torch.dtype]]]:
+        """Names and whole shapes of the tensors in the files, and the dtypes that they may have."""
+        found: dict[str, tuple[tuple[int, ...], set[torch.dtype]]] = {}
+        for name, shape in shapes(args).items():
+            if self.scheme and is_matrix(name):
+                found |= {key: (s, {dtype}) for key, (s, dtype) in self.scheme.stored(name, shape).items()}
+            else:
+                found[name] = (shape, READABLE)
+        return found
+
     def part_shapes(self, name: str, whole: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The shapes that a file's part of a weight may have. Embeddings are split by columns in Llama 2's files and by
         rows in Llama 3's."""
@@ -281,8 +315,26 @@ class Checkpoint:
         return [first] if first in fit else fit  # all in the same way
 
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype that holds every weight."""
-        return functools.reduce(torch.promote_types, {dtype for file in self.files for dtype in file.dtypes.values()})
+        """The narrowest dtype that holds every weight that is not quantized."""
+        found = {
+            dtype
+            for file in self.files
+            for name, dtype in file.dtypes.items()
+            if dtype in READABLE and name.endswith(".weight")
+        }
+        return functools.reduce(torch.promote_types, found)
+
+    def scheme_for(self, quantize: str | None, group_size: int) -> Scheme | None:
+        """The scheme to load in: the one asked for, or the one it was saved in. ValueError if these differ."""
+        asked = scheme(quantize, group_size)
+        if asked and self.scheme and asked != self.scheme:
+            raise ValueError(f"{self.folder} is quantized already, to {self.scheme}; it cannot become {asked}")
+        return self.scheme or asked
+
+    def release(self) -> None:
+        """Let what was read no longer count as memory of this process; see `File.release`."""
+        for file in self.files:
+            file.release()
 
     def read(
         self,
@@ -320,7 +372,13 @@ class Checkpoint:
 
 
 class Weights(Protocol):
-    """Where `load` takes weights from."""
+    """Where `load` takes weights from: a Checkpoint, or what can stand for one."""
+
+    scheme: Scheme | None
+
+    def dtype(self) -> torch.dtype: ...
+
+    def release(self) -> None: ...
 
     def read(
         self,
@@ -329,8 +387,8 @@ class Weights(Protocol):
         begin: int,
         end: int,
         dtype: torch.dtype,
-        device: torch.device | str,
-        out: Tensor | None,
+        device: torch.device | str = "cpu",
+        out: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -344,23 +402,73 @@ def products(names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def load(model: nn.Module, weights: Weights, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
+def load(
+    model: nn.Module,
+    weights: Weights,
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype,
+    scheme: Scheme | None = None,
+) -> None:
     """Give `model`, whose parameters may be on the meta device, this rank's part of the weights, each in its final
-    place and dtype: allocated once, or a view of the file where that is the same."""
+    place and dtype: allocated once, or a view of the file where that is the same. With a scheme the matrices are
+    quantized one by one, or read as they were saved in that scheme."""
     whole, final = shapes(args), {}
     mine = {name: weight.shape for name, weight in model.named_parameters()}
-    total = sum(shape.numel() * dtype.itemsize for shape in mine.values())
+    total = sum(shape.numel() for shape in mine.values())
     quiet = None if rank() == 0 else True  # None: only on a terminal
-    with tqdm(desc="loading", total=total, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+    with tqdm(desc="loading", total=total, unit="weights", unit_scale=True, disable=quiet, leave=False) as bar:
         for names in products(mine):
             rows = [mine[name][0] for name in names]
-            place = torch.empty(sum(rows), *mine[names[0]][1:], dtype=dtype, device=device)
-            for name, out in zip(names, place.split(rows), strict=True):
-                shape = whole[name]
-                begin, end = share(name, shape[shard_dim(name) or 0], args, rank(), world_size())
-                final[name] = weights.read(name, shape, begin, end, dtype, device, out)
-                bar.update(final[name].nbytes)
+            ranges = {
+                name: share(name, whole[name][shard_dim(name) or 0], args, rank(), world_size()) for name in names
+            }
+            if scheme and is_matrix(names[0]):
+                parts = [read_quantized(weights, name, whole[name], *ranges[name], scheme) for name in names]
+                matrix = kernel(stack(parts) if len(parts) > 1 else parts[0], device)
+                ends = itertools.accumulate(rows)
+                for name, size, end in zip(names, rows, ends, strict=True):
+                    layer = model.get_submodule(name.removesuffix(".weight"))
+                    del layer.weight
+                    layer.weight = matrix if len(names) == 1 else Rows(matrix, end - size, end)  # type: ignore[assignment]
+                del parts
+                weights.release()
+            else:
+                place = torch.empty(sum(rows), *mine[names[0]][1:], dtype=dtype, device=device)
+                for name, out in zip(names, place.split(rows), strict=True):
+                    final[name] = weights.read(name, whole[name], *ranges[name], dtype, device, out)
+            bar.update(sum(mine[name].numel() for name in names))
     model.load_state_dict(final, strict=True, assign=True)
+
+
+def read_quantized(
+    weights: Weights,
+    name: str,
+    shape: tuple[int, ...],
+    begin: int,
+    end: int,
+    scheme: Scheme,
+    search: bool = False,
+) -> Quantized:
+    """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a matrix that is of `shape` as a whole: as it
+    was saved in the scheme, or rounded to it here, a few rows at a time."""
+    dim = shard_dim(name) or 0
+    if weights.scheme:
+        found = []
+        for key, (stored, dtype) in weights.scheme.stored(name, shape).items():
+            first, last = (
+                (0, stored[0]) if shard_dim(key) is None else (n * stored[dim] / shape[dim] for n in (begin, end))
+            )
+            if first % 1 or last % 1:
+                raise ValueError(f"{key} {stored} cannot be divided so: its groups are too large for so many ranks")
+            found.append(weights.read(key, stored, int(first), int(last), dtype))
+        return Quantized(*found)
+    # A scale of int8 is one of a whole row, on however many ranks the row lies.
+    first, last = (0, shape[1]) if dim == 1 and scheme.bits == 8 else (begin, end)
+    part = [last - first if i == dim else n for i, n in enumerate(shape)]
+    matrix = weights.read(name, shape, first, last, weights.dtype(), "cpu", torch.empty(part, dtype=weights.dtype()))
+    rounded = stack([quantize(rows, scheme, search) for rows in matrix.split(256)])
+    return rounded if (first, last) == (begin, end) else rounded._replace(q=rounded.q[:, begin:end])
 
 
 def split(state: Mapping[str, Tensor], mp: int) -> list[dict[str, Tensor]]:

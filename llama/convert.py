@@ -23,19 +23,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import hf
-from .checkpoint import Checkpoint, shapes, shard_dim, write_checklist
+from .checkpoint import Checkpoint, is_matrix, read_quantized, shapes, shard_dim, write_checklist
 from .model import ModelArgs
+from .quantization import Scheme
 from .tokenizer import Tokenizer
 
+Stored = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # names of tensors, their shapes and dtypes
 LOCK = ".lock"  # a file in a folder that is being written, locked by who writes it
 HF_FILE = 2 * 10**9  # bytes of one model-0000n-of-0000m.safetensors, which are in memory together
 
 
-def convert(source: Path, target: Path, to: str, mp: int, dtype: torch.dtype | None, tokenizer_path: Path) -> None:
-    """Write the checkpoint in `source` to a new folder: `to` is meta, for `mp` ranks, or hf.
+def convert(
+    source: Path,
+    target: Path,
+    to: str,
+    mp: int,
+    dtype: torch.dtype | None,
+    tokenizer_path: Path,
+    quantize: str | None = None,
+    group_size: int = 64,
+    search: bool = True,
+) -> None:
+    """Write the checkpoint in `source` to a new folder: `to` is meta, for `mp` ranks, its matrices quantized or not, or
+    hf. With `search` the ranges of int4 groups are looked for, which takes ten times as long as rounding.
 
     Raises FileExistsError for a `target` that exists, OSError when the disk is too small and ValueError for a model
-    that cannot be divided into `mp` shards.
+    that cannot be divided into `mp` shards or quantized so.
     """
     if to not in ("meta", "hf"):
         raise ValueError(f"to is {to!r}; it must be meta or hf")
@@ -45,13 +58,19 @@ def convert(source: Path, target: Path, to: str, mp: int, dtype: torch.dtype | N
     checkpoint = Checkpoint(source)
     args = checkpoint.args(tokenizer.n_words)
     dtype = dtype or checkpoint.dtype()
+    scheme = checkpoint.scheme_for(quantize, group_size)
+    if scheme and to == "hf":
+        raise ValueError(
+            f"Hugging Face's layout has no place for {scheme}; write Meta's, or give an unquantized source"
+        )
+    stored = {name: layout(name, shape, dtype, scheme) for name, shape in shapes(args).items()}
     if to == "meta":
-        check_divides(args, mp)
-    size = sum(torch.Size(shape).numel() for shape in shapes(args).values()) * dtype.itemsize
+        check_divides(stored, mp)
+    size = sum(torch.Size(shape).numel() * kind.itemsize for parts in stored.values() for shape, kind in parts.values())
     with new_folder(target, size) as folder, tqdm(total=2 * size, unit="B", unit_scale=True, disable=None) as bar:
         shutil.copy(tokenizer_path, folder / "tokenizer.model")
         if to == "meta":
-            write_meta(checkpoint, args, folder, mp, dtype, bar)
+            write_meta(checkpoint, args, folder, mp, stored, scheme, search, bar)
         else:
             write_hf(checkpoint, args, folder, dtype, bar)
             pieces = [tokenizer.sp_model.id_to_piece(i) for i in range(tokenizer.n_words)]
@@ -65,8 +84,13 @@ def check_new(target: Path) -> None:
         raise FileExistsError(f"{target} exists; nothing is overwritten, so give the name of a new folder")
 
 
-def check_divides(args: ModelArgs, mp: int) -> None:
-    for name, shape in shapes(args).items():
+def layout(name: str, shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme | None) -> Stored:
+    """The tensors that a weight is stored as."""
+    return scheme.stored(name, shape) if scheme and is_matrix(name) else {name: (shape, dtype)}
+
+
+def check_divides(stored: Mapping[str, Stored], mp: int) -> None:
+    for name, (shape, _) in ((name, what) for parts in stored.values() for name, what in parts.items()):
         dim = shard_dim(name)
         if type(mp) is not int or mp < 1 or (dim is not None and shape[dim] % mp):
             raise ValueError(f"{name} {shape} cannot be divided into mp {mp!r} shards along dimension {dim}")
@@ -101,20 +125,40 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_meta(checkpoint: Checkpoint, args: ModelArgs, folder: Path, mp: int, dtype: torch.dtype, bar: Any) -> None:
+def write_meta(
+    checkpoint: Checkpoint,
+    args: ModelArgs,
+    folder: Path,
+    mp: int,
+    stored: Mapping[str, Stored],
+    scheme: Scheme | None,
+    search: bool,
+    bar: Any,
+) -> None:
     whole = shapes(args)
-    write_json(folder, {"params.json": checkpoint.params})
+    said = {"quantization": scheme.params()} if scheme else {}
+    write_json(folder, {"params.json": checkpoint.params | said})
     for rank in range(mp):
-        parts, ranges = {}, {}
+        parts = {}
+        for name, (shape, dtype) in ((name, what) for tensors in stored.values() for name, what in tensors.items()):
+            dim = shard_dim(name)
+            parts[name] = torch.empty([n // mp if i == dim else n for i, n in enumerate(shape)], dtype=dtype)
+        file = blank_file(parts, folder / f"consolidated.{rank:02d}.pth")
         for name, shape in whole.items():
-            part, dim = list(shape), shard_dim(name)
-            if dim is not None:
-                part[dim] //= mp  # of a key-value head too, where there are more shards than heads
-            parts[name] = torch.empty(part, dtype=dtype)
-            ranges[name] = (0, shape[0]) if dim is None else (rank * part[dim], (rank + 1) * part[dim])
-        for name, tensor in blank_file(parts, folder / f"consolidated.{rank:02d}.pth").items():
-            tensor.copy_(checkpoint.read(name, whole[name], *ranges[name], dtype))
-            bar.update(tensor.nbytes)
+            size = shape[shard_dim(name) or 0]  # of a key-value head too, where there are more shards than heads
+            begin, end = (0, size) if shard_dim(name) is None else (rank * size // mp, (rank + 1) * size // mp)
+            places = [file[key] for key in stored[name]]
+            if scheme and is_matrix(name):
+                found = [
+                    part
+                    for part in read_quantized(checkpoint, name, shape, begin, end, scheme, search)
+                    if part is not None
+                ]
+            else:
+                found = [checkpoint.read(name, shape, begin, end, places[0].dtype)]
+            for place, part in zip(places, found, strict=True):
+                place.copy_(part)
+                bar.update(place.nbytes)
 
 
 def blank_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -59,14 +59,18 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         check_memory: bool = True,
+        quantize: str | None = None,
+        group_size: int = 64,
     ) -> Llama:
         """Load the checkpoint in `ckpt_dir`, in Meta's layout or Hugging Face's, whatever number of shards it has.
 
         `max_seq_len` counts the tokens of prompt and answer together; with `max_batch_size` it sizes the cache.
         `tokenizer_path` defaults to tokenizer.model in the folder or one up. `device` defaults to CUDA, then MPS, then
-        CPU; `dtype` to the checkpoint's, or float32 where the CPU has no instructions for it. Raises ValueError,
-        FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank, and MemoryError
-        before anything is allocated when weights, cache and activations will not fit; `check_memory=False` tries.
+        CPU; `dtype` to the checkpoint's, or float32 where the CPU has no instructions for it. `quantize` rounds the
+        matrices to int8, or to int4 in groups of `group_size` columns; a checkpoint that was saved so needs neither.
+        Raises ValueError, FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank,
+        and MemoryError before anything is allocated when weights, cache and activations will not fit;
+        `check_memory=False` tries.
         """
         check_seed(seed)
         parallel.init_model_parallel(model_parallel_size)
@@ -82,14 +86,15 @@ class Llama:
             with torch.device("meta"):
                 model = Transformer(args)
             kind = parallel.choose_dtype(dtype, where, weights.dtype())
-            needed, free = footprint(args, parallel.world_size(), kind), available(where)
+            rounding = weights.scheme_for(quantize, group_size)
+            needed, free = footprint(args, parallel.world_size(), kind, rounding), available(where)
             if check_memory and (problem := shortage(needed, free, where, parallel.world_size())):
                 raise MemoryError(problem)
-        plans = parallel.gather_objects((where.type, kind, max_seq_len, max_batch_size))
+        plans = parallel.gather_objects((where.type, kind, rounding, max_seq_len, max_batch_size))
         if len(set(plans)) > 1:
-            raise ValueError(f"the ranks differ in (device, dtype, max_seq_len, max_batch_size): {plans}")
+            raise ValueError(f"the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size): {plans}")
         with parallel.all_or_none():
-            load(model, weights, args, where, kind)
+            load(model, weights, args, where, kind, rounding)
             model.allocate_cache()
         return Llama(model.eval().requires_grad_(False), tokenizer, seed)
 

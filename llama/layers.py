@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,11 @@ Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
 LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float16: range(1, 256)}
 
 
-def product(weight: Tensor, rows: int) -> Product:
-    """The fastest way here to multiply the transposed weight (out, in) by x (..., in) of so many rows."""
+def product(weight: Tensor | Product, rows: int) -> Product:
+    """The fastest way here to multiply the transposed weight (out, in) by x (..., in) of so many rows. What is no
+    tensor, such as a quantized matrix, does it by itself."""
+    if not isinstance(weight, Tensor):
+        return weight
     on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if on_cpu and rows in LEFT.get(weight.dtype, ()):
         return partial(from_left, weight)
@@ -40,7 +44,7 @@ def from_left(weight: Tensor, x: Tensor) -> Tensor:
     return y.t().view(*x.shape[:-1], -1)  # its columns lie one behind the other
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Product) -> Tensor:
     """x (..., in) times the transposed weight (out, in) -> (..., out)."""
     return product(weight, x.numel() // x.shape[-1])(x)
 
@@ -49,14 +53,17 @@ def columns(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
     """What the layers make of x, one behind the other along the last dimension; in one product where their weights lie
     one behind the other in memory."""
     whole = joined([layer.weight for layer in layers])
-    if whole is None or torch.is_grad_enabled():
+    if whole is None or (torch.is_grad_enabled() and isinstance(whole, Tensor)):
         return torch.cat([layer(x) for layer in layers], -1)
     return linear(x, whole)
 
 
-def joined(weights: Sequence[Tensor]) -> Tensor | None:
+def joined(weights: Sequence[Any]) -> Tensor | Product | None:
     """The matrix that these matrices are the rows of, where they lie one behind the other in one storage."""
-    first, end = weights[0], weights[0].data_ptr()
+    first = weights[0]
+    if not isinstance(first, Tensor):
+        return first.whole
+    end = first.data_ptr()
     storage = first.untyped_storage().data_ptr()
     for weight in weights:
         if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage:
@@ -76,7 +83,7 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and isinstance(self.weight, Tensor):
             return super().forward(x)
         y = linear(x, self.weight)
         return all_gather(y) if self.gather_output else y
@@ -93,7 +100,9 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.is_grad_enabled() else all_reduce(linear(x, self.weight))
+        if torch.is_grad_enabled() and isinstance(self.weight, Tensor):
+            return super().forward(x)
+        return all_reduce(linear(x, self.weight))
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .checkpoint import shapes, shard_dim, share
+from .checkpoint import is_matrix, shapes, shard_dim, share
 from .model import ModelArgs
+from .quantization import Scheme
 
 
 class Footprint(NamedTuple):
@@ -24,23 +26,26 @@ class Footprint(NamedTuple):
         return f"{sum(self) / 1e9:.2f} GB ({parts})"
 
 
-def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype) -> Footprint:
-    """What a rank of `world_size` holds of a model in `dtype`: 7B in bfloat16 on one rank has 13.48 GB of weights, and
-    for each position of its cache 2 tensors * 32 layers * 4096 * 2 bytes = 0.52 MB."""
+def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Scheme | None = None) -> Footprint:
+    """What a rank of `world_size` holds of a model in `dtype`, its matrices in a scheme: 7B in bfloat16 on one rank has
+    13.48 GB of weights, and for each position of its cache 2 tensors * 32 layers * 4096 * 2 bytes = 0.52 MB."""
     weights = 0
     for name, shape in shapes(args).items():
         part = list(shape)
         if (dim := shard_dim(name)) is not None:
             begin, end = share(name, shape[dim], args, 0, world_size)
             part[dim] = end - begin
-        weights += torch.Size(part).numel()
+        if scheme and is_matrix(name):
+            weights += scheme.nbytes((shape[0], shape[1])) * math.prod(part) // math.prod(shape)
+        else:
+            weights += math.prod(part) * dtype.itemsize
     positions = args.max_batch_size * args.max_seq_len
     kv_heads = max(args.kv_heads // world_size, 1)
     cache = 2 * args.n_layers * kv_heads * args.head_dim * positions
     # The widest moment of a layer: the residual stream, its float32 norm, and the hidden units of w1, w3, their product
     widest = (2 * args.dim + 3 * args.ffn_hidden // world_size) * dtype.itemsize + 4 * args.dim
     logits = 4 * args.max_batch_size * args.vocab_size * 3
-    return Footprint(weights * dtype.itemsize, cache * dtype.itemsize, widest * positions + logits)
+    return Footprint(weights, cache * dtype.itemsize, widest * positions + logits)
 
 
 def available(device: torch.device) -> int:

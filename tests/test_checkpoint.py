@@ -338,7 +338,8 @@ def test_ranks_that_build_differently_are_named(ranks, tmp_path, other):
     same = {"dtype": "float32"}
     for _, error in ranks(2).outcomes(_build_by_rank, tmp_path, [same, {**same, **other}]):
         assert error[0] == "ValueError"
-        assert "the ranks differ in (device, dtype, max_seq_len, max_batch_size): [('cpu', torch.float32" in error[1]
+        told = "the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size): "
+        assert told + "[('cpu', torch.float32" in error[1]
     ranks(2).run(_build, tmp_path, same)
 
 

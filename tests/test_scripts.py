@@ -97,7 +97,7 @@ def test_a_bar_shows_loading_on_a_terminal_only(tmp_path):
     subprocess.run(command(0, TEXT, *flags), stdout=subprocess.PIPE, stderr=theirs, check=True, timeout=60)
     shown = os.read(mine, 10_000).decode()
     assert "loading: " in shown
-    assert "B/s" in shown
+    assert "weights/s" in shown
     assert start(0, TEXT, *flags)[2] == ""
 
 
@@ -155,13 +155,13 @@ from llama import Llama, parallel, script
 with script.readable_errors():
     llama = Llama.build({str(tmp_path / "model")!r}, {str(TOKENIZER)!r}, 64, device="cpu")
     if parallel.rank() == 1:
-        hidden, calls = llama.model.hidden, []
+        logits, calls = llama.model.logits, []
         def fail_later(*args):
             calls.append(args)
             if len(calls) == 4:
                 raise MemoryError("out of memory in step 4")
-            return hidden(*args)
-        llama.model.hidden = fail_later
+            return logits(*args)
+        llama.model.logits = fail_later
     llama.generate([[1, 2, 3]], 50)
 """)
     code, _, err, seconds = start(2, script)

@@ -1,0 +1,243 @@
+"""Matrices of whole numbers of 8 or 4 bits with scales, and what multiplies by them.
+
+    int8   w = scale * q             a scale for each row; q from -127 to 127
+    int4   w = scale * (q - zero)    a scale and a zero for each group of 32, 64 or 128 columns; q, zero from 0 to 15
+
+With groups of 64, -0.25 to 0.5 is cut into 15 steps of 0.05: scale 0.05, zero 5, and 0.12 is q = 7, which says 0.1.
+`dequantize` is the plain meaning. `kernel` finds what multiplies fastest here and must equal it but for rounding: int8
+rounds each token's activations to 8 bits too, which makes long prompts several times faster than float32; int4 computes
+in bfloat16.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUPS = (32, 64, 128)
+SHRINK = [1 - 0.04 * i for i in range(11)]  # what a search tries: the share of a group's range that is kept
+
+
+class Scheme(NamedTuple):
+    """How matrices are quantized."""
+
+    bits: int
+    group: int = 64  # of int4; where a row has no whole number of them, the next smaller does
+
+    def __str__(self) -> str:
+        return "int8" if self.bits == 8 else f"int4 in groups of {self.group}"
+
+    def params(self) -> dict[str, int]:
+        """What params.json says of it."""
+        return {"bits": 8} if self.bits == 8 else {"bits": 4, "group_size": self.group}
+
+    def columns(self, of: int) -> int:
+        """The columns of a group in a matrix `of` so many."""
+        fit = [group for group in GROUPS if group <= self.group and of % group == 0]
+        if not fit:
+            raise ValueError(f"a matrix of {of} columns cannot be quantized in groups of {GROUPS[0]}")
+        return fit[-1]
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Names, shapes and dtypes of the tensors that the weight `name` of this shape is stored as."""
+        (rows, columns), stem = shape, name.removesuffix(".weight")
+        if self.bits == 8:
+            return {name: (shape, torch.int8), f"{stem}.scale": ((rows, 1), torch.float32)}
+        groups = (rows, columns // self.columns(columns))
+        scales = {f"{stem}.scales": (groups, torch.bfloat16), f"{stem}.zeros": (groups, torch.uint8)}
+        return {name: ((rows, columns // 2), torch.uint8), **scales}
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return sum(torch.Size(s).numel() * t.itemsize for s, t in self.stored("", shape).values())
+
+
+def scheme(quantize: str | None, group_size: int = 64) -> Scheme | None:
+    """The scheme that a caller names; ValueError for another."""
+    if quantize not in (None, "int8", "int4"):
+        raise ValueError(f"quantize is {quantize!r}; it must be int8 or int4")
+    if type(group_size) is not int or group_size not in GROUPS:
+        raise ValueError(f"group_size is {group_size!r}; it must be one of {', '.join(map(str, GROUPS))}")
+    return None if quantize is None else Scheme(int(quantize[3:]), group_size if quantize == "int4" else 0)
+
+
+class Quantized(NamedTuple):
+    """A matrix (out, in) of int8, or of int4 two by two: the even columns in the low halves of the bytes."""
+
+    q: Tensor  # (out, in) int8, or (out, in / 2) uint8
+    scale: Tensor  # (out, 1) float32, or (out, groups) bfloat16
+    zero: Tensor | None = None  # (out, groups) uint8
+
+
+def quantize(weight: Tensor, scheme: Scheme, search: bool = False) -> Quantized:
+    """Round a matrix (out, in) to the nearest numbers that `scheme` has. With `search` the ends of each int4 group's
+    range are drawn in as far as makes the sum of its squared errors least."""
+    weight = weight.float()
+    if scheme.bits == 8:
+        scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+        return Quantized((weight / scale).round_().to(torch.int8), scale)
+    groups = weight.unflatten(1, (-1, scheme.columns(weight.shape[1])))  # (out, groups, columns)
+    low = groups.amin(-1, keepdim=True).clamp_max(0)
+    high = groups.amax(-1, keepdim=True).clamp_min(0)
+    best: list[Tensor] = []  # q, scale, zero, error
+    for share in SHRINK if search else SHRINK[:1]:
+        scale = ((high - low) * (share / 15)).clamp_min(1e-30).bfloat16()
+        zero = (-low * share / scale.float()).round_().clamp_(0, 15)
+        q = (groups / scale.float()).round_().add_(zero).clamp_(0, 15)
+        error = ((q - zero) * scale.float() - groups).square_().sum(-1, keepdim=True)
+        found = [q, scale, zero, error]
+        better = error < best[3] if best else None
+        best = found if better is None else [torch.where(better, a, b) for a, b in zip(found, best, strict=True)]
+    q, scale, zero = best[0].flatten(1).to(torch.uint8), best[1], best[2]
+    return Quantized(q[:, 0::2] | q[:, 1::2] << 4, scale[..., 0], zero[..., 0].to(torch.uint8))
+
+
+def dequantize(weight: Quantized) -> Tensor:
+    """The matrix (out, in) in float32."""
+    q, scale, zero = weight
+    if zero is None:
+        return q.float() * scale
+    groups = torch.stack((q & 15, q >> 4), -1).flatten(1).unflatten(1, (scale.shape[1], -1))
+    return ((groups.float() - zero.float()[..., None]) * scale.float()[..., None]).flatten(1)
+
+
+def stack(weights: Sequence[Quantized]) -> Quantized:
+    """Matrices of as many columns, one below the other."""
+    q, scale, zero = ([part for part in parts if part is not None] for parts in zip(*weights, strict=True))
+    return Quantized(torch.cat(q), torch.cat(scale), torch.cat(zero) if zero else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products
+
+
+class Kernel(Protocol):
+    """A matrix in the layout of what multiplies by it."""
+
+    shape: tuple[int, int]
+    nbytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in the dtype of x."""
+
+
+class Rows:
+    """Some rows of a matrix that several layers share."""
+
+    def __init__(self, whole: Kernel, begin: int, end: int) -> None:
+        self.whole, self.begin, self.end = whole, begin, end
+        self.shape = (end - begin, whole.shape[1])
+        self.nbytes = whole.nbytes * (end - begin) // whole.shape[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.whole(x)[..., self.begin : self.end]
+
+
+def kernel(weight: Quantized, device: torch.device) -> Kernel:
+    """The fastest product that this device has for a matrix."""
+    for kind in (Int8OneDNN, Int4Cpu, Int4Cuda):
+        if kind.serves(weight, device):
+            return kind(weight, device)
+    return Plain(weight, device)
+
+
+class Plain:
+    """Dequantizes the matrix each time: slow, and right on every device."""
+
+    def __init__(self, weight: Quantized, device: torch.device) -> None:
+        self.weight = Quantized(*(None if part is None else part.to(device) for part in weight))  # type: ignore[arg-type]
+        columns = weight.q.shape[1] * (1 if weight.zero is None else 2)
+        self.shape = (len(weight.q), columns)
+        self.nbytes = sum(part.nbytes for part in weight if part is not None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, dequantize(self.weight).type_as(x))
+
+
+class Int8OneDNN(Plain):
+    """oneDNN's int8 product: rows of x are scaled to -127 ... 127, so that a row's result is its own affair."""
+
+    @staticmethod
+    def serves(weight: Quantized, device: torch.device) -> bool:
+        x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+        return weight.zero is None and device.type == "cpu" and x86
+
+    def __init__(self, weight: Quantized, device: torch.device) -> None:
+        super().__init__(weight, device)
+        self.packed = torch.ops.onednn.qlinear_prepack(
+            weight.q.contiguous(), None
+        )  # of a strided one it makes nonsense
+        self.scale = weight.scale.flatten().contiguous()
+        self.zeros = torch.zeros(len(self.scale), dtype=torch.int32)
+        del self.weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        scale = rows.abs().amax(-1, keepdim=True).clamp_min_(1e-30).div_(127)
+        q = (rows / scale).round_().to(torch.int8)
+        y = torch.ops.onednn.qlinear_pointwise(
+            q, 1.0, 0, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y.mul_(scale).view(*x.shape[:-1], -1).type_as(x)
+
+
+class Int4Cpu(Plain):
+    """torch's int4 product for CPUs, which says w = (q - 8) * scale + offset."""
+
+    @staticmethod
+    def serves(weight: Quantized, device: torch.device) -> bool:
+        return weight.zero is not None and device.type == "cpu" and len(weight.q) % 16 == 0
+
+    def __init__(self, weight: Quantized, device: torch.device) -> None:
+        super().__init__(weight, device)
+        self.group = self.shape[1] // weight.scale.shape[1]
+        self.packed = torch.empty(weight.q.shape, dtype=torch.uint8)
+        step = 256  # rows at a time, in one place: fresh memory costs more than the work
+        place = torch.empty(min(step, len(weight.q)), self.shape[1], dtype=torch.int32)
+        for begin in range(0, len(weight.q), step):
+            q = weight.q[begin : begin + step]
+            wide = place[: len(q)]
+            wide[:, 0::2], wide[:, 1::2] = q & 15, q >> 4
+            self.packed[begin : begin + step] = torch._convert_weight_to_int4pack_for_cpu(wide, 1)
+        self.scales = offsets(weight)
+        del self.weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.scales)
+        return y.view(*x.shape[:-1], -1).type_as(x)
+
+
+class Int4Cuda(Plain):
+    """torch's int4 product for GPUs with bfloat16."""
+
+    @staticmethod
+    def serves(weight: Quantized, device: torch.device) -> bool:
+        fits = len(weight.q) % 8 == 0 and weight.q.shape[1] % 64 == 0  # 8 tiles of 16 columns
+        return weight.zero is not None and device.type == "cuda" and fits
+
+    def __init__(self, weight: Quantized, device: torch.device) -> None:
+        super().__init__(weight, device)
+        self.group = self.shape[1] // weight.scale.shape[1]
+        q = self.weight.q
+        self.packed = torch._convert_weight_to_int4pack(
+            q << 4 | q >> 4, 8
+        )  # it has the even columns in the high halves
+        self.scales = offsets(self.weight)
+        del self.weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        y = torch._weight_int4pack_mm(rows, self.packed, self.group, self.scales)
+        return y.view(*x.shape[:-1], -1).type_as(x)
+
+
+def offsets(weight: Quantized) -> Tensor:
+    """(groups, out, 2) bfloat16: scale and offset of w = (q - 8) * scale + offset."""
+    assert weight.zero is not None
+    offset = (8 - weight.zero.float()) * weight.scale.float()
+    return torch.stack((weight.scale, offset.bfloat16()), -1).transpose(0, 1).contiguous()
