@@ -15,5 +15,8 @@ setup(
     packages=["llama"],
     package_data={"llama": ["py.typed"]},
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
-    extras_require={"test": ["pytest", "pytest-cov", "hypothesis", "transformers", "numpy", "ruff", "mypy"]},
+    extras_require={
+        "test": ["pytest", "pytest-cov", "hypothesis", "transformers", "numpy", "ruff", "mypy"],
+        "bench": ["transformers", "llama-cpp-python", "gguf", "numpy"],
+    },
 )

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from . import bench as benchmark
 from . import parallel, script
-from .checkpoint import Checkpoint, check_path, digest, find_tokenizer, shapes
+from .checkpoint import Checkpoint, Weights, check_path, digest, find_tokenizer, shapes
 from .convert import convert as write
 from .memory import available, footprint, shortage
 from .model import ModelArgs
+from .peers import PEERS, Source
 from .quantization import Scheme, scheme
 from .tokenizer import Tokenizer
 
@@ -166,7 +167,8 @@ def bench(
         prompts: lengths of prompts to prefill, one or several numbers
         tokens: how many to decode, after a prompt of 128
         repeats: how often each is measured
-        compare: transformers, to measure it in turn on the same weights (one rank only)
+        compare: one or several of transformers, transformers-compiled and llama.cpp, to be measured in turn on the same
+            weights (one rank only)
         quantize: int8 or int4
         group_size: columns of a group of int4: 32, 64 or 128
     """
@@ -176,8 +178,8 @@ def bench(
     for what, values in sizes.items():
         if not all(type(value) is int and value > (what == "tokens") for value in values):
             raise ValueError(f"{what} is {many[what]!r}; it must be of numbers from {1 + (what == 'tokens')} on")
-    if unknown := [peer for peer in peers if peer not in benchmark.PEERS]:
-        raise ValueError(f"compare names {', '.join(map(str, unknown))}; known are {', '.join(benchmark.PEERS)}")
+    if unknown := [peer for peer in peers if peer not in PEERS]:
+        raise ValueError(f"compare names {', '.join(map(str, unknown))}; known are {', '.join(PEERS)}")
     if shape not in benchmark.SHAPES:
         raise ValueError(f"shape is {shape!r}; it must be one of {', '.join(benchmark.SHAPES)}")
     parallel.init_model_parallel()
@@ -197,15 +199,17 @@ def bench(
         kind = parallel.choose_dtype(dtype, where, torch.bfloat16)
         rounding = scheme(quantize, group_size)
         fit(args, where, kind, rounding)
-        model = benchmark.loaded(benchmark.RandomWeights(), args, where, kind, rounding)
+        weights: Weights = benchmark.RandomWeights()
     else:
         folder = check_path(ckpt_dir, "ckpt_dir", "folder")
-        checkpoint = Checkpoint(folder)
+        weights = checkpoint = Checkpoint(folder)
         args = replace(checkpoint.args(Tokenizer(find_tokenizer(folder, tokenizer_path)).n_words), **room)
         kind = parallel.choose_dtype(dtype, where, checkpoint.dtype())
         rounding = checkpoint.scheme_for(quantize, group_size)
         fit(args, where, kind, rounding)
-        model = benchmark.loaded(checkpoint, args, where, kind, rounding)
+        if peers and checkpoint.scheme:
+            raise ValueError(f"compare needs weights that are not quantized yet, as those in {folder} are")
+    model = benchmark.loaded(weights, args, where, kind, rounding)
     benchmark.synchronize(where)
     rounded = None if rounding is None else str(rounding)
     facts = {
@@ -215,7 +219,8 @@ def bench(
         "load_s": time.perf_counter() - began,
     }
     with redirect_stdout(None) if parallel.rank() else nullcontext():
-        benchmark.bench(model, cases, repeats, peers, facts)
+        source = Source(weights, args, where, kind, rounding)
+        benchmark.bench(model, cases, repeats, {peer: PEERS[peer](source) for peer in peers}, facts)
 
 
 def fit(args: ModelArgs, where: torch.device, dtype: torch.dtype, rounding: Scheme | None) -> None:

@@ -15,6 +15,7 @@ import resource
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import hf, parallel
+from . import parallel
 from .checkpoint import Weights, load
 from .engine import steps
 from .layers import ColumnParallelLinear, RowParallelLinear
@@ -59,7 +60,7 @@ class Case(NamedTuple):
 
 
 class RandomWeights:
-    """What `load` reads of a checkpoint that there is not: random matrices, made on the device."""
+    """What `load` reads of a checkpoint that there is not: random matrices, made on the device; each time the same."""
 
     scheme: Scheme | None = None
 
@@ -79,8 +80,10 @@ class RandomWeights:
         device: torch.device | str = "cpu",
         out: Tensor | None = None,
     ) -> Tensor:
-        assert out is not None
-        return nn.init.ones_(out) if "norm" in name else nn.init.normal_(out, std=0.02)
+        if out is None:
+            out = torch.empty(*shape, dtype=dtype, device=device)
+        generator = torch.Generator(out.device).manual_seed(zlib.crc32(f"{name} {begin}".encode()))
+        return nn.init.ones_(out) if "norm" in name else nn.init.normal_(out, std=0.02, generator=generator)
 
 
 def loaded(
@@ -168,51 +171,15 @@ def ours(model: Transformer) -> Run:
     return run
 
 
-def transformers_eager(model: Transformer) -> Run:
-    """Hugging Face's Llama on the same weights, with its growing cache, as `generate` runs it."""
-    import transformers
-
-    args, head_dim = model.params, model.params.head_dim
-    config = transformers.LlamaConfig(**hf.config(hf_params(args), args.ffn_hidden, args.vocab_size, "float32"))
-    with torch.device("meta"):
-        theirs = transformers.LlamaForCausalLM(config)
-    names = hf.names(args.n_layers)
-    state = {
-        names[name]: hf.to_halves(weight, head_dim) if hf.is_rotated(name) else weight
-        for name, weight in model.state_dict().items()
-    }
-    theirs.load_state_dict(state, assign=True)
-    with model.norm.weight.device:  # its frequencies are no weights and were made on the meta device too
-        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
-    theirs.eval()
-
-    @torch.inference_mode()
-    def run(ids: Tensor, tokens: int) -> Iterator[object]:
-        ids, cache = ids.to(model.norm.weight.device), None
-        for _ in range(tokens):
-            out = theirs(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-            yield ids.tolist()
-
-    return run
-
-
-def hf_params(args: ModelArgs) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if not name.startswith("max_") and value is not None}
-
-
-PEERS: Mapping[str, Callable[[Transformer], Run]] = {"transformers": transformers_eager}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
 
-def bench(model: Transformer, cases: list[Case], repeats: int, peers: list[str], facts: dict[str, Any]) -> None:
+def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[str, Run], facts: dict[str, Any]) -> None:
     """Measure every case `repeats` times, ours and each peer in turn, and print a table, with JSON as the last line."""
     weight = model.norm.weight
     device, vocab_size = weight.device, model.vocab_size
-    runs = {"llama": ours(model), **{peer: PEERS[peer](model) for peer in peers}}
+    runs = {"llama": ours(model), **peers}
     limits = {"bandwidth": bandwidth(device), "matrix_rate": matrix_rate(device, weight.dtype)}
     facts = {**facts, **machine(device), **limits, "cases": {}}
     print(f"{facts['model']} in {facts['quantize'] or facts['dtype']} on {facts['device']}, "

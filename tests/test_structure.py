@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "script": {"parallel"},
     "memory": {"checkpoint", "model", "quantization"},
     "convert": {"checkpoint", "hf", "model", "quantization", "tokenizer"},
-    "bench": {"checkpoint", "engine", "hf", "layers", "model", "parallel", "quantization"},
+    "bench": {"checkpoint", "engine", "layers", "model", "parallel", "quantization"},
+    "peers": {"bench", "checkpoint", "hf", "model", "quantization"},
     "__main__": {
         "bench",
         "checkpoint",
