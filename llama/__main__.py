@@ -172,7 +172,7 @@ def bench(
         quantize: int8 or int4
         group_size: columns of a group of int4: 32, 64 or 128
     """
-    peers = [compare] if isinstance(compare, str) else [*compare]
+    peers = compare.split(",") if isinstance(compare, str) else [*compare]  # a point makes one text of a list
     many = {"batches": batches, "prompts": prompts, "tokens": tokens, "repeats": repeats}
     sizes = {what: [value] if isinstance(value, int) else [*value] for what, value in many.items()}
     for what, values in sizes.items():

@@ -32,6 +32,7 @@ MAY_IMPORT = {
         "memory",
         "model",
         "parallel",
+        "peers",
         "quantization",
         "script",
         "tokenizer",
