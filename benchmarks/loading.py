@@ -3,6 +3,8 @@ Hugging Face's from_pretrained on the same weights: seconds, and the peak of mem
 
     python benchmarks/loading.py [--repeats 3] [--folder SOMEWHERE_WITH_5_GB]
 
+Then the same weights from a checkpoint that was quantized to int4 in groups of 64, the rest in float32.
+
 Every run is a process of its own, in turn, which first touches as much memory as the weights take and gives it back: a
 virtual machine may wait seconds for memory from its host, and whoever comes second would not. Needs the
 extra `test` (transformers).
@@ -24,7 +26,8 @@ import torch
 
 from llama import ModelArgs, Transformer, parallel
 from llama.checkpoint import Checkpoint, load, save, shapes
-from llama.convert import write_hf
+from llama.convert import layout, write_hf, write_meta
+from llama.quantization import Scheme
 
 PARAMS: dict[str, Any] = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256}
 PARAMS["norm_eps"] = 1e-5
@@ -46,28 +49,38 @@ def prepare(folder: Path) -> None:
     write_hf(Checkpoint(folder / "meta"), args, folder / "hf", torch.bfloat16, NoBar())
 
 
+def quantize(folder: Path) -> None:
+    """The same weights in int4, without a tokenizer: the plan of `convert`, which wants one."""
+    checkpoint = Checkpoint(folder / "meta")
+    args, scheme = checkpoint.args(VOCAB), Scheme(4, 64)
+    stored = {name: layout(name, shape, torch.bfloat16, scheme) for name, shape in shapes(args).items()}
+    (folder / "int4").mkdir()
+    write_meta(checkpoint, args, folder / "int4", 1, stored, scheme, False, NoBar())
+
+
 def one(who: str, folder: str, dtype: str) -> None:
     """Load once and print what it took."""
-    from transformers import LlamaForCausalLM
+    if dtype != "int4":
+        from transformers import LlamaForCausalLM
 
-    kind = getattr(torch, dtype)
+    kind = getattr(torch, "float32" if dtype == "int4" else dtype)
     torch.ones(PARAMETERS * kind.itemsize, dtype=torch.uint8)  # a virtual machine gets memory when it first touches it
     Path("/proc/self/clear_refs").write_text("5")  # what counts as the peak begins here
     if who == "ours":
         parallel.init_model_parallel()
         began = time.perf_counter()
-        checkpoint = Checkpoint(Path(folder) / "meta")
+        checkpoint = Checkpoint(Path(folder) / ("int4" if dtype == "int4" else "meta"))
         args = checkpoint.args(VOCAB)
         with torch.device("meta"):
             model = Transformer(ModelArgs(**{**args.__dict__, "max_batch_size": 0}))
-        load(model, checkpoint, args, torch.device("cpu"), kind)
+        load(model, checkpoint, args, torch.device("cpu"), kind, checkpoint.scheme)
     else:
         began = time.perf_counter()
         model = LlamaForCausalLM.from_pretrained(Path(folder) / "hf", dtype=kind)
     # Every page is looked at: what is merely mapped would be read only then.
     total = sum(float(weight.detach().view(-1)[::1024].float().sum()) for weight in model.parameters())
     seconds = time.perf_counter() - began
-    own = sum(weight.nbytes for weight in model.parameters())
+    own = sum(module.weight.nbytes for module in model.modules() if getattr(module, "weight", None) is not None)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(json.dumps({"seconds": seconds, "peak": int(peak.split()[1]) * 1024, "own": own, "sum": round(total)}))
 
@@ -75,9 +88,10 @@ def one(who: str, folder: str, dtype: str) -> None:
 def main(repeats: int = 3, folder: str | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         prepare(Path(place))
+        quantize(Path(place))
         print(f"torch {torch.__version__}; {repeats} repeats in turn; medians")
-        for dtype in ("bfloat16", "float32"):
-            runs: dict[str, list[dict[str, float]]] = {"ours": [], "hf": []}
+        for dtype in ("bfloat16", "float32", "int4"):
+            runs: dict[str, list[dict[str, float]]] = {"ours": []} if dtype == "int4" else {"ours": [], "hf": []}
             for i in range(repeats + 1):
                 for who, results in runs.items():
                     command = [sys.executable, __file__, "one", who, place, dtype]
@@ -90,6 +104,10 @@ def main(repeats: int = 3, folder: str | None = None) -> None:
                 bound = own * 1.10 + 300e6
                 print(f"{dtype:>9} {who:>5}: {seconds:.2f} s, peak {peak / 1e9:.2f} GB ({own / 1e9:.2f} GB of weights; "
                       f"x 1.10 + 300 MB = {bound / 1e9:.2f} GB)")  # fmt: skip
+            if dtype == "int4":
+                size = sum(file.stat().st_size for file in (Path(place) / "int4").iterdir())
+                print(f"{dtype:>9} on disk: {size / 1e9:.3f} GB")
+                continue
             pairs = zip(runs["ours"], runs["hf"], strict=True)
             print(f"{dtype:>9} ours / hf: {statistics.median(a['seconds'] / b['seconds'] for a, b in pairs):.2f}")
 

@@ -23,6 +23,7 @@ from llama import Llama, ModelArgs, Tokenizer, Transformer, bench, parallel
 from llama.quantization import Scheme, dequantize, quantize
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 sys.path.insert(0, str(ROOT / "tools"))
 from train_small import batches  # noqa: E402
 
@@ -83,7 +84,7 @@ def divergence(shape: str) -> None:
     print(f"{shape}, random weights, nearest, as computed")
     for scheme in (None, *SCHEMES):
         torch.manual_seed(0)
-        model = bench.loaded(bench.RandomWeights(), args, torch.device("cpu"), torch.float32, scheme)
+        model = bench.loaded(bench.RandomWeights(CPU), args, CPU, torch.float32, scheme)
         logits = model(tokens)[0].double()
         if exact is None:
             exact = logits

@@ -199,7 +199,7 @@ def bench(
         kind = parallel.choose_dtype(dtype, where, torch.bfloat16)
         rounding = scheme(quantize, group_size)
         fit(args, where, kind, rounding)
-        weights: Weights = benchmark.RandomWeights()
+        weights: Weights = benchmark.RandomWeights(where, rounding)
     else:
         folder = check_path(ckpt_dir, "ckpt_dir", "folder")
         weights = checkpoint = Checkpoint(folder)

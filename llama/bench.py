@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
-from .checkpoint import Weights, load
+from .checkpoint import Weights, load, shard_dim
 from .engine import steps
 from .layers import ColumnParallelLinear, RowParallelLinear
 from .model import ModelArgs, Transformer
@@ -60,9 +60,10 @@ class Case(NamedTuple):
 
 
 class RandomWeights:
-    """What `load` reads of a checkpoint that there is not: random matrices, made on the device; each time the same."""
+    """What `load` reads of a checkpoint that there is not: random numbers, made on the device; each time the same."""
 
-    scheme: Scheme | None = None
+    def __init__(self, device: torch.device, scheme: Scheme | None = None) -> None:
+        self.device, self.scheme = device, scheme
 
     def dtype(self) -> torch.dtype:
         return torch.float32
@@ -81,9 +82,16 @@ class RandomWeights:
         out: Tensor | None = None,
     ) -> Tensor:
         if out is None:
-            out = torch.empty(*shape, dtype=dtype, device=device)
+            part = [end - begin if i == shard_dim(name) else n for i, n in enumerate(shape)]
+            out = torch.empty(part, dtype=dtype, device=self.device)
         generator = torch.Generator(out.device).manual_seed(zlib.crc32(f"{name} {begin}".encode()))
-        return nn.init.ones_(out) if "norm" in name else nn.init.normal_(out, std=0.02, generator=generator)
+        if not name.endswith(".weight") or "norm" in name:
+            kinds = {"scale": 0.02 / 74, "scales": 0.02 / 4.6, "zeros": 8, "weight": 1}  # of deviation 0.02 all in all
+            return out.fill_(kinds[name.split(".")[-1]])
+        if not dtype.is_floating_point:
+            low, beyond = (-127, 128) if dtype == torch.int8 else (0, 256)
+            return out.random_(low, beyond, generator=generator)
+        return nn.init.normal_(out, std=0.02, generator=generator)
 
 
 def loaded(

@@ -1,22 +1,27 @@
 """One more token for each row: what Transformer.hidden computes, in the way that is fastest for it here.
 
 On a CPU a small model spends a third of a step between its products, as each of them empties the caches and whatever
-code runs next comes from memory again. So `Flat` does without modules and with few operations; the model is its plain
-twin, and a test holds the two together.
+code runs next comes from memory again. So `Flat` does without modules and with few operations. On a GPU it is the
+launching of a thousand kernels that takes the time, and `Captured` launches them as one graph. The model is the plain
+twin of both, and tests hold them together.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .layers import ColumnParallelLinear, Product, RowParallelLinear, joined, product
-from .model import RMSNorm, Transformer, rotations
+from .model import Positions, RMSNorm, Transformer, rotations
 from .parallel import all_gather, all_reduce, world_size
 
 Decode = Callable[[Tensor, Sequence[int]], Tensor]  # tokens (B, 1) and their positions -> hidden (B, 1, dim)
@@ -24,9 +29,10 @@ Decode = Callable[[Tensor, Sequence[int]], Tensor]  # tokens (B, 1) and their po
 
 def decoder(model: Transformer, B: int) -> Decode:
     """How to decode B rows, until the weights change."""
-    if model.norm.weight.device.type == "cpu" and model.params.max_batch_size:
+    kind = model.norm.weight.device.type
+    if kind == "cpu":
         return Flat(model, B)
-    return model.hidden
+    return captured(model, B) if kind == "cuda" else model.hidden
 
 
 class Layer(NamedTuple):
@@ -100,3 +106,70 @@ class Flat:
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32).hypot_(self.floor)
         return (x / length).mul_(weight).type_as(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA graphs
+
+
+BUCKET = 256  # a graph serves so many lengths of the cache, and attends to the longest of them
+log = logging.getLogger(__name__)
+_captured: WeakKeyDictionary[Transformer, dict[object, Captured]] = WeakKeyDictionary()
+
+
+def captured(model: Transformer, B: int) -> Captured:
+    """The graphs of B rows, which last as long as the tensors that they were recorded with."""
+    tensors = (*model.parameters(), *model.buffers())
+    key = (B, tuple(tensor.data_ptr() for tensor in tensors))
+    if key not in (kept := _captured.setdefault(model, {})):
+        kept.clear()  # at most one set of graphs: each holds memory of its own
+        kept[key] = Captured(model, B)
+    return kept[key]
+
+
+class Captured:
+    """A step for each length of the cache, rounded up to whole buckets, recorded when it is first needed."""
+
+    def __init__(self, model: Transformer, B: int) -> None:
+        p, device = model.params, model.norm.weight.device
+        self.model, self.max_seq_len = weakref.proxy(model), p.max_seq_len
+        self.turns = rotations(torch.arange(p.max_seq_len, device=device), p.head_dim, p.rope_theta)  # (S, 1, D/2)
+        self.rows = torch.arange(B, device=device)[:, None]
+        self.tokens, self.positions = torch.zeros_like(self.rows), torch.zeros_like(self.rows)  # what a graph reads
+        self.steps: dict[int, Callable[[], Tensor]] = {}
+
+    def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.positions.copy_(torch.tensor(positions)[:, None])
+        end = min(-(-(max(positions) + 1) // BUCKET) * BUCKET, self.max_seq_len)
+        if end not in self.steps:
+            self.steps[end] = capture(partial(self.step, end))
+        return self.steps[end]()
+
+    def step(self, end: int) -> Tensor:
+        mask = torch.arange(end, device=self.rows.device) <= self.positions[:, :, None, None]  # (B, 1, 1, S)
+        where = Positions(self.rows, self.positions, end, self.turns[self.positions], mask)
+        return self.model.blocks(self.tokens, where)
+
+
+def capture(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`work`, recorded: what is returned does the same with the same tensors, and always gives one tensor. Where it
+    cannot be recorded, `work` itself."""
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        work()  # libraries prepare themselves at the first call, which cannot be recorded
+    here.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = work()
+    except RuntimeError as error:
+        log.warning("decoding without CUDA graphs, as recording one failed: %s", str(error).splitlines()[0])
+        return work
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay

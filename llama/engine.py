@@ -14,6 +14,7 @@ from .model import Transformer
 from .parallel import broadcast
 from .sampling import token_logprobs
 
+AHEAD = {"cuda"}  # devices that begin a step before the host has read what the last one chose
 LOGITS_AT_ONCE = 2**25  # float32 values held while a prompt is scored: 128 MiB
 
 
@@ -66,22 +67,28 @@ def steps(
         # One message and one synchronization a step: the ids, and whether they can be trusted.
         finite = logits.sum().isfinite().long()  # what is not makes the sum so, and a sum is quicker to look at
         message = broadcast(torch.cat((sample(logits), finite[None])))
-        chosen, (*ids, ok) = message[:-1], message.tolist()
+        chosen = message[:-1]
+        chances = token_logprobs(logits, chosen) if logprobs else torch.full_like(logits[:, 0], math.nan)
+        # A row that has ended goes through the motions at its last position.
+        following = chosen[:, None], [length - (not on) for length, on in zip(lengths, live, strict=True)]
+        early: Tensor | None = None
+        if any(on and length + 1 < limit for on, length, limit in zip(live, lengths, limits, strict=True)):
+            decode = decode or decoder(model, len(prompts))
+            if device.type in AHEAD:
+                early = decode(*following)
+        *ids, ok = message.tolist()
         if not ok:
             raise not_finite(model, tokens, positions, last)
-        chances = token_logprobs(logits, chosen).tolist() if logprobs else [math.nan] * len(ids)
         gained: Step = [[] for _ in ids]
-        for i, id in enumerate(ids):
+        for i, (id, chance) in enumerate(zip(ids, chances.tolist(), strict=True)):
             if live[i] and id not in stop_ids:
-                gained[i] = [Token(id, chances[i])]
+                gained[i] = [Token(id, chance)]
                 lengths[i] += 1
             live[i] = bool(gained[i]) and lengths[i] < limits[i]
         yield gained
-        if any(live):
-            # A row that has ended goes through the motions at its last position.
-            tokens, positions, last = chosen[:, None], [length - 1 for length in lengths], torch.zeros_like(last)
-            decode = decode or decoder(model, len(prompts))
-            hidden = decode(tokens, positions)
+        if any(live) and decode:
+            hidden = decode(*following) if early is None else early
+            (tokens, positions), last = following, torch.zeros_like(last)
 
 
 def pick(hidden: Tensor, last: Tensor) -> Tensor:

@@ -250,7 +250,10 @@ class Transformer(nn.Module):
             mask = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # (B or 1, 1, T, S)
         rows = torch.arange(B, device=tokens.device)[:, None]
         turns = rotations(positions, self.params.head_dim, self.params.rope_theta)
-        where = Positions(rows, positions, end, turns, mask)
+        return self.blocks(tokens, Positions(rows, positions, end, turns, mask))
+
+    def blocks(self, tokens: Tensor, where: Positions) -> Tensor:
+        """`hidden` for tokens whose places are worked out already."""
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
             x = layer(x, where)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import hf
 from .bench import Run
-from .checkpoint import Weights, shapes
+from .checkpoint import Weights, shapes, shard_dim
 from .model import ModelArgs
 from .quantization import Scheme
 
@@ -50,9 +50,7 @@ class Source(NamedTuple):
     def read(self, name: str) -> Tensor:
         """A whole weight, unquantized."""
         shape = shapes(self.args)[name]
-        return self.weights.read(
-            name, shape, 0, shape[1 if "wo" in name or "w2" in name else 0], self.dtype, self.device
-        )
+        return self.weights.read(name, shape, 0, shape[shard_dim(name) or 0], self.dtype, self.device)
 
 
 def transformers_model(source: Source) -> Any:

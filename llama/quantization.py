@@ -159,7 +159,8 @@ class Plain:
 
 
 class Int8OneDNN(Plain):
-    """oneDNN's int8 product: rows of x are scaled to -127 ... 127, so that a row's result is its own affair."""
+    """oneDNN's int8 product. Rows of x are rounded to 127ths of their own largest number, so that what a row
+    gives is its own affair."""
 
     @staticmethod
     def serves(weight: Quantized, device: torch.device) -> bool:
@@ -177,12 +178,12 @@ class Int8OneDNN(Plain):
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        scale = rows.abs().amax(-1, keepdim=True).clamp_min_(1e-30).div_(127)
-        q = (rows / scale).round_().to(torch.int8)
+        largest = rows.abs().amax(-1, keepdim=True)  # a row of zeros becomes nonsense, times 0
+        q = (rows * (127 / largest)).round_().to(torch.int8)
         y = torch.ops.onednn.qlinear_pointwise(
-            q, 1.0, 0, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            q, 1 / 127, 0, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return y.mul_(scale).view(*x.shape[:-1], -1).type_as(x)
+        return y.mul_(largest).view(*x.shape[:-1], -1).type_as(x)
 
 
 class Int4Cpu(Plain):

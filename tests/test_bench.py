@@ -38,7 +38,7 @@ def test_a_peer_takes_the_same_steps(peer, kv_heads):
         pytest.skip("takes a compiler, and its time")
     shape = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": kv_heads, "multiple_of": 32, "norm_eps": 1e-3}
     args = ModelArgs(**shape, vocab_size=128, max_batch_size=2, max_seq_len=32)
-    source = peers.Source(bench.RandomWeights(), args, CPU, torch.float32)
+    source = peers.Source(bench.RandomWeights(CPU), args, CPU, torch.float32)
     ids = torch.randint(3, 128, (2, 5), generator=torch.Generator().manual_seed(0))
     mine = [[id for [(id, _)] in step] for step in bench.ours(bench.loaded(*source))(ids, 12)]
     theirs = [torch.tensor(step).flatten().tolist() for step in peers.PEERS[peer](source)(ids, 12)]
@@ -48,7 +48,7 @@ def test_a_peer_takes_the_same_steps(peer, kv_heads):
 
 def test_a_random_model_has_its_dtype_and_cache():
     args = ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=32, max_batch_size=2, max_seq_len=16)
-    model = bench.loaded(bench.RandomWeights(), args, CPU, torch.bfloat16)
+    model = bench.loaded(bench.RandomWeights(CPU), args, CPU, torch.bfloat16)
     assert {t.dtype for t in [*model.parameters(), *model.buffers()]} == {torch.bfloat16}
     assert model.layers[0].attention.cache.kv.shape == (2, 8, 16, 16)
     assert model.layers[0].attention.wq.weight.float().std() == pytest.approx(0.02, rel=0.1)

@@ -4,20 +4,21 @@ import pytest
 import torch
 from small import GQA, SHAPES, random_model, relative_error
 
-from llama import ModelArgs, bench, parallel
-from llama.decode import Flat, decoder
+from llama import Llama, ModelArgs, bench, decode, engine, parallel
+from llama.decode import Captured, Flat, decoder
 
+CPU = torch.device("cpu")
 POSITIONS = [[9], [9, 9], [3, 11, 7], [12, 1, 1, 12, 5]]
 
 
-def both(model, positions, V=128):
-    """Hidden states of the plain and the flat step after the same prompts, and what each left in the cache."""
+def both(model, positions, V=128, fast=decoder):
+    """Hidden states of the plain and the fast step after the same prompts, and what each left in the cache."""
     B = len(positions)
     torch.manual_seed(1)
     prompt, token = torch.randint(0, V, (B, max(positions))), torch.randint(0, V, (B, 1))
     found = []
     with torch.inference_mode():
-        for choose in (lambda model, B: model.hidden, decoder):
+        for choose in (lambda model, B: model.hidden, fast):
             model.allocate_cache()
             model.hidden(prompt, 0)
             hidden = choose(model, B)(token, positions)
@@ -44,7 +45,7 @@ def test_flat_is_plain_within_the_rounding_of_bfloat16(positions):
 def test_flat_is_plain_with_joined_weights():
     args = ModelArgs(**GQA, vocab_size=128, max_batch_size=4, max_seq_len=64)
     parallel.init_model_parallel()
-    model = bench.loaded(bench.RandomWeights(), args, torch.device("cpu"), torch.float32)
+    model = bench.loaded(bench.RandomWeights(CPU), args, CPU, torch.float32)
     (plain, _), (flat, _) = both(model, [3, 7])
     assert relative_error(flat, plain) < 1e-5
 
@@ -63,3 +64,103 @@ def on_several_ranks():
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_flat_is_plain_on_several_ranks(ranks, world_size):
     assert max(ranks(world_size).run(on_several_ranks)) < 1e-5
+
+
+# Graphs, with a stand-in for what records them: as a graph does, it reads what lies in the tensors that it was made
+# with, gives one tensor, and knows nothing of the arguments of a later call.
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What was recorded so far: the results of the work, each overwritten by the next replay."""
+    results = []
+
+    def stand_in(work):
+        result = work().clone()
+        results.append(result)
+        return lambda: result.copy_(work())
+
+    monkeypatch.setattr(decode, "capture", stand_in)
+    monkeypatch.setattr(decode, "BUCKET", 8)
+    return results
+
+
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_captured_is_plain(recorded, shape, positions):
+    model = random_model(SHAPES[shape], max_batch_size=5)
+    (plain, plain_cache), (graph, graph_cache) = both(model, positions, fast=Captured)
+    assert relative_error(graph, plain) < 1e-5
+    assert relative_error(graph_cache, plain_cache) < 1e-5
+
+
+def test_a_graph_serves_a_bucket_of_lengths(recorded):
+    model = random_model(max_seq_len=20)
+    captured = Captured(model, 1)
+    with torch.inference_mode():
+        for position in range(20):
+            captured(torch.tensor([[5]]), [position])
+    assert sorted(captured.steps) == [8, 16, 20]
+    assert len(recorded) == 3
+
+
+def test_graphs_are_kept_while_their_tensors_are(recorded):
+    model = random_model()
+    first = decode.captured(model, 2)
+    assert decode.captured(model, 2) is first
+    assert decode.captured(model, 3) is not first
+    again = decode.captured(model, 2)
+    model.norm.weight = torch.nn.Parameter(model.norm.weight + 1)
+    assert decode.captured(model, 2) is not again
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_device_that_runs_ahead_gives_the_same_tokens(recorded, monkeypatch, tokenizer, temperature):
+    """Graphs, and steps that begin before the last one was read; rows stop, and one fills its context."""
+    prompts = [[1, 400, 401], [1], [1, *range(300, 358)], [1, 7, 9]]
+    ids = [Llama(random_model(vocab_size=tokenizer.n_words), tokenizer, seed=3)]
+    expected = ids[0].generate(prompts, 30, temperature, logprobs=True)
+    monkeypatch.setattr(tokenizer, "eos_id", expected[0][0][5])
+    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer, seed=3)
+    slow = llama.generate(prompts, 30, temperature, logprobs=True)
+    monkeypatch.setattr(engine, "AHEAD", {"cpu"})
+    monkeypatch.setattr(engine, "decoder", decode.captured)
+    fast = Llama(llama.model, tokenizer, seed=3).generate(prompts, 30, temperature, logprobs=True)
+    assert fast[0] == slow[0]
+    assert len(slow[0][0]) == 5 and len(slow[0][2]) == 64 - 59
+    for mine, theirs in zip(fast[1], slow[1], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    assert recorded
+
+
+def test_running_ahead_computes_no_step_too_many(monkeypatch, tokenizer):
+    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
+    calls = []
+    real = Flat.__call__
+    monkeypatch.setattr(engine, "AHEAD", {"cpu"})
+    monkeypatch.setattr(Flat, "__call__", lambda self, *args: calls.append(args) or real(self, *args))
+    llama.generate([[1, 2], [1, 2, 3]], 5, temperature=0)
+    assert len(calls) == 4
+
+
+def test_what_cannot_be_recorded_is_computed_step_by_step(monkeypatch, caplog):
+    class Stream:
+        def wait_stream(self, other): ...
+
+        def __enter__(self): ...
+
+        def __exit__(self, *error): ...
+
+    def refuse(graph):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    (plain, _), (slow, _) = both(random_model(), [3, 7], fast=Captured)
+    assert relative_error(slow, plain) < 1e-5
+    assert [record.message for record in caplog.records] == [
+        "decoding without CUDA graphs, as recording one failed: operation not permitted when stream is capturing"
+    ]
