@@ -178,7 +178,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = columns(x, self.w1, self.w3).chunk(2, -1)
-        return self.w2(F.silu(gate) * up)
+        # In place: to fetch fresh memory for each takes a quarter of a long prompt's time on a CPU.
+        return self.w2(F.silu(gate, inplace=not torch.is_grad_enabled()).mul_(up))
 
 
 class TransformerBlock(nn.Module):
