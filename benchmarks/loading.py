@@ -80,7 +80,8 @@ def one(who: str, folder: str, dtype: str) -> None:
     # Every page is looked at: what is merely mapped would be read only then.
     total = sum(float(weight.detach().view(-1)[::1024].float().sum()) for weight in model.parameters())
     seconds = time.perf_counter() - began
-    own = sum(module.weight.nbytes for module in model.modules() if getattr(module, "weight", None) is not None)
+    weights: list[Any] = [getattr(module, "weight", None) for module in model.modules()]
+    own = sum(weight.nbytes for weight in weights if weight is not None)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(json.dumps({"seconds": seconds, "peak": int(peak.split()[1]) * 1024, "own": own, "sum": round(total)}))
 

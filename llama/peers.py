@@ -88,14 +88,16 @@ def transformers_eager(source: Source) -> Run:
 
 def transformers_compiled(source: Source) -> Run:
     """Compiled, with a static cache; once for each shape, before anything is measured."""
+    import torch._dynamo.config
     from transformers import StaticCache
 
     model, caches = transformers_model(source), {}
+    torch._dynamo.config.recompile_limit = 100  # of shapes; beyond it would run uncompiled
     forward = torch.compile(model.forward, dynamic=False)
 
     @torch.inference_mode()
     def run(ids: Tensor, tokens: int) -> Iterator[object]:
-        ids = ids.to(source.device)
+        ids = ids.to(source.device).clone()  # of this mode, as those that follow are: no compiling twice
         B, T = ids.shape
         if (B, T) not in caches:
             caches[B, T] = StaticCache(config=model.config, max_cache_len=source.args.max_seq_len)
@@ -110,8 +112,13 @@ def transformers_compiled(source: Source) -> Run:
     return run
 
 
-def llama_cpp(source: Source) -> Run:
-    """llama.cpp, with as many threads, its own cache of float16 and its own rounding."""
+# What llama.cpp is given and gives: row -> where its tokens begin, and they; the likeliest id after each row's last.
+Rows = Mapping[int, tuple[int, list[int]]]
+
+
+def llama_cpp_decoder(source: Source) -> Callable[[Rows], list[int]]:
+    """llama.cpp, with as many threads, its own cache of float16 and its own rounding. When row 0 begins anew it forgets
+    all of them."""
     import llama_cpp as lib
     import numpy as np
 
@@ -127,28 +134,36 @@ def llama_cpp(source: Source) -> Run:
     context = lib.llama_init_from_model(model, options)
     memory = lib.llama_get_memory(context)
 
-    def decode(rows: Mapping[int, list[int]], begin: int) -> list[int]:
-        """The likeliest ids after tokens of some rows, which stand from `begin` on."""
-        batch = lib.llama_batch_init(sum(map(len, rows.values())), 0, 1)
-        places = [(row, i, token) for row, tokens in rows.items() for i, token in enumerate(tokens)]
-        last = [row != after for (row, *_), (after, *_) in zip(places, [*places[1:], (-1, 0, 0)], strict=True)]
-        for n, (row, i, token) in enumerate(places):
-            batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0] = token, begin + i, 1, row
-            batch.logits[n] = last[n]
-        batch.n_tokens = len(places)
+    def decode(rows: Rows) -> list[int]:
+        assert folder and quiet  # they live as long as this function
+        batch = lib.llama_batch_init(sum(len(tokens) for _, tokens in rows.values()), 0, 1)
+        last = []
+        for row, (begin, tokens) in rows.items():
+            if begin == row == 0:
+                lib.llama_memory_clear(memory, True)
+            for i, token in enumerate(tokens):
+                n = batch.n_tokens
+                batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0] = token, begin + i, 1, row
+                batch.logits[n] = i == len(tokens) - 1
+                batch.n_tokens = n + 1
+            last.append(batch.n_tokens - 1)
         if lib.llama_decode(context, batch):
             raise RuntimeError("llama.cpp did not decode")
         lib.llama_batch_free(batch)
-        logits = (lib.llama_get_logits_ith(context, n) for n in range(len(places)) if last[n])
+        logits = (lib.llama_get_logits_ith(context, n) for n in last)
         return [int(np.ctypeslib.as_array(row, (args.vocab_size,)).argmax()) for row in logits]
 
+    return decode
+
+
+def llama_cpp(source: Source) -> Run:
+    decode = llama_cpp_decoder(source)
+
     def run(ids: Tensor, tokens: int) -> Iterator[object]:
-        assert folder and quiet  # they live as long as this function
-        lib.llama_memory_clear(memory, True)
-        found = [id for row, prompt in enumerate(ids.tolist()) for id in decode({row: prompt}, 0)]
+        found = [id for row, prompt in enumerate(ids.tolist()) for id in decode({row: (0, prompt)})]
         yield found
         for begin in range(ids.shape[1], ids.shape[1] + tokens - 1):
-            found = decode({row: [id] for row, id in enumerate(found)}, begin)
+            found = decode({row: (begin, [id]) for row, id in enumerate(found)})
             yield found
 
     return run

@@ -218,7 +218,7 @@ class Int4Cuda(Plain):
 
     @staticmethod
     def serves(weight: Quantized, device: torch.device) -> bool:
-        fits = len(weight.q) % 8 == 0 and weight.q.shape[1] % 64 == 0  # 8 tiles of 16 columns
+        fits = len(weight.q) % 8 == 0 and weight.q.shape[1] * 2 % 128 == 0  # 8 tiles of 16 columns
         return weight.zero is not None and device.type == "cuda" and fits
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:

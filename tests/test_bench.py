@@ -1,13 +1,15 @@
 """python -m llama bench: the arithmetic by hand, and that it runs. Nothing here is timed."""
 
+import importlib.util
 import json
 import shutil
 
 import pytest
 import torch
-from small import MODELS, in_process, random_model
+from small import MODELS, ROOT, in_process, random_model
 
 from llama import ModelArgs, __main__, bench, peers
+from llama.quantization import scheme
 
 CPU = torch.device("cpu")
 
@@ -82,3 +84,18 @@ def test_bad_flags_are_named(flags, message):
     [line] = done.stderr.splitlines()
     assert message in line
     assert done.stdout == ""
+
+
+def test_the_gpus_benchmark_measures_what_it_says(monkeypatch):
+    """On a CPU, with a small shape in place of 7B: what runs for minutes on a GPU must not fail there on a name."""
+    path = ROOT / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    monkeypatch.setitem(bench.SHAPES, "7B", {"dim": 64, "n_layers": 1, "n_heads": 4})
+    monkeypatch.setitem(gpu.CASES, "7B", [bench.Case(1, 16, 1), bench.Case(1, 8, 4)])
+    found = gpu.measure("7B", None, CPU)
+    assert found["plain_tokens_per_second"] > 0
+    assert gpu.measure("7B", scheme("int4"), CPU)["quantize"] == "int4 in groups of 64"
+    monkeypatch.setattr(gpu, "available", lambda device: 1000)
+    assert gpu.measure("7B", None, CPU).startswith("needs 0.0")

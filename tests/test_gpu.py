@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import SHAPES, TOKENIZER, random_model, relative_error, save_random
 
-from llama import Llama
+from llama import Llama, decode, engine, quantization
 
 pytestmark = pytest.mark.gpu
 
@@ -52,3 +52,36 @@ def test_logits_that_are_not_finite_name_the_layer(tokenizer):
     llama.model.layers[1].feed_forward.w2.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"layers\.1$"):
         llama.generate([[1, 2, 3]], 3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_graphs_give_the_tokens_of_plain_steps(tokenizer, monkeypatch, shape):
+    llama = Llama(random_model(SHAPES[shape], vocab_size=tokenizer.n_words).cuda(), tokenizer)
+    fast = llama.generate(PROMPTS, 20, temperature=0, logprobs=True)
+    assert any(decode._captured.values())
+    monkeypatch.setattr(engine, "decoder", lambda model, B: model.hidden)
+    slow = llama.generate(PROMPTS, 20, temperature=0, logprobs=True)
+    assert fast[0] == slow[0]
+    for a, b in zip(fast[1], slow[1], strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_four_bits_are_plain_four_bits(group, rows):
+    weight = quantization.quantize(torch.randn(64, 256), quantization.Scheme(4, group))
+    fast, plain = (kind(weight, torch.device("cuda")) for kind in (quantization.kernel, quantization.Plain))
+    assert isinstance(fast, quantization.Int4Cuda)
+    x = torch.randn(rows, 256, device="cuda").bfloat16()
+    assert relative_error(fast(x).float(), plain(x).float()) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_model_is_that_of_the_cpu(tmp_path, kind):
+    save_random(tmp_path, {**SHAPES["GQA"], "dim": 128, "n_layers": 1})
+    logits = []
+    for device in ("cpu", "cuda"):
+        model = Llama.build(tmp_path, TOKENIZER, 64, 4, device=device, dtype="float32", quantize=kind).model
+        with torch.inference_mode():
+            logits.append(model(TOKENS.to(device), 0).cpu())
+    assert relative_error(*logits) < 0.05
