@@ -1,11 +1,12 @@
 """Rounding to 8 and 4 bits: against the definition, and fast against plain, on any number of ranks."""
 
+import doctest
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import GQA, MODELS, TOKENIZER, edit_params, in_process, random_model, relative_error, save_random
+from small import GQA, MODELS, ROOT, TOKENIZER, edit_params, in_process, random_model, relative_error, save_random
 
 from llama import Llama, __main__, bench, checkpoint, memory, quantization
 from llama.quantization import Plain, Quantized, Scheme, dequantize, kernel, quantize, scheme
@@ -16,6 +17,10 @@ TOKENS = torch.tensor([[1, 5, 9, 2, 77, 30], [3, 3, 8, 100, 41, 6]])
 EACH = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 # One layer: random ones that follow multiply what rounding does to the first. Feed-forward 384.
 WIDE = {**GQA, "dim": 128, "multiple_of": 128, "n_layers": 1}
+
+
+def test_the_document_says_what_happens():
+    assert doctest.testfile(str(ROOT / "docs" / "quantization.md"), module_relative=False) == (0, 5)
 
 
 def test_eight_bits_worked_out_by_hand():

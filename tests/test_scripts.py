@@ -1,5 +1,6 @@
 """The examples as users start them, and what happens to a job when one of its ranks fails."""
 
+import ctypes
 import fcntl
 import json
 import os
@@ -16,6 +17,8 @@ import pytest
 import torch
 from ranks import free_port
 from small import GQA, MODELS, ROOT, TOKENIZER, edit_params, save_random
+
+from llama import script
 
 TEXT, CHAT = ROOT / "example_text_completion.py", ROOT / "example_chat_completion.py"
 MANY = {"dim": 256, "n_layers": 16, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32}  # slow enough to be interrupted
@@ -230,3 +233,9 @@ def test_bad_arguments_on_several_ranks_are_one_line(tmp_path):
     assert code != 0
     [line] = errors(err)
     assert "params.json: n_layers is 0; it must be positive" in line
+
+
+def test_an_allocator_without_thresholds_is_left_alone(monkeypatch):
+    """Not every system's is glibc's."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    script.keep_memory()
