@@ -208,7 +208,7 @@ class Int4Cpu(Plain):
         del self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
         y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.scales)
         return y.view(*x.shape[:-1], -1).type_as(x)
 
@@ -232,7 +232,7 @@ class Int4Cuda(Plain):
         del self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
         y = torch._weight_int4pack_mm(rows, self.packed, self.group, self.scales)
         return y.view(*x.shape[:-1], -1).type_as(x)
 
