@@ -8,7 +8,7 @@ fairscale's still; without them, its mappings are left out and a product is `lin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -30,15 +30,22 @@ def product(weight: Tensor | Product, rows: int) -> Product:
     tensor, such as a quantized matrix, does it by itself."""
     if not isinstance(weight, Tensor):
         return weight
-    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if on_cpu and rows in LEFT.get(weight.dtype, ()):
+    if weight.device.type == "cpu" and rows in LEFT.get(weight.dtype, ()) and onednn_knows(weight.dtype):
         return partial(from_left, weight)
     return partial(F.linear, weight=weight)
 
 
+@cache
+def onednn_knows(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and multiplies this dtype on this CPU; older ones have no way to do it in 16 bits."""
+    ops = torch.ops.mkldnn
+    half = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}
+    return torch.backends.mkldnn.is_available() and (dtype not in half or half[dtype]())
+
+
 def from_left(weight: Tensor, x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if not (rows.is_contiguous() or rows.t().is_contiguous()):  # ten times as slow
+    if not (rows.is_contiguous() or rows.t().is_contiguous()):  # a hundred times as slow
         rows = rows.contiguous()
     y = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "")  # (out, rows)
     return y.t().view(*x.shape[:-1], -1)  # its columns lie one behind the other

@@ -50,3 +50,11 @@ def test_layers_give_one_result_joined_or_not():
     parts[1].weight = torch.nn.Parameter(torch.zeros_like(parts[1].weight))  # a user's own: no longer joined
     with torch.inference_mode():
         assert not layers.columns(x, *parts)[..., 64:96].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cpu_whose_onednn_does_not_know_a_dtype_multiplies_plainly(monkeypatch, dtype):
+    weight, x = torch.randn(48, 40).to(dtype), torch.randn(8, 40).to(dtype)
+    monkeypatch.setattr(layers, "onednn_knows", lambda asked: asked != dtype)
+    monkeypatch.setattr(layers, "from_left", None)
+    assert torch.equal(layers.linear(x, weight), F.linear(x, weight))
