@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layers import ColumnParallelLinear, Product, RowParallelLinear, joined, product
-from .model import Positions, RMSNorm, Transformer, rotations
+from .model import Positions, RMSNorm, Span, Transformer, rotations
 from .parallel import all_gather, all_reduce, world_size
 
 Decode = Callable[[Tensor, Sequence[int]], Tensor]  # tokens (B, 1) and their positions -> hidden (B, 1, dim)
@@ -148,7 +148,8 @@ class Captured:
 
     def step(self, end: int) -> Tensor:
         mask = torch.arange(end, device=self.rows.device) <= self.positions[:, :, None, None]  # (B, 1, 1, S)
-        where = Positions(self.rows, self.positions, end, self.turns[self.positions], mask)
+        span = Span(slice(0, len(self.rows)), 1, end, mask)
+        where = Positions(self.rows, self.positions, self.turns[self.positions], [span])
         return self.model.blocks(self.tokens, where)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from .sampling import token_logprobs
 
 AHEAD = {"cuda"}  # devices that begin a step before the host has read what the last one chose
 LOGITS_AT_ONCE = 2**25  # float32 values held while a prompt is scored: 128 MiB
+WORTH_SHARING = 32  # tokens; fewer are computed for each prompt, as a pass of their own would read all weights again
 
 
 class Token(NamedTuple):
@@ -47,23 +49,20 @@ def steps(
     live = [length < limit for length, limit in zip(lengths, limits, strict=True)]
     if not any(live) and not echo:
         return
-    # Right padding: what a row computes behind its own last token, no token of its own ever looks at, and its cache
-    # slots are overwritten before they are reached. The last token again, as another's weights may be broken.
-    padded = [[*prompt] + [prompt[-1]] * (max(lengths) - len(prompt)) for prompt in prompts]
-    tokens, positions = torch.tensor(padded, device=device), [0]  # (B, T)
-    last = torch.tensor(lengths, device=device) - 1  # (B,): the last real token of each row
-    hidden = model.hidden(tokens, positions)  # (B, T, dim)
+    again: Callable[[], Iterable[Tensor]] = partial(prefill, model, prompts)
+    rows = again()
     if echo:
         scores = [[math.nan] * length for length in lengths]
         if logprobs:
-            scores = prompt_logprobs(model, tokens, hidden).tolist()
-            scores = [row[:length] for row, length in zip(scores, lengths, strict=True)]
+            scores = [prompt_logprobs(model, prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
             if not all(math.isfinite(score) for row in scores for score in row):
-                raise not_finite(model, tokens, positions, last)
+                raise not_finite(model, again)
         yield [list(map(Token, *row)) for row in zip(prompts, scores, strict=True)]
+    hidden = torch.stack([row[-1] for row in rows])  # (B, dim): of each row's last token
+    del rows
     decode: Decode | None = None
     while any(live):
-        logits = model.logits(pick(hidden, last))  # (B, V)
+        logits = model.logits(hidden)  # (B, V)
         # One message and one synchronization a step: the ids, and whether they can be trusted.
         finite = logits.sum().isfinite().long()  # what is not makes the sum so, and a sum is quicker to look at
         message = broadcast(torch.cat((sample(logits), finite[None])))
@@ -78,7 +77,7 @@ def steps(
                 early = decode(*following)
         *ids, ok = message.tolist()
         if not ok:
-            raise not_finite(model, tokens, positions, last)
+            raise not_finite(model, again)
         gained: Step = [[] for _ in ids]
         for i, (id, chance) in enumerate(zip(ids, chances.tolist(), strict=True)):
             if live[i] and id not in stop_ids:
@@ -87,32 +86,36 @@ def steps(
             live[i] = bool(gained[i]) and lengths[i] < limits[i]
         yield gained
         if any(live) and decode:
-            hidden = decode(*following) if early is None else early
-            (tokens, positions), last = following, torch.zeros_like(last)
+            hidden = (decode(*following) if early is None else early)[:, 0]
+            again = partial(model.hidden, *following)
 
 
-def pick(hidden: Tensor, last: Tensor) -> Tensor:
-    """Position last[b] of each row of hidden (B, T, dim) -> (B, dim)."""
-    if hidden.shape[1] == 1:
-        return hidden[:, 0]
-    return hidden[torch.arange(len(last), device=last.device), last]
+def prefill(model: Transformer, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The last layer's output (T, dim) for the tokens of each prompt, all in one pass. A long beginning that they share
+    is computed once."""
+    lengths = [len(prompt) for prompt in prompts]
+    differ = (i for i, ids in enumerate(zip(*prompts, strict=False)) if len({*ids}) > 1)
+    shared = min(next(differ, max(lengths)), min(lengths) - 1)  # each needs a last token of its own
+    if len(prompts) == 1 or shared < WORTH_SHARING:
+        return list(model.packed(prompts, [0] * len(prompts)).split(lengths))
+    start = model.packed([prompts[0][:shared]], [0])
+    model.copy_cache(shared, len(prompts))
+    own = model.packed([prompt[shared:] for prompt in prompts], [shared] * len(prompts))
+    return [torch.cat((start, rest)) for rest in own.split([length - shared for length in lengths])]
 
 
-def prompt_logprobs(model: Transformer, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Log probabilities (B, T) of tokens (B, T) given those before them, from `hidden` (B, T, dim); 0 for the first,
-    which nothing predicts. The logits of a few positions at a time, so that a long prompt fits."""
-    B, T = tokens.shape
-    chunk = max(1, LOGITS_AT_ONCE // (B * model.vocab_size))
-    parts = [torch.zeros(B, 1, device=tokens.device)]
-    for begin in range(0, T - 1, chunk):
-        targets = tokens[:, begin + 1 : begin + 1 + chunk]  # position t predicts token t + 1
-        parts.append(token_logprobs(model.logits(hidden[:, begin : begin + targets.shape[1]]), targets))
-    return torch.cat(parts, 1)
+def prompt_logprobs(model: Transformer, prompt: Sequence[int], hidden: Tensor) -> list[float]:
+    """Log probabilities of a prompt's tokens given those before them, from `hidden` (T, dim); 0 for the first, which
+    nothing predicts. The logits of a few positions at a time, so that a long prompt fits."""
+    targets = torch.tensor(prompt[1:], device=hidden.device)  # position t predicts token t + 1
+    chunk = max(1, LOGITS_AT_ONCE // model.vocab_size)
+    parts = zip(hidden[:-1].split(chunk), targets.split(chunk), strict=True)
+    return [0.0, *torch.cat([token_logprobs(model.logits(part), ids) for part, ids in parts]).tolist()]
 
 
-def not_finite(model: Transformer, tokens: Tensor, positions: Sequence[int], last: Tensor) -> FloatingPointError:
-    """The error that names the first layer whose output for this step, computed again, is NaN or infinite. The cache is
-    emptied."""
+def not_finite(model: Transformer, again: Callable[[], Iterable[Tensor]]) -> FloatingPointError:
+    """The error that names the first layer that gives NaN or infinity when the rows (T, dim) of a step are computed
+    again. The cache is emptied."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -122,7 +125,7 @@ def not_finite(model: Transformer, tokens: Tensor, positions: Sequence[int], las
     named |= {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
     hooks = [module.register_forward_hook(watch(name)) for name, module in named.items()]
     try:
-        model.logits(pick(model.hidden(tokens, positions), last))
+        model.logits(torch.stack([row[-1] for row in again()]))
     finally:
         for hook in hooks:
             hook.remove()

@@ -20,8 +20,10 @@ from .parallel import all_gather, all_reduce, divide
 
 Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
 
-# With so many rows a CPU multiplies faster with the weight on the left, (weight xᵀ)ᵀ, where oneDNN rearranges x alone
-# and reads the weight as it lies. Fewer rows of float32 are better served by a matrix-vector product.
+# Products of few rows on a CPU, where the libraries' usual ways rearrange the weight. With so many rows it is faster on
+# the left, (weight xᵀ)ᵀ, where oneDNN rearranges x alone and reads the weight as it lies. With a few rows of float32, MKL
+# does the same for a weight in strips so narrow that it thinks nothing worth rearranging.
+STRIP, IN_STRIPS = 16, range(4, 9)
 LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float16: range(1, 256)}
 
 
@@ -30,7 +32,11 @@ def product(weight: Tensor | Product, rows: int) -> Product:
     tensor, such as a quantized matrix, does it by itself."""
     if not isinstance(weight, Tensor):
         return weight
-    if weight.device.type == "cpu" and rows in LEFT.get(weight.dtype, ()) and onednn_knows(weight.dtype):
+    if weight.device.type != "cpu":
+        return partial(F.linear, weight=weight)
+    if weight.dtype == torch.float32 and rows in IN_STRIPS and not len(weight) % STRIP and torch.backends.mkl.is_available():
+        return partial(in_strips, weight)
+    if rows in LEFT.get(weight.dtype, ()) and onednn_knows(weight.dtype):
         return partial(from_left, weight)
     return partial(F.linear, weight=weight)
 
@@ -49,6 +55,12 @@ def from_left(weight: Tensor, x: Tensor) -> Tensor:
         rows = rows.contiguous()
     y = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "")  # (out, rows)
     return y.t().view(*x.shape[:-1], -1)  # its columns lie one behind the other
+
+
+def in_strips(weight: Tensor, x: Tensor) -> Tensor:
+    strips = weight.view(-1, STRIP, weight.shape[1]).transpose(1, 2)  # (out / STRIP, in, STRIP)
+    y = torch.bmm(x.reshape(-1, x.shape[-1]).expand(len(strips), -1, -1), strips)  # (out / STRIP, rows, STRIP)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
 def linear(x: Tensor, weight: Tensor | Product) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -98,14 +99,32 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
 
+class Span(NamedTuple):
+    """Neighbouring rows with equally many tokens in a call, which attend in one operation."""
+
+    rows: slice
+    T: int
+    S: int
+    mask: Tensor | None  # see `attend`
+
+
 class Positions(NamedTuple):
     """Where the tokens of one call stand; the same for all layers."""
 
-    rows: Tensor  # (B, 1)
+    rows: Tensor  # (B, 1), or (1, T) where tokens of several rows lie one behind the other
     positions: Tensor  # (B or 1, T)
-    end: int  # behind the last of them: S
     turns: Tensor  # what `rotations` says of them
-    mask: Tensor | None  # see `attend`
+    spans: Sequence[Span]  # B * T tokens in all
+
+
+def causal_mask(positions: Tensor, S: int) -> Tensor | None:
+    """What queries at positions (B or 1, T) may look at of S, (B or 1, 1, T, S); None where `attend` needs none."""
+    B, T = positions.shape
+    # One token may look at all that came before it, and a fresh prompt is causal. MPS is given the causal mask too, as
+    # some of its releases leak the future into half precision without one.
+    if B == 1 and (T == 1 or (T == S and positions.device.type != "mps")):
+        return None
+    return torch.arange(S, device=positions.device) <= positions[:, None, :, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -131,10 +150,10 @@ class KVCache(nn.Module):
         super().__init__()
         self.register_buffer("kv", like.new_zeros(shape), persistent=False)
 
-    def update(self, kv: Tensor, rows: Tensor, positions: Tensor, end: int) -> Tensor:
-        """Store kv (B, T, 2K, D) of rows (B, 1) at positions (B or 1, T); all that they have up to `end`."""
-        self.kv[rows, :, positions] = kv.detach()
-        return self.kv[: len(kv), :, :end]  # (B, 2K, end, D)
+    def update(self, kv: Tensor, where: Positions) -> Tensor:
+        """Store kv (B, T, 2K, D), and return all that is stored."""
+        self.kv[where.rows, :, where.positions] = kv.detach()
+        return self.kv
 
 
 class Attention(nn.Module):
@@ -159,11 +178,14 @@ class Attention(nn.Module):
         heads = columns(x, self.wq, self.wk, self.wv).view(B, T, H + 2 * K, self.head_dim)
         qk, v = heads.split((H + K, K), 2)
         q, k = rotate(qk, where.turns).split((H, K), 2)
-        if self.cache is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, D)
-        else:
-            k, v = self.cache.update(torch.cat((k, v), 2), where.rows, where.positions, where.end).chunk(2, 1)
-        return self.wo(attend(q, k, v, where.mask))  # k, v: (B, K, S, D)
+        kv = torch.cat((k, v), 2)
+        kv = kv.transpose(1, 2) if self.cache is None else self.cache.update(kv, where)  # (rows, 2K, positions, D)
+        parts, y = q.reshape(B * T, H, self.head_dim), []
+        for rows, t, S, mask in where.spans:
+            part, parts = parts.tensor_split([(rows.stop - rows.start) * t])
+            k, v = kv[rows, :, :S].chunk(2, 1)  # (b, K, S, D)
+            y.append(attend(part.unflatten(0, (-1, t)), k, v, mask).flatten(0, 1))
+        return self.wo(torch.cat(y).view(B, T, -1))
 
 
 class FeedForward(nn.Module):
@@ -241,17 +263,36 @@ class Transformer(nn.Module):
         B, T = tokens.shape
         end = int(starts.max()) + T
         self._check(B, T, starts, end)
-        uniform = bool((starts == starts[0]).all())
-        if uniform:
-            starts = starts[:1]
+        # Rows that stand at the same positions need no mask of their own.
+        starts = starts[:1] if bool((starts == starts[0]).all()) else starts
         positions = (starts[:, None] + torch.arange(T)).to(tokens.device)  # (B or 1, T)
-        mask = None  # one token may look at all that came before it; a fresh prompt is causal
-        # MPS is given the causal mask too: some of its releases leak the future into half precision without one.
-        if not uniform or (T > 1 and (end > T or tokens.device.type == "mps")):
-            mask = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # (B or 1, 1, T, S)
         rows = torch.arange(B, device=tokens.device)[:, None]
-        turns = rotations(positions, self.params.head_dim, self.params.rope_theta)
-        return self.blocks(tokens, Positions(rows, positions, end, turns, mask))
+        span = Span(slice(0, B), T, end, causal_mask(positions, end))
+        return self.blocks(tokens, self.places(rows, positions, [span]))
+
+    def packed(self, rows: Sequence[Sequence[int]], start_pos: Sequence[int]) -> Tensor:
+        """The last layer's output (N, dim) for the N tokens of rows of any lengths, one row behind the other, without
+        padding. Each row begins at its `start_pos`; for that see `hidden`."""
+        device = self.norm.weight.device
+        places = [(start, len(row)) for start, row in zip(start_pos, rows, strict=True)]
+        self._check(len(rows), min(map(len, rows)), torch.tensor(start_pos), max(map(sum, places)))
+        spans: list[Span] = []
+        for (start, T), alike in groupby(places):
+            first = spans[-1].rows.stop if spans else 0
+            mask = causal_mask(torch.arange(start, start + T, device=device)[None], start + T)
+            spans.append(Span(slice(first, first + len([*alike])), T, start + T, mask))
+        positions = torch.cat([torch.arange(start, start + T) for start, T in places])[None].to(device)
+        index = torch.tensor([[i for i, row in enumerate(rows) for _ in row]], device=device)
+        tokens = torch.tensor([[id for row in rows for id in row]], device=device)  # (1, N)
+        return self.blocks(tokens, self.places(index, positions, spans))[0]
+
+    def copy_cache(self, length: int, B: int) -> None:
+        """Give rows 1 to B - 1 what the first row has stored at its first `length` positions."""
+        for cache in self.buffers():
+            cache[1:B, :, :length] = cache[0, :, :length]
+
+    def places(self, rows: Tensor, positions: Tensor, spans: Sequence[Span]) -> Positions:
+        return Positions(rows, positions, rotations(positions, self.params.head_dim, self.params.rope_theta), spans)
 
     def blocks(self, tokens: Tensor, where: Positions) -> Tensor:
         """`hidden` for tokens whose places are worked out already."""

@@ -84,11 +84,13 @@ def test_a_prompt_that_fills_max_seq_len_is_scored_at_its_own_positions(llama):
 def test_a_ragged_batch_is_prefilled_in_one_pass(llama):
     """Fault 11: everything but the shortest prompt was prefilled one token at a time."""
     with (
-        mock.patch.object(llama.model, "hidden", wraps=llama.model.hidden) as hidden,
+        mock.patch.object(llama.model, "blocks", wraps=llama.model.blocks) as blocks,
         mock.patch.object(decode.Flat, "__call__", autospec=True, side_effect=decode.Flat.__call__) as flat,
     ):
         greedy(llama, PROMPTS, max_gen_len=5)
-    assert [call.args[0].shape[1] for call in hidden.call_args_list] == [20]
+    assert [call.args[0].numel() for call in blocks.call_args_list] == [
+        sum(map(len, PROMPTS))
+    ]  # and nothing for padding
     assert [call.args[1].shape[1] for call in flat.call_args_list] == [1, 1, 1, 1]  # no pass after the last token
 
 
