@@ -35,6 +35,9 @@ def decoder(model: Transformer, B: int) -> Decode:
     return captured(model, B) if kind == "cuda" else model.hidden
 
 
+WORTH_SPLITTING = 64  # positions a row that are not its own; to leave them out costs an operation for each row
+
+
 class Layer(NamedTuple):
     attention_norm: Tensor
     qkv: Product
@@ -87,21 +90,29 @@ class Flat:
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         B, H, K, D = len(tokens), self.H, self.K, self.model.params.head_dim
         end, rows, at = max(positions) + 1, self.rows, torch.tensor(positions)
-        mask = None
-        if min(positions) + 1 < end:
+        spans, mask = [(slice(0, B), end)], None  # rows that attend together, and to how many positions
+        if sum(end - 1 - position for position in positions) > B * WORTH_SPLITTING:
+            spans = [(slice(i, i + 1), position + 1) for i, position in enumerate(positions)]
+        elif min(positions) + 1 < end:
             mask = (torch.arange(end) <= at[:, None]).view(B, 1, 1, end)
         turns = F.pad(self.turns[at].expand(B, H + K, D // 2), (0, 0, 0, K), value=1)  # (B, H + 2K, D/2): v stays
         x = all_gather(F.embedding(tokens, self.model.tok_embeddings.weight))  # (B, 1, dim)
         for layer in self.layers:
             heads = layer.qkv(self.norm(x, layer.attention_norm)).float().contiguous().view(B, H + 2 * K, D // 2, 2)
-            heads = torch.view_as_real(torch.view_as_complex(heads) * turns).view(B, H + 2 * K, D).type_as(x)
+            torch.view_as_complex(heads).mul_(turns)
+            heads = heads.view(B, H + 2 * K, D).type_as(x)
             layer.cache[rows, :, at] = heads[:, H:]
-            k, v = layer.cache.narrow(2, 0, end).chunk(2, 1)  # (B, K, end, D)
-            y = F.scaled_dot_product_attention(heads[:, :H].view(B, K, H // K, D), k, v, mask)
-            x += layer.wo(y.view(B, 1, H * D))
+            q = heads[:, :H].view(B, K, H // K, D)
+            y = [self.look(q[some], layer.cache[some], S, mask) for some, S in spans]
+            x += layer.wo((torch.cat(y) if len(y) > 1 else y[0]).view(B, 1, H * D))
             gate, up = layer.w13(self.norm(x, layer.ffn_norm)).chunk(2, -1)
             x += layer.w2(F.silu(gate).mul_(up))
         return x
+
+    @staticmethod
+    def look(q: Tensor, cache: Tensor, S: int, mask: Tensor | None) -> Tensor:
+        k, v = cache.narrow(2, 0, S).chunk(2, 1)  # (B, K, S, D)
+        return F.scaled_dot_product_attention(q, k, v, mask)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32).hypot_(self.floor)

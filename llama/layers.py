@@ -21,8 +21,8 @@ from .parallel import all_gather, all_reduce, divide
 Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
 
 # Products of few rows on a CPU, where the libraries' usual ways rearrange the weight. With so many rows it is faster on
-# the left, (weight xᵀ)ᵀ, where oneDNN rearranges x alone and reads the weight as it lies. With a few rows of float32, MKL
-# does the same for a weight in strips so narrow that it thinks nothing worth rearranging.
+# the left, (weight xᵀ)ᵀ, where oneDNN rearranges x alone and reads the weight as it lies. With a few rows of float32,
+# MKL does the same for a weight in strips so narrow that it finds nothing worth rearranging.
 STRIP, IN_STRIPS = 16, range(4, 9)
 LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float16: range(1, 256)}
 
@@ -34,7 +34,12 @@ def product(weight: Tensor | Product, rows: int) -> Product:
         return weight
     if weight.device.type != "cpu":
         return partial(F.linear, weight=weight)
-    if weight.dtype == torch.float32 and rows in IN_STRIPS and not len(weight) % STRIP and torch.backends.mkl.is_available():
+    if (
+        weight.dtype == torch.float32
+        and rows in IN_STRIPS
+        and not len(weight) % STRIP
+        and torch.backends.mkl.is_available()
+    ):
         return partial(in_strips, weight)
     if rows in LEFT.get(weight.dtype, ()) and onednn_knows(weight.dtype):
         return partial(from_left, weight)

@@ -93,10 +93,9 @@ def rotations(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     return torch.complex(angles.cos(), angles.sin())
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the pairs of neighbours (2i, 2i+1) in each head of x (B, T, heads, D), seen as complex numbers."""
-    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))  # (B, T, heads, D/2)
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+def rotate(x: Tensor, turns: Tensor) -> None:
+    """Turn the pairs of neighbours (2i, 2i+1) in each head of x (B, T, heads, D), float32, seen as complex numbers."""
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)  # (B, T, heads, D/2)
 
 
 class Span(NamedTuple):
@@ -175,17 +174,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, where: Positions) -> Tensor:
         B, T, _ = x.shape
         H, K = self.n_heads, self.n_kv_heads
-        heads = columns(x, self.wq, self.wk, self.wv).view(B, T, H + 2 * K, self.head_dim)
-        qk, v = heads.split((H + K, K), 2)
-        q, k = rotate(qk, where.turns).split((H, K), 2)
-        kv = torch.cat((k, v), 2)
+        heads = columns(x, self.wq, self.wk, self.wv).float().contiguous().view(B, T, H + 2 * K, self.head_dim)
+        rotate(heads[:, :, : H + K], where.turns)
+        q, kv = heads.type_as(x).split((H, 2 * K), 2)
         kv = kv.transpose(1, 2) if self.cache is None else self.cache.update(kv, where)  # (rows, 2K, positions, D)
         parts, y = q.reshape(B * T, H, self.head_dim), []
         for rows, t, S, mask in where.spans:
             part, parts = parts.tensor_split([(rows.stop - rows.start) * t])
             k, v = kv[rows, :, :S].chunk(2, 1)  # (b, K, S, D)
             y.append(attend(part.unflatten(0, (-1, t)), k, v, mask).flatten(0, 1))
-        return self.wo(torch.cat(y).view(B, T, -1))
+        return self.wo((torch.cat(y) if len(y) > 1 else y[0]).view(B, T, -1))
 
 
 class FeedForward(nn.Module):
@@ -273,6 +271,8 @@ class Transformer(nn.Module):
     def packed(self, rows: Sequence[Sequence[int]], start_pos: Sequence[int]) -> Tensor:
         """The last layer's output (N, dim) for the N tokens of rows of any lengths, one row behind the other, without
         padding. Each row begins at its `start_pos`; for that see `hidden`."""
+        if self.params.max_batch_size == 0:
+            raise ValueError("a model without a cache (max_batch_size 0) takes no packed rows")
         device = self.norm.weight.device
         places = [(start, len(row)) for start, row in zip(start_pos, rows, strict=True)]
         self._check(len(rows), min(map(len, rows)), torch.tensor(start_pos), max(map(sum, places)))

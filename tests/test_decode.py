@@ -1,5 +1,7 @@
 """The fast step is the plain step."""
 
+from unittest import mock
+
 import pytest
 import torch
 from small import GQA, SHAPES, random_model, relative_error
@@ -40,6 +42,14 @@ def test_flat_is_plain_within_the_rounding_of_bfloat16(positions):
     exact, _ = both(random_model(max_batch_size=5), positions)[0]
     assert flat.dtype == torch.bfloat16
     assert relative_error(flat.float(), exact) < 1.2 * relative_error(plain.float(), exact) + 1e-3
+
+
+def test_rows_of_very_different_lengths_attend_one_by_one(monkeypatch):
+    monkeypatch.setattr(decode, "WORTH_SPLITTING", 4)
+    with mock.patch.object(Flat, "look", side_effect=Flat.look) as look:
+        (plain, _), (flat, _) = both(random_model(max_batch_size=5), [12, 1, 3, 1])
+    assert [call.args[2] for call in look.call_args_list[:4]] == [13, 2, 4, 2]
+    assert relative_error(flat, plain) < 1e-5
 
 
 def test_flat_is_plain_with_joined_weights():

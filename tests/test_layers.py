@@ -19,6 +19,12 @@ def test_products_of_any_number_of_rows(rows, dtype, bound):
     assert relative_error(y.double(), F.linear(x.double(), weight.double())) < bound
 
 
+@pytest.mark.parametrize("out", [8, 40, 48, 49])
+def test_products_of_weights_of_any_number_of_rows(out):
+    weight, x = torch.randn(out, 40), torch.randn(2, 3, 40)
+    assert torch.allclose(layers.linear(x, weight), F.linear(x, weight), atol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [1, 5, 130])
 def test_products_of_strided_input(rows):
     """Half of a wider matrix, as gate and up are, and columns one behind the other, as a product on the left leaves."""
@@ -54,7 +60,7 @@ def test_layers_give_one_result_joined_or_not():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_cpu_whose_onednn_does_not_know_a_dtype_multiplies_plainly(monkeypatch, dtype):
-    weight, x = torch.randn(48, 40).to(dtype), torch.randn(8, 40).to(dtype)
+    weight, x = torch.randn(48, 40).to(dtype), torch.randn(12, 40).to(dtype)
     monkeypatch.setattr(layers, "onednn_knows", lambda asked: asked != dtype)
     monkeypatch.setattr(layers, "from_left", None)
     assert torch.equal(layers.linear(x, weight), F.linear(x, weight))

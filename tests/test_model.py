@@ -69,6 +69,55 @@ def test_rows_at_their_own_positions():
         assert relative_error(step, torch.stack([whole[0, 9:12], whole[1, 4:7]])) <= 1e-5
 
 
+@pytest.mark.parametrize("lengths", [[12], [12, 12], [5, 12, 12, 1], [1, 1, 7]], ids=str)
+@pytest.mark.parametrize("start", [0, 3])
+def test_packed_rows_are_rows_alone(lengths, start):
+    """Both what is computed and what is cached, whichever rows attend together."""
+    model = random_model()
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 128, (len(lengths), 15))
+    rows = [row[start : start + length] for row, length in zip(tokens, lengths, strict=True)]
+    alone, cached = [], []
+    for row, new in zip(tokens, rows, strict=True):
+        if start:
+            model.hidden(row[None, :start], 0)
+        alone.append(model.hidden(new[None], start)[0])
+        cached.append([cache[0, :, : start + len(new)].clone() for cache in model.buffers()])
+    model.allocate_cache()
+    if start:
+        model.hidden(tokens[:, :start], 0)
+    packed = model.packed([row.tolist() for row in rows], [start] * len(rows))
+    assert relative_error(packed, torch.cat(alone)) <= 1e-5
+    for i, theirs in enumerate(cached):
+        for cache, their in zip(model.buffers(), theirs, strict=True):
+            assert relative_error(cache[i, :, : start + lengths[i]], their) <= 1e-5
+
+
+def test_packed_rows_begin_where_each_is():
+    model = random_model()
+    whole = model(TOKENS, 0)
+    model.allocate_cache()
+    model(TOKENS[:, :9], 0)
+    step = model.logits(model.packed([TOKENS[0, 9:12].tolist(), TOKENS[1, 4:9].tolist()], [9, 4]))
+    assert relative_error(step, torch.cat([whole[0, 9:12], whole[1, 4:9]])) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rows", "start", "message"),
+    [
+        ([[1]] * 5, 0, "batch of 5 exceeds max_batch_size 4"),
+        ([[1], [1] * 62], 3, "position 65 exceeds max_seq_len 64"),
+        ([[1], []], 0, "0 tokens"),
+        ([[1]], -1, "start_pos -1"),
+    ],
+)
+def test_packed_rows_that_do_not_fit(rows, start, message):
+    with pytest.raises(ValueError, match=message):
+        random_model().packed(rows, [start] * len(rows))
+    with pytest.raises(ValueError, match="without a cache"):
+        Transformer(ModelArgs(**GQA, vocab_size=128, max_batch_size=0)).packed([[1]], [0])
+
+
 def test_right_padding_is_never_seen():
     model = random_model()
     alone = model(TOKENS[:1, :5], 0)
