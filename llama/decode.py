@@ -2,15 +2,14 @@
 
 On a CPU a small model spends a third of a step between its products, as each of them empties the caches and whatever
 code runs next comes from memory again. So `Flat` does without modules and with few operations. On a GPU it is the
-launching of a thousand kernels that takes the time, and `Captured` launches them as one graph. The model is the plain
-twin of both, and tests hold them together.
+launching of a thousand kernels that takes the time, and `Captured` launches them as one graph, with one kernel between
+two products. The model is the plain twin of both, and tests hold them together.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import fused
 from .layers import ColumnParallelLinear, Product, RowParallelLinear, joined, product
-from .model import Positions, RMSNorm, Span, Transformer, rotations
+from .model import RMSNorm, Transformer, rotations
 from .parallel import all_gather, all_reduce, world_size
 
 Decode = Callable[[Tensor, Sequence[int]], Tensor]  # tokens (B, 1) and their positions -> hidden (B, 1, dim)
@@ -52,8 +52,9 @@ class Flat:
     """All layers in one function, which knows the number of rows and looks up nothing."""
 
     def __init__(self, model: Transformer, B: int) -> None:
-        p, self.model = model.params, model
+        p, self.B = model.params, B
         device, dim = model.norm.weight.device, p.dim
+        self.embeddings = model.tok_embeddings.weight
         self.floor = torch.tensor(math.sqrt(dim * p.norm_eps), device=device)
         self.turns = rotations(torch.arange(p.max_seq_len, device=device), p.head_dim, p.rope_theta)  # (S, 1, D/2)
         self.rows = torch.arange(B, device=device)
@@ -85,41 +86,61 @@ class Flat:
             )
             for layer in blocks
         ]
-        self.H, self.K = blocks[0].attention.n_heads, blocks[0].attention.n_kv_heads
+        self.H, self.K, self.D = blocks[0].attention.n_heads, blocks[0].attention.n_kv_heads, p.head_dim
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-        B, H, K, D = len(tokens), self.H, self.K, self.model.params.head_dim
-        end, rows, at = max(positions) + 1, self.rows, torch.tensor(positions)
-        spans, mask = [(slice(0, B), end)], None  # rows that attend together, and to how many positions
-        new: tuple[Any, ...] = (rows, slice(None), at)
+        end, at = max(positions) + 1, torch.tensor(positions)
+        spans, mask = [(slice(0, self.B), end)], None  # rows that attend together, and to how many positions
+        new: tuple[Any, ...] = (self.rows, slice(None), at)
         if min(positions) + 1 == end:
             new = (slice(None), slice(None), end - 1)  # the same, and quicker
-        elif sum(end - 1 - position for position in positions) > B * WORTH_SPLITTING:
+        elif sum(end - 1 - position for position in positions) > self.B * WORTH_SPLITTING:
             spans = [(slice(i, i + 1), position + 1) for i, position in enumerate(positions)]
         else:
-            mask = (torch.arange(end) <= at[:, None]).view(B, 1, 1, end)
+            mask = (torch.arange(end) <= at[:, None]).view(-1, 1, 1, end)
+        return self.step(tokens, at, new, spans, mask)
+
+    def step(
+        self,
+        tokens: Tensor,
+        at: Tensor,
+        new: tuple[Any, ...],
+        spans: Sequence[tuple[slice, int]],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Hidden states (B, 1, dim) of tokens (B, 1) at positions (B,); their keys and values are stored at `new`."""
+        B, H, K, D = self.B, self.H, self.K, self.D
         turns = F.pad(self.turns[at].expand(B, H + K, D // 2), (0, 0, 0, K), value=1)  # (B, H + 2K, D/2): v stays
-        x = all_gather(F.embedding(tokens, self.model.tok_embeddings.weight))  # (B, 1, dim)
+        x = all_gather(F.embedding(tokens, self.embeddings))  # (B, 1, dim)
+        y = torch.zeros_like(x)
         for layer in self.layers:
-            heads = layer.qkv(self.norm(x, layer.attention_norm)).float().contiguous().view(B, H + 2 * K, D // 2, 2)
-            torch.view_as_complex(heads).mul_(turns)
-            heads = heads.view(B, H + 2 * K, D).type_as(x)
+            x, h = self.add_norm(x, y, layer.attention_norm)
+            heads = self.turn(layer.qkv(h).view(B, H + 2 * K, D), turns)
             layer.cache[new] = heads[:, H:]
             q = heads[:, :H].view(B, K, H // K, D)
-            y = [self.look(q[some], layer.cache[some], S, mask) for some, S in spans]
-            x += layer.wo((torch.cat(y) if len(y) > 1 else y[0]).view(B, 1, H * D))
-            gate, up = layer.w13(self.norm(x, layer.ffn_norm)).chunk(2, -1)
-            x += layer.w2(F.silu(gate).mul_(up))
-        return x
+            seen = [self.look(q[some], layer.cache[some], S, mask) for some, S in spans]
+            y = (torch.cat(seen) if len(seen) > 1 else seen[0]).view(B, 1, H * D)
+            x, h = self.add_norm(x, layer.wo(y), layer.ffn_norm)
+            y = layer.w2(self.swiglu(layer.w13(h)))
+        return x.add_(y)
+
+    def add_norm(self, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        x += y
+        length = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32).hypot_(self.floor)
+        return x, (x / length).mul_(weight).type_as(x)
+
+    def turn(self, heads: Tensor, turns: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(heads.float().contiguous().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs.mul_(turns)).flatten(-2).type_as(heads)
+
+    def swiglu(self, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, -1)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def look(q: Tensor, cache: Tensor, S: int, mask: Tensor | None) -> Tensor:
         k, v = cache.narrow(2, 0, S).chunk(2, 1)  # (B, K, S, D)
         return F.scaled_dot_product_attention(q, k, v, mask)
-
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32).hypot_(self.floor)
-        return (x / length).mul_(weight).type_as(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,30 +162,36 @@ def captured(model: Transformer, B: int) -> Captured:
     return kept[key]
 
 
-class Captured:
+class Captured(Flat):
     """A step for each length of the cache, rounded up to whole buckets, recorded when it is first needed."""
 
     def __init__(self, model: Transformer, B: int) -> None:
-        p, device = model.params, model.norm.weight.device
-        self.model, self.max_seq_len = weakref.proxy(model), p.max_seq_len
-        self.turns = rotations(torch.arange(p.max_seq_len, device=device), p.head_dim, p.rope_theta)  # (S, 1, D/2)
-        self.rows = torch.arange(B, device=device)[:, None]
-        self.tokens, self.positions = torch.zeros_like(self.rows), torch.zeros_like(self.rows)  # what a graph reads
+        super().__init__(model, B)
+        self.max_seq_len = model.params.max_seq_len
+        self.tokens, self.positions = self.rows[:, None].clone(), self.rows.clone()  # what a graph reads
         self.steps: dict[int, Callable[[], Tensor]] = {}
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         self.tokens.copy_(tokens)
-        self.positions.copy_(torch.tensor(positions)[:, None])
+        self.positions.copy_(torch.tensor(positions))
         end = min(-(-(max(positions) + 1) // BUCKET) * BUCKET, self.max_seq_len)
         if end not in self.steps:
-            self.steps[end] = capture(partial(self.step, end))
+            self.steps[end] = capture(partial(self.to_end, end))
         return self.steps[end]()
 
-    def step(self, end: int) -> Tensor:
-        mask = torch.arange(end, device=self.rows.device) <= self.positions[:, :, None, None]  # (B, 1, 1, S)
-        span = Span(slice(0, len(self.rows)), 1, end, mask)
-        where = Positions(self.rows, self.positions, self.turns[self.positions], [span])
-        return self.model.blocks(self.tokens, where)
+    def to_end(self, end: int) -> Tensor:
+        mask = torch.arange(end, device=self.rows.device) <= self.positions[:, None]
+        new = (self.rows, slice(None), self.positions)
+        return self.step(self.tokens, self.positions, new, [(slice(0, self.B), end)], mask.view(-1, 1, 1, end))
+
+    def add_norm(self, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return fused.add_norm(x, y, weight, self.floor)
+
+    def turn(self, heads: Tensor, turns: Tensor) -> Tensor:
+        return fused.turn(heads, torch.view_as_real(turns))
+
+    def swiglu(self, both: Tensor) -> Tensor:
+        return fused.swiglu(both)
 
 
 def capture(work: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fused import int8_rows
+
 GROUPS = (32, 64, 128)
 SHRINK = [1 - 0.04 * i for i in range(11)]  # what a search tries: the share of a group's range that is kept
 
@@ -139,7 +141,7 @@ class Rows:
 
 def kernel(weight: Quantized, device: torch.device) -> Kernel:
     """The fastest product that this device has for a matrix."""
-    for kind in (Int8OneDNN, Int4Cpu, Int4Cuda):
+    for kind in (Int8OneDNN, Int8Cuda, Int4Cpu, Int4Cuda):
         if kind.serves(weight, device):
             return kind(weight, device)
     return Plain(weight, device)
@@ -184,6 +186,20 @@ class Int8OneDNN(Plain):
             q, 1 / 127, 0, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return y.mul_(largest).view(*x.shape[:-1], -1).type_as(x)
+
+
+class Int8Cuda(Plain):
+    """A few rows by a kernel that widens each number as it reads it; more, where the product is the work, plainly."""
+
+    @staticmethod
+    def serves(weight: Quantized, device: torch.device) -> bool:
+        return weight.zero is None and device.type == "cuda"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) > 8:
+            return super().__call__(x)
+        return int8_rows(rows, self.weight.q, self.weight.scale).view(*x.shape[:-1], -1)
 
 
 class Int4Cpu(Plain):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import GQA, SHAPES, random_model, relative_error
 
-from llama import Llama, ModelArgs, bench, decode, engine, parallel
+from llama import Llama, ModelArgs, bench, decode, engine, fused, parallel, quantization
 from llama.decode import Captured, Flat, decoder
 
 CPU = torch.device("cpu")
@@ -76,12 +76,64 @@ def test_flat_is_plain_on_several_ranks(ranks, world_size):
     assert max(ranks(world_size).run(on_several_ranks)) < 1e-5
 
 
+# Pieces that are one kernel on a GPU
+
+PIECES = ("add_norm", "turn", "swiglu", "int8_rows")
+
+
+def arguments(name):
+    return {
+        "add_norm": (torch.randn(2, 1, 8), torch.randn(2, 1, 8), torch.randn(8), torch.tensor(0.1)),
+        "turn": (torch.randn(2, 6, 8), torch.randn(2, 6, 4, 2)),
+        "swiglu": (torch.randn(2, 1, 8),),
+        "int8_rows": (torch.randn(3, 8), torch.randint(-127, 128, (5, 8), dtype=torch.int8), torch.rand(5, 1)),
+    }[name]
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_piece_is_traced_whole(name):
+    """With a stand-in for what makes the kernels, as a test needs no compiler."""
+    piece = getattr(fused, name)
+    traced = torch.compile(piece.function, backend="aot_eager", fullgraph=True)
+    given = arguments(name)
+    torch.testing.assert_close(traced(*given), piece.function(*given))
+
+
+def test_rows_of_eight_bits_are_plain_products():
+    weight = quantization.quantize(torch.randn(24, 16), quantization.scheme("int8"))
+    x = torch.randn(3, 16)
+    found = fused.int8_rows.function(x, weight.q, weight.scale)
+    assert torch.allclose(found, x @ quantization.dequantize(weight).t(), atol=1e-5)
+
+
+def test_what_cannot_be_compiled_is_called_as_it_is(monkeypatch, caplog):
+    def refuse(function):
+        def call(*args):
+            raise RuntimeError("no compiler found\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    double = fused.compiled(lambda x: 2 * x)
+    assert [double(3), double(4)] == [6, 8]
+    assert [record.message for record in caplog.records] == [
+        "<lambda> is not compiled, which is slower: RuntimeError: no compiler found"
+    ]
+
+
 # Graphs, with a stand-in for what records them: as a graph does, it reads what lies in the tensors that it was made
 # with, gives one tensor, and knows nothing of the arguments of a later call.
 
 
 @pytest.fixture
-def recorded(monkeypatch):
+def uncompiled(monkeypatch):
+    """To compile the pieces takes a compiler, and a minute."""
+    for name in PIECES:
+        monkeypatch.setattr(getattr(fused, name), "call", getattr(fused, name).function)
+
+
+@pytest.fixture
+def recorded(monkeypatch, uncompiled):
     """What was recorded so far: the results of the work, each overwritten by the next replay."""
     results = []
 
@@ -153,7 +205,7 @@ def test_running_ahead_computes_no_step_too_many(monkeypatch, tokenizer):
     assert len(calls) == 4
 
 
-def test_what_cannot_be_recorded_is_computed_step_by_step(monkeypatch, caplog):
+def test_what_cannot_be_recorded_is_computed_step_by_step(monkeypatch, caplog, uncompiled):
     class Stream:
         def wait_stream(self, other): ...
 

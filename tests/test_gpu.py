@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import SHAPES, TOKENIZER, random_model, relative_error, save_random
 
-from llama import Llama, decode, engine, quantization
+from llama import Llama, decode, engine, fused, quantization
 
 pytestmark = pytest.mark.gpu
 
@@ -74,6 +74,22 @@ def test_four_bits_are_plain_four_bits(group, rows):
     assert isinstance(fast, quantization.Int4Cuda)
     x = torch.randn(rows, 256, device="cuda").bfloat16()
     assert relative_error(fast(x).float(), plain(x).float()) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_eight_bits_are_plain_eight_bits(rows):
+    weight = quantization.quantize(torch.randn(64, 256), quantization.scheme("int8"))
+    fast, plain = (kind(weight, torch.device("cuda")) for kind in (quantization.kernel, quantization.Plain))
+    assert isinstance(fast, quantization.Int8Cuda)
+    x = torch.randn(rows, 256, device="cuda").bfloat16()
+    assert relative_error(fast(x).float(), plain(x).float()) < 1e-2
+
+
+def test_the_pieces_are_compiled(tokenizer):
+    llama = Llama(random_model(vocab_size=tokenizer.n_words).cuda(), tokenizer)
+    llama.generate(PROMPTS, 3, temperature=0)
+    for piece in (fused.add_norm, fused.turn, fused.swiglu):
+        assert piece.call is not piece.function
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
