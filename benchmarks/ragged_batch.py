@@ -19,7 +19,7 @@ import fire
 import torch
 
 from llama import ModelArgs, bench, parallel, peers
-from llama.engine import steps
+from llama.engine import Row, steps
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from small import hugging_face  # type: ignore[import-not-found]
@@ -41,10 +41,9 @@ def main(threads: int = 2, repeats: int = 5) -> None:
 
     def ours() -> list[list[int]]:
         rows: list[list[int]] = [[] for _ in prompts]
-        limits = [len(prompt) + NEW for prompt in prompts]
-        for step in steps(model, prompts, limits, [], lambda logits: logits.argmax(-1)):
-            for row, gained in zip(rows, step, strict=True):
-                row += [token.id for token in gained]
+        for step in steps(model, [Row(prompt, len(prompt) + NEW) for prompt in prompts]):
+            for row, gain in zip(rows, step, strict=True):
+                row += [token.id for token in gain.tokens]
         return rows
 
     def hf() -> list[list[int]]:

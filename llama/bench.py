@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import parallel
 from .checkpoint import Weights, load, shard_dim
-from .engine import steps
+from .engine import Row, steps
 from .layers import ColumnParallelLinear, RowParallelLinear
 from .model import ModelArgs, Transformer
 from .quantization import Scheme
@@ -174,7 +174,7 @@ def work(model: Transformer, case: Case) -> tuple[float, float]:
 
 def ours(model: Transformer) -> Run:
     def run(ids: Tensor, tokens: int) -> Iterator[object]:
-        return steps(model, ids.tolist(), [ids.shape[1] + tokens] * len(ids), (), lambda logits: logits.argmax(-1))
+        return steps(model, [Row(prompt, len(prompt) + tokens) for prompt in ids.tolist()])
 
     return run
 

@@ -3,21 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .decode import Decode, decoder
+from .lookup import Lookup
 from .model import Transformer
-from .parallel import broadcast
-from .sampling import token_logprobs
+from .parallel import broadcast, world_size
+from .sampling import Sampler, Sampling, token_logprobs
 
 AHEAD = {"cuda"}  # devices that begin a step before the host has read what the last one chose
 LOGITS_AT_ONCE = 2**25  # float32 values held while a prompt is scored: 128 MiB
 WORTH_SHARING = 32  # tokens; fewer are computed for each prompt, as a pass of their own would read all weights again
+
+
+@dataclass
+class Row:
+    """What one row of a batch is to do, and how far it is."""
+
+    prompt: Sequence[int]
+    limit: int  # of prompt and answer together, at most max_seq_len
+    sampling: Sampling = field(default_factory=Sampling)
+    eos_id: int = -1
+    stop_ids: Sequence[int] = ()
+    min_new: int = 0  # neither EOS nor stop_ids before so many tokens
+    ends: Callable[[int], bool] | None = None  # asked of every token that is gained: whether it is the last
+
+    def __post_init__(self) -> None:
+        self.text = list(self.prompt)
+        self.finish: Literal["eos", "stop", "length"] | None = None if len(self.text) < self.limit else "length"
+
+    @property
+    def new(self) -> int:
+        return len(self.text) - len(self.prompt)
+
+    def take(self, id: int) -> bool:
+        """Whether a token becomes part of the text; either way it may be the end."""
+        if id == self.eos_id or id in self.stop_ids:
+            self.finish = "eos" if id == self.eos_id else "stop"
+            return False
+        self.text.append(id)
+        if self.ends and self.ends(id):
+            self.finish = "stop"
+        elif len(self.text) == self.limit:
+            self.finish = "length"
+        return True
 
 
 class Token(NamedTuple):
@@ -25,74 +60,150 @@ class Token(NamedTuple):
     logprob: float = math.nan  # where nobody asked
 
 
-Step = list[list[Token]]  # the tokens that each row has gained
+class Gain(NamedTuple):
+    """What a step has brought a row: tokens, and once, at its end, why it ended."""
+
+    tokens: list[Token]
+    finish: str | None = None
+
+
+Step = list[Gain]
 
 
 @torch.inference_mode()
 def steps(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    stop_ids: Sequence[int],
-    sample: Callable[[Tensor], Tensor],
+    rows: Sequence[Row],
     logprobs: bool = False,
     echo: bool = False,
-) -> Iterator[Step]:
+    cached: int = 0,
+    lookup: int = 0,
+) -> Generator[Step, None, None]:
     """Prefill all prompts in one pass, then yield a step per pass over the model until every row has ended.
 
-    A row ends before a token of `stop_ids`, or when prompt and answer together are `limits[row]` tokens long, at most
-    max_seq_len. `sample` maps logits (B, V) to ids (B,); what it draws on the first rank holds for all. With `echo` the
-    first step holds the prompts themselves. Raises FloatingPointError naming the first layer that was not finite.
+    What is chosen on the first rank holds for all; when its caller closes the iterator, it ends on all ranks. With
+    `echo` the first step holds the prompts themselves. Of a single prompt, `cached` tokens may be in the cache already.
+    With `lookup`, up to so many guesses are tried along with each step; that changes no token. Raises
+    FloatingPointError naming the first layer that was not finite.
     """
-    device = model.norm.weight.device
-    lengths = [len(prompt) for prompt in prompts]
-    live = [length < limit for length, limit in zip(lengths, limits, strict=True)]
-    if not any(live) and not echo:
-        return
-    again: Callable[[], Iterable[Tensor]] = partial(prefill, model, prompts)
-    rows = again()
-    if echo:
-        scores = [[math.nan] * length for length in lengths]
-        if logprobs:
-            scores = [prompt_logprobs(model, prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
-            if not all(math.isfinite(score) for row in scores for score in row):
-                raise not_finite(model, again)
-        yield [list(map(Token, *row)) for row in zip(prompts, scores, strict=True)]
-    hidden = torch.stack([row[-1] for row in rows])  # (B, dim): of each row's last token
-    del rows
+    prompts, device = [row.prompt for row in rows], model.norm.weight.device
+    again: Callable[[], Iterable[Tensor]] = partial(prefill, model, prompts, cached)
+    step: Step = [Gain([], row.finish) for row in rows]
+    if echo or not all(row.finish for row in rows):
+        found = [*again()]
+        if echo:
+            scores = [[math.nan] * len(prompt) for prompt in prompts]
+            if logprobs:
+                scores = [prompt_logprobs(model, prompt, row) for prompt, row in zip(prompts, found, strict=True)]
+                if not all(math.isfinite(score) for row in scores for score in row):
+                    raise not_finite(model, again)
+            step = [Gain([*map(Token, *told)], row.finish) for *told, row in zip(prompts, scores, rows, strict=True)]
+        hidden = torch.stack([row[-1:] for row in found])  # (B, 1, dim): of each row's last token
+        del found
+    sampler = Sampler([row.sampling for row in rows], prompts, model.vocab_size, device)
+    lookups, guesses = [Lookup(lookup) for _ in rows], torch.empty(len(rows), 0, dtype=torch.long)
     decode: Decode | None = None
-    while any(live):
-        logits = model.logits(hidden)  # (B, V)
-        # One message and one synchronization a step: the ids, and whether they can be trusted.
-        finite = logits.sum().isfinite().long()  # what is not makes the sum so, and a sum is quicker to look at
-        message = broadcast(torch.cat((sample(logits), finite[None])))
-        chosen = message[:-1]
-        chances = token_logprobs(logits, chosen) if logprobs else torch.full_like(logits[:, 0], math.nan)
+    closed = False
+    while True:
+        if not closed and any(gain.tokens or gain.finish for gain in step):
+            try:
+                yield step
+            except GeneratorExit:
+                if world_size() == 1:
+                    raise
+                closed = True  # the first rank tells the others in its next message, and they follow until it does
+        if all(row.finish for row in rows):
+            return
+        logits = model.logits(hidden)  # (B, T, V)
+        chosen = choose(logits, rows, sampler, guesses.to(device))  # (T, B)
+        # One message and one synchronization a step: the ids, whether they can be trusted, and whether that was all.
+        # What is not finite makes the sum so, and a sum is quicker to look at.
+        flags = logits.sum().isfinite().long()[None], torch.tensor([closed], device=device).long()
+        message = broadcast(torch.cat((chosen.flatten(), *flags)))
+        chosen = message[:-2].view_as(chosen)
+        chances = token_logprobs(logits.transpose(0, 1), chosen) if logprobs else torch.full(chosen.shape, math.nan)
         # A row that has ended goes through the motions at its last position.
-        following = chosen[:, None], [length - (not on) for length, on in zip(lengths, live, strict=True)]
+        following: tuple[Tensor, Sequence[int]] = chosen.t(), [len(row.text) - bool(row.finish) for row in rows]
         early: Tensor | None = None
-        if any(on and length + 1 < limit for on, length, limit in zip(live, lengths, limits, strict=True)):
-            decode = decode or decoder(model, len(prompts))
-            if device.type in AHEAD:
-                early = decode(*following)
-        *ids, ok = message.tolist()
+        going = any(not row.finish and len(row.text) + 1 < row.limit for row in rows)
+        if going and not lookup and device.type in AHEAD:
+            decode = decode or decoder(model, len(rows))
+            early = decode(*following)
+        *_, ok, enough = message.tolist()
         if not ok:
             raise not_finite(model, again)
-        gained: Step = [[] for _ in ids]
-        for i, (id, chance) in enumerate(zip(ids, chances.tolist(), strict=True)):
-            if live[i] and id not in stop_ids:
-                gained[i] = [Token(id, chance)]
-                lengths[i] += 1
-            live[i] = bool(gained[i]) and lengths[i] < limits[i]
-        yield gained
-        if any(live) and decode:
-            hidden = (decode(*following) if early is None else early)[:, 0]
-            again = partial(model.hidden, *following)
+        if enough:
+            return
+        step = [
+            gain(row, *told)
+            for row, *told in zip(rows, chosen.t().tolist(), chances.t().tolist(), guesses.tolist(), strict=True)
+        ]
+        if all(row.finish for row in rows):
+            continue
+        if lookup:
+            for guesser, row, tried in zip(lookups, step, guesses, strict=True):
+                guesser.judge(len(tried), len(row.tokens) - 1)
+            guesses = guess(lookups, rows, model.params.max_seq_len)
+            last = torch.tensor([row.text[-1:] for row in rows])
+            starts = [0 if row.finish and guesses.numel() else len(row.text) - 1 for row in rows]
+            following = torch.cat((last, guesses), 1).to(device), starts
+        if early is not None:
+            hidden = early
+        elif following[0].shape[1] > 1:
+            hidden = model.hidden(*following)
+        else:
+            decode = decode or decoder(model, len(rows))
+            hidden = decode(*following)
+        again = partial(model.hidden, *following)
 
 
-def prefill(model: Transformer, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler, guesses: Tensor) -> Tensor:
+    """The tokens (T, B) that follow each position of logits (B, T, V), of which all but the first stand behind
+    `guesses` (B, T - 1) and mean something where those are right."""
+    chosen: list[Tensor] = []
+    right = torch.ones(len(rows), dtype=torch.bool, device=logits.device)
+    for t in range(logits.shape[1]):
+        which = [row.new + t for row in rows]
+        chosen.append(sampler(forbid(logits[:, t], rows, which), which))
+        sampler.saw(chosen[t], right)
+        right = right & (chosen[t] == guesses[:, t]) if t < guesses.shape[1] else right
+    return torch.stack(chosen)
+
+
+def forbid(logits: Tensor, rows: Sequence[Row], which: Sequence[int]) -> Tensor:
+    """Logits (B, V) without the ends of rows whose `which[b]`-th new token comes too early for one."""
+    early = [(i, id) for i, row in enumerate(rows) if which[i] < row.min_new for id in (row.eos_id, *row.stop_ids)]
+    if not early:
+        return logits
+    return logits.index_put(tuple(torch.tensor(early, device=logits.device).t()), logits.new_tensor(-math.inf))
+
+
+def gain(row: Row, ids: Sequence[int], logprobs: Sequence[float], guesses: Sequence[int]) -> Gain:
+    """What `row` takes of the ids (T,) that were chosen for it: all up to the first that was not guessed."""
+    if row.finish:
+        return Gain([])
+    tokens: list[Token] = []
+    for id, logprob, guessed in zip(ids, logprobs, [*guesses, -1], strict=True):
+        if row.take(id):
+            tokens.append(Token(id, logprob))
+        if row.finish or id != guessed:
+            break
+    return Gain(tokens, row.finish)
+
+
+def guess(lookups: Sequence[Lookup], rows: Sequence[Row], max_seq_len: int) -> Tensor:
+    """Guesses (B, n), as many as the longest, of what follows each row. What fills up the others may be right too."""
+    found = [[] if row.finish else lookup.guess(row.text) for lookup, row in zip(lookups, rows, strict=True)]
+    room = min(max_seq_len - len(row.text) for row in rows if not row.finish)
+    n = min(room, max(map(len, found)))
+    return torch.tensor([(ids + [0] * n)[:n] for ids in found], dtype=torch.long).view(len(rows), n)
+
+
+def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cached: int = 0) -> list[Tensor]:
     """The last layer's output (T, dim) for the tokens of each prompt, all in one pass. A long beginning that they share
-    is computed once."""
+    is computed once. The first `cached` tokens of a single prompt are in the cache, and left out."""
+    if cached:
+        return [model.packed([prompts[0][cached:]], [cached])]
     lengths = [len(prompt) for prompt in prompts]
     differ = (i for i, ids in enumerate(zip(*prompts, strict=False)) if len({*ids}) > 1)
     shared = min(next(differ, max(lengths)), min(lengths) - 1)  # each needs a last token of its own

@@ -3,29 +3,57 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from reprlib import repr as shorten
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from weakref import WeakKeyDictionary
 
 import torch
 
 from . import parallel
 from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
 from .checkpoint import Checkpoint, check_path, find_tokenizer, load
-from .engine import Token, steps
+from .engine import Row, steps
 from .memory import available, footprint, shortage
 from .model import Transformer
-from .sampling import sample
+from .options import Options, Plan
+from .text import Text
 from .tokenizer import Tokenizer
 
-_one_at_a_time = threading.Lock()  # a model has one cache
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Turn:
+    """Whose turn it is to use a model: it has one cache, which a stream needs to its end."""
+
+    def __init__(self) -> None:
+        self.lock, self.thread = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            if self.thread == threading.get_ident():
+                raise RuntimeError("a stream of this model is still open; read it to its end or close it first")
+            self.lock.acquire()
+        self.thread = threading.get_ident()
+
+    def __exit__(self, *error: object) -> None:
+        self.thread = 0
+        self.lock.release()
+
+
+_turns: WeakKeyDictionary[Transformer, _Turn] = WeakKeyDictionary()
+
+
+JudgeInput = Callable[[Dialog], "str | None"]  # None where the dialog may be answered, or what to say instead
+JudgeOutput = Callable[[str], "str | None"]  # None where the answer may be given, or what to say instead
 
 
 class _Scored(TypedDict, total=False):
+    finish_reason: str | None  # "eos", "stop", "length" or "refused"
     tokens: list[str]  # the text that each token adds; joined, the whole text
     logprobs: list[float]  # natural log probability of each token
 
@@ -38,6 +66,52 @@ class ChatPrediction(_Scored):
     generation: Message
 
 
+class Event(NamedTuple):
+    """What a row of a batch has gained."""
+
+    row: int
+    text: str = (
+        ""  # final: it may lag behind the tokens, where they are part of a character or perhaps of a stop string
+    )
+    tokens: list[int] = []  # noqa: RUF012 - never changed
+    logprobs: list[float] = []  # noqa: RUF012 - of each token, if asked for
+    finish_reason: str | None = None  # "eos", "stop", "length" or "refused": once, at the end
+
+    def then(self, other: Event) -> Event:
+        """Both as one."""
+        text, tokens, logprobs = self.text + other.text, self.tokens + other.tokens, self.logprobs + other.logprobs
+        return Event(self.row, text, tokens, logprobs, other.finish_reason)
+
+
+class Stream:
+    """An iterator of events. Under torchrun every rank has one; when the first rank closes its own, or drops it, the
+    others end."""
+
+    def __init__(self, steps: Iterator[list[Event]]) -> None:
+        self._steps = steps
+        # The first is fetched at once, so that a stream that nobody reads has begun on all ranks, and can end on all.
+        self._waiting = next(steps, [])[::-1]
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Event:
+        while not self._waiting:
+            self._waiting = next(self._steps)[::-1]
+        return self._waiting.pop()
+
+    def close(self) -> None:
+        """End all rows here and now."""
+        self._waiting = []
+        self._steps.close()  # type: ignore[attr-defined]
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
 class Llama:
     """Text and chat completion. Under torchrun all ranks make the same calls; what rank 0 asks for is served."""
 
@@ -46,7 +120,9 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.broken = False  # the ranks have lost step
-        self.generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)  # where rows without a seed of their own get one
+        self.turn = _turns.setdefault(model, _Turn())
+        self.kept: list[int] = []  # tokens that the first row of the cache holds, for a Chat to go on from
 
     @staticmethod
     def build(
@@ -102,105 +178,159 @@ class Llama:
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
-        max_gen_len: int,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        max_gen_len: int | Sequence[int],
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        **options: Unpack[Options],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """The ids that follow each prompt, up to `max_gen_len` of them and before EOS, and their log probabilities.
 
         `temperature` 0 takes the likeliest token; otherwise one is drawn from the nucleus of probability `top_p`. With
         `echo` a result begins with its prompt, whose first token has log probability 0. Log probabilities are natural
-        logarithms of the softmax at temperature 1. Raises ValueError for a bad argument or a prompt that does not fit.
+        logarithms of the softmax at temperature 1. For the rest see `Options`; a stop string ends a row with the token
+        that completes it. Raises ValueError for a bad argument or a prompt that does not fit.
         """
-        rows = self._generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
-        ids = [[token.id for token in row] for row in rows]
-        return ids, [[token.logprob for token in row] for row in rows] if logprobs else None
+        plan = self._plan(prompt_tokens, max_gen_len, temperature, top_p, options)
+        rows = collect(self._events(prompt_tokens, plan, logprobs, echo), len(prompt_tokens))
+        return [row.tokens for row in rows], [row.logprobs for row in rows] if logprobs else None
+
+    @parallel.as_first_rank
+    def generate_stream(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | Sequence[int],
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+        **options: Unpack[Options],
+    ) -> Stream:
+        """`generate`, as it happens. Prefill is done when this returns. Until the stream has ended or is closed,
+        nothing else can be asked of this model."""
+        plan = self._plan(prompt_tokens, max_gen_len, temperature, top_p, options)
+        return Stream(self._events(prompt_tokens, plan, logprobs, echo))
 
     @parallel.as_first_rank
     def text_completion(
         self,
         prompts: Sequence[str],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
         logprobs: bool = False,
         echo: bool = False,
+        **options: Unpack[Options],
     ) -> list[CompletionPrediction]:
         """The text that continues each prompt; with `logprobs` also the text and log probability of each token.
-        `max_gen_len` defaults to all that max_seq_len leaves. See `generate` for the rest."""
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-            raise ValueError(f"prompts is {shorten(prompts)}; it must be a list of str")
-        for i, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise ValueError(f"prompt {i} is {shorten(prompt)}, which is not a str")
-        prompt_tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        rows = self._generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
-        return [{"generation": self._text(row), **self._scored(row, logprobs)} for row in rows]
+        `max_gen_len` defaults to all that max_seq_len leaves. See `generate` and `Options` for the rest."""
+        prompt_tokens = self._encode(prompts)
+        plan = self._plan(prompt_tokens, max_gen_len, temperature, top_p, options)
+        rows = collect(self._events(prompt_tokens, plan, logprobs, echo), len(prompts))
+        return [{"generation": row.text, **self._scored(row, logprobs)} for row in rows]
+
+    @parallel.as_first_rank
+    def text_stream(
+        self,
+        prompts: Sequence[str],
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        **options: Unpack[Options],
+    ) -> Stream:
+        """`text_completion`, as it happens; see `generate_stream`."""
+        prompt_tokens = self._encode(prompts)
+        plan = self._plan(prompt_tokens, max_gen_len, temperature, top_p, options)
+        return Stream(self._events(prompt_tokens, plan, logprobs, echo))
 
     @parallel.as_first_rank
     def chat_completion(
         self,
         dialogs: Sequence[Dialog],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
         logprobs: bool = False,
+        *,
+        judge_input: JudgeInput | None = None,
+        judge_output: JudgeOutput | None = None,
+        **options: Unpack[Options],
     ) -> list[ChatPrediction]:
         """The assistant's answer to each dialog. A dialog whose messages hold a tag of the chat format is answered with
-        an error text and never reaches the model. Raises ValueError for a dialog whose roles are out of order."""
+        an error text and never reaches the model; so is one for which `judge_input` returns a text rather than None,
+        which is then the answer. What `judge_output` returns, if not None, takes the place of an answer. Raises
+        ValueError for a dialog whose roles are out of order. See `Options` for the rest."""
+        steps = self._chat(dialogs, temperature, top_p, max_gen_len, logprobs, judge_input, judge_output, options)
+        return [
+            {"generation": {"role": "assistant", "content": row.text}, **self._scored(row, logprobs)}
+            for row in collect(steps, len(dialogs))
+        ]
+
+    @parallel.as_first_rank
+    def chat_stream(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float | Sequence[float] = 0.6,
+        top_p: float | Sequence[float] = 0.9,
+        max_gen_len: int | Sequence[int] | None = None,
+        logprobs: bool = False,
+        *,
+        judge_input: JudgeInput | None = None,
+        judge_output: JudgeOutput | None = None,
+        **options: Unpack[Options],
+    ) -> Stream:
+        """`chat_completion`, as it happens; see `generate_stream`. With `judge_output` an answer comes as a whole, when
+        it has been judged."""
+        steps = self._chat(dialogs, temperature, top_p, max_gen_len, logprobs, judge_input, judge_output, options)
+        return Stream(steps)
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts is {shorten(prompts)}; it must be a list of str")
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt {i} is {shorten(prompt)}, which is not a str")
+        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+
+    def _chat(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: Any,
+        top_p: Any,
+        max_gen_len: Any,
+        logprobs: bool,
+        judge_input: JudgeInput | None,
+        judge_output: JudgeOutput | None,
+        options: Options,
+    ) -> Iterator[list[Event]]:
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is {shorten(dialogs)}; it must be a list of dialogs")
         for i, dialog in enumerate(dialogs):
             check_dialog(dialog, f"dialog {i}")
-        allowed = [i for i, dialog in enumerate(dialogs) if not has_tags(dialog)]
-        prompt_tokens = [encode_dialog(self.tokenizer, dialogs[i]) for i in allowed]
-        names = [f"dialog {i}" for i in allowed]
-        answers = self._generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, names=names)
-        rows = dict(zip(allowed, answers, strict=True))
-        return [
-            {
-                "generation": {"role": "assistant", "content": self._text(rows[i]) if i in rows else REFUSAL},
-                **self._scored(rows.get(i, []), logprobs),
-            }
-            for i in range(len(dialogs))
-        ]
+        refusals = {i: REFUSAL for i, dialog in enumerate(dialogs) if has_tags(dialog)}
+        if judge_input is not None:
+            for i in {*range(len(dialogs))} - {*refusals}:
+                if (refusal := parallel.ask_first_rank(judge_input, dialogs[i])) is not None:
+                    refusals[i] = refusal
+        allowed = [i for i in range(len(dialogs)) if i not in refusals]
+        prompts = [encode_dialog(self.tokenizer, dialogs[i]) for i in allowed]
+        plan = self._plan(prompts, max_gen_len, temperature, top_p, options, len(dialogs), allowed)
+        return judged(self._events(prompts, plan, logprobs), allowed, refusals, judge_output)
 
-    def _generate(
+    def _plan(
         self,
-        prompts: Sequence[Sequence[int]],
-        max_gen_len: int | None,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
-        echo: bool = False,
-        names: Sequence[str] = (),
-    ) -> list[list[Token]]:
-        max_seq_len = self.model.params.max_seq_len
-        if max_gen_len is None:
-            max_gen_len = max_seq_len - 1
-        self._check(prompts, max_gen_len, temperature, top_p, names)
-        rows: list[list[Token]] = [[] for _ in prompts]
-        if not rows:
-            return rows
-        limits = [min(max_seq_len, len(prompt) + max_gen_len) for prompt in prompts]
-        if self.broken:
-            raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
-        draw = partial(sample, temperature=temperature, top_p=top_p, generator=self.generator)
-        with _one_at_a_time:
-            try:
-                for step in steps(self.model, prompts, limits, [self.tokenizer.eos_id], draw, logprobs, echo):
-                    for row, gained in zip(rows, step, strict=True):
-                        row += gained
-            except FloatingPointError:  # all ranks agree on that
-                raise
-            except BaseException:
-                self.broken = parallel.world_size() > 1
-                raise
-        return rows
-
-    def _check(self, prompts: Any, max_gen_len: Any, temperature: Any, top_p: Any, names: Sequence[str]) -> None:
+        prompts: Any,
+        max_gen_len: Any,
+        temperature: Any,
+        top_p: Any,
+        options: Mapping[str, Any],
+        B: int | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> Plan:
+        """What is asked of each prompt; ValueError where it cannot be done. The prompts may be those `rows` of B."""
         params = self.model.params
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, (list, tuple)) for prompt in prompts):
             raise ValueError(f"prompt_tokens is {shorten(prompts)}; it must be a list of lists of token ids")
@@ -209,7 +339,8 @@ class Llama:
                 f"{len(prompts)} prompts exceed max_batch_size {params.max_batch_size}; "
                 "pass fewer at a time or build with a larger max_batch_size"
             )
-        for prompt, name in zip(prompts, names or [f"prompt {i}" for i in range(len(prompts))], strict=True):
+        for i, prompt in enumerate(prompts):
+            name = f"prompt {i}" if rows is None else f"dialog {rows[i]}"
             if not prompt:
                 raise ValueError(f"{name} is empty; it needs at least one token, such as bos_id")
             if odd := [id for id in prompt if type(id) is not int or not 0 <= id < params.vocab_size]:
@@ -219,27 +350,110 @@ class Llama:
                     f"{name} has {len(prompt)} tokens, more than max_seq_len {params.max_seq_len}; "
                     "shorten it or build with a larger max_seq_len"
                 )
-        if type(max_gen_len) is not int or max_gen_len < 0:
-            raise ValueError(f"max_gen_len is {max_gen_len!r}; it must be an int of at least 0")
-        if not _is_number(temperature) or not 0 <= temperature <= sys.float_info.max:
-            raise ValueError(f"temperature is {temperature!r}; it must be a number of at least 0 (0: greedy)")
-        if not _is_number(top_p) or not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p!r}; it must be a number above 0 and up to 1 (1: no cut)")
+        asked = {"temperature": temperature, "top_p": top_p, **options}
+        most = params.max_seq_len if max_gen_len is None else max_gen_len
+        plan = Plan(len(prompts) if B is None else B, params.vocab_size, most, self.generator, asked)
+        return plan if rows is None else plan.of(rows)
 
-    def _text(self, row: list[Token]) -> str:
-        return self.tokenizer.decode([token.id for token in row])
+    def _events(
+        self, prompts: Sequence[Sequence[int]], plan: Plan, logprobs: bool, echo: bool = False, keep: bool = False
+    ) -> Generator[list[Event], None, None]:
+        """What every row gains, step by step. To `keep` the cache of a single row is to begin with what was kept."""
+        if not prompts:
+            return
+        if self.broken:
+            raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
+        texts = [Text(self.tokenizer, stop, least) for stop, least in zip(plan.stop, plan.min_new, strict=True)]
+        rows = [
+            Row(
+                prompt,
+                min(self.model.params.max_seq_len, len(prompt) + plan.max_new[i]),
+                plan.sampling[i],
+                self.tokenizer.eos_id,
+                plan.stop_ids[i],
+                plan.min_new[i],
+                texts[i].add,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        with self.turn:
+            cached = shared(self.kept, prompts[0]) if keep else 0
+            self.kept = []
+            try:
+                with closing(steps(self.model, rows, logprobs, echo, cached, plan.lookup)) as run:
+                    for step in run:
+                        events = []
+                        for i, (gain, text) in enumerate(zip(step, texts, strict=True)):
+                            ids, chances = [token.id for token in gain.tokens], [token.logprob for token in gain.tokens]
+                            if echo:
+                                text.preface(ids)
+                            new = text.read(bool(gain.finish))
+                            events.append(Event(i, new, ids, chances if logprobs else [], gain.finish))
+                        yield [event for event in events if event.tokens or event.finish_reason]
+                        echo = False
+            except (FloatingPointError, GeneratorExit):  # all ranks agree on those
+                raise
+            except BaseException:
+                self.broken = parallel.world_size() > 1
+                raise
+            finally:
+                if keep:
+                    self.kept = rows[0].text[:-1]  # what comes last has perhaps not been through the model
 
-    def _scored(self, row: list[Token], logprobs: bool) -> _Scored:
-        if not logprobs:
-            return {}
-        pieces = self.tokenizer.decode_pieces([token.id for token in row])
-        return {"tokens": pieces, "logprobs": [token.logprob for token in row]}
+    def _scored(self, row: Event, logprobs: bool) -> _Scored:
+        scored: _Scored = {"finish_reason": row.finish_reason}
+        if logprobs:
+            pieces, left = self.tokenizer.decode_pieces(row.tokens), len(row.text)
+            scored["tokens"], scored["logprobs"] = [], row.logprobs
+            for piece in pieces:  # of a text that was cut before a stop string
+                scored["tokens"].append(piece[:left])
+                left -= len(scored["tokens"][-1])
+        return scored
+
+
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens of b, less its last, begin a too."""
+    return next((i for i, (x, y) in enumerate(zip(a, b[:-1], strict=False)) if x != y), min(len(a), len(b) - 1))
+
+
+def judged(
+    steps: Generator[list[Event], None, None],
+    rows: Sequence[int],
+    refusals: Mapping[int, str],
+    judge: JudgeOutput | None,
+) -> Iterator[list[Event]]:
+    """Events of those `rows` of a batch that were not refused; texts as a whole, if there is someone to judge them."""
+    if refusals:
+        yield [refused(row, text) for row, text in refusals.items()]
+    whole = {row: Event(row) for row in rows}
+    with closing(steps):
+        for step in steps:
+            events = [event._replace(row=rows[event.row]) for event in step]
+            if judge is not None:
+                for event in events:
+                    whole[event.row] = whole[event.row].then(event)
+                ended = [whole[event.row] for event in events if event.finish_reason]
+                verdicts = [parallel.ask_first_rank(judge, event.text) for event in ended]
+                events = [
+                    event if verdict is None else refused(event.row, verdict)
+                    for event, verdict in zip(ended, verdicts, strict=True)
+                ]
+            yield events
+
+
+def refused(row: int, text: str) -> Event:
+    return Event(row, text, finish_reason="refused")
+
+
+def collect(steps: Iterable[list[Event]], B: int) -> list[Event]:
+    """All that happens to each row, as one event."""
+    rows = [Event(i) for i in range(B)]
+    for step in steps:
+        for event in step:
+            rows[event.row] = rows[event.row].then(event)
+    return rows
 
 
 def check_seed(seed: Any) -> None:
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed is {shorten(seed)}; it must be an int of 64 bits")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -217,15 +217,33 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def as_first_rank(method: Callable[P, T]) -> Callable[P, T]:
-    """`method`, called on every rank with the arguments of the model's first rank, so that all of them do the same."""
+    """`method`, called on every rank with the arguments of the model's first rank, so that all of them do the same.
+    Arguments that are functions, which must be named, stay where they are: see `ask_first_rank`."""
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         myself, *request = args
-        request, kwargs = broadcast_object((request, kwargs))
-        return method(myself, *request, **kwargs)  # type: ignore[arg-type]
+        functions = {name: value for name, value in kwargs.items() if callable(value)}
+        plain = {name: None if name in functions else value for name, value in kwargs.items()}
+        request, plain, asked = broadcast_object((request, plain, [*functions]))
+        plain |= {name: functions.get(name, str) for name in asked}
+        return method(myself, *request, **plain)  # type: ignore[arg-type]
 
     return call
+
+
+def ask_first_rank(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What the model's first rank gets from a function, on all of its ranks; RankError if it got an exception."""
+    value, error = None, None
+    if not world_size() > 1 or dist.get_rank() == mp.get_model_parallel_src_rank():
+        try:
+            value = function(*args, **kwargs)
+        except Exception as raised:
+            error = raised
+    value, told = broadcast_object((value, error and f"rank 0: {type(error).__name__}: {error}"))
+    if error or told:
+        raise error or RankError(told)
+    return value  # type: ignore[return-value]
 
 
 class RankError(RuntimeError):

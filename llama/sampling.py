@@ -1,36 +1,179 @@
-"""Logits -> next token ids. Pure functions; randomness comes from the generator that is passed in."""
+"""Logits -> next token ids. Pure functions, and `Sampler`, which applies them to rows with settings of their own.
+
+In this order: logit_bias, repetition, frequency and presence penalties, temperature, top_k, top_p, min_p, and one draw.
+"""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from reprlib import repr as shorten
+from typing import Any
 
 import torch
 from torch import Tensor
 
+FEW = 512  # candidates that are looked at before a whole vocabulary is sorted
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
-    """One token id for each row of logits (B, V) -> (B,): the likeliest at temperature 0, else drawn from the
-    softmax of logits / temperature, cut to its nucleus of probability `top_p`."""
-    if temperature == 0:
-        return logits.argmax(-1)
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one row's tokens are chosen. ValueError for a value that is out of its range."""
+
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_p: float = 1.0  # the smallest set of likeliest tokens with this probability in all (Holtzman et al. 2019)
+    top_k: int = 0  # so many of the likeliest tokens; 0: all
+    min_p: float = 0.0  # tokens at least this share as likely as the likeliest (Nguyen et al. 2024)
+    repetition_penalty: float = (
+        1.0  # of tokens in prompt or answer: logit / penalty, or * if negative (Keskar et al. 2019)
+    )
+    frequency_penalty: float = 0.0  # taken from a token's logit for each time that the answer has it
+    presence_penalty: float = 0.0  # taken from the logit of every token that the answer has
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these ids
+    seed: int = 0  # the same seed, the same tokens, whatever else is in the batch
+
+    def __post_init__(self) -> None:
+        for name, (ok, kind, wanted) in LIMITS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind) or not ok(value):
+                raise ValueError(f"{name} is {shorten(value)}; it must be {wanted}")
+
+
+def _finite(value: float) -> bool:
+    return -sys.float_info.max <= value <= sys.float_info.max
+
+
+def _is_bias(item: tuple[Any, Any]) -> bool:
+    id, bias = item
+    return type(id) is int and id >= 0 and isinstance(bias, _NUMBER) and bias < float("inf")
+
+
+_NUMBER: Any = (int, float)
+LIMITS: dict[str, tuple[Any, Any, str]] = {
+    "temperature": (lambda v: v >= 0 and _finite(v), _NUMBER, "a number of at least 0 (0: greedy)"),
+    "top_p": (lambda v: 0 < v <= 1, _NUMBER, "a number above 0 and up to 1 (1: no cut)"),
+    "top_k": (lambda v: v >= 0, int, "an int of at least 0 (0: no cut)"),
+    "min_p": (lambda v: 0 <= v <= 1, _NUMBER, "a number from 0 (no cut) to 1"),
+    "repetition_penalty": (lambda v: v > 0 and _finite(v), _NUMBER, "a number above 0 (1: none)"),
+    "frequency_penalty": (_finite, _NUMBER, "a finite number (0: none)"),
+    "presence_penalty": (_finite, _NUMBER, "a finite number (0: none)"),
+    "logit_bias": (lambda v: all(map(_is_bias, v.items())), Mapping, "{id: number}, where -inf forbids an id"),
+    "seed": (lambda v: -(2**63) <= v < 2**63, int, "an int of 64 bits"),
+}
+assert [*LIMITS] == [f.name for f in fields(Sampling)]
+
+
+def penalize(logits: Tensor, prompt: Tensor, counts: Tensor, penalties: Tensor) -> Tensor:
+    """Logits (B, V) less (repetition, frequency, presence) penalties (3, B, 1), where `prompt` (B, V) is true for
+    tokens of the prompt and `counts` (B, V) says how often the answer has each."""
+    repetition, frequency, presence = penalties
+    weakened = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(prompt | (counts > 0), weakened, logits)
+    return logits - frequency * counts - presence * (counts > 0)
+
+
+def heat(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Probabilities (B, V) at temperatures (B, 1)."""
     # The maximum becomes 0, and 1e-30 is as cold as it gets, so that a tiny temperature cannot overflow.
-    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30), -1)
-    if top_p < 1:
-        probs = nucleus(probs, top_p)
-    # The first of exponential clocks with these rates to ring is a draw from them (as `multinomial`, which on a GPU
-    # waits for the result); a clock that rounds to 0 must not turn probability 0 into NaN.
-    clocks = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-30)
-    return (probs / clocks).argmax(-1)
+    return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature.clamp_min(1e-30), -1)
 
 
-def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Probabilities (B, V) with all but the smallest set of likeliest tokens that reaches `top_p` set to zero, and the
-    rest scaled to sum to 1 (Holtzman et al. 2019, arXiv 1904.09751). The likeliest token always stays."""
-    ordered, indices = probs.sort(-1, descending=True)
-    beyond = ordered.cumsum(-1) - ordered >= top_p  # the likelier tokens reach it already
-    beyond[:, 0] = False
-    ordered = ordered.masked_fill(beyond, 0.0)
-    return torch.zeros_like(probs).scatter(-1, indices, ordered / ordered.sum(-1, keepdim=True))
+def cut(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Probabilities (B, M), falling, the likeliest of a whole vocabulary, with those cut off by top_k, by top_p of what
+    that leaves and by min_p (each (B, 1)) set to zero. The likeliest always stays; the rest is not scaled up."""
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    kept = probs * ((rank < top_k) | (top_k == 0))
+    before = kept.cumsum(-1) - kept  # what the likelier ones have
+    whole = torch.where(top_k == 0, 1.0, kept.sum(-1, keepdim=True))
+    reached = (before >= top_p * whole) & (top_p < 1)  # rounded sums may reach 1 early, and that must cut nothing
+    kept = kept.masked_fill(reached | (kept < min_p * kept[:, :1]), 0.0)
+    kept[:, 0] = probs[:, 0]
+    return kept
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """The index (B,) of one of weights (B, M) with a chance in proportion to it, by u (B, 1) from [0, 1)."""
+    total = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1)
+    found = torch.searchsorted(total, u.to(total) * total[:, -1:], right=True)
+    return found.clamp(max=weights.shape[-1] - 1)[:, 0]
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Natural log probabilities (...) of tokens (...) under the full softmax of logits (..., V)."""
     return torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+class Sampler:
+    """Chooses a token for each of several rows, and remembers what penalties ask for. Nothing here waits for a GPU."""
+
+    def __init__(
+        self, rows: Sequence[Sampling], prompts: Sequence[Sequence[int]], vocab_size: int, device: Any
+    ) -> None:
+        def column(name: str) -> Tensor:
+            return torch.tensor([[getattr(row, name)] for row in rows], device=device)
+
+        self.device = device
+        self.random = [torch.Generator().manual_seed(row.seed) for row in rows]
+        self.drawn: list[list[float]] = [[] for _ in rows]
+        self.greedy = all(row.temperature == 0 for row in rows)
+        self.cut = [row.top_k > 0 or row.top_p < 1 or row.min_p > 0 for row in rows]
+        self.top_k = max(row.top_k for row in rows) if all(row.top_k for row in rows) else 0
+        self.temperature = column("temperature")
+        self.hot, self.is_cut = self.temperature[:, 0] > 0, torch.tensor(self.cut, device=device)
+        self.cuts = [column(name) for name in ("top_k", "top_p", "min_p")]
+        self.penalties = self.bias = None
+        zeros = torch.zeros(len(rows), vocab_size, device=device)
+        if any((row.repetition_penalty, row.frequency_penalty, row.presence_penalty) != (1, 0, 0) for row in rows):
+            names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+            self.penalties = torch.stack([column(name).float() for name in names])
+            self.counts, self.prompt = zeros, zeros.bool()
+            for seen, prompt in zip(self.prompt, prompts, strict=True):
+                seen[list(prompt)] = True
+        if any(row.logit_bias for row in rows):
+            self.bias = zeros.clone()
+            for bias, row in zip(self.bias, rows, strict=True):
+                bias[list(row.logit_bias)] = torch.tensor([*row.logit_bias.values()], device=device).float()
+
+    def __call__(self, logits: Tensor, which: Sequence[int]) -> Tensor:
+        """Ids (B,) by logits (B, V), where row b is to get the `which[b]`-th token of its answer, from 0."""
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.penalties is not None:
+            logits = penalize(logits, self.prompt, self.counts, self.penalties)
+        if self.greedy:
+            return logits.argmax(-1)
+        probs, u = heat(logits, self.temperature), self.uniform(which)
+        chosen = logits.argmax(-1)
+        # A random number means one token in a vocabulary that is sorted and another in one that is not, so what a row
+        # gets must not depend on what the others need.
+        if not all(self.cut):
+            chosen = torch.where(self.hot & ~self.is_cut, draw(probs, u), chosen)
+        if any(self.cut):
+            likeliest, ids = self.candidates(probs)
+            drawn = ids.gather(-1, draw(cut(likeliest, *self.cuts), u)[:, None])[:, 0]
+            chosen = torch.where(self.hot & self.is_cut, drawn, chosen)
+        return chosen
+
+    def candidates(self, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest probabilities and their ids, falling: as many as can matter."""
+        V = probs.shape[-1]
+        if self.top_k or probs.device.type == "cuda":  # to ask what is enough would wait for the GPU
+            return probs.topk(min(self.top_k or V, V))
+        few, ids = probs.topk(min(FEW, V))
+        _, top_p, min_p = self.cuts
+        enough = (few.sum(-1, keepdim=True) > top_p + 1e-4) | (few[:, -1:] < min_p * few[:, :1])
+        return (few, ids) if enough.all() else probs.sort(-1, descending=True)
+
+    def uniform(self, which: Sequence[int]) -> Tensor:
+        """The `which[b]`-th random number of each row's own sequence (B, 1)."""
+        for n, drawn, generator in zip(which, self.drawn, self.random, strict=True):
+            while len(drawn) <= n:
+                drawn += torch.rand(64, generator=generator, dtype=torch.float64).tolist()
+        u = torch.tensor([[drawn[n]] for n, drawn in zip(which, self.drawn, strict=True)], dtype=torch.float32)
+        return u.to(self.device, non_blocking=True).clamp(max=1 - 2**-24)
+
+    def saw(self, ids: Tensor, which: Tensor) -> None:
+        """Count ids (B,) as part of the answers of the rows that `which` (B,) is true for."""
+        if self.penalties is not None:
+            self.counts.scatter_add_(1, ids[:, None], which[:, None].to(self.counts))

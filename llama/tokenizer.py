@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -43,39 +44,40 @@ class Tokenizer:
 
     def decode_pieces(self, t: Sequence[int]) -> list[str]:
         """What each id adds to the text; joined, exactly `decode(t)`. A character comes with the last of its bytes."""
-        texts: list[str] = []
-        run = b""  # bytes since the last ordinary piece
-        first = True
-        for i in t:
-            piece = self.sp_model.id_to_piece(i)
-            if self.sp_model.is_byte(i):
-                run += bytes([int(piece[1:-1], 16)])  # <0xE4>
-                continue
-            texts += _characters(run)
-            run = b""
-            if self.sp_model.is_control(i):
-                texts.append("")
-                continue
-            if self.sp_model.is_unknown(i):
-                piece = " \u2047 "
-            elif first and not any(texts):
-                first, piece = not piece.startswith("▁"), piece.removeprefix("▁")
-            texts.append(piece.replace("▁", " "))
-        return texts + list(_characters(run))
+        decoder = Decoder(self)
+        pieces = [decoder.push(i) for i in t]
+        return [*pieces[:-1], pieces[-1] + decoder.flush()] if pieces else []
 
 
-def _characters(run: bytes) -> Iterator[str]:
-    """One string for each byte: empty until a UTF-8 character is complete, U+FFFD for a byte that is part of none."""
-    i = 0
-    while i < len(run):
-        for size in range(1, 5):
-            try:
-                character = run[i : i + size].decode()
-            except UnicodeDecodeError:
-                continue
-            yield from [""] * (size - 1) + [character]
-            break
+class Decoder:
+    """Ids -> text, piece by piece, as it becomes final: all that `push` and a last `flush` give, joined, is exactly
+    what `Tokenizer.decode` makes of all ids. Bytes wait until they are a character or can be none."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.sp_model = tokenizer.sp_model
+        self.bytes = codecs.getincrementaldecoder("utf-8")(EACH)
+        self.empty = True  # no text yet but perhaps the space that is dropped
+        self.dropped = False
+
+    def push(self, id: int) -> str:
+        piece: str = self.sp_model.id_to_piece(id)
+        if self.sp_model.is_byte(id):
+            text = self.bytes.decode(bytes([int(piece[1:-1], 16)]))  # <0xE4>
         else:
-            size = 1
-            yield "\ufffd"
-        i += size
+            text = self.flush()
+            if self.sp_model.is_unknown(id):
+                text += " \u2047 "
+            elif not self.sp_model.is_control(id):
+                if self.empty and not text and not self.dropped and piece.startswith("▁"):
+                    piece, self.dropped = piece[1:], True
+                text += piece.replace("▁", " ")
+        self.empty = self.empty and not text
+        return text
+
+    def flush(self) -> str:
+        """What is left when no more ids come: bytes that wait are no character."""
+        return self.bytes.decode(b"", final=True)
+
+
+EACH = "llama.each"  # U+FFFD for each byte, as SentencePiece has it; "replace" has one for several
+codecs.register_error(EACH, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]

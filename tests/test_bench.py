@@ -42,7 +42,7 @@ def test_a_peer_takes_the_same_steps(peer, kv_heads):
     args = ModelArgs(**shape, vocab_size=128, max_batch_size=2, max_seq_len=32)
     source = peers.Source(bench.RandomWeights(CPU), args, CPU, torch.float32)
     ids = torch.randint(3, 128, (2, 5), generator=torch.Generator().manual_seed(0))
-    mine = [[id for [(id, _)] in step] for step in bench.ours(bench.loaded(*source))(ids, 12)]
+    mine = [[gain.tokens[0].id for gain in step] for step in bench.ours(bench.loaded(*source))(ids, 12)]
     theirs = [torch.tensor(step).flatten().tolist() for step in peers.PEERS[peer](source)(ids, 12)]
     assert mine == theirs
     assert len(mine) == 12

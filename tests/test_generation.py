@@ -227,7 +227,7 @@ def test_tokens_join_to_the_text(llama, base):
 def test_completion_is_the_decoded_generation(llama):
     ids, _ = greedy(llama, [llama.tokenizer.encode("Hello", bos=True, eos=False)], max_gen_len=7)
     [result] = llama.text_completion(["Hello"], temperature=0, max_gen_len=7)
-    assert result == {"generation": llama.tokenizer.decode(ids[0])}
+    assert result == {"generation": llama.tokenizer.decode(ids[0]), "finish_reason": "length"}
 
 
 def test_a_refused_dialog_is_not_generated_and_disturbs_nobody(llama):
@@ -354,7 +354,7 @@ def test_generate_answers_or_raises_value_error(llama, data, call):
 @given(call=st.fixed_dictionaries(valid_chat))
 def test_chat_answers_every_valid_call(roomy, call):
     results = roomy.chat_completion(**call, max_gen_len=2, top_p=1.0)
-    assert [set(result) for result in results] == [{"generation"}] * len(call["dialogs"])
+    assert [set(result) for result in results] == [{"generation", "finish_reason"}] * len(call["dialogs"])
 
 
 @few
@@ -465,13 +465,16 @@ def test_threads_get_their_own_texts(llama):
 
 
 def _fail_on_one_rank_and_go_on(folder):
+    def alone(llama):
+        llama.generate.__wrapped__(llama, [[1, 2]], 3)
+
     llama = Llama.build(folder, MODELS / "tokenizer.model", 64, 4, device="cpu")
     if parallel.rank() == 0:
         return "waits"  # the other rank's failure must not depend on this one
     with mock.patch.object(llama.model, "blocks", side_effect=MemoryError("no memory")), pytest.raises(MemoryError):
-        llama._generate([[1, 2]], 3, 0, 1.0, False)
+        alone(llama)
     with pytest.raises(RuntimeError, match="an earlier call failed on this rank .* start the job again"):
-        llama._generate([[1, 2]], 3, 0, 1.0, False)
+        alone(llama)
 
 
 def test_a_rank_that_lost_step_says_so(ranks, tmp_path):

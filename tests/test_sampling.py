@@ -1,55 +1,183 @@
 """Sampling against distributions worked out by hand."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
-from llama.sampling import nucleus, sample, token_logprobs
+from llama import sampling
+from llama.sampling import Sampler, Sampling, cut, draw, penalize, token_logprobs
 
 PROBS = torch.tensor([[0.5, 0.05, 0.3, 0.15], [0.1, 0.2, 0.3, 0.4]])
+LOGITS = [2.0, -1.0, 0.5, 1.5, 0.0, -3.0]
+PROMPT, ANSWER = [0, 1], [2, 2, 4]  # what penalties have seen
+
+
+def exact(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition=1.0, frequency=0.0, presence=0.0, bias=()):
+    """The distribution that options leave of LOGITS, one token at a time in plain Python."""
+    logits = [logit + dict(bias).get(i, 0) for i, logit in enumerate(LOGITS)]
+    for i in {*PROMPT, *ANSWER}:
+        logits[i] = logits[i] / repetition if logits[i] > 0 else logits[i] * repetition
+    for i in {*ANSWER}:
+        logits[i] -= frequency * ANSWER.count(i) + presence
+    weights = [math.exp(logit / temperature) for logit in logits]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])[: top_k or None]
+    total, reached, kept = sum(weights[i] for i in order), 0.0, []
+    for i in order:
+        if kept and (reached >= top_p * total or weights[i] < min_p * weights[order[0]]):
+            break
+        kept.append(i)
+        reached += weights[i]
+    return [weights[i] / reached if i in kept else 0.0 for i in range(len(weights))]
+
+
+def drawn(settings, count, start=0):
+    """How often each id comes in `count` draws after PROMPT and ANSWER: rows of one batch with seeds of their own."""
+    sampler = Sampler([Sampling(**settings, seed=start + i) for i in range(count)], [PROMPT] * count, 6, "cpu")
+    for id in ANSWER:
+        sampler.saw(torch.full((count,), id), torch.ones(count, dtype=torch.bool))
+    return sampler(torch.tensor([LOGITS]).expand(count, 6), [3] * count).bincount(minlength=6)
+
+
+def chi_square(counts, expected):
+    count, expected = counts.sum(), torch.tensor(expected)
+    assert not counts[expected == 0].any()
+    kept = expected > 0
+    return ((counts - count * expected)[kept] ** 2 / (count * expected)[kept]).sum().item()
+
+
+CRITICAL = {1: 0.0, 2: 10.83, 3: 13.82, 4: 16.27, 5: 18.47, 6: 20.52}  # 0.001, by how many are possible
+ONE_BY_ONE = [
+    {"temperature": 0.5},
+    {"temperature": 2.0},
+    {"top_p": 0.7},
+    {"top_k": 3},
+    {"min_p": 0.2},
+    {"repetition_penalty": 1.5},
+    {"frequency_penalty": 0.4},
+    {"presence_penalty": 0.6},
+    {"logit_bias": {3: -math.inf, 5: 2.9}},
+]
+SOME = [{**a, **b} for a, b in itertools.combinations(ONE_BY_ONE, 2)]
+ALL = {name: value for options in ONE_BY_ONE for name, value in options.items()} | {
+    "top_p": 0.95,
+    "top_k": 5,
+    "min_p": 0.02,
+}
+
+
+@pytest.mark.parametrize("few", [2, 512])
+@pytest.mark.parametrize("options", [{}, *ONE_BY_ONE, *SOME, ALL], ids=str)
+def test_draws_follow_the_distribution(options, few, monkeypatch):
+    """Chi-square on 20,000 draws at 0.001: every option, every pair, and all together."""
+    monkeypatch.setattr(sampling, "FEW", few)
+    by_hand = {name.removesuffix("_penalty"): value for name, value in options.items() if name != "logit_bias"}
+    expected = exact(**by_hand, bias=options.get("logit_bias", {}))
+    counts = drawn({"temperature": 1.0, **options}, 20_000)
+    assert chi_square(counts, expected) <= CRITICAL[sum(p > 0 for p in expected)]
+
+
+def test_a_distribution_that_is_a_little_off_is_rejected():
+    """That the test above can fail."""
+    assert chi_square(drawn({"temperature": 1.1}, 20_000), exact()) > CRITICAL[6]
 
 
 @pytest.mark.parametrize(
     ("top_p", "expected"),
     [
-        (0.4, [[1, 0, 0, 0], [0, 0, 0, 1]]),
-        (0.6, [[0.625, 0, 0.375, 0], [0, 0, 3 / 7, 4 / 7]]),
-        (0.9, [[10 / 19, 0, 6 / 19, 3 / 19], [0, 2 / 9, 3 / 9, 4 / 9]]),
-        (1e-9, [[1, 0, 0, 0], [0, 0, 0, 1]]),
-        (5e-324, [[1, 0, 0, 0], [0, 0, 0, 1]]),
-        (1.0, PROBS.tolist()),
+        (0.4, [[0.5, 0, 0, 0], [0.4, 0, 0, 0]]),
+        (0.6, [[0.5, 0.3, 0, 0], [0.4, 0.3, 0, 0]]),
+        (0.9, [[0.5, 0.3, 0.15, 0], [0.4, 0.3, 0.2, 0]]),
+        (1e-9, [[0.5, 0, 0, 0], [0.4, 0, 0, 0]]),
+        (5e-324, [[0.5, 0, 0, 0], [0.4, 0, 0, 0]]),
+        (1.0, [[0.5, 0.3, 0.15, 0.05], [0.4, 0.3, 0.2, 0.1]]),
     ],
 )
-def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, expected):
-    assert torch.allclose(nucleus(PROBS, top_p), torch.tensor(expected, dtype=torch.float32))
+def test_a_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, expected):
+    falling = PROBS.sort(-1, descending=True).values
+    zero = torch.zeros(2, 1)
+    assert torch.equal(cut(falling, zero, torch.full((2, 1), top_p), zero), torch.tensor(expected))
+
+
+def test_top_p_is_of_what_top_k_leaves():
+    falling = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    kept = cut(falling, torch.tensor([[2]]), torch.tensor([[0.6]]), torch.zeros(1, 1))
+    assert kept.gt(0).tolist() == [[True, True, False, False]]  # 0.4 of 0.7 is not yet 0.6
+
+
+def test_penalties():
+    logits = torch.tensor([[2.0, -2.0, 1.0, 1.0]])
+    prompt, counts = torch.tensor([[True, True, False, False]]), torch.tensor([[0.0, 0.0, 3.0, 0.0]])
+    found = penalize(logits, prompt, counts, torch.tensor([2.0, 0.5, 0.25]).view(3, 1, 1))
+    assert found.tolist() == [[1.0, -4.0, 0.5 - 1.5 - 0.25, 1.0]]
+
+
+@pytest.mark.parametrize("u", [0.0, 0.25, 0.5, 0.999999, 1 - 2**-24])
+def test_nothing_of_weight_zero_is_drawn(u):
+    weights = torch.tensor([[0.0, 0.25, 0.0, 0.25, 0.0]])
+    assert draw(weights, torch.tensor([[u]])).item() == (1 if u < 0.5 else 3)
+
+
+def sample(logits, **settings):
+    rows = len(logits)
+    return Sampler([Sampling(**settings)] * rows, [[0]] * rows, logits.shape[1], "cpu")(logits, [0] * rows).tolist()
 
 
 def test_temperature_zero_takes_the_likeliest():
-    assert sample(PROBS.log(), 0, 1.0).tolist() == [0, 3]
+    assert sample(PROBS.log()) == [0, 3]
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1e-3])
 def test_a_tiny_temperature_takes_the_likeliest(temperature):
     """Dividing by it must not overflow."""
     logits = torch.tensor([[1e4, -1e4, 9.9e3], [0.0, 3.0, 1.0]])
-    assert sample(logits, temperature, 0.9).tolist() == [0, 1]
+    assert sample(logits, temperature=temperature, top_p=0.9) == [0, 1]
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7), (1.0, 0.5)])
-def test_draws_follow_the_distribution(temperature, top_p):
-    """Chi-square on 20,000 draws, at a significance of 0.001 with 3 degrees of freedom."""
-    exact = PROBS[0] ** (1 / temperature)
-    exact /= exact.sum()
-    order = exact.argsort(descending=True)
-    keep = order[: int((exact[order].cumsum(0) < top_p - 1e-6).sum()) + 1]
-    expected = torch.zeros(4)
-    expected[keep] = exact[keep] / exact[keep].sum()
-    generator = torch.Generator().manual_seed(0)
-    draws = sample(PROBS[:1].log().expand(20_000, 4), temperature, top_p, generator)
-    counts = draws.bincount(minlength=4)
-    assert counts[expected == 0].sum() == 0
-    kept = expected > 0
-    chi_square = ((counts[kept] - 20_000 * expected[kept]) ** 2 / (20_000 * expected[kept])).sum()
-    assert chi_square < 16.27
+def test_rows_have_settings_and_random_numbers_of_their_own():
+    """What a row gets alone it gets among others, whatever they ask for."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, 1000)
+    rows = [
+        Sampling(0.0, seed=1),
+        Sampling(1.0, seed=2),
+        Sampling(0.7, 0.9, seed=3),
+        Sampling(1.3, top_k=40, seed=4),
+        Sampling(1.0, 0.8, 7, 0.1, 1.3, 0.2, 0.3, {5: 4.0}, 5),
+    ]
+    prompts = [[i, i + 1] for i in range(5)]
+    together = Sampler(rows, prompts, 1000, "cpu")
+    alone = [Sampler([row], [prompt], 1000, "cpu") for row, prompt in zip(rows, prompts, strict=True)]
+    for n in range(100):
+        ids = together(logits, [n] * 5)
+        together.saw(ids, torch.ones(5, dtype=torch.bool))
+        for i, sampler in enumerate(alone):
+            id = sampler(logits[i : i + 1], [n])
+            sampler.saw(id, torch.ones(1, dtype=torch.bool))
+            assert id.item() == ids[i].item()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1; it must be a number of at least 0"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_k": 1.5}, "top_k is 1.5; it must be an int"),
+        ({"min_p": 2}, "min_p is 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a number above 0"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty is inf"),
+        ({"presence_penalty": math.nan}, "presence_penalty is nan"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias is {'a': 1.0}"),
+        ({"logit_bias": {3: math.inf}}, "logit_bias is {3: inf}"),
+        ({"seed": True}, "seed is True"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError) as error:
+        Sampling(**settings)
+    assert message in str(error.value)
 
 
 def test_log_probabilities_are_those_of_the_full_softmax():

@@ -1,0 +1,102 @@
+"""What a caller may ask of generation, checked, and spread over the rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import fields
+from reprlib import repr as shorten
+from typing import Any, TypedDict, TypeVar
+
+import torch
+
+from .sampling import Sampling
+
+T = TypeVar("T")
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every way to generate. All but `prompt_lookup` are one value for the batch or a list of one
+    for each row. See sampling.Sampling for what chooses tokens; `seed` is drawn from the Llama's own where it is None.
+    """
+
+    top_k: int | Sequence[int]
+    min_p: float | Sequence[float]
+    repetition_penalty: float | Sequence[float]
+    frequency_penalty: float | Sequence[float]
+    presence_penalty: float | Sequence[float]
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]]
+    seed: int | Sequence[int | None] | None
+    stop: (
+        str | Sequence[str] | Sequence[Sequence[str]]
+    )  # strings before which a text ends; a list of str is for all rows
+    stop_token_ids: Sequence[int] | Sequence[Sequence[int]]  # ids before which it ends; a list of int is for all rows
+    min_gen_len: int | Sequence[int]  # tokens before which it does not end, but for max_gen_len
+    prompt_lookup: int  # guesses, copied from the text so far, that are tried with each step: the same tokens, sooner
+
+
+class Plan:
+    """Options spread over B rows. Raises ValueError naming what is wrong."""
+
+    def __init__(
+        self, B: int, vocab_size: int, max_gen_len: Any, generator: torch.Generator, options: Mapping[str, Any]
+    ) -> None:
+        known = {*Options.__annotations__, "temperature", "top_p"}
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
+
+        def each(name: str, default: Any) -> list[Any]:
+            return spread(name, options.get(name, default), B)
+
+        drawn = torch.randint(2**63 - 1, (B,), generator=generator).tolist()
+        seeds = [other if seed is None else seed for seed, other in zip(each("seed", None), drawn, strict=True)]
+        columns = {field.name: each(field.name, getattr(Sampling, field.name, None)) for field in fields(Sampling)}
+        columns["logit_bias"] = [bias or {} for bias in columns["logit_bias"]]
+        columns["seed"] = seeds
+        self.sampling = [
+            Sampling(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
+        ]
+        for row in self.sampling:
+            if wrong := [id for id in row.logit_bias if id >= vocab_size]:
+                raise ValueError(f"logit_bias has the id {wrong[0]}; ids go from 0 to {vocab_size - 1}")
+        self.stop = [list(stops) for stops in several("stop", options.get("stop", ()), B, str)]
+        self.stop_ids = [list(ids) for ids in several("stop_token_ids", options.get("stop_token_ids", ()), B, int)]
+        self.max_new = spread("max_gen_len", max_gen_len, B)
+        self.min_new = each("min_gen_len", 0)
+        self.lookup = options.get("prompt_lookup", 0)
+        for stops in self.stop:
+            if "" in stops:
+                raise ValueError("stop has an empty string, which would end every text at once")
+        counts = {"max_gen_len": self.max_new, "min_gen_len": self.min_new, "prompt_lookup": [self.lookup]}
+        for name, values in counts.items():
+            for value in values:
+                if type(value) is not int or value < 0:
+                    raise ValueError(f"{name} is {shorten(value)}; it must be an int of at least 0")
+
+    def of(self, rows: Sequence[int]) -> Plan:
+        """The same for some of the rows."""
+        some = copy(self)
+        for name, values in vars(self).items():
+            setattr(some, name, [values[i] for i in rows] if isinstance(values, list) else values)
+        return some
+
+
+def spread(name: str, value: Any, B: int) -> list[Any]:
+    """One value for each of B rows."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * B
+    if len(value) != B:
+        raise ValueError(f"{name} has {len(value)} values for {B} rows; give one for all, or one for each")
+    return list(value)
+
+
+def several(name: str, value: Any, B: int, kind: type[T]) -> list[Sequence[T]]:
+    """Several values for each of B rows; one, or a flat list of them, is for all."""
+    value = [value] if isinstance(value, kind) else value
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} is {shorten(value)}; it must be a list of {kind.__name__}, or one for each row")
+    rows = [value] * B if all(type(item) is kind for item in value) else spread(name, value, B)
+    for row in rows:
+        if not isinstance(row, (list, tuple)) or not all(type(item) is kind for item in row):
+            raise ValueError(f"{name} has {shorten(row)}; it must be a list of {kind.__name__}, or one for each row")
+    return rows

@@ -1,0 +1,57 @@
+"""One row's tokens -> its text as it becomes final, up to a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .tokenizer import Decoder, Tokenizer
+
+
+class Text:
+    """Text that grows by tokens and ends before the first of `stops` to be complete, wherever tokens border.
+
+    What all calls of `read` return, joined, is the text; no part of a stop string is ever returned. Before the token of
+    number `least` none is looked for.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), least: int = 0) -> None:
+        self.decoder, self.stops, self.left = Decoder(tokenizer), stops, least
+        self.final = ""  # not read yet
+        self.held = ""  # may be the beginning of a stop string
+        self.stopped = False
+
+    def preface(self, ids: Sequence[int]) -> None:
+        """Tokens before the first, in which stop strings mean nothing."""
+        self.final += "".join(map(self.decoder.push, ids))
+
+    def add(self, id: int) -> bool:
+        """Whether this token has completed a stop string."""
+        self._append(self.decoder.push(id))
+        return self.stopped
+
+    def read(self, end: bool = False) -> str:
+        """What has become final since the last call; at the `end`, when no tokens will follow, all that is left."""
+        if end:
+            self._append(self.decoder.flush())
+            self.final += self.held
+            self.held = ""
+        text, self.final = self.final, ""
+        return text
+
+    def _append(self, new: str) -> None:
+        if self.stopped:
+            return
+        text, self.held = self.held + new, ""
+        self.left -= 1
+        if self.left > 0:
+            self.final += text
+            return
+        complete = [(text.index(stop) + len(stop), -len(stop)) for stop in self.stops if stop in text]
+        if complete:
+            end, minus_length = min(complete)  # of two with one end, the longer
+            self.stopped = True
+            self.final += text[: end + minus_length]
+            return
+        begun = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self.final += text[: len(text) - begun]
+        self.held = text[len(text) - begun :]

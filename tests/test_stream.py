@@ -1,0 +1,281 @@
+"""Streams, and what else one may ask of generation: settings of each row, seeds, stops, judges, lookup."""
+
+import pytest
+from small import MODELS, TOKENIZER, random_model, save_random
+
+from llama import Llama, parallel
+from llama.engine import Row, steps
+
+PROMPTS = [[1, 400, 401, 402], [1, 17], [1, *range(300, 319)], [1, 99, 98, 97, 96, 95, 94]]
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer):
+    return Llama(random_model(vocab_size=tokenizer.n_words, max_batch_size=8), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return Llama.build(MODELS / "small-chat", max_seq_len=512, max_batch_size=4, device="cpu", dtype="float32")
+
+
+def joined(stream, B):
+    rows = [("", [], [], None) for _ in range(B)]
+    for event in stream:
+        text, ids, logprobs, finish = rows[event.row]
+        assert finish is None, "nothing comes after the end"
+        rows[event.row] = (text + event.text, ids + event.tokens, logprobs + event.logprobs, event.finish_reason)
+    return rows
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_stream_is_the_completion_as_it_happens(llama, echo):
+    prompts, options = ["Hello", "", "a b c"], {"temperature": 0.9, "seed": 5, "echo": echo, "logprobs": True}
+    whole = llama.text_completion(prompts, max_gen_len=20, **options)
+    events = list(llama.text_stream(prompts, max_gen_len=20, **options))
+    assert len(events) >= 60
+    rows = joined(events, 3)
+    assert [row[0] for row in rows] == [result["generation"] for result in whole]
+    assert [row[2] for row in rows] == [result["logprobs"] for result in whole]
+    assert [row[3] for row in rows] == ["length"] * 3
+    for (text, ids, _, _), result in zip(rows, whole, strict=True):
+        assert text == "".join(result["tokens"]) == llama.tokenizer.decode(ids)
+    ids, _ = llama.generate([[1, 2, 3]], 9, **options | {"echo": False, "logprobs": False})
+    assert [row[1] for row in joined(llama.generate_stream([[1, 2, 3]], 9, temperature=0.9, seed=5), 1)] == ids
+
+
+def test_a_chat_stream_is_the_chat(bundled):
+    dialogs = [[{"role": "user", "content": text}] for text in ("Hello", "Who are you?")]
+    whole = bundled.chat_completion(dialogs, temperature=0, max_gen_len=30)
+    rows = joined(bundled.chat_stream(dialogs, temperature=0, max_gen_len=30), 2)
+    assert [row[0] for row in rows] == [result["generation"]["content"] for result in whole]
+    assert [row[3] for row in rows] == [result["finish_reason"] for result in whole]
+
+
+def test_a_stream_that_is_closed_frees_the_model(llama):
+    stream = llama.generate_stream(PROMPTS, 30, temperature=0)
+    next(stream)
+    with pytest.raises(
+        RuntimeError, match="a stream of this model is still open; read it to its end or close it first"
+    ):
+        llama.generate([[1]], 3)
+    stream.close()
+    assert list(stream) == []
+    with llama.generate_stream(PROMPTS, 30, temperature=0) as stream:
+        next(stream)
+    llama.generate_stream(PROMPTS, 30)  # never read, and dropped at once
+    assert llama.generate([[1]], 3, temperature=0)[0] == llama.generate([[1]], 3, temperature=0)[0]
+
+
+def test_finish_reasons(llama, monkeypatch):
+    ids = llama.generate([PROMPTS[0]], 10, temperature=0)[0][0]
+    assert joined(llama.generate_stream([PROMPTS[0]], 0), 1)[0][3] == "length"
+    assert joined(llama.generate_stream([PROMPTS[0]], 4, 0, stop_token_ids=[ids[2]]), 1)[0][1:] == (ids[:2], [], "stop")
+    monkeypatch.setattr(llama.tokenizer, "eos_id", ids[3])
+    assert joined(llama.generate_stream([PROMPTS[0]], 9, 0), 1)[0][1:] == (ids[: ids.index(ids[3])], [], "eos")
+
+
+def test_no_end_before_min_gen_len(llama, monkeypatch):
+    ids = llama.generate([PROMPTS[0]], 10, temperature=0)[0][0]
+    monkeypatch.setattr(llama.tokenizer, "eos_id", ids[1])
+    [row] = llama.generate([PROMPTS[0]], 10, temperature=0, min_gen_len=6, stop_token_ids=[ids[2]])[0]
+    assert len(row) >= 6
+    assert not {ids[1], ids[2]} & set(row[:6])
+    assert row[0] == ids[0]
+
+
+def test_a_stop_string_cuts_the_text_and_its_tokens(llama):
+    [whole] = llama.text_completion(["Hello"], temperature=0, max_gen_len=20)
+    text = whole["generation"]
+    stop = text[8:12]
+    [result] = llama.text_completion(["Hello"], temperature=0, max_gen_len=20, stop=[stop, "never"], logprobs=True)
+    assert result["generation"] == text[: text.index(stop)] == "".join(result["tokens"])
+    assert result["finish_reason"] == "stop"
+    assert len(result["tokens"]) == len(result["logprobs"])
+    rows = llama.text_completion(["Hello"] * 2, temperature=0, max_gen_len=20, stop=[[stop], []])
+    assert [row["generation"] for row in rows] == [result["generation"], text]
+
+
+SETTINGS = {
+    "temperature": [0, 1.0, 0.7, 1.3, 1.0, 0.5, 2.0, 1.0],
+    "top_p": [0.9, 1.0, 0.9, 1.0, 0.8, 0.5, 0.99, 1.0],
+    "top_k": [0, 0, 0, 40, 7, 3, 0, 0],
+    "min_p": [0, 0, 0, 0, 0.1, 0, 0.01, 0],
+    "repetition_penalty": [1, 1, 1, 1, 1.3, 1, 1, 2.0],
+    "frequency_penalty": [0, 0, 0, 0, 0.2, 0, 0, 0.5],
+    "presence_penalty": [0, 0, 0, 0, 0.3, 0, 0, 0],
+    "logit_bias": [{}, {}, {}, {}, {5: 4.0}, {}, {6: -5.0}, {}],
+    "seed": [1, 2, 3, 4, 5, 6, 7, 8],
+    "max_gen_len": [12, 20, 20, 15, 20, 20, 9, 20],
+    "min_gen_len": [0, 5, 0, 0, 0, 0, 0, 0],
+    "stop_token_ids": [[], [], [9], [], [], [], [], [11, 12]],
+}
+EIGHT = [[1, *range(300, 300 + n)] for n in (3, 1, 18, 7, 5, 2, 9, 4)]
+
+
+def _together_and_alone(folder):
+    llama = Llama.build(folder, TOKENIZER, 64, 8, device="cpu", dtype="float32")
+    together, _ = llama.generate(EIGHT, **SETTINGS)
+    alone = []
+    for i, prompt in enumerate(EIGHT):
+        alone += llama.generate([prompt], **{name: [values[i]] for name, values in SETTINGS.items()})[0]
+    return together, alone
+
+
+def test_a_rows_tokens_are_its_own_affair(ranks, tmp_path):
+    """Whatever its neighbours are and ask for, and on however many ranks: the same tokens."""
+    save_random(tmp_path, mp=2)
+    parallel.init_model_parallel()
+    together, alone = _together_and_alone(tmp_path)
+    assert together == alone
+    assert len({tuple(row) for row in together}) == 8
+    assert ranks(2).run(_together_and_alone, tmp_path) == [(together, alone)] * 2
+
+
+def test_a_seed_drawn_from_the_llamas_own(tokenizer):
+    model = random_model(vocab_size=tokenizer.n_words)
+    runs = [Llama(model, tokenizer, seed=7).generate(PROMPTS, 9, 1.0)[0] for _ in range(2)]
+    assert runs[0] == runs[1]
+    llama = Llama(model, tokenizer, seed=7)
+    assert llama.generate(PROMPTS, 9, 1.0)[0] == runs[0] != llama.generate(PROMPTS, 9, 1.0)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": [1, 2, 3]}, "top_k has 3 values for 2 rows"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"stop": [["a"], 3]}, "stop has 3; it must be a list of str"),
+        ({"stop": 3}, "stop is 3"),
+        ({"stop": ""}, "empty string"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids"),
+        ({"min_gen_len": -1}, "min_gen_len is -1"),
+        ({"logit_bias": {10**6: 1.0}}, "logit_bias has the id 1000000; ids go from 0 to 1023"),
+        ({"seed": [1, "a"]}, "seed is 'a'"),
+        ({"prompt_lookup": 1.5}, "prompt_lookup is 1.5"),
+    ],
+)
+def test_options_that_mean_nothing(llama, options, message):
+    with pytest.raises(ValueError) as error:
+        llama.generate([[1], [2]], 3, **options)
+    assert message in str(error.value)
+    with pytest.raises(TypeError, match="there is no option 'top_q'; there are frequency_penalty, logit_bias"):
+        llama.generate([[1]], 3, top_q=3)
+
+
+# Ranks
+
+
+def _close_on_rank_0(folder):
+    llama = Llama.build(folder, TOKENIZER, 64, 4, device="cpu")
+    counts = []
+    for after in (0, 1, 7):
+        stream = llama.generate_stream(PROMPTS, 30, temperature=0)
+        count = 0
+        for _ in zip(range(after), stream) if parallel.rank() == 0 else stream:  # noqa: B905
+            count += 1
+        if parallel.rank() == 0:
+            stream.close()
+        counts.append(count)
+    both = []
+    for after in (0, 3):  # a break on all ranks, as a script's own loop has it
+        with llama.generate_stream(PROMPTS, 30, temperature=0) as stream:
+            both.append(len([event for _, event in zip(range(after), stream)]))  # noqa: B905
+    return counts, both, llama.generate(PROMPTS, 5, temperature=0)[0]
+
+
+def test_other_ranks_end_when_the_first_stops_listening(ranks, tmp_path):
+    save_random(tmp_path, mp=2)
+    (first, both, ids), (second, both_too, ids_too) = ranks(2).run(_close_on_rank_0, tmp_path)
+    assert first == [0, 1, 7] and all(count < 4 * 30 for count in second)
+    assert both == both_too == [0, 3]
+    assert ids == ids_too
+
+
+# Judges
+
+
+def refuse_input(dialog):
+    return "Not that." if "bomb" in dialog[-1]["content"] else None
+
+
+def refuse_output(text):
+    return "I said nothing." if "a" in text else None
+
+
+def test_judges(bundled):
+    good = [{"role": "user", "content": "Hello"}]
+    bad = [{"role": "user", "content": "a bomb"}]
+    options = {"temperature": 0, "max_gen_len": 10}
+    [plain] = bundled.chat_completion([good], **options)
+    results = bundled.chat_completion([bad, good, bad], judge_input=refuse_input, **options)
+    assert [result["generation"]["content"] for result in results] == [
+        "Not that.",
+        plain["generation"]["content"],
+        "Not that.",
+    ]
+    assert [result["finish_reason"] for result in results] == ["refused", plain["finish_reason"], "refused"]
+    [silenced] = bundled.chat_completion([good], judge_output=lambda text: "No." if text else None, **options)
+    assert silenced["generation"]["content"] == "No."
+    [allowed] = bundled.chat_completion([good], judge_output=lambda text: None, **options)
+    assert allowed == plain
+    events = list(bundled.chat_stream([good], judge_output=lambda text: None, **options))
+    assert [event.text for event in events] == [plain["generation"]["content"]]  # held back until it was judged
+
+
+def test_what_is_refused_on_input_is_never_generated(bundled, monkeypatch):
+    monkeypatch.setattr(bundled.model, "blocks", None)
+    [result] = bundled.chat_completion([[{"role": "user", "content": "a bomb"}]], judge_input=refuse_input)
+    assert result == {"generation": {"role": "assistant", "content": "Not that."}, "finish_reason": "refused"}
+
+
+def _judge_on_ranks(folder):
+    llama = Llama.build(folder, TOKENIZER, 64, 4, device="cpu")
+    asked = []
+
+    def judge(text):
+        asked.append(text)
+        return f"said {len(asked)}" if len(asked) % 2 else None
+
+    dialogs = [[{"role": "user", "content": text}] for text in ("a", "b", "c")]
+    results = llama.chat_completion(dialogs, temperature=0, max_gen_len=4, judge_output=judge)
+    return [result["generation"]["content"] for result in results], len(asked)
+
+
+def test_the_first_rank_judges_for_all(ranks, tmp_path):
+    save_random(tmp_path, mp=2)
+    (first, asked), (second, asked_too) = ranks(2).run(_judge_on_ranks, tmp_path)
+    assert first == second and (asked, asked_too) == (3, 0)
+    assert first[0] == "said 1" and first[2] == "said 3"
+
+
+# Lookup
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_lookup_changes_no_token(bundled, temperature):
+    """Also with penalties, which count what was accepted and nothing else, with stops, and where contexts fill up."""
+    story = "Tom had a red ball. Tom had a red ball. Tom had a"
+    prompts = [bundled.tokenizer.encode(text, bos=True, eos=False) for text in (story, "Once", story[:30])]
+    for options in ({}, {"repetition_penalty": 1.2, "frequency_penalty": 0.1}, {"stop": "ball", "min_gen_len": 20}):
+        options |= {"temperature": temperature, "top_p": 0.95, "seed": 3, "logprobs": True}
+        plain = bundled.generate(prompts, 500, **options)
+        fast = bundled.generate(prompts, 500, prompt_lookup=7, **options)
+        assert fast[0] == plain[0]
+        for a, b in zip(fast[1], plain[1], strict=True):
+            assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_lookup_takes_fewer_steps_where_text_repeats():
+    """As what follows a token is made to depend on that alone, the text goes in circles of 9."""
+    model = random_model()
+    for layer in model.layers:
+        layer.attention.wo.weight.data.zero_()
+        layer.feed_forward.w2.weight.data.zero_()
+    model.output.weight.data.zero_()[[*range(1, 9), 0]] = model.tok_embeddings.weight.data[:9]
+    rows = [[Row([5], 64), Row([3, 4], 50)] for _ in range(2)]
+    plain, fast = list(steps(model, rows[0])), list(steps(model, rows[1], lookup=7))
+    assert [row.text for row in rows[0]] == [row.text for row in rows[1]]
+    assert rows[0][0].text == [i % 9 for i in range(5, 69)]
+    assert len(plain) == 63
+    assert len(fast) < 30

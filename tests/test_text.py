@@ -1,0 +1,96 @@
+"""Streamed text: the pieces are the whole, and a stop string never shows."""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small import TOKENIZER
+
+from llama import Tokenizer
+from llama.text import Text
+
+OURS = Tokenizer(TOKENIZER)
+
+# Emoji with joiners and skin tones, flags, combining marks, right-to-left with marks of direction, Han, rare scripts
+# (which are bytes to this vocabulary), spaces of all kinds, and the mark by which SentencePiece writes a space.
+ODD = "🙂|👩‍👩‍👧|👍🏽|🇳🇴|e\u0301|a\u0308\u0323|שלום|\u202eעברית\u202c|مرحبا|漢字|𐍈𐍉|ꙮ| |  |\t|\n"
+odd = st.sampled_from(
+    [*ODD.split("|"), "\u00a0", "▁", "\u200d", "\ufeff", "\ufffd", "\x00", "<s>", "</s>", "<0xE4>", "[INST]"]
+)
+texts = st.lists(st.one_of(odd, st.text(max_size=6)), max_size=12).map("".join)
+ids = st.lists(st.one_of(st.integers(0, OURS.n_words - 1), st.integers(0, 258)), max_size=20)
+
+
+def streamed(ids, stops=(), least=0):
+    """Everything that was read, after each token and at the end, and the tokens that were taken."""
+    text, pieces, taken = Text(OURS, stops, least), [], 0
+    for id in ids:
+        taken += 1
+        stopped = text.add(id)
+        pieces.append(text.read())
+        if stopped:
+            break
+    return [*pieces, text.read(end=True)], taken
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.one_of(texts.map(lambda text: OURS.encode(text, bos=True, eos=False)), ids))
+def test_pieces_are_the_whole_text(ids):
+    pieces, _ = streamed(ids)
+    assert "".join(pieces) == OURS.decode(ids)
+    assert all(piece.encode() for piece in pieces if piece)  # no half of a surrogate pair
+
+
+def cut(text, stops):
+    ends = [(text.index(stop) + len(stop), -len(stop)) for stop in stops if stop in text]
+    return text[: sum(min(ends))] if ends else text
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.data(), texts.filter(bool))
+@example(None, "the end")
+def test_text_ends_before_the_first_stop_string(data, text):
+    """Stop strings are parts of the text and others, so that they overlap, share beginnings and cross tokens."""
+    ids = OURS.encode(text, bos=True, eos=False)
+    stops = ["e e", " en"]
+    if data:
+        parts = st.tuples(st.integers(0, len(text) - 1), st.integers(1, 9)).map(lambda t: text[t[0] : sum(t)])
+        stops = data.draw(st.lists(st.one_of(parts, st.text(min_size=1, max_size=4)), min_size=1, max_size=4))
+    pieces, taken = streamed(ids, stops)
+    assert "".join(pieces) == cut(OURS.decode(ids), stops)
+    if any(stop in OURS.decode(ids) for stop in stops):
+        before = OURS.decode(ids[: taken - 1]).rstrip("\ufffd")  # without the bytes of a character to come
+        assert all(stop not in before for stop in stops)  # it ends at once
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_a_stop_string_of_several_tokens_is_held_back(count):
+    """What is read lags behind while a stop string may be complete any moment, and not longer."""
+    tokens = [OURS.encode(c, bos=False, eos=False)[-1] for c in "Hello"[:count]]
+    before = OURS.encode("x", bos=False, eos=False)
+    stop = OURS.decode(before + tokens)[1:]
+    pieces, _ = streamed(before + tokens, [stop])
+    assert "".join(pieces[: len(before)]) == "x"
+    assert not any(pieces[len(before) :])
+    if count > 1:
+        pieces, _ = streamed([*before, *tokens[:-1], *before], [stop])
+        assert not any(pieces[len(before) : len(before) + count - 1])
+        assert "".join(pieces) == OURS.decode([*before, *tokens[:-1], *before])
+
+
+def test_a_stop_inside_a_character_is_none():
+    """The bytes of 🙂 end with one that also ends others; only the character itself stops."""
+    smile, other = (OURS.encode(c, bos=False, eos=False)[-4:] for c in "🙂🚂")
+    assert smile[-1] == other[-1] and smile != other
+    assert "".join(streamed(other + smile, ["🙂"])[0]) == "🚂"
+    assert "".join(streamed(smile[:3], ["🙂"])[0]) == "\ufffd" * 3
+
+
+def test_of_overlapping_stops_the_first_to_be_complete_counts():
+    tokens = OURS.encode("a b c d", bos=False, eos=False)
+    assert "".join(streamed(tokens, ["b c d", "c"])[0]) == "a b "
+    assert "".join(streamed(tokens, ["b c", " c"])[0]) == "a "
+
+
+def test_before_the_least_length_no_stop_counts():
+    tokens = [OURS.encode("x", bos=False, eos=False)[-1]] * 6
+    assert "".join(streamed(tokens, ["x"], 3)[0]).count("x") == 2
