@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
@@ -217,11 +217,20 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cached: int = 
 
 def prompt_logprobs(model: Transformer, prompt: Sequence[int], hidden: Tensor) -> list[float]:
     """Log probabilities of a prompt's tokens given those before them, from `hidden` (T, dim); 0 for the first, which
-    nothing predicts. The logits of a few positions at a time, so that a long prompt fits."""
+    nothing predicts."""
+    return [0.0, *(value for chances, _, _ in prompt_scores(model, prompt, hidden, 0) for value in chances.tolist())]
+
+
+def prompt_scores(
+    model: Transformer, prompt: Sequence[int], hidden: Tensor, top: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For a few of a prompt's positions at a time, so that the logits of a long one fit: log probabilities (n,) of the
+    tokens behind them, the `top` highest (n, top) and whose they are (n, top)."""
     targets = torch.tensor(prompt[1:], device=hidden.device)  # position t predicts token t + 1
     chunk = max(1, LOGITS_AT_ONCE // model.vocab_size)
-    parts = zip(hidden[:-1].split(chunk), targets.split(chunk), strict=True)
-    return [0.0, *torch.cat([token_logprobs(model.logits(part), ids) for part, ids in parts]).tolist()]
+    for part, ids in zip(hidden[:-1].split(chunk), targets.split(chunk), strict=True):
+        logits = model.logits(part)
+        yield token_logprobs(logits, ids), *torch.log_softmax(logits, -1).topk(top)
 
 
 def not_finite(model: Transformer, again: Callable[[], Iterable[Tensor]]) -> FloatingPointError:

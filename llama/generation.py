@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from reprlib import repr as shorten
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from . import parallel
 from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
@@ -20,6 +22,8 @@ from .engine import Row, steps
 from .memory import available, footprint, shortage
 from .model import Transformer
 from .options import Options, Plan
+from .score import Scores, embed, score
+from .stream import Event, JudgeInput, JudgeOutput, Stream, collect, judged
 from .text import Text
 from .tokenizer import Tokenizer
 
@@ -48,10 +52,6 @@ class _Turn:
 _turns: WeakKeyDictionary[Transformer, _Turn] = WeakKeyDictionary()
 
 
-JudgeInput = Callable[[Dialog], "str | None"]  # None where the dialog may be answered, or what to say instead
-JudgeOutput = Callable[[str], "str | None"]  # None where the answer may be given, or what to say instead
-
-
 class _Scored(TypedDict, total=False):
     finish_reason: str | None  # "eos", "stop", "length" or "refused"
     tokens: list[str]  # the text that each token adds; joined, the whole text
@@ -66,50 +66,15 @@ class ChatPrediction(_Scored):
     generation: Message
 
 
-class Event(NamedTuple):
-    """What a row of a batch has gained."""
+class Scored(TypedDict):
+    """Of each token that was scored; log probabilities are natural."""
 
-    row: int
-    text: str = (
-        ""  # final: it may lag behind the tokens, where they are part of a character or perhaps of a stop string
-    )
-    tokens: list[int] = []  # noqa: RUF012 - never changed
-    logprobs: list[float] = []  # noqa: RUF012 - of each token, if asked for
-    finish_reason: str | None = None  # "eos", "stop", "length" or "refused": once, at the end
-
-    def then(self, other: Event) -> Event:
-        """Both as one."""
-        text, tokens, logprobs = self.text + other.text, self.tokens + other.tokens, self.logprobs + other.logprobs
-        return Event(self.row, text, tokens, logprobs, other.finish_reason)
-
-
-class Stream:
-    """An iterator of events. Under torchrun every rank has one; when the first rank closes its own, or drops it, the
-    others end."""
-
-    def __init__(self, steps: Iterator[list[Event]]) -> None:
-        self._steps = steps
-        # The first is fetched at once, so that a stream that nobody reads has begun on all ranks, and can end on all.
-        self._waiting = next(steps, [])[::-1]
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> Event:
-        while not self._waiting:
-            self._waiting = next(self._steps)[::-1]
-        return self._waiting.pop()
-
-    def close(self) -> None:
-        """End all rows here and now."""
-        self._waiting = []
-        self._steps.close()  # type: ignore[attr-defined]
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    tokens: list[str]  # the text that each adds
+    token_ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[list[tuple[str, float]]]  # the likeliest in its place
+    sum: float
+    perplexity: float  # exp of the mean negative log probability
 
 
 class Llama:
@@ -287,12 +252,76 @@ class Llama:
         steps = self._chat(dialogs, temperature, top_p, max_gen_len, logprobs, judge_input, judge_output, options)
         return Stream(steps)
 
+    @parallel.as_first_rank
+    def score(
+        self, prompts: Sequence[str], continuations: Sequence[str] | None = None, top_logprobs: int = 0
+    ) -> list[Scored]:
+        """How likely each prompt is, token by token after BOS; or, given its prompt, each continuation. With
+        `top_logprobs` also the texts and log probabilities of so many of the likeliest tokens in the place of each.
+
+        A continuation's tokens are those of prompt + continuation behind as many as the prompt alone has. Prompts may
+        be more than max_batch_size. Raises ValueError for one that is longer than max_seq_len."""
+        self._texts("prompts", prompts)
+        if type(top_logprobs) is not int or not 0 <= top_logprobs <= self.model.vocab_size:
+            raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to {self.model.vocab_size}")
+        rows, begins = self._encode(prompts), [1] * len(prompts)
+        if continuations is not None:
+            self._texts("continuations", continuations)
+            if len(continuations) != len(prompts):
+                raise ValueError(f"there are {len(continuations)} continuations for {len(prompts)} prompts")
+            begins = [len(row) for row in rows]
+            rows = self._encode([prompt + more for prompt, more in zip(prompts, continuations, strict=True)])
+        self._fit(rows, "prompt")
+        with self.turn:
+            self.kept = []
+            return [
+                self._told(row, begin, scores)
+                for row, begin, scores in zip(rows, begins, score(self.model, rows, top_logprobs), strict=True)
+            ]
+
+    def _told(self, row: Sequence[int], begin: int, scores: Scores) -> Scored:
+        logprobs = scores.logprobs[begin - 1 :]
+        total = math.fsum(logprobs)
+        tops = zip(scores.top_ids[begin - 1 :], scores.top_logprobs[begin - 1 :], strict=True)
+        return {
+            "tokens": self.tokenizer.decode_pieces(row)[begin:],
+            "token_ids": list(row[begin:]),
+            "logprobs": logprobs,
+            "top_logprobs": [[(self.tokenizer.piece(i), p) for i, p in zip(*top, strict=True)] for top in tops],
+            "sum": total,
+            "perplexity": math.exp(-total / len(logprobs)) if logprobs else math.nan,
+        }
+
+    @parallel.as_first_rank
+    def embed(self, texts: Sequence[str], pooling: Literal["mean", "last"] = "mean") -> Tensor:
+        """The last hidden states of each text with BOS before it, normalized as before the output layer: their mean, or
+        the last token's; float32 (len(texts), dim)."""
+        if pooling not in ("mean", "last"):
+            raise ValueError(f"pooling is {pooling!r}; it must be 'mean' or 'last'")
+        rows = self._encode(texts)
+        self._fit(rows, "text")
+        with self.turn:
+            self.kept = []
+            return embed(self.model, rows, pooling) if rows else torch.empty(0, self.model.params.dim)
+
+    def _texts(self, name: str, texts: Any) -> None:
+        if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
+            raise ValueError(f"{name} is {shorten(texts)}; it must be a list of str")
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"{name.removesuffix('s')} {i} is {shorten(text)}, which is not a str")
+
+    def _fit(self, rows: Sequence[Sequence[int]], name: str, numbers: Sequence[int] | None = None) -> None:
+        limit = self.model.params.max_seq_len
+        for i, row in zip(numbers or range(len(rows)), rows, strict=True):
+            if len(row) > limit:
+                raise ValueError(
+                    f"{name} {i} has {len(row)} tokens, more than max_seq_len {limit}; "
+                    "shorten it or build with a larger max_seq_len"
+                )
+
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-            raise ValueError(f"prompts is {shorten(prompts)}; it must be a list of str")
-        for i, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise ValueError(f"prompt {i} is {shorten(prompt)}, which is not a str")
+        self._texts("prompts", prompts)
         return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
     def _chat(
@@ -345,11 +374,7 @@ class Llama:
                 raise ValueError(f"{name} is empty; it needs at least one token, such as bos_id")
             if odd := [id for id in prompt if type(id) is not int or not 0 <= id < params.vocab_size]:
                 raise ValueError(f"{name} holds {shorten(odd[0])}, which is no int from 0 to {params.vocab_size - 1}")
-            if len(prompt) > params.max_seq_len:
-                raise ValueError(
-                    f"{name} has {len(prompt)} tokens, more than max_seq_len {params.max_seq_len}; "
-                    "shorten it or build with a larger max_seq_len"
-                )
+        self._fit(prompts, "prompt" if rows is None else "dialog", rows)
         asked = {"temperature": temperature, "top_p": top_p, **options}
         most = params.max_seq_len if max_gen_len is None else max_gen_len
         plan = Plan(len(prompts) if B is None else B, params.vocab_size, most, self.generator, asked)
@@ -414,44 +439,6 @@ class Llama:
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens of b, less its last, begin a too."""
     return next((i for i, (x, y) in enumerate(zip(a, b[:-1], strict=False)) if x != y), min(len(a), len(b) - 1))
-
-
-def judged(
-    steps: Generator[list[Event], None, None],
-    rows: Sequence[int],
-    refusals: Mapping[int, str],
-    judge: JudgeOutput | None,
-) -> Iterator[list[Event]]:
-    """Events of those `rows` of a batch that were not refused; texts as a whole, if there is someone to judge them."""
-    if refusals:
-        yield [refused(row, text) for row, text in refusals.items()]
-    whole = {row: Event(row) for row in rows}
-    with closing(steps):
-        for step in steps:
-            events = [event._replace(row=rows[event.row]) for event in step]
-            if judge is not None:
-                for event in events:
-                    whole[event.row] = whole[event.row].then(event)
-                ended = [whole[event.row] for event in events if event.finish_reason]
-                verdicts = [parallel.ask_first_rank(judge, event.text) for event in ended]
-                events = [
-                    event if verdict is None else refused(event.row, verdict)
-                    for event, verdict in zip(ended, verdicts, strict=True)
-                ]
-            yield events
-
-
-def refused(row: int, text: str) -> Event:
-    return Event(row, text, finish_reason="refused")
-
-
-def collect(steps: Iterable[list[Event]], B: int) -> list[Event]:
-    """All that happens to each row, as one event."""
-    rows = [Event(i) for i in range(B)]
-    for step in steps:
-        for event in step:
-            rows[event.row] = rows[event.row].then(event)
-    return rows
 
 
 def check_seed(seed: Any) -> None:

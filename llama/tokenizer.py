@@ -42,6 +42,12 @@ class Tokenizer:
         character become U+FFFD."""
         return self.sp_model.decode(list(t))
 
+    def piece(self, id: int) -> str:
+        """The text of one id inside of a text; U+FFFD for a byte."""
+        decoder = Decoder(self)
+        decoder.empty = False
+        return decoder.push(id) + decoder.flush()
+
     def decode_pieces(self, t: Sequence[int]) -> list[str]:
         """What each id adds to the text; joined, exactly `decode(t)`. A character comes with the last of its bytes."""
         decoder = Decoder(self)
@@ -56,8 +62,7 @@ class Decoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.sp_model = tokenizer.sp_model
         self.bytes = codecs.getincrementaldecoder("utf-8")(EACH)
-        self.empty = True  # no text yet but perhaps the space that is dropped
-        self.dropped = False
+        self.empty = True  # nothing yet, so that a space is dropped
 
     def push(self, id: int) -> str:
         piece: str = self.sp_model.id_to_piece(id)
@@ -68,8 +73,8 @@ class Decoder:
             if self.sp_model.is_unknown(id):
                 text += " \u2047 "
             elif not self.sp_model.is_control(id):
-                if self.empty and not text and not self.dropped and piece.startswith("▁"):
-                    piece, self.dropped = piece[1:], True
+                if self.empty and not text and piece.startswith("▁"):
+                    piece, self.empty = piece[1:], False
                 text += piece.replace("▁", " ")
         self.empty = self.empty and not text
         return text

@@ -1,0 +1,69 @@
+"""How likely given texts are, and what the model makes of them, in as few passes as its cache has room for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .engine import not_finite, prefill, prompt_scores
+from .model import Transformer
+
+
+class Scores(NamedTuple):
+    """Of each token of a row but its first, in the light of those before it."""
+
+    logprobs: list[float]
+    top_logprobs: list[list[float]]
+    top_ids: list[list[int]]
+
+
+def passes(model: Transformer, rows: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """The last layer's output (T, dim) for the tokens of each row, max_batch_size rows in a pass."""
+    at_once = model.params.max_batch_size
+    for begin in range(0, len(rows), at_once):
+        some = rows[begin : begin + at_once]
+        yield from zip(some, prefill(model, some), strict=True)
+
+
+@torch.inference_mode()
+def score(model: Transformer, rows: Sequence[Sequence[int]], top: int = 0) -> list[Scores]:
+    """Raises FloatingPointError naming the first layer that was not finite."""
+    found = []
+    for row, hidden in passes(model, rows):
+        chances, highest, ids = (
+            [value for part in parts for value in part.tolist()]
+            for parts in (list(zip(*prompt_scores(model, row, hidden, top), strict=True)) or [(), (), ()])
+        )
+        if not all(map(math.isfinite, chances)):
+            raise not_finite(model, lambda row=row: prefill(model, [row]))  # type: ignore[misc]
+        found.append(Scores(chances, highest, ids))
+    return found
+
+
+@torch.inference_mode()
+def embed(model: Transformer, rows: Sequence[Sequence[int]], pooling: str) -> Tensor:
+    """The normalized last hidden states of each row, their mean or the last one: (rows, dim) in float32."""
+    states = (model.norm(hidden).float() for _, hidden in passes(model, rows))
+    return torch.stack([state.mean(0) if pooling == "mean" else state[-1] for state in states])
+
+
+def perplexity(
+    model: Transformer, ids: Sequence[int], window: int, stride: int, done: Callable[[int], object] = int
+) -> tuple[float, int]:
+    """exp of the mean negative log probability of all ids but the first, and how many they are. Each is scored once, in
+    windows that begin every `stride` ids, with at least window - stride ids before it where there are so many. `done`
+    is told how many ids more are done."""
+    begins = range(0, max(1, len(ids) - window + stride), stride)
+    total = 0.0
+    for group in (
+        begins[i : i + model.params.max_batch_size] for i in range(0, len(begins), model.params.max_batch_size)
+    ):
+        for begin, scores in zip(group, score(model, [ids[begin : begin + window] for begin in group]), strict=True):
+            new = scores.logprobs if begin == 0 else scores.logprobs[window - stride - 1 :]
+            total += math.fsum(new)
+            done(len(new))
+    return math.exp(-total / (len(ids) - 1)), len(ids) - 1

@@ -1,0 +1,97 @@
+"""What generation tells as it happens, and judges who may keep it from being told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import NamedTuple
+
+from .chat import Dialog
+from .parallel import ask_first_rank
+
+JudgeInput = Callable[[Dialog], "str | None"]  # None where the dialog may be answered, or what to say instead
+JudgeOutput = Callable[[str], "str | None"]  # None where the answer may be given, or what to say instead
+
+
+class Event(NamedTuple):
+    """What a row of a batch has gained."""
+
+    row: int
+    text: str = (
+        ""  # final: it may lag behind the tokens, where they are part of a character or perhaps of a stop string
+    )
+    tokens: list[int] = []  # noqa: RUF012 - never changed
+    logprobs: list[float] = []  # noqa: RUF012 - of each token, if asked for
+    finish_reason: str | None = None  # "eos", "stop", "length" or "refused": once, at the end
+
+    def then(self, other: Event) -> Event:
+        """Both as one."""
+        text, tokens, logprobs = self.text + other.text, self.tokens + other.tokens, self.logprobs + other.logprobs
+        return Event(self.row, text, tokens, logprobs, other.finish_reason)
+
+
+class Stream:
+    """An iterator of events. Under torchrun every rank has one; when the first rank closes its own, or drops it, the
+    others end."""
+
+    def __init__(self, steps: Iterator[list[Event]]) -> None:
+        self._steps = steps
+        # The first is fetched at once, so that a stream that nobody reads has begun on all ranks, and can end on all.
+        self._waiting = next(steps, [])[::-1]
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Event:
+        while not self._waiting:
+            self._waiting = next(self._steps)[::-1]
+        return self._waiting.pop()
+
+    def close(self) -> None:
+        """End all rows here and now."""
+        self._waiting = []
+        self._steps.close()  # type: ignore[attr-defined]
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def judged(
+    steps: Generator[list[Event], None, None],
+    rows: Sequence[int],
+    refusals: Mapping[int, str],
+    judge: JudgeOutput | None,
+) -> Iterator[list[Event]]:
+    """Events of those `rows` of a batch that were not refused; texts as a whole, if there is someone to judge them."""
+    if refusals:
+        yield [refused(row, text) for row, text in refusals.items()]
+    whole = {row: Event(row) for row in rows}
+    with closing(steps):
+        for step in steps:
+            events = [event._replace(row=rows[event.row]) for event in step]
+            if judge is not None:
+                for event in events:
+                    whole[event.row] = whole[event.row].then(event)
+                ended = [whole[event.row] for event in events if event.finish_reason]
+                verdicts = [ask_first_rank(judge, event.text) for event in ended]
+                events = [
+                    event if verdict is None else refused(event.row, verdict)
+                    for event, verdict in zip(ended, verdicts, strict=True)
+                ]
+            yield events
+
+
+def refused(row: int, text: str) -> Event:
+    return Event(row, text, finish_reason="refused")
+
+
+def collect(steps: Iterable[list[Event]], B: int) -> list[Event]:
+    """All that happens to each row, as one event."""
+    rows = [Event(i) for i in range(B)]
+    for step in steps:
+        for event in step:
+            rows[event.row] = rows[event.row].then(event)
+    return rows

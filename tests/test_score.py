@@ -1,0 +1,135 @@
+"""Scores against Hugging Face's log-softmax, perplexity against a direct computation."""
+
+import math
+
+import pytest
+import torch
+from small import SHAPES, TOKENIZER, hugging_face, random_model, save_random
+
+from llama import Llama, Tokenizer
+from llama.score import perplexity
+
+OURS = Tokenizer(TOKENIZER)
+TEXTS = ["The sun was warm.", "", "a🙂b", "Once upon a time there was a fox", "x", "The sun was cold and far away"]
+
+
+def built(shape="GQA", **options):
+    return Llama(random_model(SHAPES[shape], vocab_size=OURS.n_words, **options), OURS)
+
+
+def theirs(llama, ids):
+    """Log probabilities (T, V) of what comes at each position of ids but the first."""
+    model = hugging_face(llama.model.params, llama.model.state_dict())
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scores_are_hugging_faces(shape):
+    llama = built(shape)
+    results = llama.score(TEXTS, top_logprobs=3)  # more than max_batch_size
+    for text, result in zip(TEXTS, results, strict=True):
+        ids = OURS.encode(text, bos=True, eos=False)
+        expected = theirs(llama, ids)
+        assert result["token_ids"] == ids[1:]
+        assert "".join(result["tokens"]) == text
+        assert result["logprobs"] == pytest.approx(
+            [expected[t, id].item() for t, id in enumerate(ids[1:])], rel=1e-4, abs=1e-6
+        )
+        highest = expected.topk(3)
+        for t, top in enumerate(result["top_logprobs"]):
+            assert [p for _, p in top] == pytest.approx(highest.values[t].tolist(), rel=1e-4)
+            assert [piece for piece, _ in top] == [OURS.piece(id) for id in highest.indices[t].tolist()]
+        assert result["sum"] == pytest.approx(sum(result["logprobs"]))
+        if text:
+            assert result["perplexity"] == pytest.approx(math.exp(-sum(result["logprobs"]) / len(ids[1:])))
+        else:
+            assert math.isnan(result["perplexity"])
+
+
+def test_continuations_are_scored_given_their_prompts():
+    llama = built()
+    [result] = llama.score(["The sun was"], [" warm."])
+    [whole] = llama.score(["The sun was warm."])
+    n = len(result["logprobs"])
+    assert result["token_ids"] == whole["token_ids"][-n:]
+    assert "".join(result["tokens"]) == " warm."
+    assert result["logprobs"] == pytest.approx(whole["logprobs"][-n:])
+    assert result["sum"] == pytest.approx(sum(whole["logprobs"][-n:]))
+
+
+def test_many_continuations_of_one_long_prompt():
+    """What they share is computed once, and the scores are the same."""
+    llama = built(max_batch_size=8)
+    prompt = "The sun was warm. " * 2
+    together = llama.score([prompt] * 4, ["one", "two", "three", "four"])
+    for text, result in zip(["one", "two", "three", "four"], together, strict=True):
+        [alone] = llama.score([prompt], [text])
+        assert result["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(8, 4), (16, 1), (16, 15), (64, 32)])
+def test_perplexity_is_the_direct_one(window, stride):
+    llama = built()
+    torch.manual_seed(0)
+    for length in (2, 7, 8, 9, 40):
+        ids = torch.randint(3, 500, (length,)).tolist()
+        found, count = perplexity(llama.model, ids, window, stride)
+        total = 0.0
+        for t in range(1, length):  # one token at a time, in the window that is the first to reach it
+            begin = 0 if t < window else stride * -(-(t - window + 1) // stride)
+            total += theirs(llama, ids[begin : t + 1])[-1, ids[t]].item()
+        assert count == length - 1
+        assert found == pytest.approx(math.exp(-total / count), rel=1e-4)
+
+
+def test_embeddings_are_hugging_faces_last_hidden_states():
+    llama = built()
+    model = hugging_face(llama.model.params, llama.model.state_dict()).model
+    for pooling in ("mean", "last"):
+        found = llama.embed(TEXTS, pooling)
+        assert found.shape == (len(TEXTS), 64) and found.dtype == torch.float32
+        for text, embedding in zip(TEXTS, found, strict=True):
+            with torch.no_grad():
+                states = model(torch.tensor([OURS.encode(text, bos=True, eos=False)])).last_hidden_state[0]
+            expected = states.mean(0) if pooling == "mean" else states[-1]
+            assert torch.allclose(embedding, expected, rtol=1e-4, atol=1e-5)
+    assert llama.embed([]).shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.score("text"), "prompts is 'text'"),
+        (lambda m: m.score(["a"], ["b", "c"]), "2 continuations for 1 prompts"),
+        (lambda m: m.score(["a"], [3]), "continuation 0 is 3"),
+        (lambda m: m.score(["a"], top_logprobs=-1), "top_logprobs is -1"),
+        (lambda m: m.score(["a " * 99]), "more than max_seq_len 64"),
+        (lambda m: m.embed(["a"], "max"), "pooling is 'max'"),
+        (lambda m: m.embed(["a", "a " * 99]), "text 1 has"),
+    ],
+)
+def test_what_cannot_be_scored(call, message):
+    with pytest.raises(ValueError) as error:
+        call(built())
+    assert message in str(error.value)
+
+
+def test_scores_that_are_not_finite_name_the_layer():
+    llama = built()
+    llama.model.layers[1].feed_forward.w2.weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=r"layers\.1$"):
+        llama.score(["Hello"])
+
+
+def _score(folder):
+    llama = Llama.build(folder, TOKENIZER, 64, 4, device="cpu")
+    return [result["sum"] for result in llama.score(TEXTS)], llama.embed(TEXTS).sum().item()
+
+
+def test_ranks_score_alike(ranks, tmp_path):
+    save_random(tmp_path, mp=2)
+    alone = _score(tmp_path)
+    for sums, total in ranks(2).run(_score, tmp_path):
+        assert sums == pytest.approx(alone[0], rel=1e-4)
+        assert total == pytest.approx(alone[1], rel=1e-3)
