@@ -19,10 +19,13 @@ from . import bench as benchmark
 from . import parallel, script
 from .checkpoint import Checkpoint, Weights, check_path, digest, find_tokenizer, shapes
 from .convert import convert as write
+from .generation import Llama
 from .memory import available, footprint, shortage
 from .model import ModelArgs
 from .peers import PEERS, Source
 from .quantization import Scheme, scheme
+from .score import perplexity as sliding
+from .terminal import converse
 from .tokenizer import Tokenizer
 
 SUMS = ("*.chk", "*.md5", "*.sha256", "*SUMS")  # names of lists
@@ -223,6 +226,88 @@ def bench(
         benchmark.bench(model, cases, repeats, {peer: PEERS[peer](source) for peer in peers}, facts)
 
 
+def chat(
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    system: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_gen_len: int | None = None,
+    max_seq_len: int = 2048,
+    seed: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    group_size: int = 64,
+    prompt_lookup: int = 0,
+) -> None:
+    """Talk to a chat model in the terminal, or pipe one prompt a line into it; /help there tells more.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.*.pth, or of config.json and *.safetensors
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir or one folder up
+        system: instructions that begin the conversation
+        temperature: 0 for always the likeliest token
+        top_p: probability of the tokens that are drawn from
+        max_gen_len: tokens of an answer, at most
+        max_seq_len: tokens of the conversation that the model sees, at most
+        seed: what makes another run draw the same
+        device: cuda, mps or cpu; the first of them that there is by default
+        dtype: bfloat16, float16 or float32; by default what Llama.build would choose
+        quantize: int8 or int4
+        group_size: columns of a group of int4: 32, 64 or 128
+        prompt_lookup: guesses to try with each step, which helps where answers repeat what was said
+    """
+    llama = Llama.build(
+        ckpt_dir, tokenizer_path, max_seq_len, 1, None, seed, device, dtype, quantize=quantize, group_size=group_size
+    )
+    options = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "prompt_lookup": prompt_lookup}
+    converse(llama, system, **options)
+
+
+@SetParseFns(file=str)
+def perplexity(
+    file: str,
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    window: int = 512,
+    stride: int | None = None,
+    batch: int = 4,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    group_size: int = 64,
+) -> None:
+    """Tell the perplexity of the text in FILE, each token seen with those before it in a sliding window.
+
+    Args:
+        file: a text in UTF-8
+        ckpt_dir: folder of params.json and consolidated.*.pth, or of config.json and *.safetensors
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir or one folder up
+        window: tokens of a window
+        stride: tokens from one window to the next; by default half of a window
+        batch: windows at a time
+        device: cuda, mps or cpu; the first of them that there is by default
+        dtype: bfloat16, float16 or float32; by default what Llama.build would choose
+        quantize: int8 or int4
+        group_size: columns of a group of int4: 32, 64 or 128
+    """
+    step = window // 2 if stride is None else stride
+    if type(window) is not int or type(step) is not int or not 0 < step < window:
+        raise ValueError(f"window is {window!r} and stride {step!r}; they must be whole, 0 < stride < window")
+    text = check_path(file, "file", "file").read_text(encoding="utf-8")
+    llama = Llama.build(
+        ckpt_dir, tokenizer_path, window, batch, device=device, dtype=dtype, quantize=quantize, group_size=group_size
+    )
+    ids = llama.tokenizer.encode(text, bos=True, eos=False)
+    if len(ids) < 2:
+        raise ValueError(f"{file} is empty")
+    with tqdm(total=len(ids) - 1, unit="token", disable=True if parallel.rank() else None, leave=False) as bar:
+        found, count = sliding(llama.model, ids, window, step, bar.update)
+    if parallel.rank() == 0:
+        print(f"perplexity {found:.4f} of {count:,} tokens, in windows of {window} every {step}")
+
+
 def fit(args: ModelArgs, where: torch.device, dtype: torch.dtype, rounding: Scheme | None) -> None:
     """MemoryError for a model that this machine has no room for."""
     ranks = parallel.world_size()
@@ -256,4 +341,4 @@ def verify_sums(lists: Sequence[Path], needed: Sequence[Path]) -> None:
 
 
 if __name__ == "__main__":
-    script.run({"bench": bench, "convert": convert, "inspect": inspect})
+    script.run({"bench": bench, "chat": chat, "convert": convert, "inspect": inspect, "perplexity": perplexity})

@@ -334,6 +334,7 @@ class Llama:
         judge_input: JudgeInput | None,
         judge_output: JudgeOutput | None,
         options: Options,
+        keep: bool = False,
     ) -> Iterator[list[Event]]:
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is {shorten(dialogs)}; it must be a list of dialogs")
@@ -347,7 +348,7 @@ class Llama:
         allowed = [i for i in range(len(dialogs)) if i not in refusals]
         prompts = [encode_dialog(self.tokenizer, dialogs[i]) for i in allowed]
         plan = self._plan(prompts, max_gen_len, temperature, top_p, options, len(dialogs), allowed)
-        return judged(self._events(prompts, plan, logprobs), allowed, refusals, judge_output)
+        return judged(self._events(prompts, plan, logprobs, keep=keep), allowed, refusals, judge_output)
 
     def _plan(
         self,

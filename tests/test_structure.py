@@ -7,7 +7,7 @@ import sys
 import pytest
 from small import ROOT
 
-# Which rooms of llama/ a room may know. Nothing knows generation but the package, the commands and the examples.
+# Which rooms of llama/ a room may know.
 MAY_IMPORT = {
     "tokenizer": set(),
     "sampling": set(),
@@ -33,12 +33,15 @@ MAY_IMPORT = {
         "bench",
         "checkpoint",
         "convert",
+        "generation",
         "memory",
         "model",
         "parallel",
         "peers",
         "quantization",
+        "score",
         "script",
+        "terminal",
         "tokenizer",
     },
     "engine": {"decode", "lookup", "model", "parallel", "sampling"},
@@ -55,13 +58,11 @@ MAY_IMPORT = {
         "text",
         "tokenizer",
     },
-    "score",
-        "text",
-        "tokenizer",
-    },
     "score": {"engine", "model"},
+    "session": {"chat", "generation", "parallel", "stream"},
+    "terminal": {"chat", "generation", "parallel", "session"},
     "stream": {"chat", "parallel"},
-    "__init__": {"chat", "generation", "model", "tokenizer"},
+    "__init__": {"chat", "generation", "model", "session", "stream", "tokenizer"},
 }
 
 
