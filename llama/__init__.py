@@ -3,6 +3,8 @@
 from .chat import Dialog
 from .generation import Llama
 from .model import ModelArgs, Transformer
+from .session import Chat
+from .stream import Event, Stream
 from .tokenizer import Tokenizer
 
-__all__ = ["Dialog", "Llama", "ModelArgs", "Tokenizer", "Transformer"]
+__all__ = ["Chat", "Dialog", "Event", "Llama", "ModelArgs", "Stream", "Tokenizer", "Transformer"]

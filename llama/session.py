@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from . import parallel
-from .chat import TAGS, Dialog, Message, check_dialog, encode_dialog
+from .chat import TAGS, Dialog, Message, check_dialog, encode_dialog, has_tags
 from .generation import Llama
 from .stream import Event, Stream, collect
 
@@ -61,19 +61,30 @@ class Chat:
 
     def _turn(self, text: str) -> Iterator[list[Event]]:
         before = len(self.dialog)
-        dialog = self.fitting([*self.dialog, {"role": "user", "content": text}])
-        self.dropped += before + 1 - len(dialog)
+        dialog: list[Message] = [*self.dialog, {"role": "user", "content": text}]
+        if not has_tags(dialog):
+            dialog = self.fitting(dialog)
         fixed, rest = self._split(self.options)
+        steps = self.llama._chat([dialog], **fixed, logprobs=False, options=rest, keep=True)
+        self.dropped += before + 1 - len(dialog)
         said, refused = "", False
         try:
-            for step in self.llama._chat([dialog], **fixed, logprobs=False, options=rest, keep=True):
+            for step in steps:
                 said += "".join(event.text for event in step)
                 refused = refused or any(event.finish_reason == "refused" for event in step)
                 yield step
-        finally:
-            for tag in TAGS:  # the model may say what no message may contain
-                said = said.replace(tag, "")
-            self.dialog = dialog[:-1] if refused else [*dialog, {"role": "assistant", "content": said}]
+        except Exception:
+            self.dropped -= before + 1 - len(dialog)
+            raise
+        except GeneratorExit:  # what was said until now was said
+            self._remember(dialog, said, refused)
+            raise
+        self._remember(dialog, said, refused)
+
+    def _remember(self, dialog: list[Message], said: str, refused: bool) -> None:
+        for tag in TAGS:  # the model may say what no message may contain
+            said = said.replace(tag, "")
+        self.dialog = dialog[:-1] if refused else [*dialog, {"role": "assistant", "content": said}]
 
     def fitting(self, dialog: Sequence[Message]) -> list[Message]:
         """A dialog without its oldest turns, where it leaves no room for an answer. If some must go, so many go that

@@ -138,7 +138,9 @@ def terminal() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool], b
     before = termios.tcgetattr(fd)
     quiet = termios.tcgetattr(fd)
     quiet[3] &= ~(termios.ISIG | termios.ICANON | termios.ECHO)
-    read = _line_editor()
+    cooked = termios.tcgetattr(fd)
+    cooked[3] &= ~termios.ISIG
+    read = _line_editor() or _cooked(lambda: termios.tcsetattr(fd, termios.TCSANOW, cooked))
 
     def interrupted() -> bool:
         termios.tcsetattr(fd, termios.TCSANOW, quiet)
@@ -148,9 +150,6 @@ def terminal() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool], b
         return False
 
     def lines() -> str | None:
-        asking = before.copy()
-        asking[3] = before[3] & ~termios.ISIG
-        termios.tcsetattr(fd, termios.TCSANOW, asking)
         try:
             return _joined(read)
         finally:
@@ -186,11 +185,19 @@ def _joined(read: Callable[[str], str]) -> str | None:
             return "\n".join([*lines, line])
 
 
-def _line_editor() -> Callable[[str], str]:
-    """prompt_toolkit's, with history, where it is installed; else Python's."""
+def _line_editor() -> Callable[[str], str] | None:
+    """prompt_toolkit's, with history, where it is installed. It sets the terminal as it needs it."""
     try:
         from prompt_toolkit import PromptSession
     except ImportError:
-        return input
+        return None
     session: Any = PromptSession()
     return lambda prompt: str(session.prompt(prompt))
+
+
+def _cooked(set_terminal: Callable[[], None]) -> Callable[[str], str]:
+    def read(prompt: str) -> str:
+        set_terminal()
+        return input(prompt)
+
+    return read

@@ -1,0 +1,134 @@
+"""python -m llama chat in a real terminal, and with a pipe; perplexity."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pexpect
+import pytest
+from small import GQA, MODELS, in_process, save_random
+
+import llama.__main__ as commands
+from llama import Llama
+from llama.score import perplexity
+
+CHAT = [sys.executable, "-m", "llama", "chat"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "llama", "chat"]
+MODEL = ["--ckpt_dir", str(MODELS / "small-chat"), "--temperature", "0", "--max_seq_len", "256", "--device", "cpu"]
+HELLO = "Hello! How can I help you?"
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory, tokenizer):
+    """A model whose answers do not end by themselves, and take minutes."""
+    folder = tmp_path_factory.mktemp("endless")
+    save_random(folder, {**GQA, "n_layers": 12}, mp=2)
+    return ["--ckpt_dir", str(folder), "--tokenizer_path", str(MODELS / "tokenizer.model"), "--max_seq_len", "50000"]
+
+
+@pytest.fixture(params=["plain", "prompt_toolkit", "two ranks"])
+def spawn(request, tmp_path):
+    """Starts a chat in a terminal of its own, with and without prompt_toolkit, and as two ranks."""
+    if request.param == "prompt_toolkit":
+        pytest.importorskip("prompt_toolkit")
+    children = []
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+    if request.param != "prompt_toolkit":
+        (tmp_path / "prompt_toolkit.py").write_text("raise ImportError")
+        environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+
+    def start(*flags):
+        command = [*(TORCHRUN if request.param == "two ranks" else CHAT), *flags]
+        child = pexpect.spawn(
+            command[0], command[1:], env=environment, timeout=60, encoding="utf-8", dimensions=(40, 120)
+        )
+        children.append(child)
+        child.expect("Ask something")
+        return child
+
+    yield start
+    for child in children:
+        child.close(force=True)
+
+
+def test_typing_and_commands(spawn, tmp_path):
+    child = spawn(*MODEL)
+    child.expect("> ")
+    child.sendline("Hello")
+    child.expect_exact(HELLO)
+    child.expect("> ")
+    child.sendline("Who are \\")
+    child.sendline("you?")
+    child.expect("Llama")
+    child.expect("> ")
+    child.sendline("/set temperature 0.2")
+    child.expect("temperature 0.2")
+    child.expect("> ")
+    child.sendline("/set temperature cold")
+    child.expect("error: temperature is 'cold'")
+    child.expect("> ")
+    child.sendline(f"/save {tmp_path / 'talk.json'}")
+    child.expect("saved to")
+    child.expect("> ")
+    child.sendline("/system You are a pirate.")
+    child.sendline("/reset")
+    child.sendline(f"/load {tmp_path / 'talk.json'}")
+    child.expect("4 messages")
+    child.expect("> ")
+    child.sendline("/nothing")
+    child.expect("/reset")
+    child.expect("Ctrl-D ends")
+    child.expect("> ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.exitstatus == 0
+    dialog = json.loads((tmp_path / "talk.json").read_text())
+    assert [message["content"] for message in dialog[:3]] == ["Hello", HELLO, "Who are \nyou?"]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(spawn, endless):
+    child = spawn(*endless, "--device", "cpu")
+    child.expect("> ")
+    child.sendline("/set min_gen_len 40000")
+    child.expect("min_gen_len 40000")
+    for text in ("Hello", "again"):
+        child.expect("> ")
+        child.sendline(text)
+        child.expect(text)
+        child.expect(r"\w+ ?\w*", timeout=30)
+        child.send("\x03")
+        child.expect_exact(" ...")
+    child.expect("> ")
+    child.sendline("/save /nowhere/at/all")
+    child.expect("error: .*No such file")
+    child.expect("> ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.exitstatus == 0
+
+
+@pytest.mark.parametrize("command", [CHAT, TORCHRUN], ids=["one", "two ranks"])
+def test_a_pipe_has_a_prompt_in_each_line(command):
+    lines = "Hello\n\n/system Be kind.\n/reset\nHello"
+    found = subprocess.run([*command, *MODEL], input=lines, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[0] == HELLO
+    assert len(found.stdout.splitlines()) == 2
+
+
+def test_perplexity(tmp_path, tokenizer):
+    save_random(tmp_path)
+    text = tmp_path / "text"
+    text.write_text("The sun was warm and the fox was red. 🙂 " * 5)
+    flags = ("--file", text, "--ckpt_dir", tmp_path, "--tokenizer_path", MODELS / "tokenizer.model", "--window", 32)
+    found = in_process(commands.perplexity, *flags, "--device", "cpu")
+    ids = tokenizer.encode(text.read_text(), bos=True, eos=False)
+    llama = Llama.build(tmp_path, MODELS / "tokenizer.model", 32, 4, device="cpu")
+    expected, count = perplexity(llama.model, ids, 32, 16)
+    assert found.stdout == f"perplexity {expected:.4f} of {count:,} tokens, in windows of 32 every 16\n"
+    assert "stride 32; they must be whole" in in_process(commands.perplexity, *flags, "--stride", 32).stderr
+    text.write_text("")
+    assert "is empty" in in_process(commands.perplexity, *flags).stderr
