@@ -1,10 +1,21 @@
 """Llama 2 inference: `from llama import Llama`."""
 
-from .chat import Dialog
+from .chat import Dialog, encode_dialog, render_dialog
 from .generation import Llama
 from .model import ModelArgs, Transformer
 from .session import Chat
 from .stream import Event, Stream
 from .tokenizer import Tokenizer
 
-__all__ = ["Chat", "Dialog", "Event", "Llama", "ModelArgs", "Stream", "Tokenizer", "Transformer"]
+__all__ = [
+    "Chat",
+    "Dialog",
+    "Event",
+    "Llama",
+    "ModelArgs",
+    "Stream",
+    "Tokenizer",
+    "Transformer",
+    "encode_dialog",
+    "render_dialog",
+]

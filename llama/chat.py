@@ -51,9 +51,19 @@ def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
 
         BOS "[INST] u1 [/INST] a1 " EOS  BOS "[INST] u2 [/INST]"
 
-    where a system message stands inside the first user turn, u1 = "<<SYS>>\\n" system "\\n<</SYS>>\\n\\n" u1.
-    Raises ValueError for a malformed dialog or one with tags in its messages.
+    where a system message stands inside the first user turn, u1 = "<<SYS>>\\n" system "\\n<</SYS>>\\n\\n" u1. Text that
+    spells BOS or EOS stays text. Raises ValueError for a malformed dialog, or one with tags in a message of any role.
     """
+    return [id for text, ended in _turns(dialog) for id in tokenizer.encode(text, bos=True, eos=ended)]
+
+
+def render_dialog(dialog: Dialog) -> str:
+    """What `encode_dialog` encodes, for people to look at: "<s>" and "</s>" stand for BOS and EOS; a line a turn."""
+    return "\n".join(f"<s>{text}{'</s>' * ended}" for text, ended in _turns(dialog))
+
+
+def _turns(dialog: Dialog) -> list[tuple[str, bool]]:
+    """The text of each pair of turns, and whether it is over."""
     check_dialog(dialog)
     if has_tags(dialog):
         raise ValueError(REFUSAL)
@@ -61,7 +71,6 @@ def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
     if dialog[0]["role"] == "system":
         system, user, *rest = contents
         contents = [f"{SYS}\n{system}\n{END_SYS}\n\n{user}", *rest]
-    ids: list[int] = []
-    for user, answer in zip(contents[:-1:2], contents[1::2], strict=True):
-        ids += tokenizer.encode(f"{INST} {user} {END_INST} {answer} ", bos=True, eos=True)
-    return ids + tokenizer.encode(f"{INST} {contents[-1]} {END_INST}", bos=True, eos=False)
+    pairs = zip(contents[:-1:2], contents[1::2], strict=True)
+    turns = [(f"{INST} {user} {END_INST} {answer} ", True) for user, answer in pairs]
+    return [*turns, (f"{INST} {contents[-1]} {END_INST}", False)]

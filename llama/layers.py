@@ -70,7 +70,14 @@ def in_strips(weight: Tensor, x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor | Product) -> Tensor:
     """x (..., in) times the transposed weight (out, in) -> (..., out)."""
-    return product(weight, x.numel() // x.shape[-1])(x)
+    rows = x.numel() // x.shape[-1]
+    plain = isinstance(weight, Tensor) and x.dtype == torch.float32 and rows not in LEFT[x.dtype]
+    # oneDNN keeps something for every number of rows that it has ever met: a few hundred MB after a thousand prompts.
+    extra = 0 if x.device.type != "cpu" or plain or rows <= max(IN_STRIPS) else -rows % (16 if rows < 256 else 64)
+    if not extra:
+        return product(weight, rows)(x)
+    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, extra))
+    return product(weight, len(padded))(padded)[:rows].reshape(*x.shape[:-1], -1)
 
 
 def columns(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from small import TOKENIZER
 
-from llama.chat import encode_dialog, has_tags
+from llama.chat import encode_dialog, has_tags, render_dialog
 
 SENTENCEPIECE = SentencePieceProcessor(model_file=str(TOKENIZER))
 
@@ -94,3 +94,27 @@ def test_tags_may_not_come_from_a_message(tokenizer, tag, place):
     with pytest.raises(ValueError, match="may not contain the tags"):
         encode_dialog(tokenizer, dialog)
     assert not has_tags(LONG)
+
+
+def test_a_dialog_is_rendered_as_it_is_encoded(tokenizer):
+    dialog = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " Hello "},
+        {"role": "assistant", "content": "Hi!"},
+        {"role": "user", "content": "Spell </s>"},
+    ]
+    assert render_dialog(dialog) == (
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHello [/INST] Hi! </s>\n<s>[INST] Spell </s> [/INST]"
+    )
+    ids = encode_dialog(tokenizer, dialog)
+    assert (ids.count(tokenizer.bos_id), ids.count(tokenizer.eos_id)) == (2, 1)
+
+
+@pytest.mark.parametrize("role", [0, 1, 2, 3])
+@pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
+def test_no_message_of_any_role_may_hold_a_tag(tokenizer, role, tag):
+    dialog = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+    dialog[role]["content"] = f"a {tag} b"
+    for function in (lambda: encode_dialog(tokenizer, dialog), lambda: render_dialog(dialog)):
+        with pytest.raises(ValueError, match="may not contain the tags"):
+            function()

@@ -1,0 +1,176 @@
+"""What generation costs beside the model, and what it saves.
+
+    python benchmarks/generation.py [--threads 2] [--repeats 5] [--only sampler,prefix,lookup,chat,memory]
+
+sampler  time of choosing tokens as a share of a decode step, 1.1B shape, bfloat16 or float32 as this CPU has it
+prefix   prefill of 8 prompts that share 400 tokens, 110M shape, with and without sharing
+lookup   110M shape, greedy, on a text that repeats and on one that does not, beside plain decoding
+chat     time to first token in 20 turns of a chat, with the bundled model
+memory   of the process after 50 and after 1,000 requests of random shapes
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import fire
+import torch
+
+from llama import Chat, Llama, ModelArgs, bench, engine, parallel
+from llama.engine import Row, prefill, steps
+from llama.sampling import Sampler, Sampling
+
+CPU = torch.device("cpu")
+MODELS = Path(__file__).parent.parent / "models"
+
+
+def shaped(name: str, B: int, S: int, seed: int = 0) -> bench.Transformer:
+    torch.manual_seed(seed)
+    parallel.init_model_parallel()
+    args = ModelArgs(**bench.SHAPES[name], vocab_size=32000, max_batch_size=B, max_seq_len=S)
+    return bench.loaded(bench.RandomWeights(CPU), args, CPU, torch.float32)
+
+
+def seconds(work: Callable[[], object], repeats: int) -> list[float]:
+    taken = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return taken[1:]
+
+
+def told(name: str, taken: list[float]) -> str:
+    return f"{name} {statistics.median(taken) * 1e3:.2f} ms ({min(taken) * 1e3:.2f} - {max(taken) * 1e3:.2f})"
+
+
+def sampler(repeats: int) -> None:
+    kinds = {
+        "top_p 0.9": Sampling(0.6, 0.9),
+        "top_k 50": Sampling(0.8, top_k=50),
+        "no cut": Sampling(1.0),
+        "all": Sampling(0.8, 0.95, 100, 0.01, 1.1, 0.1, 0.1, {5: 1.0}),
+    }
+    for B in (1, 8):
+        model = shaped("1.1B", B, 64)
+        prompts = torch.randint(3, 32000, (B, 16)).tolist()
+        times = []
+        for _ in (run := steps(model, [Row(prompt, 16 + 3 * repeats) for prompt in prompts])):
+            began = time.perf_counter()
+            next(run, None)
+            times.append(time.perf_counter() - began)
+        step = statistics.median(times[1:-1])
+        print(f"sampler, batch {B}: {told('a decode step takes', times[1:-1])}")
+        for peak in (0.0, 8.0):  # as flat as random weights make it, and as peaked as trained ones do
+            logits = torch.randn(B, 32000) + peak * (torch.rand(B, 32000) < 0.001)
+            for name, settings in kinds.items():
+                choose = Sampler([settings] * B, prompts, 32000, CPU)
+                taken = seconds(lambda: choose.saw(choose(logits, [0] * B), torch.ones(B).bool()), 5 * repeats)  # noqa: B023
+                share = statistics.median(taken) / step
+                print(f"  {'peaked' if peak else 'flat'}, {told(name, taken)}: {share:.1%} of the step")
+
+
+def prefix(repeats: int) -> None:
+    model = shaped("110M", 8, 512)
+    shared = torch.randint(3, 32000, (400,)).tolist()
+    prompts = [[*shared, *torch.randint(3, 32000, (16,)).tolist()] for _ in range(8)]
+    taken: dict[str, list[float]] = {"shared": [], "apart": []}
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            for name, least in (("shared", 32), ("apart", 10**9)):
+                with mock.patch.object(engine, "WORTH_SHARING", least):
+                    taken[name] += seconds(lambda: prefill(model, prompts), 1)
+    ratio = statistics.median(b / a for a, b in zip(taken["shared"][1:], taken["apart"][1:], strict=True))
+    print(f"prefix: {'; '.join(told(name, times[1:]) for name, times in taken.items())}; ratio {ratio:.2f}")
+
+
+def lookup(repeats: int) -> None:
+    """Weights that make a text repeat itself: what follows a token depends on it alone, in circles of 50."""
+    model = shaped("110M", 1, 640)
+    prompt = torch.randint(3, 32000, (200,)).tolist()
+
+    def run(most: int, start: list[int]) -> tuple[float, list[int]]:
+        row = Row(start, len(start) + 200)
+        taken, count = [], 0
+        began = time.perf_counter()
+        for [gain] in steps(model, [row], lookup=most):
+            taken.append(time.perf_counter() - began)
+            count += len(gain.tokens)
+            began = time.perf_counter()
+        return (count - len(taken[:1])) / sum(taken[1:]), row.text
+
+    for name in ("that does not repeat", "that repeats"):
+        if name == "that repeats":
+            layers: Any = model.layers
+            for layer in layers:
+                layer.attention.wo.weight.zero_()
+                layer.feed_forward.w2.weight.zero_()
+            model.output.weight.zero_()
+            model.output.weight[[*range(4, 53), 3]] = model.tok_embeddings.weight[3:53]
+            prompt = [3 + i % 50 for i in range(200)]
+        ratios, rates, same = [], [], True
+        for _ in range(repeats):
+            (plain, text), (fast, fast_text) = run(0, prompt), run(7, prompt)
+            ratios.append(fast / plain)
+            rates.append((plain, fast))
+            same = same and text == fast_text
+        plain, fast = (statistics.median(rate) for rate in zip(*rates, strict=True))
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+        print(f"lookup, a text {name}: {plain:.1f} tokens/s, with {fast:.1f}; ratio {ratio}; same tokens: {same}")
+
+
+def chat(repeats: int) -> None:
+    llama = Llama.build(MODELS / "small-chat", max_seq_len=2048, max_batch_size=1, device="cpu")
+    first: list[list[float]] = [[] for _ in range(20)]
+    for _ in range(repeats):
+        talk = Chat(llama, temperature=0, max_gen_len=30)
+        for taken in first:
+            began = time.perf_counter()
+            stream = talk.stream("Tell me a story about Tom.")
+            taken.append(time.perf_counter() - began)
+            for _event in stream:
+                pass
+    ratio = statistics.median(b / a for a, b in zip(first[1], first[19], strict=True))
+    print(f"chat, first token: {told('turn 2', first[1])}; {told('turn 20', first[19])}; ratio {ratio:.2f}")
+
+
+def memory(requests: int = 1000, dtype: str | None = None) -> None:
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+    llama = Llama.build(MODELS / "small-chat", max_seq_len=256, max_batch_size=4, device="cpu", dtype=dtype)
+    chance, words = random.Random(0), llama.tokenizer.encode("the cat sat on a red mat", False, False)
+    after = {}
+    for i in range(1, requests + 1):
+        prompts = [[1, *chance.choices(words, k=chance.randint(1, 150))] for _ in range(chance.randint(1, 4))]
+        options: dict[str, Any] = {"prompt_lookup": chance.choice((0, 0, 7)), "stop": "Tom"}
+        options |= {"logprobs": chance.random() < 0.3, "echo": chance.random() < 0.3, "temperature": chance.random()}
+        stream = llama.generate_stream(prompts, chance.randint(1, 30), **options)
+        for count, _event in enumerate(stream):
+            if count > 40:
+                stream.close()
+        if i in (50, requests):
+            after[i] = resident()
+    print(f"memory: after 50 requests {after[50]:.1f} MB, after {requests} {after[requests]:.1f} MB")
+
+
+def main(threads: int = 2, repeats: int = 5, only: str | tuple[str, ...] = ()) -> None:
+    torch.set_num_threads(threads)
+    chosen = only.split(",") if isinstance(only, str) else only
+    print(f"torch {torch.__version__}, {threads} threads; medians of {repeats} (min - max)")
+    for part in (sampler, prefix, lookup, chat):
+        if not chosen or part.__name__ in chosen:
+            part(repeats)
+    if not chosen or "memory" in chosen:
+        memory()
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
