@@ -16,7 +16,10 @@ setup(
     package_data={"llama": ["py.typed"]},
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
-        "test": ["pytest", "pytest-cov", "hypothesis", "transformers", "numpy", "pexpect", "prompt_toolkit", "ruff", "mypy"],
+        "test": [
+            *("pytest", "pytest-cov", "hypothesis", "pexpect", "ruff", "mypy"),
+            *("transformers", "numpy", "prompt_toolkit"),
+        ],
         "chat": ["prompt_toolkit"],
         "bench": ["transformers", "llama-cpp-python", "gguf", "numpy"],
     },

@@ -32,6 +32,7 @@ def check_dialog(dialog: Dialog, name: str = "the dialog") -> None:
             raise ValueError(f'message {i} of {name} is {message!r}; it must be {{"role": ..., "content": ...}}')
         if not isinstance(message["content"], str):
             raise ValueError(f"message {i} of {name} has the content {message['content']!r}, which is not a str")
+        message["content"].encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
     roles = [message["role"] for message in dialog]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if len(turns) % 2 == 0 or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:

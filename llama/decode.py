@@ -207,7 +207,7 @@ def capture(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         with torch.cuda.graph(graph):
             result = work()
     except RuntimeError as error:
-        log.warning("decoding without CUDA graphs, as recording one failed: %s", str(error).splitlines()[0])
+        log.warning("decoding without CUDA graphs, as recording one failed: %s", str(error).split("\n")[0])
         return work
 
     def replay() -> Tensor:

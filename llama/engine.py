@@ -26,12 +26,13 @@ WORTH_SHARING = 32  # tokens; fewer are computed for each prompt, as a pass of t
 class Row:
     """What one row of a batch is to do, and how far it is."""
 
-    prompt: Sequence[int]
+    prompt: Sequence[int]  # at least one token
     limit: int  # of prompt and answer together, at most max_seq_len
     sampling: Sampling = field(default_factory=Sampling)
-    eos_id: int = -1
+    eos_id: int = -1  # none
     stop_ids: Sequence[int] = ()
     min_new: int = 0  # neither EOS nor stop_ids before so many tokens
+    lookup: int = 0  # guesses, from the text so far, that are tried with each step
     ends: Callable[[int], bool] | None = None  # asked of every token that is gained: whether it is the last
 
     def __post_init__(self) -> None:
@@ -77,13 +78,12 @@ def steps(
     logprobs: bool = False,
     echo: bool = False,
     cached: int = 0,
-    lookup: int = 0,
 ) -> Generator[Step, None, None]:
     """Prefill all prompts in one pass, then yield a step per pass over the model until every row has ended.
 
     What is chosen on the first rank holds for all; when its caller closes the iterator, it ends on all ranks. With
     `echo` the first step holds the prompts themselves. Of a single prompt, `cached` tokens may be in the cache already.
-    With `lookup`, up to so many guesses are tried along with each step; that changes no token. Raises
+    Guesses change no token, but for what rounding does, as several positions take other kernels than one. Raises
     FloatingPointError naming the first layer that was not finite.
     """
     prompts, device = [row.prompt for row in rows], model.norm.weight.device
@@ -101,7 +101,8 @@ def steps(
         hidden = torch.stack([row[-1:] for row in found])  # (B, 1, dim): of each row's last token
         del found
     sampler = Sampler([row.sampling for row in rows], prompts, model.vocab_size, device)
-    lookups, guesses = [Lookup(lookup) for _ in rows], torch.empty(len(rows), 0, dtype=torch.long)
+    lookup = any(row.lookup for row in rows)
+    lookups, guesses = [Lookup(row.lookup) for row in rows], torch.empty(len(rows), 0, dtype=torch.long)
     decode: Decode | None = None
     closed = False
     while True:
@@ -111,7 +112,7 @@ def steps(
             except GeneratorExit:
                 if world_size() == 1:
                     raise
-                closed = True  # the first rank tells the others in its next message, and they follow until it does
+                closed = True  # the first rank says so in its next message; another goes on until the first does
         if all(row.finish for row in rows):
             return
         logits = model.logits(hidden)  # (B, T, V)
@@ -141,10 +142,11 @@ def steps(
         if all(row.finish for row in rows):
             continue
         if lookup:
-            for guesser, row, tried in zip(lookups, step, guesses, strict=True):
-                guesser.judge(len(tried), len(row.tokens) - 1)
+            for guesser, gained in zip(lookups, step, strict=True):
+                guesser.judge(len(gained.tokens) - 1)
             guesses = guess(lookups, rows, model.params.max_seq_len)
             last = torch.tensor([row.text[-1:] for row in rows])
+            # A row that has ended may have no room behind its end, and nobody reads its cache any more.
             starts = [0 if row.finish and guesses.numel() else len(row.text) - 1 for row in rows]
             following = torch.cat((last, guesses), 1).to(device), starts
         if early is not None:
@@ -158,8 +160,8 @@ def steps(
 
 
 def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler, guesses: Tensor) -> Tensor:
-    """The tokens (T, B) that follow each position of logits (B, T, V), of which all but the first stand behind
-    `guesses` (B, T - 1) and mean something where those are right."""
+    """Tokens (T, B) chosen at each position of logits (B, T, V). Position t > 0 follows guess t - 1 of `guesses`
+    (B, T - 1), and counts only where all guesses before it were right."""
     chosen: list[Tensor] = []
     right = torch.ones(len(rows), dtype=torch.bool, device=logits.device)
     for t in range(logits.shape[1]):
@@ -172,7 +174,9 @@ def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler, guesses: Tenso
 
 def forbid(logits: Tensor, rows: Sequence[Row], which: Sequence[int]) -> Tensor:
     """Logits (B, V) without the ends of rows whose `which[b]`-th new token comes too early for one."""
-    early = [(i, id) for i, row in enumerate(rows) if which[i] < row.min_new for id in (row.eos_id, *row.stop_ids)]
+    early = [
+        (i, id) for i, row in enumerate(rows) if which[i] < row.min_new for id in (row.eos_id, *row.stop_ids) if id >= 0
+    ]
     if not early:
         return logits
     return logits.index_put(tuple(torch.tensor(early, device=logits.device).t()), logits.new_tensor(-math.inf))
@@ -218,7 +222,7 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cached: int = 
 def prompt_logprobs(model: Transformer, prompt: Sequence[int], hidden: Tensor) -> list[float]:
     """Log probabilities of a prompt's tokens given those before them, from `hidden` (T, dim); 0 for the first, which
     nothing predicts."""
-    return [0.0, *(value for chances, _, _ in prompt_scores(model, prompt, hidden, 0) for value in chances.tolist())]
+    return [0.0, *torch.cat([chances for chances, _, _ in prompt_scores(model, prompt, hidden, 0)]).tolist()]
 
 
 def prompt_scores(

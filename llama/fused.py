@@ -33,7 +33,7 @@ class compiled(Generic[P, R]):
                 found: R = self.call(*args, **kwargs)
                 return found
             except Exception as error:  # a missing compiler, an unknown device: there is no end to what it may be
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 log.warning("%s is not compiled, which is slower: %s", self.function.__name__, reason)
                 self.call = self.function
         return self.function(*args, **kwargs)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from reprlib import repr as shorten
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -21,9 +21,9 @@ from .checkpoint import Checkpoint, check_path, find_tokenizer, load
 from .engine import Row, steps
 from .memory import available, footprint, shortage
 from .model import Transformer
-from .options import Options, Plan
+from .options import Ask, Options, asks
 from .score import Scores, embed, score
-from .stream import Event, JudgeInput, JudgeOutput, Stream, collect, judged
+from .stream import Event, JudgeInput, JudgeOutput, Stream, check_verdict, collect, judged
 from .text import Text
 from .tokenizer import Tokenizer
 
@@ -36,6 +36,7 @@ class _Turn:
 
     def __init__(self) -> None:
         self.lock, self.thread = threading.Lock(), 0
+        self.kept: list[int] = []  # tokens whose keys and values the first row of the cache has, but perhaps the last
 
     def __enter__(self) -> None:
         if not self.lock.acquire(blocking=False):
@@ -87,7 +88,6 @@ class Llama:
         self.broken = False  # the ranks have lost step
         self.generator = torch.Generator().manual_seed(seed)  # where rows without a seed of their own get one
         self.turn = _turns.setdefault(model, _Turn())
-        self.kept: list[int] = []  # tokens that the first row of the cache holds, for a Chat to go on from
 
     @staticmethod
     def build(
@@ -157,8 +157,8 @@ class Llama:
         logarithms of the softmax at temperature 1. For the rest see `Options`; a stop string ends a row with the token
         that completes it. Raises ValueError for a bad argument or a prompt that does not fit.
         """
-        plan = self._plan(prompt_tokens, max_gen_len, temperature, top_p, options)
-        rows = collect(self._events(prompt_tokens, plan, logprobs, echo), len(prompt_tokens))
+        asked = self._asked(prompt_tokens, max_gen_len, temperature, top_p, options)
+        rows = collect(self._events(prompt_tokens, asked, logprobs, echo), len(prompt_tokens))
         return [row.tokens for row in rows], [row.logprobs for row in rows] if logprobs else None
 
     @parallel.as_first_rank
@@ -174,8 +174,8 @@ class Llama:
     ) -> Stream:
         """`generate`, as it happens. Prefill is done when this returns. Until the stream has ended or is closed,
         nothing else can be asked of this model."""
-        plan = self._plan(prompt_tokens, max_gen_len, temperature, top_p, options)
-        return Stream(self._events(prompt_tokens, plan, logprobs, echo))
+        asked = self._asked(prompt_tokens, max_gen_len, temperature, top_p, options)
+        return Stream(self._events(prompt_tokens, asked, logprobs, echo))
 
     @parallel.as_first_rank
     def text_completion(
@@ -191,8 +191,8 @@ class Llama:
         """The text that continues each prompt; with `logprobs` also the text and log probability of each token.
         `max_gen_len` defaults to all that max_seq_len leaves. See `generate` and `Options` for the rest."""
         prompt_tokens = self._encode(prompts)
-        plan = self._plan(prompt_tokens, max_gen_len, temperature, top_p, options)
-        rows = collect(self._events(prompt_tokens, plan, logprobs, echo), len(prompts))
+        asked = self._asked(prompt_tokens, max_gen_len, temperature, top_p, options)
+        rows = collect(self._events(prompt_tokens, asked, logprobs, echo), len(prompts))
         return [{"generation": row.text, **self._scored(row, logprobs)} for row in rows]
 
     @parallel.as_first_rank
@@ -208,8 +208,8 @@ class Llama:
     ) -> Stream:
         """`text_completion`, as it happens; see `generate_stream`."""
         prompt_tokens = self._encode(prompts)
-        plan = self._plan(prompt_tokens, max_gen_len, temperature, top_p, options)
-        return Stream(self._events(prompt_tokens, plan, logprobs, echo))
+        asked = self._asked(prompt_tokens, max_gen_len, temperature, top_p, options)
+        return Stream(self._events(prompt_tokens, asked, logprobs, echo))
 
     @parallel.as_first_rank
     def chat_completion(
@@ -228,7 +228,7 @@ class Llama:
         an error text and never reaches the model; so is one for which `judge_input` returns a text rather than None,
         which is then the answer. What `judge_output` returns, if not None, takes the place of an answer. Raises
         ValueError for a dialog whose roles are out of order. See `Options` for the rest."""
-        steps = self._chat(dialogs, temperature, top_p, max_gen_len, logprobs, judge_input, judge_output, options)
+        steps = self._chat(dialogs, temperature, top_p, max_gen_len, logprobs, judge_input, judge_output, **options)
         return [
             {"generation": {"role": "assistant", "content": row.text}, **self._scored(row, logprobs)}
             for row in collect(steps, len(dialogs))
@@ -249,7 +249,7 @@ class Llama:
     ) -> Stream:
         """`chat_completion`, as it happens; see `generate_stream`. With `judge_output` an answer comes as a whole, when
         it has been judged."""
-        steps = self._chat(dialogs, temperature, top_p, max_gen_len, logprobs, judge_input, judge_output, options)
+        steps = self._chat(dialogs, temperature, top_p, max_gen_len, logprobs, judge_input, judge_output, **options)
         return Stream(steps)
 
     @parallel.as_first_rank
@@ -259,8 +259,9 @@ class Llama:
         """How likely each prompt is, token by token after BOS; or, given its prompt, each continuation. With
         `top_logprobs` also the texts and log probabilities of so many of the likeliest tokens in the place of each.
 
-        A continuation's tokens are those of prompt + continuation behind as many as the prompt alone has. Prompts may
-        be more than max_batch_size. Raises ValueError for one that is longer than max_seq_len."""
+        A continuation's tokens are those of prompt + continuation behind as many as the prompt alone has; there may be
+        none, and then perplexity is NaN. Prompts may be more than max_batch_size. Raises ValueError for one that is
+        longer than max_seq_len."""
         self._texts("prompts", prompts)
         if type(top_logprobs) is not int or not 0 <= top_logprobs <= self.model.vocab_size:
             raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to {self.model.vocab_size}")
@@ -271,9 +272,8 @@ class Llama:
                 raise ValueError(f"there are {len(continuations)} continuations for {len(prompts)} prompts")
             begins = [len(row) for row in rows]
             rows = self._encode([prompt + more for prompt, more in zip(prompts, continuations, strict=True)])
-        self._fit(rows, "prompt")
-        with self.turn:
-            self.kept = []
+        self._fit(rows, [f"prompt {i}" for i in range(len(rows))])
+        with self._using():
             return [
                 self._told(row, begin, scores)
                 for row, begin, scores in zip(rows, begins, score(self.model, rows, top_logprobs), strict=True)
@@ -298,11 +298,14 @@ class Llama:
         the last token's; float32 (len(texts), dim)."""
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling is {pooling!r}; it must be 'mean' or 'last'")
-        rows = self._encode(texts)
-        self._fit(rows, "text")
-        with self.turn:
-            self.kept = []
-            return embed(self.model, rows, pooling) if rows else torch.empty(0, self.model.params.dim)
+        rows = self._encode(texts, "texts")
+        self._fit(rows, [f"text {i}" for i in range(len(rows))])
+        with self._using():
+            return (
+                embed(self.model, rows, pooling)
+                if rows
+                else torch.empty(0, self.model.params.dim, device=self.model.norm.weight.device)
+            )
 
     def _texts(self, name: str, texts: Any) -> None:
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
@@ -311,120 +314,133 @@ class Llama:
             if not isinstance(text, str):
                 raise ValueError(f"{name.removesuffix('s')} {i} is {shorten(text)}, which is not a str")
 
-    def _fit(self, rows: Sequence[Sequence[int]], name: str, numbers: Sequence[int] | None = None) -> None:
-        limit = self.model.params.max_seq_len
-        for i, row in zip(numbers or range(len(rows)), rows, strict=True):
-            if len(row) > limit:
-                raise ValueError(
-                    f"{name} {i} has {len(row)} tokens, more than max_seq_len {limit}; "
-                    "shorten it or build with a larger max_seq_len"
-                )
-
-    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        self._texts("prompts", prompts)
+    def _encode(self, prompts: Sequence[str], name: str = "prompts") -> list[list[int]]:
+        self._texts(name, prompts)
         return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
     def _chat(
         self,
         dialogs: Sequence[Dialog],
-        temperature: Any,
-        top_p: Any,
-        max_gen_len: Any,
-        logprobs: bool,
-        judge_input: JudgeInput | None,
-        judge_output: JudgeOutput | None,
-        options: Options,
+        temperature: Any = 0.6,
+        top_p: Any = 0.9,
+        max_gen_len: Any = None,
+        logprobs: bool = False,
+        judge_input: JudgeInput | None = None,
+        judge_output: JudgeOutput | None = None,
         keep: bool = False,
-    ) -> Iterator[list[Event]]:
+        **options: Unpack[Options],
+    ) -> Generator[list[Event], None, None]:
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is {shorten(dialogs)}; it must be a list of dialogs")
         for i, dialog in enumerate(dialogs):
             check_dialog(dialog, f"dialog {i}")
+        for name, judge in (("judge_input", judge_input), ("judge_output", judge_output)):
+            if judge is not None and not callable(judge):
+                raise ValueError(f"{name} is {shorten(judge)}; it must be a function")
         refusals = {i: REFUSAL for i, dialog in enumerate(dialogs) if has_tags(dialog)}
         if judge_input is not None:
-            for i in {*range(len(dialogs))} - {*refusals}:
+            for i in sorted({*range(len(dialogs))} - {*refusals}):
                 if (refusal := parallel.ask_first_rank(judge_input, dialogs[i])) is not None:
-                    refusals[i] = refusal
+                    refusals[i] = check_verdict(refusal)
         allowed = [i for i in range(len(dialogs)) if i not in refusals]
         prompts = [encode_dialog(self.tokenizer, dialogs[i]) for i in allowed]
-        plan = self._plan(prompts, max_gen_len, temperature, top_p, options, len(dialogs), allowed)
-        return judged(self._events(prompts, plan, logprobs, keep=keep), allowed, refusals, judge_output)
+        self._check(prompts, [f"dialog {i}" for i in allowed])
+        asked = self._asked(dialogs, max_gen_len, temperature, top_p, options, check=False)
+        events = self._events(prompts, [asked[i] for i in allowed], logprobs, keep=keep)
+        return judged(events, allowed, refusals, judge_output)
 
-    def _plan(
-        self,
-        prompts: Any,
-        max_gen_len: Any,
-        temperature: Any,
-        top_p: Any,
-        options: Mapping[str, Any],
-        B: int | None = None,
-        rows: Sequence[int] | None = None,
-    ) -> Plan:
-        """What is asked of each prompt; ValueError where it cannot be done. The prompts may be those `rows` of B."""
+    def _asked(
+        self, prompts: Any, max_gen_len: Any, temperature: Any, top_p: Any, options: Options, check: bool = True
+    ) -> list[Ask]:
+        """What is asked of each prompt; ValueError where it cannot be done."""
+        if check:
+            if not isinstance(prompts, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in prompts):
+                raise ValueError(f"prompt_tokens is {shorten(prompts)}; it must be a list of lists of token ids")
+            self._check(prompts, [f"prompt {i}" for i in range(len(prompts))])
+        most = self.model.params.max_seq_len if max_gen_len is None else max_gen_len
+        every = {"temperature": temperature, "top_p": top_p, **options}
+        return asks(len(prompts), self.model.params.vocab_size, self.tokenizer.eos_id, most, self.generator, every)
+
+    def _check(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> None:
         params = self.model.params
-        if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, (list, tuple)) for prompt in prompts):
-            raise ValueError(f"prompt_tokens is {shorten(prompts)}; it must be a list of lists of token ids")
         if len(prompts) > params.max_batch_size:
             raise ValueError(
                 f"{len(prompts)} prompts exceed max_batch_size {params.max_batch_size}; "
                 "pass fewer at a time or build with a larger max_batch_size"
             )
-        for i, prompt in enumerate(prompts):
-            name = f"prompt {i}" if rows is None else f"dialog {rows[i]}"
+        for prompt, name in zip(prompts, names, strict=True):
             if not prompt:
                 raise ValueError(f"{name} is empty; it needs at least one token, such as bos_id")
             if odd := [id for id in prompt if type(id) is not int or not 0 <= id < params.vocab_size]:
                 raise ValueError(f"{name} holds {shorten(odd[0])}, which is no int from 0 to {params.vocab_size - 1}")
-        self._fit(prompts, "prompt" if rows is None else "dialog", rows)
-        asked = {"temperature": temperature, "top_p": top_p, **options}
-        most = params.max_seq_len if max_gen_len is None else max_gen_len
-        plan = Plan(len(prompts) if B is None else B, params.vocab_size, most, self.generator, asked)
-        return plan if rows is None else plan.of(rows)
+        self._fit(prompts, names)
+
+    def _fit(self, rows: Sequence[Sequence[int]], names: Sequence[str]) -> None:
+        limit = self.model.params.max_seq_len
+        for row, name in zip(rows, names, strict=True):
+            if len(row) > limit:
+                raise ValueError(
+                    f"{name} has {len(row)} tokens, more than max_seq_len {limit}; "
+                    "shorten it or build with a larger max_seq_len"
+                )
+
+    @contextmanager
+    def _using(self) -> Iterator[list[int]]:
+        """The model, for nobody else; and the tokens that its cache was left with."""
+        if self.broken:
+            raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
+        with self.turn:
+            kept, self.turn.kept = self.turn.kept, []
+            try:
+                yield kept
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                self.turn.kept = []
+                self.broken = parallel.world_size() > 1 and not isinstance(error, FloatingPointError)  # all agree on it
+                raise
 
     def _events(
-        self, prompts: Sequence[Sequence[int]], plan: Plan, logprobs: bool, echo: bool = False, keep: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        asked: Sequence[Ask],
+        logprobs: bool,
+        echo: bool = False,
+        keep: bool = False,
     ) -> Generator[list[Event], None, None]:
         """What every row gains, step by step. To `keep` the cache of a single row is to begin with what was kept."""
         if not prompts:
             return
-        if self.broken:
-            raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
-        texts = [Text(self.tokenizer, stop, least) for stop, least in zip(plan.stop, plan.min_new, strict=True)]
-        rows = [
-            Row(
-                prompt,
-                min(self.model.params.max_seq_len, len(prompt) + plan.max_new[i]),
-                plan.sampling[i],
-                self.tokenizer.eos_id,
-                plan.stop_ids[i],
-                plan.min_new[i],
-                texts[i].add,
-            )
-            for i, prompt in enumerate(prompts)
-        ]
-        with self.turn:
-            cached = shared(self.kept, prompts[0]) if keep else 0
-            self.kept = []
-            try:
-                with closing(steps(self.model, rows, logprobs, echo, cached, plan.lookup)) as run:
-                    for step in run:
-                        events = []
-                        for i, (gain, text) in enumerate(zip(step, texts, strict=True)):
-                            ids, chances = [token.id for token in gain.tokens], [token.logprob for token in gain.tokens]
-                            if echo:
-                                text.preface(ids)
-                            new = text.read(bool(gain.finish))
-                            events.append(Event(i, new, ids, chances if logprobs else [], gain.finish))
-                        yield [event for event in events if event.tokens or event.finish_reason]
-                        echo = False
-            except (FloatingPointError, GeneratorExit):  # all ranks agree on those
-                raise
-            except BaseException:
-                self.broken = parallel.world_size() > 1
-                raise
-            finally:
-                if keep:
-                    self.kept = rows[0].text[:-1]  # what comes last has perhaps not been through the model
+        texts = [Text(self.tokenizer, ask.stop, ask.min_new) for ask in asked]
+        eos, longest = self.tokenizer.eos_id, self.model.params.max_seq_len
+        with self._using() as kept:
+            rows = [
+                Row(
+                    prompt,
+                    min(longest, len(prompt) + ask.max_new),
+                    ask.sampling,
+                    eos,
+                    ask.stop_ids,
+                    ask.min_new,
+                    ask.lookup,
+                    text.add,
+                )
+                for prompt, ask, text in zip(prompts, asked, texts, strict=True)
+            ]
+            with closing(steps(self.model, rows, logprobs, echo, common(kept, prompts[0]) if keep else 0)) as run:
+                for step in run:
+                    events = []
+                    for i, (gain, text) in enumerate(zip(step, texts, strict=True)):
+                        ids, chances = [token.id for token in gain.tokens], [token.logprob for token in gain.tokens]
+                        if echo:
+                            text.preface(ids)
+                        new = text.read(bool(gain.finish))
+                        events.append(Event(i, new, ids, chances if logprobs else [], gain.finish))
+                    echo = False
+                    if keep:
+                        self.turn.kept = rows[0].text
+                    yield [event for event in events if event.tokens or event.finish_reason]
+                    self.turn.thread = threading.get_ident()  # it may have passed from one thread to another
 
     def _scored(self, row: Event, logprobs: bool) -> _Scored:
         scored: _Scored = {"finish_reason": row.finish_reason}
@@ -437,9 +453,10 @@ class Llama:
         return scored
 
 
-def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens of b, less its last, begin a too."""
-    return next((i for i, (x, y) in enumerate(zip(a, b[:-1], strict=False)) if x != y), min(len(a), len(b) - 1))
+def common(kept: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many tokens of a prompt, but its last, are those that were kept, of which the last is not sure to be."""
+    pairs = zip(kept[:-1], prompt[:-1], strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), max(0, min(len(kept), len(prompt)) - 1))
 
 
 def check_seed(seed: Any) -> None:

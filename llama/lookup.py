@@ -6,21 +6,26 @@ NGRAM = 3  # tokens that must have stood before for what followed them to be a g
 
 
 class Lookup:
-    """For a text that grows: what followed its last NGRAM tokens when they last stood there, `most` tokens at most."""
+    """Finds where the last NGRAM tokens of a growing text last stood before, and what followed them: `most` tokens."""
 
     def __init__(self, most: int) -> None:
         self.most = self.width = most
         self.places: dict[tuple[int, ...], int] = {}  # tokens -> where what followed them begins
         self.seen = NGRAM
+        self.guessed = 0
 
     def guess(self, text: list[int]) -> list[int]:
+        if not self.most:
+            return []
         for end in range(self.seen, len(text)):
             self.places[tuple(text[end - NGRAM : end])] = end
         self.seen = max(len(text), NGRAM)
         place = self.places.get(tuple(text[-NGRAM:]), len(text))
-        return text[place : place + self.width]
+        found = text[place : place + self.width]
+        self.guessed = len(found)
+        return found
 
-    def judge(self, guessed: int, right: int) -> None:
-        """Guess less after a wrong guess, as each costs a little."""
-        if guessed:
-            self.width = min(self.most, 2 * right + 1)
+    def judge(self, right: int) -> None:
+        """How many tokens of the last guess were right. After a wrong one guess less, as each costs a little."""
+        if self.guessed:
+            self.width = min(self.most, 2 * min(right, self.guessed) + 1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import fields
 from reprlib import repr as shorten
-from typing import Any, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 
@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of every way to generate. All but `prompt_lookup` are one value for the batch or a list of one
-    for each row. See sampling.Sampling for what chooses tokens; `seed` is drawn from the Llama's own where it is None.
+    """Keyword arguments of every way to generate: one value for the batch, or a list of one for each row. See
+    sampling.Sampling for those that choose tokens; `seed` is drawn from the Llama's own where it is None.
     """
 
     top_k: int | Sequence[int]
@@ -35,50 +35,62 @@ class Options(TypedDict, total=False):
     prompt_lookup: int  # guesses, copied from the text so far, that are tried with each step: the same tokens, sooner
 
 
-class Plan:
-    """Options spread over B rows. Raises ValueError naming what is wrong."""
+class Ask(NamedTuple):
+    """What is asked of one row."""
 
-    def __init__(
-        self, B: int, vocab_size: int, max_gen_len: Any, generator: torch.Generator, options: Mapping[str, Any]
-    ) -> None:
-        known = {*Options.__annotations__, "temperature", "top_p"}
-        if unknown := [name for name in options if name not in known]:
-            raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    sampling: Sampling
+    stop: Sequence[str]
+    stop_ids: Sequence[int]
+    max_new: int
+    min_new: int
+    lookup: int
 
-        def each(name: str, default: Any) -> list[Any]:
-            return spread(name, options.get(name, default), B)
 
-        drawn = torch.randint(2**63 - 1, (B,), generator=generator).tolist()
-        seeds = [other if seed is None else seed for seed, other in zip(each("seed", None), drawn, strict=True)]
-        columns = {field.name: each(field.name, getattr(Sampling, field.name, None)) for field in fields(Sampling)}
-        columns["logit_bias"] = [bias or {} for bias in columns["logit_bias"]]
-        columns["seed"] = seeds
-        self.sampling = [
-            Sampling(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
-        ]
-        for row in self.sampling:
-            if wrong := [id for id in row.logit_bias if id >= vocab_size]:
-                raise ValueError(f"logit_bias has the id {wrong[0]}; ids go from 0 to {vocab_size - 1}")
-        self.stop = [list(stops) for stops in several("stop", options.get("stop", ()), B, str)]
-        self.stop_ids = [list(ids) for ids in several("stop_token_ids", options.get("stop_token_ids", ()), B, int)]
-        self.max_new = spread("max_gen_len", max_gen_len, B)
-        self.min_new = each("min_gen_len", 0)
-        self.lookup = options.get("prompt_lookup", 0)
-        for stops in self.stop:
-            if "" in stops:
-                raise ValueError("stop has an empty string, which would end every text at once")
-        counts = {"max_gen_len": self.max_new, "min_gen_len": self.min_new, "prompt_lookup": [self.lookup]}
-        for name, values in counts.items():
-            for value in values:
-                if type(value) is not int or value < 0:
-                    raise ValueError(f"{name} is {shorten(value)}; it must be an int of at least 0")
+def asks(
+    B: int, vocab_size: int, eos_id: int, max_gen_len: Any, generator: torch.Generator, options: Mapping[str, Any]
+) -> list[Ask]:
+    """Options spread over B rows; seeds that are None are drawn. TypeError for an unknown name, ValueError naming a bad
+    value and its limit."""
+    known = {*Options.__annotations__, "temperature", "top_p"}
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
 
-    def of(self, rows: Sequence[int]) -> Plan:
-        """The same for some of the rows."""
-        some = copy(self)
-        for name, values in vars(self).items():
-            setattr(some, name, [values[i] for i in rows] if isinstance(values, list) else values)
-        return some
+    def each(name: str, default: Any) -> list[Any]:
+        return spread(name, options.get(name, default), B)
+
+    drawn = torch.randint(2**63 - 1, (B,), generator=generator).tolist()
+    columns = {field.name: each(field.name, getattr(Sampling, field.name, None)) for field in fields(Sampling)}
+    columns["logit_bias"] = [bias or {} for bias in columns["logit_bias"]]
+    columns["seed"] = [new if seed is None else seed for seed, new in zip(each("seed", None), drawn, strict=True)]
+    rows = [
+        Ask(Sampling(**dict(zip(columns, settings, strict=True))), *rest)
+        for *settings, rest in zip(
+            *columns.values(),
+            zip(
+                several("stop", options.get("stop", ()), B, str),
+                several("stop_token_ids", options.get("stop_token_ids", ()), B, int),
+                spread("max_gen_len", max_gen_len, B),
+                each("min_gen_len", 0),
+                each("prompt_lookup", 0),
+                strict=True,
+            ),
+            strict=True,
+        )
+    ]
+    for row in rows:
+        if wrong := [id for id in (*row.sampling.logit_bias, *row.stop_ids) if not 0 <= id < vocab_size]:
+            raise ValueError(f"logit_bias or stop_token_ids has the id {wrong[0]}; ids go from 0 to {vocab_size - 1}")
+        forbidden = {id for id, bias in row.sampling.logit_bias.items() if bias == -math.inf}
+        forbidden |= {eos_id, *row.stop_ids} if row.min_new else set()
+        if len(forbidden) >= vocab_size:
+            raise ValueError(f"logit_bias and min_gen_len leave none of {vocab_size} ids to choose from")
+        if "" in row.stop:
+            raise ValueError("stop has an empty string, which would end every text at once")
+        counts = {"max_gen_len": row.max_new, "min_gen_len": row.min_new, "prompt_lookup": row.lookup}
+        for name, value in counts.items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} is {shorten(value)}; it must be an int of at least 0")
+    return rows
 
 
 def spread(name: str, value: Any, B: int) -> list[Any]:

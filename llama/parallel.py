@@ -10,6 +10,7 @@ import atexit
 import functools
 import io
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -225,7 +226,7 @@ def as_first_rank(method: Callable[P, T]) -> Callable[P, T]:
         myself, *request = args
         functions = {name: value for name, value in kwargs.items() if callable(value)}
         plain = {name: None if name in functions else value for name, value in kwargs.items()}
-        request, plain, asked = broadcast_object((request, plain, [*functions]))
+        request, plain, asked = ask_first_rank(lambda: (request, plain, [*functions]))
         plain |= {name: functions.get(name, str) for name in asked}
         return method(myself, *request, **plain)  # type: ignore[arg-type]
 
@@ -233,17 +234,23 @@ def as_first_rank(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def ask_first_rank(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What the model's first rank gets from a function, on all of its ranks; RankError if it got an exception."""
-    value, error = None, None
-    if not world_size() > 1 or dist.get_rank() == mp.get_model_parallel_src_rank():
+    """What the model's first rank gets from a function, on all of its ranks. If that is an exception, or nothing that
+    can be sent, the others get a RankError."""
+    if world_size() == 1:
+        return function(*args, **kwargs)
+    answer, error = b"", None
+    if dist.get_rank() == mp.get_model_parallel_src_rank():
         try:
-            value = function(*args, **kwargs)
-        except Exception as raised:
+            answer = pickle.dumps(function(*args, **kwargs))
+        except BaseException as raised:  # whatever it is, the others wait for a word
             error = raised
-    value, told = broadcast_object((value, error and f"rank 0: {type(error).__name__}: {error}"))
-    if error or told:
-        raise error or RankError(told)
-    return value  # type: ignore[return-value]
+    answer, told = broadcast_object((answer, error and f"rank 0: {type(error).__name__}: {error}"))
+    if error:
+        raise error
+    if told:
+        raise RankError(told)
+    value: T = pickle.loads(answer)
+    return value
 
 
 class RankError(RuntimeError):

@@ -5,7 +5,7 @@ In this order: logit_bias, repetition, frequency and presence penalties, tempera
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from reprlib import repr as shorten
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = 1e30  # what numbers may be, so that products of them remain finite in single precision
 FEW = 512  # candidates that are looked at before a whole vocabulary is sorted
 
 
@@ -41,23 +42,23 @@ class Sampling:
 
 
 def _finite(value: float) -> bool:
-    return -sys.float_info.max <= value <= sys.float_info.max
+    return abs(value) <= LARGEST
 
 
 def _is_bias(item: tuple[Any, Any]) -> bool:
     id, bias = item
-    return type(id) is int and id >= 0 and isinstance(bias, _NUMBER) and bias < float("inf")
+    return type(id) is int and isinstance(bias, _NUMBER) and (bias == -math.inf or _finite(bias))
 
 
 _NUMBER: Any = (int, float)
 LIMITS: dict[str, tuple[Any, Any, str]] = {
-    "temperature": (lambda v: v >= 0 and _finite(v), _NUMBER, "a number of at least 0 (0: greedy)"),
+    "temperature": (lambda v: v >= 0 and _finite(v), _NUMBER, "a number from 0 (greedy) to 1e30"),
     "top_p": (lambda v: 0 < v <= 1, _NUMBER, "a number above 0 and up to 1 (1: no cut)"),
-    "top_k": (lambda v: v >= 0, int, "an int of at least 0 (0: no cut)"),
+    "top_k": (lambda v: 0 <= v < 2**63, int, "an int of at least 0 (0: no cut)"),
     "min_p": (lambda v: 0 <= v <= 1, _NUMBER, "a number from 0 (no cut) to 1"),
-    "repetition_penalty": (lambda v: v > 0 and _finite(v), _NUMBER, "a number above 0 (1: none)"),
-    "frequency_penalty": (_finite, _NUMBER, "a finite number (0: none)"),
-    "presence_penalty": (_finite, _NUMBER, "a finite number (0: none)"),
+    "repetition_penalty": (lambda v: 1 / LARGEST <= v <= LARGEST, _NUMBER, "a number from 1e-30 to 1e30 (1: none)"),
+    "frequency_penalty": (_finite, _NUMBER, "a number from -1e30 to 1e30 (0: none)"),
+    "presence_penalty": (_finite, _NUMBER, "a number from -1e30 to 1e30 (0: none)"),
     "logit_bias": (lambda v: all(map(_is_bias, v.items())), Mapping, "{id: number}, where -inf forbids an id"),
     "seed": (lambda v: -(2**63) <= v < 2**63, int, "an int of 64 bits"),
 }
@@ -119,7 +120,7 @@ class Sampler:
         self.greedy = all(row.temperature == 0 for row in rows)
         self.cut = [row.top_k > 0 or row.top_p < 1 or row.min_p > 0 for row in rows]
         self.top_k = max(row.top_k for row in rows) if all(row.top_k for row in rows) else 0
-        self.temperature = column("temperature")
+        self.temperature = column("temperature").float()
         self.hot, self.is_cut = self.temperature[:, 0] > 0, torch.tensor(self.cut, device=device)
         self.cuts = [column(name) for name in ("top_k", "top_p", "min_p")]
         self.penalties = self.bias = None
@@ -158,12 +159,16 @@ class Sampler:
     def candidates(self, probs: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest probabilities and their ids, falling: as many as can matter."""
         V = probs.shape[-1]
-        if self.top_k or probs.device.type == "cuda":  # to ask what is enough would wait for the GPU
-            return probs.topk(min(self.top_k or V, V))
-        few, ids = probs.topk(min(FEW, V))
-        _, top_p, min_p = self.cuts
-        enough = (few.sum(-1, keepdim=True) > top_p + 1e-4) | (few[:, -1:] < min_p * few[:, :1])
-        return (few, ids) if enough.all() else probs.sort(-1, descending=True)
+        if probs.device.type != "cuda":  # to ask there what is enough would wait for it
+            few, ids = probs.topk(min(max(FEW, self.top_k + 64), V))
+            _, top_p, min_p = self.cuts
+            enough = (few.sum(-1, keepdim=True) > top_p + 1e-4) | (few[:, -1:] < min_p * few[:, :1])
+            if self.top_k or enough.all():
+                # Equals in the order of their ids, so that how many are looked at changes nothing.
+                ids, order = ids.sort(-1)
+                few, order = few.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+                return few, ids.gather(-1, order)
+        return probs.sort(dim=-1, descending=True, stable=True)
 
     def uniform(self, which: Sequence[int]) -> Tensor:
         """The `which[b]`-th random number of each row's own sequence (B, 1)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from .model import Transformer
 
 
 class Scores(NamedTuple):
-    """Of each token of a row but its first, in the light of those before it."""
+    """Of each of a row's T tokens but its first, given those before it."""
 
-    logprobs: list[float]
-    top_logprobs: list[list[float]]
+    logprobs: list[float]  # T - 1
+    top_logprobs: list[list[float]]  # T - 1 times top
     top_ids: list[list[int]]
 
 
@@ -31,16 +32,15 @@ def passes(model: Transformer, rows: Sequence[Sequence[int]]) -> Iterator[tuple[
 
 @torch.inference_mode()
 def score(model: Transformer, rows: Sequence[Sequence[int]], top: int = 0) -> list[Scores]:
-    """Raises FloatingPointError naming the first layer that was not finite."""
+    """Scores of each row, with the `top` likeliest tokens at each place. FloatingPointError names the first layer that
+    was not finite."""
     found = []
     for row, hidden in passes(model, rows):
-        chances, highest, ids = (
-            [value for part in parts for value in part.tolist()]
-            for parts in (list(zip(*prompt_scores(model, row, hidden, top), strict=True)) or [(), (), ()])
-        )
-        if not all(map(math.isfinite, chances)):
-            raise not_finite(model, lambda row=row: prefill(model, [row]))  # type: ignore[misc]
-        found.append(Scores(chances, highest, ids))
+        columns = zip(*prompt_scores(model, row, hidden, top), strict=True)
+        scores = Scores(*(torch.cat(parts).tolist() for parts in columns))
+        if not all(map(math.isfinite, scores.logprobs)):
+            raise not_finite(model, partial(prefill, model, [row]))
+        found.append(scores)
     return found
 
 
@@ -52,11 +52,11 @@ def embed(model: Transformer, rows: Sequence[Sequence[int]], pooling: str) -> Te
 
 
 def perplexity(
-    model: Transformer, ids: Sequence[int], window: int, stride: int, done: Callable[[int], object] = int
+    model: Transformer, ids: Sequence[int], window: int, stride: int, done: Callable[[int], object] = lambda n: None
 ) -> tuple[float, int]:
     """exp of the mean negative log probability of all ids but the first, and how many they are. Each is scored once, in
     windows that begin every `stride` ids, with at least window - stride ids before it where there are so many. `done`
-    is told how many ids more are done."""
+    is told how many ids more are done. 0 < stride < window, and at least two ids."""
     begins = range(0, max(1, len(ids) - window + stride), stride)
     total = 0.0
     for group in (

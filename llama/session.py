@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Any, cast
 
 from . import parallel
 from .chat import TAGS, Dialog, Message, check_dialog, encode_dialog, has_tags
 from .generation import Llama
+from .options import Options
 from .stream import Event, Stream, collect
-
-# What is an argument of its own, and not one of generation.Options.
-DEFAULTS: dict[str, Any] = {
-    "temperature": 0.6,
-    "top_p": 0.9,
-    "max_gen_len": None,
-    "judge_input": None,
-    "judge_output": None,
-}
 
 
 class Chat:
@@ -29,25 +22,40 @@ class Chat:
     """
 
     def __init__(self, llama: Llama, system: str | None = None, dialog: Dialog = (), **options: Any) -> None:
-        self.llama, self.options = llama, DEFAULTS
+        self.llama = llama
+        self.options: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": None}
         self.set(**options)
+        system, dialog = parallel.broadcast_object((system, dialog))
+        if isinstance(dialog, str) or not isinstance(dialog, Sequence):
+            raise ValueError(f"dialog is {dialog!r}; it must be a list of messages")
         self.dialog: list[Message] = [*dialog]
         self.dropped = 0
         if system is not None:
             self.dialog.insert(0, {"role": "system", "content": system})
         check_dialog([*self.dialog, {"role": "user", "content": ""}])
+        if self.dialog and self.dialog[0]["role"] == "system":
+            count = len(encode_dialog(llama.tokenizer, [self.dialog[0], {"role": "user", "content": ""}]))
+            if count >= llama.model.params.max_seq_len:
+                raise ValueError(
+                    f"the system message takes {count} of max_seq_len {llama.model.params.max_seq_len} tokens"
+                )
 
+    @parallel.as_first_rank
     def set(self, **options: Any) -> None:
         """Change options; ValueError or TypeError, and no change, for what is none."""
         changed = {**self.options, **options}
-        fixed, rest = self._split(changed)
-        prompt = [[self.llama.tokenizer.bos_id]]
-        self.llama._plan(prompt, fixed["max_gen_len"], fixed["temperature"], fixed["top_p"], rest)
-        self.options = changed
-
-    @staticmethod
-    def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        return {name: options[name] for name in DEFAULTS}, {n: o for n, o in options.items() if n not in DEFAULTS}
+        rest = {name: value for name, value in changed.items() if name not in ("judge_input", "judge_output")}
+        for name in {*changed} - {*rest}:
+            if changed[name] is not None and not callable(changed[name]):
+                raise ValueError(f"{name} is {changed[name]!r}; it must be a function")
+        state = self.llama.generator.get_state()  # to check seeds is to draw some
+        most, temperature, top_p = (rest.pop(name) for name in ("max_gen_len", "temperature", "top_p"))
+        prompt, others = [[self.llama.tokenizer.bos_id]], cast("Options", rest)
+        try:
+            [asked] = self.llama._asked(prompt, most, temperature, top_p, others)
+        finally:
+            self.llama.generator.set_state(state)
+        self.options, self.most = changed, asked.max_new
 
     def say(self, text: str) -> str:
         """The answer to what the user says."""
@@ -57,41 +65,42 @@ class Chat:
     def stream(self, text: str) -> Stream:
         """The answer as it happens. Once this has ended or is closed, the dialog has what was said on both sides; but
         not what was refused. ValueError for a text that does not fit even alone."""
-        return Stream(self._turn(parallel.broadcast_object(text)))
+        text = parallel.broadcast_object(text)
+        if not isinstance(text, str):
+            raise ValueError(f"the user's text is {text!r}, which is not a str")
+        return Stream(self._turn(text))
 
-    def _turn(self, text: str) -> Iterator[list[Event]]:
-        before = len(self.dialog)
+    def _turn(self, text: str) -> Generator[list[Event], None, None]:
         dialog: list[Message] = [*self.dialog, {"role": "user", "content": text}]
         if not has_tags(dialog):
             dialog = self.fitting(dialog)
-        fixed, rest = self._split(self.options)
-        steps = self.llama._chat([dialog], **fixed, logprobs=False, options=rest, keep=True)
-        self.dropped += before + 1 - len(dialog)
-        said, refused = "", False
+        before, self.dropped = self.dropped, self.dropped + len(self.dialog) + 1 - len(dialog)
+        said, reason = "", None
         try:
-            for step in steps:
-                said += "".join(event.text for event in step)
-                refused = refused or any(event.finish_reason == "refused" for event in step)
-                yield step
-        except Exception:
-            self.dropped -= before + 1 - len(dialog)
-            raise
+            with closing(self.llama._chat([dialog], keep=True, **self.options)) as steps:
+                for step in steps:
+                    said += "".join(event.text for event in step)
+                    reason = next((event.finish_reason for event in step if event.finish_reason), reason)
+                    yield step
         except GeneratorExit:  # what was said until now was said
-            self._remember(dialog, said, refused)
+            self._remember(dialog, said, reason)
             raise
-        self._remember(dialog, said, refused)
+        except BaseException:
+            self.dropped = before
+            raise
+        self._remember(dialog, said, reason)
 
-    def _remember(self, dialog: list[Message], said: str, refused: bool) -> None:
-        for tag in TAGS:  # the model may say what no message may contain
-            said = said.replace(tag, "")
-        self.dialog = dialog[:-1] if refused else [*dialog, {"role": "assistant", "content": said}]
+    def _remember(self, dialog: list[Message], said: str, reason: str | None) -> None:
+        while any(tag in said for tag in TAGS):  # the model may say what no message may contain
+            for tag in TAGS:
+                said = said.replace(tag, "")
+        self.dialog = dialog[:-1] if reason == "refused" else [*dialog, {"role": "assistant", "content": said}]
 
     def fitting(self, dialog: Sequence[Message]) -> list[Message]:
         """A dialog without its oldest turns, where it leaves no room for an answer. If some must go, so many go that
         half of the context is free and the next turns need not begin anew."""
         room = self.llama.model.params.max_seq_len
-        most = self.options["max_gen_len"]
-        answer = min(room // 4 if most is None else most, room // 2)
+        answer = min(self.most, room // 4 if self.options["max_gen_len"] is None else room // 2)
         tokenizer, first = self.llama.tokenizer, int(dialog[0]["role"] == "system")
         kept, limit = list(dialog), room - answer
         while len(kept) > first + 1 and len(encode_dialog(tokenizer, kept)) > limit:

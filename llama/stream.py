@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
 from .chat import Dialog
-from .parallel import ask_first_rank
+from .parallel import ask_first_rank, rank
 
 JudgeInput = Callable[[Dialog], "str | None"]  # None where the dialog may be answered, or what to say instead
 JudgeOutput = Callable[[str], "str | None"]  # None where the answer may be given, or what to say instead
@@ -24,17 +24,12 @@ class Event(NamedTuple):
     logprobs: list[float] = []  # noqa: RUF012 - of each token, if asked for
     finish_reason: str | None = None  # "eos", "stop", "length" or "refused": once, at the end
 
-    def then(self, other: Event) -> Event:
-        """Both as one."""
-        text, tokens, logprobs = self.text + other.text, self.tokens + other.tokens, self.logprobs + other.logprobs
-        return Event(self.row, text, tokens, logprobs, other.finish_reason)
-
 
 class Stream:
     """An iterator of events. Under torchrun every rank has one; when the first rank closes its own, or drops it, the
     others end."""
 
-    def __init__(self, steps: Iterator[list[Event]]) -> None:
+    def __init__(self, steps: Generator[list[Event], None, None]) -> None:
         self._steps = steps
         # The first is fetched at once, so that a stream that nobody reads has begun on all ranks, and can end on all.
         self._waiting = next(steps, [])[::-1]
@@ -48,9 +43,14 @@ class Stream:
         return self._waiting.pop()
 
     def close(self) -> None:
-        """End all rows here and now."""
+        """End all rows here and now. Ranks but the first go on, unheard, until the first ends, as judges are asked."""
         self._waiting = []
-        self._steps.close()  # type: ignore[attr-defined]
+        for _ in self._steps if rank() else ():
+            pass
+        self._steps.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> Stream:
         return self
@@ -64,34 +64,52 @@ def judged(
     rows: Sequence[int],
     refusals: Mapping[int, str],
     judge: JudgeOutput | None,
-) -> Iterator[list[Event]]:
+) -> Generator[list[Event], None, None]:
     """Events of those `rows` of a batch that were not refused; texts as a whole, if there is someone to judge them."""
-    if refusals:
-        yield [refused(row, text) for row, text in refusals.items()]
-    whole = {row: Event(row) for row in rows}
+    # Refusals come with the first step, so that whoever hears them has begun what the other ranks have begun.
+    first = [refused(row, text) for row, text in refusals.items()]
+    parts: dict[int, list[Event]] = {row: [] for row in rows}
     with closing(steps):
         for step in steps:
             events = [event._replace(row=rows[event.row]) for event in step]
             if judge is not None:
                 for event in events:
-                    whole[event.row] = whole[event.row].then(event)
-                ended = [whole[event.row] for event in events if event.finish_reason]
+                    parts[event.row].append(event)
+                ended = [whole(parts[event.row]) for event in events if event.finish_reason]
                 verdicts = [ask_first_rank(judge, event.text) for event in ended]
                 events = [
-                    event if verdict is None else refused(event.row, verdict)
+                    event if verdict is None else refused(event.row, check_verdict(verdict))
                     for event, verdict in zip(ended, verdicts, strict=True)
                 ]
-            yield events
+            if first or events:
+                yield first + events
+            first = []
+    if first:
+        yield first
 
 
 def refused(row: int, text: str) -> Event:
     return Event(row, text, finish_reason="refused")
 
 
+def check_verdict(verdict: object) -> str:
+    if not isinstance(verdict, str):
+        raise ValueError(f"a judge has returned {verdict!r}; it must be None, or a str to say instead")
+    return verdict
+
+
+def whole(events: Sequence[Event]) -> Event:
+    """All that a row has gained, as one event."""
+    row, *_, finish = events[-1]
+    tokens = [id for event in events for id in event.tokens]
+    logprobs = [logprob for event in events for logprob in event.logprobs]
+    return Event(row, "".join(event.text for event in events), tokens, logprobs, finish)
+
+
 def collect(steps: Iterable[list[Event]], B: int) -> list[Event]:
     """All that happens to each row, as one event."""
-    rows = [Event(i) for i in range(B)]
+    rows: list[list[Event]] = [[Event(i)] for i in range(B)]
     for step in steps:
         for event in step:
-            rows[event.row] = rows[event.row].then(event)
-    return rows
+            rows[event.row].append(event)
+    return [whole(events) for events in rows]

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from . import parallel
-from .chat import check_dialog
 from .generation import Llama
 from .session import Chat
 
@@ -73,13 +72,16 @@ def command(chat: Chat, line: str) -> Chat:
     if name == "/system":
         return Chat(chat.llama, rest or None, **chat.options)
     if name == "/save" and rest:
-        parallel.ask_first_rank(Path(rest).write_text, json.dumps(chat.dialog, indent=1, ensure_ascii=False), "utf-8")
+        parallel.ask_first_rank(Path(rest).write_bytes, json.dumps(chat.dialog, indent=1, ensure_ascii=False).encode())
         say(f"saved to {rest}\n")
     elif name == "/load" and rest:
-        dialog = json.loads(parallel.ask_first_rank(Path(rest).read_text, "utf-8"))
-        check_dialog([*dialog, {"role": "user", "content": ""}], rest)
-        say(f"{len(dialog)} messages\n")
-        return Chat(chat.llama, dialog=dialog, **chat.options)
+        text = parallel.ask_first_rank(Path(rest).read_bytes)
+        try:
+            loaded = Chat(chat.llama, dialog=json.loads(text), **chat.options)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{rest}: {error}") from error
+        say(f"{len(loaded.dialog)} messages\n")
+        return loaded
     elif name == "/set":
         option, _, value = rest.partition(" ")
         if option:
@@ -145,8 +147,9 @@ def terminal() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool], b
     def interrupted() -> bool:
         termios.tcsetattr(fd, termios.TCSANOW, quiet)
         while select.select([fd], [], [], 0)[0]:
-            if b"\x03" in os.read(fd, 1024):
-                return True
+            keys = os.read(fd, 1024)
+            if not keys or b"\x03" in keys:
+                return bool(keys)
         return False
 
     def lines() -> str | None:

@@ -161,15 +161,18 @@ def test_rows_have_settings_and_random_numbers_of_their_own():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1}, "temperature is -1; it must be a number of at least 0"),
+        ({"temperature": -1}, "temperature is -1; it must be a number from 0"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_k": 1.5}, "top_k is 1.5; it must be an int"),
         ({"min_p": 2}, "min_p is 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a number above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a number from 1e-30"),
         ({"frequency_penalty": math.inf}, "frequency_penalty is inf"),
         ({"presence_penalty": math.nan}, "presence_penalty is nan"),
         ({"logit_bias": {"a": 1.0}}, "logit_bias is {'a': 1.0}"),
         ({"logit_bias": {3: math.inf}}, "logit_bias is {3: inf}"),
+        ({"frequency_penalty": 1e39}, "frequency_penalty is 1e+39"),  # infinite in single precision
+        ({"logit_bias": {3: 10**400}}, "logit_bias is {3: 1000"),
+        ({"top_k": 2**63}, "top_k is 9223372036854775808"),
         ({"seed": True}, "seed is True"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
     ],
@@ -178,6 +181,17 @@ def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError) as error:
         Sampling(**settings)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 60, 600])
+def test_equal_chances_are_ordered_by_id(top_k):
+    """How many candidates are looked at depends on the batch; which of several equals are kept must not."""
+    logits = (torch.arange(2000) % 7).float().expand(2, 2000)
+    rows = [Sampling(1.0, top_k=top_k, seed=3), Sampling(1.0, top_k=1500, seed=4)]
+    together = Sampler(rows, [[0], [0]], 2000, "cpu")
+    alone = Sampler(rows[:1], [[0]], 2000, "cpu")
+    for n in range(50):
+        assert together(logits, [n, n])[0] == alone(logits[:1], [n])[0]
 
 
 def test_log_probabilities_are_those_of_the_full_softmax():

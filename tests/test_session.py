@@ -6,7 +6,7 @@ import pytest
 from small import MODELS, TOKENIZER, random_model, save_random
 
 from llama import Chat, Llama, parallel
-from llama.chat import REFUSAL, encode_dialog
+from llama.chat import REFUSAL, encode_dialog, has_tags
 
 ASK = ["Hello", "Who are you?", "Tell me a story about Tom.", "What color is the sky?", "Thank you"] * 4
 
@@ -31,11 +31,11 @@ def test_twenty_turns_are_those_of_the_whole_dialog(bundled):
         if turn:
             before = encode_dialog(bundled.tokenizer, dialog[:-2])
             assert len(new) <= len(encode_dialog(bundled.tokenizer, dialog)) - len(before)
-        kept = bundled.kept
+        kept = bundled.turn.kept
         [whole] = bundled.chat_completion([dialog], temperature=0, max_gen_len=30)
         assert answer == whole["generation"]["content"]
         assert chat.dialog[-1] == {"role": "assistant", "content": answer}
-        bundled.kept = kept  # that call has left the same tokens in the cache
+        bundled.turn.kept = kept  # that call has left the same tokens in the cache
     assert len(chat.dialog) == 41 and chat.dropped == 0
 
 
@@ -107,11 +107,53 @@ def test_tags_that_the_model_says_are_not_repeated_to_it(small):
         ({"temperature": -1}, ValueError, "temperature is -1"),
         ({"top_q": 1}, TypeError, "no option 'top_q'"),
         ({"dialog": [{"role": "user", "content": "a"}]}, ValueError, "roles"),
+        ({"dialog": 5}, ValueError, "dialog is 5"),
+        ({"dialog": [{"role": "system", "content": "\ud800"}]}, ValueError, "surrogates"),
+        ({"system": "long " * 400}, ValueError, "the system message takes"),
+        ({"judge_input": 3}, ValueError, "judge_input is 3; it must be a function"),
     ],
 )
 def test_what_no_chat_can_begin_with(small, options, error, message):
     with pytest.raises(error, match=message):
         Chat(small, **options)
+
+
+def test_an_error_in_the_middle_leaves_dialog_and_cache_right(small):
+    chat = Chat(small, temperature=0, max_gen_len=5)
+    chat.say("Hello")
+    before = list(chat.dialog)
+    with mock.patch("llama.decode.Flat.__call__", side_effect=MemoryError), pytest.raises(MemoryError):
+        chat.say("and")
+    assert chat.dialog == before and small.turn.kept == []
+    answer = chat.say("and")
+    fresh = Chat(Llama(small.model, small.tokenizer), dialog=before, temperature=0, max_gen_len=5)
+    assert fresh.say("and") == answer
+
+
+def test_two_llamas_on_one_model_share_its_cache(small):
+    other = Llama(small.model, small.tokenizer)
+    chat, expected = (Chat(small, temperature=0, max_gen_len=5) for _ in range(2))
+    assert chat.say("Hello") == expected.say("Hello")
+    other.generate([[1, *range(300, 340)]], 5)
+    small.turn.kept = []
+    assert chat.say("again") == expected.say("again")
+
+
+def test_tags_inside_of_tags(small):
+    chat = Chat(small)
+    chat._remember([{"role": "user", "content": "a"}], "[IN[INST]ST] x <<SYS<</SYS>>>>", "eos")
+    assert not has_tags(chat.dialog)
+
+
+def test_options_of_a_chat_change_no_seed(small):
+    texts = []
+    for changes in range(2):
+        llama = Llama(small.model, small.tokenizer, seed=5)
+        chat = Chat(llama, temperature=1.0, max_gen_len=8)
+        for _ in range(changes):
+            chat.set(top_p=0.9)
+        texts.append(chat.say("Hello"))
+    assert texts[0] == texts[1]
 
 
 def _talk(folder):

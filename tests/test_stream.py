@@ -1,5 +1,7 @@
 """Streams, and what else one may ask of generation: settings of each row, seeds, stops, judges, lookup."""
 
+import threading
+
 import pytest
 from small import MODELS, TOKENIZER, random_model, save_random
 
@@ -150,7 +152,9 @@ def test_a_seed_drawn_from_the_llamas_own(tokenizer):
         ({"stop": ""}, "empty string"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids"),
         ({"min_gen_len": -1}, "min_gen_len is -1"),
-        ({"logit_bias": {10**6: 1.0}}, "logit_bias has the id 1000000; ids go from 0 to 1023"),
+        ({"logit_bias": {10**6: 1.0}}, "logit_bias or stop_token_ids has the id 1000000; ids go from 0 to 1023"),
+        ({"logit_bias": dict.fromkeys(range(1024), float("-inf"))}, "leave none of 1024 ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids has the id -1"),
         ({"seed": [1, "a"]}, "seed is 'a'"),
         ({"prompt_lookup": 1.5}, "prompt_lookup is 1.5"),
     ],
@@ -190,6 +194,58 @@ def test_other_ranks_end_when_the_first_stops_listening(ranks, tmp_path):
     assert first == [0, 1, 7] and all(count < 4 * 30 for count in second)
     assert both == both_too == [0, 3]
     assert ids == ids_too
+
+
+def test_a_stream_that_goes_from_thread_to_thread(llama):
+    """Whoever reads it is told that it is open, instead of waiting for ever for himself."""
+    streams = []
+    thread = threading.Thread(target=lambda: streams.append(llama.generate_stream(PROMPTS, 30, 0)))
+    thread.start()
+    thread.join()
+    for _ in range(5):
+        next(streams[0])
+    with pytest.raises(RuntimeError, match="still open"):
+        llama.generate([[1]], 3)
+    streams[0].close()
+
+
+def _one_after_another(folder):
+    """Calls that fail on the first rank, each followed by one that must work."""
+    llama = Llama.build(folder, TOKENIZER, 64, 4, device="cpu")
+    dialogs = [[{"role": "user", "content": text}] for text in ("a", "b")]
+
+    def interrupt(dialog):
+        raise KeyboardInterrupt
+
+    def lock(dialog):
+        return threading.Lock()
+
+    calls = [
+        lambda: llama.text_completion(["a", (i for i in [1])]),
+        lambda: llama.chat_completion(dialogs, judge_input=lock),
+        lambda: llama.chat_completion(dialogs, judge_input=interrupt),
+        lambda: llama.chat_completion(dialogs, judge_output=lambda text: 3, max_gen_len=2),
+        lambda: llama.text_completion(["a"], top_k=-1),
+    ]
+    found = []
+    for call in calls:
+        try:
+            call()
+        except BaseException as error:
+            found.append(type(error).__name__)
+        found.append(llama.generate([[1, 2]], 3, temperature=0)[0])
+    with llama.chat_stream(dialogs, judge_input=lambda dialog: "No." if "a" in str(dialog[-1]) else None) as stream:
+        found.append(next(stream).finish_reason)
+    return found, llama.generate([[1, 2]], 3, temperature=0)[0]
+
+
+def test_ranks_keep_step_through_errors(ranks, tmp_path):
+    save_random(tmp_path, mp=2)
+    (first, last), (second, last_too) = ranks(2).run(_one_after_another, tmp_path)
+    assert first[1::2][:5] == [last] * 5 == second[1::2][:5] and last == last_too
+    assert first[:10:2][2:] == ["KeyboardInterrupt", "ValueError", "ValueError"]
+    assert second[:10:2] == ["RankError", "RankError", "RankError", "ValueError", "ValueError"]
+    assert first[-1] == second[-1] == "refused"
 
 
 # Judges
@@ -273,8 +329,8 @@ def test_lookup_takes_fewer_steps_where_text_repeats():
         layer.attention.wo.weight.data.zero_()
         layer.feed_forward.w2.weight.data.zero_()
     model.output.weight.data.zero_()[[*range(1, 9), 0]] = model.tok_embeddings.weight.data[:9]
-    rows = [[Row([5], 64), Row([3, 4], 50)] for _ in range(2)]
-    plain, fast = list(steps(model, rows[0])), list(steps(model, rows[1], lookup=7))
+    rows = [[Row([5], 64, lookup=most), Row([3, 4], 50, lookup=most)] for most in (0, 7)]
+    plain, fast = (list(steps(model, some)) for some in rows)
     assert [row.text for row in rows[0]] == [row.text for row in rows[1]]
     assert rows[0][0].text == [i % 9 for i in range(5, 69)]
     assert len(plain) == 63

@@ -59,7 +59,7 @@ MAY_IMPORT = {
         "tokenizer",
     },
     "score": {"engine", "model"},
-    "session": {"chat", "generation", "parallel", "stream"},
+    "session": {"chat", "generation", "options", "parallel", "stream"},
     "terminal": {"chat", "generation", "parallel", "session"},
     "stream": {"chat", "parallel"},
     "__init__": {"chat", "generation", "model", "session", "stream", "tokenizer"},
