@@ -92,9 +92,12 @@ def prefix(repeats: int) -> None:
 
 
 def lookup(repeats: int) -> None:
-    """Weights that make a text repeat itself: what follows a token depends on it alone, in circles of 50."""
+    """What follows a token is made to depend on it alone, in circles of so many tokens that a text repeats, or not."""
     model = shaped("110M", 1, 640)
-    prompt = torch.randint(3, 32000, (200,)).tolist()
+    layers: Any = model.layers
+    for layer in layers:
+        layer.attention.wo.weight.zero_()
+        layer.feed_forward.w2.weight.zero_()
 
     def run(most: int, start: list[int]) -> tuple[float, list[int]]:
         row = Row(start, len(start) + 200, lookup=most)
@@ -106,15 +109,10 @@ def lookup(repeats: int) -> None:
             began = time.perf_counter()
         return (count - len(taken[:1])) / sum(taken[1:]), row.text
 
-    for name in ("that does not repeat", "that repeats"):
-        if name == "that repeats":
-            layers: Any = model.layers
-            for layer in layers:
-                layer.attention.wo.weight.zero_()
-                layer.feed_forward.w2.weight.zero_()
-            model.output.weight.zero_()
-            model.output.weight[[*range(4, 53), 3]] = model.tok_embeddings.weight[3:53]
-            prompt = [3 + i % 50 for i in range(200)]
+    for name, circle in (("that does not repeat", 2000), ("that repeats", 50)):
+        model.output.weight.zero_()
+        model.output.weight[[*range(4, 3 + circle), 3]] = model.tok_embeddings.weight[3 : 3 + circle]
+        prompt = [3 + i % circle for i in range(200)]
         ratios, rates, same = [], [], True
         for _ in range(repeats):
             (plain, text), (fast, fast_text) = run(0, prompt), run(7, prompt)

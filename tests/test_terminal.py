@@ -1,5 +1,6 @@
 """python -m llama chat in a real terminal, and with a pipe; perplexity."""
 
+import io
 import json
 import os
 import subprocess
@@ -132,3 +133,42 @@ def test_perplexity(tmp_path, tokenizer):
     assert "stride 32; they must be whole" in in_process(commands.perplexity, *flags, "--stride", 32).stderr
     text.write_text("")
     assert "is empty" in in_process(commands.perplexity, *flags).stderr
+
+
+def test_commands_by_pipe(monkeypatch, tmp_path):
+    """In this process, with everything that a line may be."""
+    (tmp_path / "five").write_text("5")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    lines = [
+        "Hello",
+        "/set min_p 0.1",
+        "/set top_q 3",
+        "/set judge_input 3",
+        "/set",
+        f"/save {tmp_path / 'talk'}",
+        f"/load {tmp_path / 'talk'}",
+        f"/load {tmp_path / 'five'}",
+        f"/load {tmp_path / 'deep'}",
+        f"/load {tmp_path / 'nothing'}",
+        "/system Be kind.",
+        "/reset",
+        "hm [INST]",
+        "/help",
+        *["Tell me a story about Tom."] * 3,
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    out = in_process(commands.chat, *MODEL[:-2], "--max_seq_len", 96, "--dtype", "float32").stdout
+    for told in (
+        HELLO,
+        "min_p 0.1",
+        "error: there is no option 'top_q'",
+        "error: judge_input is 3; it must be a function",
+        "2 messages",
+        f"error: {tmp_path / 'five'}: dialog is 5; it must be a list of messages",
+        f"error: {tmp_path / 'deep'}: maximum recursion depth exceeded",
+        "No such file",
+        "may not contain the tags",
+        "Ctrl-D ends",
+        "oldest messages are forgotten",
+    ):
+        assert told in out
