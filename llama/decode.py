@@ -173,7 +173,7 @@ class Captured(Flat):
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         self.tokens.copy_(tokens)
-        self.positions.copy_(torch.tensor(positions))
+        self.positions.copy_(torch.tensor(positions), non_blocking=True)  # or it would wait for the GPU
         end = min(-(-(max(positions) + 1) // BUCKET) * BUCKET, self.max_seq_len)
         if end not in self.steps:
             self.steps[end] = capture(partial(self.to_end, end))
