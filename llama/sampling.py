@@ -87,8 +87,8 @@ def cut(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     kept = probs * ((rank < top_k) | (top_k == 0))
     before = kept.cumsum(-1) - kept  # what the likelier ones have
     whole = torch.where(top_k == 0, 1.0, kept.sum(-1, keepdim=True))
-    reached = (before >= top_p * whole) & (top_p < 1)  # rounded sums may reach 1 early, and that must cut nothing
-    kept = kept.masked_fill(reached | (kept < min_p * kept[:, :1]), 0.0)
+    limit = torch.where(top_p < 1, top_p * whole, 2.0)  # rounded sums may reach 1 early, and that must cut nothing
+    kept = kept.masked_fill((before >= limit) | (kept < min_p * kept[:, :1]), 0.0)
     kept[:, 0] = probs[:, 0]
     return kept
 
@@ -118,6 +118,7 @@ class Sampler:
         self.random = [torch.Generator().manual_seed(row.seed) for row in rows]
         self.drawn: list[list[float]] = [[] for _ in rows]
         self.greedy = all(row.temperature == 0 for row in rows)
+        self.all_hot = all(row.temperature > 1e-30 for row in rows)  # below, single precision has 0
         self.cut = [row.top_k > 0 or row.top_p < 1 or row.min_p > 0 for row in rows]
         self.top_k = max(row.top_k for row in rows) if all(row.top_k for row in rows) else 0
         self.temperature = column("temperature").float()
@@ -145,7 +146,7 @@ class Sampler:
         if self.greedy:
             return logits.argmax(-1)
         probs, u = heat(logits, self.temperature), self.uniform(which)
-        chosen = logits.argmax(-1)
+        chosen = torch.zeros_like(probs[:, 0]).long() if self.all_hot else logits.argmax(-1)
         # A random number means one token in a vocabulary that is sorted and another in one that is not, so what a row
         # gets must not depend on what the others need.
         if not all(self.cut):
