@@ -1,12 +1,13 @@
 """What generation costs beside the model, and what it saves.
 
     python benchmarks/generation.py [--threads 2] [--repeats 5] [--only sampler,prefix,lookup,chat,memory]
+        [--dtype float32]
 
 sampler  time of choosing tokens as a share of a decode step, 1.1B shape, bfloat16 or float32 as this CPU has it
 prefix   prefill of 8 prompts that share 400 tokens, 110M shape, with and without sharing
 lookup   110M shape, greedy, on a text that repeats and on one that does not, beside plain decoding
 chat     time to first token in 20 turns of a chat, with the bundled model
-memory   of the process after 50 and after 1,000 requests of random shapes
+memory   of the process after 50 and after 1,000 requests of random shapes, computed in `dtype`
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def memory(requests: int = 1000, dtype: str | None = None) -> None:
     print(f"memory: after 50 requests {after[50]:.1f} MB, after {requests} {after[requests]:.1f} MB")
 
 
-def main(threads: int = 2, repeats: int = 5, only: str | tuple[str, ...] = ()) -> None:
+def main(threads: int = 2, repeats: int = 5, only: str | tuple[str, ...] = (), dtype: str | None = None) -> None:
     torch.set_num_threads(threads)
     chosen = only.split(",") if isinstance(only, str) else only
     print(f"torch {torch.__version__}, {threads} threads; medians of {repeats} (min - max)")
@@ -167,7 +168,7 @@ def main(threads: int = 2, repeats: int = 5, only: str | tuple[str, ...] = ()) -
         if not chosen or part.__name__ in chosen:
             part(repeats)
     if not chosen or "memory" in chosen:
-        memory()
+        memory(dtype=dtype)
 
 
 if __name__ == "__main__":
