@@ -6,7 +6,6 @@ shard of the weights, the local rank chooses the GPU. fairscale keeps the groups
 
 from __future__ import annotations
 
-import atexit
 import functools
 import io
 import os
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+from weakref import finalize
 
 import torch
 import torch.distributed as dist
@@ -111,7 +111,7 @@ def init_model_parallel(model_parallel_size: int | None = None) -> None:
         store, rank, world = _join()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and world > 1 else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-        atexit.register(_leave)
+        finalize(_leave, _leave)  # at exit, after all that has come later, such as streams
     if model_parallel_size is None and mp.model_parallel_is_initialized():
         return
     world = dist.get_world_size()

@@ -127,6 +127,22 @@ def test_a_flag_that_is_not_there_stops_before_anything_runs():
     assert "--temprature" in err
 
 
+@pytest.mark.parametrize("nproc", [0, 2])
+def test_a_script_may_end_with_its_stream_open(tmp_path, nproc):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from llama import Llama
+llama = Llama.build({str(MODELS / "small-chat")!r}, max_seq_len=256, max_batch_size=1, device="cpu")
+stream = llama.text_stream(["Once upon a time"], max_gen_len=50)
+next(stream)
+""")
+    done = subprocess.run(command(nproc, script), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "Exception" not in done.stderr
+
+
 def test_a_reader_that_leaves_early_is_no_error():
     line = f"{sys.executable} {TEXT} --max_gen_len 5 | head -1"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, cwd="/")
