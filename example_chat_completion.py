@@ -59,6 +59,7 @@ def main(
     device: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    compile: bool = False,
 ) -> None:
     """Print the model's answer to each dialog.
 
@@ -75,6 +76,7 @@ def main(
         device: cuda, mps or cpu; the first of them that there is by default
         dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
         quantize: int8 or int4, to round the weights when they are loaded
+        compile: to decode faster on a CPU, after some seconds of torch.compile
     """
     dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(str(ckpt_dir)).resolve() == BUNDLED else DIALOGS)
     llama = Llama.build(
@@ -86,6 +88,7 @@ def main(
         device=device,
         dtype=dtype,
         quantize=quantize,
+        compile=compile,
     )
     for begin in range(0, len(dialogs), max_batch_size):
         batch = dialogs[begin : begin + max_batch_size]

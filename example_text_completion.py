@@ -50,6 +50,7 @@ def main(
     device: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    compile: bool = False,
 ) -> None:
     """Print what the model writes after each prompt.
 
@@ -66,6 +67,7 @@ def main(
         device: cuda, mps or cpu; the first of them that there is by default
         dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
         quantize: int8 or int4, to round the weights when they are loaded
+        compile: to decode faster on a CPU, after some seconds of torch.compile
     """
     texts = read_prompts(prompts, BUNDLED_PROMPTS if Path(str(ckpt_dir)).resolve() == BUNDLED else PROMPTS)
     llama = Llama.build(
@@ -77,6 +79,7 @@ def main(
         device=device,
         dtype=dtype,
         quantize=quantize,
+        compile=compile,
     )
     for begin in range(0, len(texts), max_batch_size):
         batch = texts[begin : begin + max_batch_size]

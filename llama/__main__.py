@@ -157,6 +157,7 @@ def bench(
     compare: str | tuple[str, ...] = (),
     quantize: str | None = None,
     group_size: int = 64,
+    compile: bool = False,
 ) -> None:
     """Measure tokens per second, as a fraction of what the machine can do and beside other libraries.
 
@@ -174,6 +175,7 @@ def bench(
             weights (one rank only)
         quantize: int8 or int4
         group_size: columns of a group of int4: 32, 64 or 128
+        compile: to decode on a CPU with steps made by torch.compile
     """
     peers = compare.split(",") if isinstance(compare, str) else [*compare]  # a point makes one text of a list
     many = {"batches": batches, "prompts": prompts, "tokens": tokens, "repeats": repeats}
@@ -213,12 +215,14 @@ def bench(
         if peers and checkpoint.scheme:
             raise ValueError(f"compare needs weights that are not quantized yet, as those in {folder} are")
     model = benchmark.loaded(weights, args, where, kind, rounding)
+    model.compiled = compile
     benchmark.synchronize(where)
     rounded = None if rounding is None else str(rounding)
     facts = {
         "model": str(ckpt_dir or shape),
         "dtype": name(kind),
         "quantize": rounded,
+        "compile": compile,
         "load_s": time.perf_counter() - began,
     }
     with redirect_stdout(None) if parallel.rank() else nullcontext():
@@ -240,6 +244,7 @@ def chat(
     quantize: str | None = None,
     group_size: int = 64,
     prompt_lookup: int = 0,
+    compile: bool = False,
 ) -> None:
     """Talk to a chat model in the terminal, or pipe one prompt a line into it; /help there tells more.
 
@@ -257,9 +262,19 @@ def chat(
         quantize: int8 or int4
         group_size: columns of a group of int4: 32, 64 or 128
         prompt_lookup: guesses to try with each step, which helps where answers repeat what was said
+        compile: to decode faster on a CPU, after some seconds of torch.compile
     """
     llama = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, 1, None, seed, device, dtype, quantize=quantize, group_size=group_size
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=1,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        group_size=group_size,
+        compile=compile,
     )
     options = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "prompt_lookup": prompt_lookup}
     converse(llama, system, **options)

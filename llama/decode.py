@@ -31,8 +31,8 @@ def decoder(model: Transformer, B: int) -> Decode:
     """How to decode B rows, until the weights change."""
     kind = model.norm.weight.device.type
     if kind == "cpu":
-        return Flat(model, B)
-    return captured(model, B) if kind == "cuda" else model.hidden
+        return kept(Compiled, model, B) if model.compiled else Flat(model, B)
+    return kept(Captured, model, B) if kind == "cuda" else model.hidden
 
 
 WORTH_SPLITTING = 64  # positions a row that are not its own; to leave them out costs an operation for each row
@@ -98,20 +98,23 @@ class Flat:
             spans = [(slice(i, i + 1), position + 1) for i, position in enumerate(positions)]
         else:
             mask = (torch.arange(end) <= at[:, None]).view(-1, 1, 1, end)
-        return self.step(tokens, at, new, spans, mask)
+        return self.step(tokens, self.turns_at(at), new, spans, mask)
+
+    def turns_at(self, at: Tensor) -> Tensor:
+        """How far the heads turn at positions (B,): (B, H + 2K, D/2), complex. Values do not."""
+        return F.pad(self.turns[at].expand(self.B, self.H + self.K, self.D // 2), (0, 0, 0, self.K), value=1)
 
     def step(
         self,
         tokens: Tensor,
-        at: Tensor,
+        turns: Tensor,
         new: tuple[Any, ...],
         spans: Sequence[tuple[slice, int]],
         mask: Tensor | None,
     ) -> Tensor:
-        """Hidden states (B, 1, dim) of tokens (B, 1) at positions (B,); their keys and values are stored at `new`."""
+        """Hidden states (B, 1, dim) of tokens (B, 1); their keys and values are stored at `new`."""
         B, H, K, D = self.B, self.H, self.K, self.D
-        turns = F.pad(self.turns[at].expand(B, H + K, D // 2), (0, 0, 0, K), value=1)  # (B, H + 2K, D/2): v stays
-        x = all_gather(F.embedding(tokens, self.embeddings))  # (B, 1, dim)
+        x = all_gather(F.embedding(tokens[:, 0], self.embeddings))  # (B, dim)
         y = torch.zeros_like(x)
         for layer in self.layers:
             x, h = self.add_norm(x, y, layer.attention_norm)
@@ -119,10 +122,10 @@ class Flat:
             layer.cache[new] = heads[:, H:]
             q = heads[:, :H].view(B, K, H // K, D)
             seen = [self.look(q[some], layer.cache[some], S, mask) for some, S in spans]
-            y = (torch.cat(seen) if len(seen) > 1 else seen[0]).view(B, 1, H * D)
+            y = (torch.cat(seen) if len(seen) > 1 else seen[0]).view(B, H * D)
             x, h = self.add_norm(x, layer.wo(y), layer.ffn_norm)
             y = layer.w2(self.swiglu(layer.w13(h)))
-        return x.add_(y)
+        return x.add_(y)[:, None]
 
     def add_norm(self, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         x += y
@@ -144,26 +147,75 @@ class Flat:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Compiled
+
+
+_kept: WeakKeyDictionary[Transformer, dict[tuple[tuple[int, ...], int], Fused]] = WeakKeyDictionary()
+
+
+def kept(kind: type[Fused], model: Transformer, B: int) -> Fused:
+    """What was made for B rows, and lasts as long as the tensors that it was made with."""
+    tensors = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    found = {key: made for key, made in _kept.get(model, {}).items() if key[0] == tensors}
+    if (tensors, B) not in found and len(found) == kind.most:
+        found.clear()
+    _kept[model] = found
+    if (tensors, B) not in found:
+        found[tensors, B] = kind(model, B)
+    return found[tensors, B]
+
+
+class Fused(Flat):
+    """With one kernel between two products."""
+
+    most = 8  # for so many different numbers of rows; torch.compile is as patient
+
+    def turns_at(self, at: Tensor) -> Tensor:
+        return torch.view_as_real(super().turns_at(at))
+
+    def whole(self, tokens: Tensor, turns: Tensor, at: Tensor, seen: Tensor, masked: bool = True) -> Tensor:
+        """A step at positions `at` (B,) that looks at those of the cache where `seen` (B, S) is true."""
+        B, S = seen.shape
+        new = (self.rows, slice(None), at)
+        return self.step(tokens, turns, new, [(slice(0, B), S)], seen.view(B, 1, 1, S) if masked else None)
+
+    def add_norm(self, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return fused.add_norm(x, y, weight, self.floor)
+
+    def turn(self, heads: Tensor, turns: Tensor) -> Tensor:
+        return fused.turn(heads, turns)
+
+    def swiglu(self, both: Tensor) -> Tensor:
+        return fused.swiglu(both)
+
+
+class Compiled(Fused):
+    """A step as one function that torch.compile has made, for all lengths of the cache."""
+
+    def __init__(self, model: Transformer, B: int) -> None:
+        super().__init__(model, B)
+        self.all_positions = torch.arange(model.params.max_seq_len)
+        self.run = fused.compiled(self.whole)
+
+    def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+        at = torch.tensor(positions)
+        seen = self.all_positions[: max(positions) + 1] <= at[:, None]
+        torch._dynamo.maybe_mark_dynamic(seen, 1)  # or it would be compiled again for each length
+        return self.run(tokens, self.turns_at(at), at, seen, masked=min(positions) != max(positions))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # CUDA graphs
 
 
 BUCKET = 256  # a graph serves so many lengths of the cache, and attends to the longest of them
 log = logging.getLogger(__name__)
-_captured: WeakKeyDictionary[Transformer, dict[object, Captured]] = WeakKeyDictionary()
 
 
-def captured(model: Transformer, B: int) -> Captured:
-    """The graphs of B rows, which last as long as the tensors that they were recorded with."""
-    tensors = (*model.parameters(), *model.buffers())
-    key = (B, tuple(tensor.data_ptr() for tensor in tensors))
-    if key not in (kept := _captured.setdefault(model, {})):
-        kept.clear()  # at most one set of graphs: each holds memory of its own
-        kept[key] = Captured(model, B)
-    return kept[key]
-
-
-class Captured(Flat):
+class Captured(Fused):
     """A step for each length of the cache, rounded up to whole buckets, recorded when it is first needed."""
+
+    most = 1  # as graphs hold memory of their own
 
     def __init__(self, model: Transformer, B: int) -> None:
         super().__init__(model, B)
@@ -180,18 +232,8 @@ class Captured(Flat):
         return self.steps[end]()
 
     def to_end(self, end: int) -> Tensor:
-        mask = torch.arange(end, device=self.rows.device) <= self.positions[:, None]
-        new = (self.rows, slice(None), self.positions)
-        return self.step(self.tokens, self.positions, new, [(slice(0, self.B), end)], mask.view(-1, 1, 1, end))
-
-    def add_norm(self, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return fused.add_norm(x, y, weight, self.floor)
-
-    def turn(self, heads: Tensor, turns: Tensor) -> Tensor:
-        return fused.turn(heads, torch.view_as_real(turns))
-
-    def swiglu(self, both: Tensor) -> Tensor:
-        return fused.swiglu(both)
+        seen = torch.arange(end, device=self.rows.device) <= self.positions[:, None]
+        return self.whole(self.tokens, self.turns_at(self.positions), self.positions, seen)
 
 
 def capture(work: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -27,6 +28,8 @@ class compiled(Generic[P, R]):
         self.call: Any = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return self.function(*args, **kwargs)
         self.call = self.call or torch.compile(self.function)
         if self.call is not self.function:
             try:
@@ -39,12 +42,33 @@ class compiled(Generic[P, R]):
         return self.function(*args, **kwargs)
 
 
+def opaque(schema: str, result: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """A decorator: torch.compile calls the function as it is, knowing no more of it than its `schema` and an empty
+    `result`. For torch's operators of a kind whose weights it would have as constants."""
+
+    def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        name = f"llama::{function.__name__}"
+        torch.library.define(name, schema)
+        torch.library.impl(name, "default", function)
+        torch.library.register_fake(name, result)
+        operator = getattr(torch.ops.llama, function.__name__)
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            found: Tensor = (operator if torch.compiler.is_compiling() else function)(*args, **kwargs)
+            return found
+
+        return call
+
+    return decorate
+
+
 @compiled
 def add_norm(x: Tensor, y: Tensor, weight: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """x + y, and that divided by its length, at least `floor`, times weight. RMSNorm of the residual stream."""
     x = x + y
-    length = (x.float().square().sum(-1, keepdim=True) + floor.square()).sqrt()
-    return x, (x.float() / length * weight).type_as(x)
+    scale = (x.float().square().sum(-1, keepdim=True) + floor.square()).rsqrt()
+    return x, (x.float() * scale * weight).type_as(x)
 
 
 @compiled

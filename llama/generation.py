@@ -102,6 +102,7 @@ class Llama:
         check_memory: bool = True,
         quantize: str | None = None,
         group_size: int = 64,
+        compile: bool = False,
     ) -> Llama:
         """Load the checkpoint in `ckpt_dir`, in Meta's layout or Hugging Face's, whatever number of shards it has.
 
@@ -109,6 +110,8 @@ class Llama:
         `tokenizer_path` defaults to tokenizer.model in the folder or one up. `device` defaults to CUDA, then MPS, then
         CPU; `dtype` to the checkpoint's, or float32 where the CPU has no instructions for it. `quantize` rounds the
         matrices to int8, or to int4 in groups of `group_size` columns; a checkpoint that was saved so needs neither.
+        `compile` has torch.compile make the steps of decoding on a CPU, which takes a C++ compiler and seconds at the
+        first step of a number of rows; those on a GPU are always made so.
         Raises ValueError, FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank,
         and MemoryError before anything is allocated when weights, cache and activations will not fit;
         `check_memory=False` tries.
@@ -131,12 +134,15 @@ class Llama:
             needed, free = footprint(args, parallel.world_size(), kind, rounding), available(where)
             if check_memory and (problem := shortage(needed, free, where, parallel.world_size())):
                 raise MemoryError(problem)
-        plans = parallel.gather_objects((where.type, kind, rounding, max_seq_len, max_batch_size))
+        plans = parallel.gather_objects((where.type, kind, rounding, max_seq_len, max_batch_size, compile))
         if len(set(plans)) > 1:
-            raise ValueError(f"the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size): {plans}")
+            raise ValueError(
+                f"the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size, compile): {plans}"
+            )
         with parallel.all_or_none():
             load(model, weights, args, where, kind, rounding)
             model.allocate_cache()
+        model.compiled = compile
         return Llama(model.eval().requires_grad_(False), tokenizer, seed)
 
     @parallel.as_first_rank

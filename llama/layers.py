@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import Tensor, nn
 
+from .fused import opaque
 from .parallel import all_gather, all_reduce, divide
 
 Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
@@ -58,8 +59,14 @@ def from_left(weight: Tensor, x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if not (rows.is_contiguous() or rows.t().is_contiguous()):  # a hundred times as slow
         rows = rows.contiguous()
-    y = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "")  # (out, rows)
+    y = onednn_product(weight, rows)
     return y.t().view(*x.shape[:-1], -1)  # its columns lie one behind the other
+
+
+@opaque("(Tensor weight, Tensor rows) -> Tensor", lambda weight, rows: weight.new_empty(len(weight), len(rows)))
+def onednn_product(weight: Tensor, rows: Tensor) -> Tensor:
+    """weight (out, in) times rows (rows, in), transposed: (out, rows)."""
+    return torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "")
 
 
 def in_strips(weight: Tensor, x: Tensor) -> Tensor:

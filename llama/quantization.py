@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import int8_rows
+from .fused import int8_rows, opaque
 
 GROUPS = (32, 64, 128)
 SHRINK = [1 - 0.04 * i for i in range(11)]  # what a search tries: the share of a group's range that is kept
@@ -160,6 +160,17 @@ class Plain:
         return F.linear(x, dequantize(self.weight).type_as(x))
 
 
+@opaque(
+    "(Tensor q, Tensor packed, Tensor scale, Tensor zeros) -> Tensor",
+    lambda q, packed, scale, zeros: q.new_empty((len(q), len(scale)), dtype=torch.float32),
+)
+def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """127ths of q (rows, in) times the packed matrix (in, out) times scale (out,)."""
+    return torch.ops.onednn.qlinear_pointwise(
+        q, 1 / 127, 0, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
 class Int8OneDNN(Plain):
     """oneDNN's int8 product. Rows of x are rounded to 127ths of their own largest number, so that what a row
     gives is its own affair."""
@@ -182,9 +193,7 @@ class Int8OneDNN(Plain):
         rows = x.reshape(-1, x.shape[-1]).float()
         largest = rows.abs().amax(-1, keepdim=True)  # a row of zeros becomes nonsense, times 0
         q = (rows * (127 / largest)).round_().to(torch.int8)
-        y = torch.ops.onednn.qlinear_pointwise(
-            q, 1 / 127, 0, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
+        y = int8_product(q, self.packed, self.scale, self.zeros)
         return y.mul_(largest).view(*x.shape[:-1], -1).type_as(x)
 
 

@@ -1,5 +1,8 @@
 """The fast step is the plain step."""
 
+import gc
+import weakref
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 from small import GQA, SHAPES, random_model, relative_error
 
 from llama import Llama, ModelArgs, bench, decode, engine, fused, parallel, quantization
-from llama.decode import Captured, Flat, decoder
+from llama.decode import Captured, Compiled, Flat, decoder, kept
 
 CPU = torch.device("cpu")
 POSITIONS = [[9], [9, 9], [3, 11, 7], [12, 1, 1, 12, 5]]
@@ -121,6 +124,83 @@ def test_what_cannot_be_compiled_is_called_as_it_is(monkeypatch, caplog):
     ]
 
 
+# Compiled steps, with a stand-in for the compiler
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The graphs that were made so far."""
+    graphs = []
+
+    def stand_in(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=stand_in))
+    return graphs
+
+
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiled_is_plain(traced, shape, positions):
+    model = random_model(SHAPES[shape], max_batch_size=5)
+    (plain, plain_cache), (compiled, compiled_cache) = both(model, positions, fast=Compiled)
+    assert relative_error(compiled, plain) < 1e-5
+    assert relative_error(compiled_cache, plain_cache) < 1e-5
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4", None])
+def test_compiled_products_of_every_kind(traced, quantize):
+    args = ModelArgs(**GQA, vocab_size=128, max_batch_size=4, max_seq_len=64)
+    parallel.init_model_parallel()
+    rounding = quantization.scheme(quantize)
+    dtype = torch.float32 if quantize else torch.bfloat16
+    model = bench.loaded(bench.RandomWeights(CPU, rounding), args, CPU, dtype, rounding)
+    (plain, _), (compiled, _) = both(model, [3, 7], fast=Compiled)
+    assert relative_error(compiled.float(), plain.float()) < 0.03
+    assert len(traced) == 1
+
+
+def test_a_step_is_compiled_once_for_all_lengths(traced, tokenizer):
+    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
+    expected = llama.generate([[1, 2], [1, 2, 3]], 30, temperature=0)
+    llama.model.compiled = True
+    assert llama.generate([[1, 2], [1, 2, 3]], 30, temperature=0) == expected
+    assert llama.generate([[1, 2, 3, 4], [1, 2]], 30, temperature=0)[0]
+    assert len(traced) == 1
+    llama.generate([[1, 2], [1, 3]], 30, temperature=0)  # no mask
+    llama.generate([[1, 2]], 30, temperature=0)
+    assert len(traced) == 3
+    assert isinstance(decoder(llama.model, 1), Compiled)
+    assert decoder(llama.model, 1) is decoder(llama.model, 1)
+
+
+def test_what_was_compiled_goes_with_its_weights():
+    model = random_model(max_batch_size=10)
+    first = kept(Compiled, model, 1)
+    for B in range(2, 9):
+        kept(Compiled, model, B)
+    assert kept(Compiled, model, 1) is first
+    kept(Compiled, model, 9)
+    assert kept(Compiled, model, 1) is not first
+    first = weakref.ref(kept(Compiled, model, 1))
+    model.norm.weight = torch.nn.Parameter(model.norm.weight + 1)
+    kept(Compiled, model, 2)
+    gc.collect()
+    assert first() is None
+
+
+def compiled_on_several_ranks():
+    (plain, _), (compiled, _) = both(random_model(), [3, 7], fast=Compiled)
+    return relative_error(compiled, plain)
+
+
+def test_compiled_is_plain_on_two_ranks(ranks):
+    assert max(ranks(2).run(compiled_on_several_ranks)) < 1e-5
+
+
 # Graphs, with a stand-in for what records them: as a graph does, it reads what lies in the tensors that it was made
 # with, gives one tensor, and knows nothing of the arguments of a later call.
 
@@ -168,12 +248,12 @@ def test_a_graph_serves_a_bucket_of_lengths(recorded):
 
 def test_graphs_are_kept_while_their_tensors_are(recorded):
     model = random_model()
-    first = decode.captured(model, 2)
-    assert decode.captured(model, 2) is first
-    assert decode.captured(model, 3) is not first
-    again = decode.captured(model, 2)
+    first = kept(Captured, model, 2)
+    assert kept(Captured, model, 2) is first
+    assert kept(Captured, model, 3) is not first
+    again = kept(Captured, model, 2)
     model.norm.weight = torch.nn.Parameter(model.norm.weight + 1)
-    assert decode.captured(model, 2) is not again
+    assert kept(Captured, model, 2) is not again
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -186,7 +266,7 @@ def test_a_device_that_runs_ahead_gives_the_same_tokens(recorded, monkeypatch, t
     llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer, seed=3)
     slow = llama.generate(prompts, 30, temperature, logprobs=True)
     monkeypatch.setattr(engine, "AHEAD", {"cpu"})
-    monkeypatch.setattr(engine, "decoder", decode.captured)
+    monkeypatch.setattr(engine, "decoder", lambda *args: kept(Captured, *args))
     fast = Llama(llama.model, tokenizer, seed=3).generate(prompts, 30, temperature, logprobs=True)
     assert fast[0] == slow[0]
     assert len(slow[0][0]) == 5 and len(slow[0][2]) == 64 - 59
