@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "tokenizer": set(),
     "sampling": set(),
     "parallel": set(),
-    "layers": {"parallel"},
+    "layers": {"fused", "parallel"},
     "model": {"layers", "parallel"},
     "decode": {"fused", "layers", "model", "parallel"},
     "files": {"hf"},
