@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,8 +110,7 @@ class Span(NamedTuple):
 class Positions(NamedTuple):
     """Where the tokens of one call stand; the same for all layers."""
 
-    rows: Tensor  # (B, 1), or (1, T) where tokens of several rows lie one behind the other
-    positions: Tensor  # (B or 1, T)
+    new: tuple[Any, Any]  # the rows and positions that they fill in the cache, as one indexes with them
     turns: Tensor  # what `rotations` says of them
     spans: Sequence[Span]  # B * T tokens in all
 
@@ -151,7 +150,7 @@ class KVCache(nn.Module):
 
     def update(self, kv: Tensor, where: Positions) -> Tensor:
         """Store kv (B, T, 2K, D), and return all that is stored."""
-        self.kv[where.rows, :, where.positions] = kv.detach()
+        self.kv.transpose(1, 2)[where.new] = kv.detach()
         return self.kv
 
 
@@ -265,9 +264,10 @@ class Transformer(nn.Module):
         # Rows that stand at the same positions need no mask of their own.
         starts = starts[:1] if bool((starts == starts[0]).all()) else starts
         positions = (starts[:, None] + torch.arange(T)).to(tokens.device)  # (B or 1, T)
-        rows = torch.arange(B, device=tokens.device)[:, None]
+        alike = (slice(0, B), slice(end - T, end))  # quicker to store at than what indices say
+        new = alike if len(starts) == 1 else (torch.arange(B, device=tokens.device)[:, None], positions)
         span = Span(slice(0, B), T, end, causal_mask(positions, end))
-        return self.blocks(tokens, self.places(rows, positions, [span]))
+        return self.blocks(tokens, self.places(new, positions, [span]))
 
     def packed(self, rows: Sequence[Sequence[int]], start_pos: Sequence[int]) -> Tensor:
         """The last layer's output (N, dim) for the N tokens of rows of any lengths, one row behind the other, without
@@ -283,17 +283,19 @@ class Transformer(nn.Module):
             mask = causal_mask(torch.arange(start, start + T, device=device)[None], start + T)
             spans.append(Span(slice(first, first + len([*alike])), T, start + T, mask))
         positions = torch.cat([torch.arange(start, start + T) for start, T in places])[None].to(device)
-        index = torch.tensor([[i for i, row in enumerate(rows) for _ in row]], device=device)
+        new: tuple[Any, Any] = (slice(0, 1), slice(start_pos[0], sum(places[0])))
+        if len(rows) > 1:
+            new = torch.tensor([[i for i, row in enumerate(rows) for _ in row]], device=device), positions
         tokens = torch.tensor([[id for row in rows for id in row]], device=device)  # (1, N)
-        return self.blocks(tokens, self.places(index, positions, spans))[0]
+        return self.blocks(tokens, self.places(new, positions, spans))[0]
 
     def copy_cache(self, length: int, B: int) -> None:
         """Give rows 1 to B - 1 what the first row has stored at its first `length` positions."""
         for cache in self.buffers():
             cache[1:B, :, :length] = cache[0, :, :length]
 
-    def places(self, rows: Tensor, positions: Tensor, spans: Sequence[Span]) -> Positions:
-        return Positions(rows, positions, rotations(positions, self.params.head_dim, self.params.rope_theta), spans)
+    def places(self, new: tuple[Any, Any], positions: Tensor, spans: Sequence[Span]) -> Positions:
+        return Positions(new, rotations(positions, self.params.head_dim, self.params.rope_theta), spans)
 
     def blocks(self, tokens: Tensor, where: Positions) -> Tensor:
         """`hidden` for tokens whose places are worked out already."""
