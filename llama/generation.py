@@ -134,11 +134,9 @@ class Llama:
             needed, free = footprint(args, parallel.world_size(), kind, rounding), available(where)
             if check_memory and (problem := shortage(needed, free, where, parallel.world_size())):
                 raise MemoryError(problem)
-        plans = parallel.gather_objects((where.type, kind, rounding, max_seq_len, max_batch_size, compile))
+        plans = parallel.gather_objects((where.type, kind, rounding, max_seq_len, max_batch_size))
         if len(set(plans)) > 1:
-            raise ValueError(
-                f"the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size, compile): {plans}"
-            )
+            raise ValueError(f"the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size): {plans}")
         with parallel.all_or_none():
             load(model, weights, args, where, kind, rounding)
             model.allocate_cache()
