@@ -215,7 +215,7 @@ def bench(
         if peers and checkpoint.scheme:
             raise ValueError(f"compare needs weights that are not quantized yet, as those in {folder} are")
     model = benchmark.loaded(weights, args, where, kind, rounding)
-    model.compiled = compile
+    model.compile_steps = compile
     benchmark.synchronize(where)
     rounded = None if rounding is None else str(rounding)
     facts = {

@@ -1,7 +1,6 @@
-"""What lies between two products, each as one kernel: for GPUs, where every kernel costs microseconds of its own.
+"""What lies between two products, written so that torch.compile makes one kernel of each; and how to have it compile.
 
-`torch.compile` makes the kernels, of these few functions alone, so that it takes seconds. Each has a plain twin
-elsewhere.
+Each has a plain twin elsewhere, of few operations.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,31 +23,28 @@ class compiled(Generic[P, R]):
     """A function that is compiled when it is first called, or, where that is impossible, called as it is."""
 
     def __init__(self, function: Callable[P, R]) -> None:
-        self.function = function
-        self.call: Any = None
+        self.function, self.failed = function, False
+        self.call: Callable[P, R] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
-            return self.function(*args, **kwargs)
-        self.call = self.call or torch.compile(self.function)
-        if self.call is not self.function:
+        if not self.failed:
+            self.call = self.call or torch.compile(self.function)
             try:
-                found: R = self.call(*args, **kwargs)
-                return found
-            except Exception as error:  # a missing compiler, an unknown device: there is no end to what it may be
+                return self.call(*args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, say
+                self.failed = True
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
-                log.warning("%s is not compiled, which is slower: %s", self.function.__name__, reason)
-                self.call = self.function
+                log.warning("%s is not compiled, which is slower: %s", self.function.__qualname__, reason)
         return self.function(*args, **kwargs)
 
 
-def opaque(schema: str, result: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """A decorator: torch.compile calls the function as it is, knowing no more of it than its `schema` and an empty
-    `result`. For torch's operators of a kind whose weights it would have as constants."""
+def opaque(result: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """A decorator: torch.compile calls the function as it is and knows no more of it than an empty `result`. For
+    operators of torch of which the compiler would have the weights as constants."""
 
     def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         name = f"llama::{function.__name__}"
-        torch.library.define(name, schema)
+        torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
         torch.library.impl(name, "default", function)
         torch.library.register_fake(name, result)
         operator = getattr(torch.ops.llama, function.__name__)
@@ -63,15 +59,13 @@ def opaque(schema: str, result: Callable[P, Tensor]) -> Callable[[Callable[P, Te
     return decorate
 
 
-@compiled
 def add_norm(x: Tensor, y: Tensor, weight: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """x + y, and that divided by its length, at least `floor`, times weight. RMSNorm of the residual stream."""
+    """x + y, and its RMSNorm: divided by the root of its mean square + floor², times weight."""
     x = x + y
-    scale = (x.float().square().sum(-1, keepdim=True) + floor.square()).rsqrt()
+    scale = (x.float().square().mean(-1, keepdim=True) + floor.square()).rsqrt()
     return x, (x.float() * scale * weight).type_as(x)
 
 
-@compiled
 def turn(heads: Tensor, turns: Tensor) -> Tensor:
     """Pairs of neighbours in heads (B, heads, D) times complex numbers (B, heads, D/2, 2). Rotary embedding."""
     a, b = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -79,7 +73,6 @@ def turn(heads: Tensor, turns: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(heads)
 
 
-@compiled
 def swiglu(both: Tensor) -> Tensor:
     """silu(gate) * up of gate and up side by side."""
     gate, up = both.chunk(2, -1)

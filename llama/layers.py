@@ -63,7 +63,7 @@ def from_left(weight: Tensor, x: Tensor) -> Tensor:
     return y.t().view(*x.shape[:-1], -1)  # its columns lie one behind the other
 
 
-@opaque("(Tensor weight, Tensor rows) -> Tensor", lambda weight, rows: weight.new_empty(len(weight), len(rows)))
+@opaque(lambda weight, rows: weight.new_empty(weight.shape[0], rows.shape[0]))
 def onednn_product(weight: Tensor, rows: Tensor) -> Tensor:
     """weight (out, in) times rows (rows, in), transposed: (out, rows)."""
     return torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "")

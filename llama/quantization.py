@@ -160,10 +160,7 @@ class Plain:
         return F.linear(x, dequantize(self.weight).type_as(x))
 
 
-@opaque(
-    "(Tensor q, Tensor packed, Tensor scale, Tensor zeros) -> Tensor",
-    lambda q, packed, scale, zeros: q.new_empty((len(q), len(scale)), dtype=torch.float32),
-)
+@opaque(lambda q, packed, scale, zeros: scale.new_empty(q.shape[0], scale.shape[0]))
 def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
     """127ths of q (rows, in) times the packed matrix (in, out) times scale (out,)."""
     return torch.ops.onednn.qlinear_pointwise(
