@@ -181,11 +181,14 @@ class Compiled(Flat):
         super().__init__(model, B, WHOLE)
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-        at = torch.tensor(positions)
-        visible = torch.arange(max(positions) + 1) <= at[:, None]
+        at, end = torch.tensor(positions), max(positions) + 1
+        if end == len(self.turns):  # a cache that is seen to its end would be compiled for again
+            return super().__call__(tokens, positions)
+        visible = torch.arange(end) <= at[:, None]
         torch._dynamo.maybe_mark_dynamic(visible, 1)  # or it would be compiled again for each length
         # Rows stand at the same position until the first of them ends: no reason to stop there and compile.
-        return compiled_step(self, tokens, self.turns_at(at), at, visible, masked=self.B > 1)
+        with torch._dynamo.config.patch(recompile_limit=64):  # not 8 for all models and numbers of rows together
+            return compiled_step(self, tokens, self.turns_at(at), at, visible, masked=self.B > 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

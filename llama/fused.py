@@ -31,7 +31,7 @@ class compiled(Generic[P, R]):
             self.call = self.call or torch.compile(self.function)
             try:
                 return self.call(*args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, say
+            except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # no compiler, no place for its files
                 self.failed = True
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 log.warning("%s is not compiled, which is slower: %s", self.function.__qualname__, reason)

@@ -6,16 +6,17 @@ shard of the weights, the local rank chooses the GPU. fairscale keeps the groups
 
 from __future__ import annotations
 
+import atexit
 import functools
 import io
 import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import ParamSpec, TypeVar
-from weakref import finalize
+from typing import Any, ParamSpec, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+open_streams: WeakSet[Any] = WeakSet()  # to be closed at exit, while the ranks still hear each other
 _store: dist.Store | None = None  # where the ranks settle which of them reports a failure
 
 
@@ -111,7 +113,7 @@ def init_model_parallel(model_parallel_size: int | None = None) -> None:
         store, rank, world = _join()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and world > 1 else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-        finalize(_leave, _leave)  # at exit, after all that has come later, such as streams
+        atexit.register(_leave)
     if model_parallel_size is None and mp.model_parallel_is_initialized():
         return
     world = dist.get_world_size()
@@ -129,6 +131,9 @@ def init_model_parallel(model_parallel_size: int | None = None) -> None:
 
 
 def _leave() -> None:
+    for stream in [*open_streams]:
+        with suppress(ValueError):  # one that another thread is reading
+            stream.close()
     # A gloo thread that still holds a tensor when Python has gone aborts the process: one exit in five, measured with a
     # broadcast just before it. After an error the other ranks may not answer, and leaving NCCL's groups waits for them.
     if dist.is_initialized() and not hasattr(sys, "last_value"):

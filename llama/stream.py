@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from inspect import GEN_CLOSED, getgeneratorstate
 from typing import NamedTuple
-from weakref import finalize
 
 from .chat import Dialog
-from .parallel import ask_first_rank, rank
+from .parallel import ask_first_rank, open_streams, rank
 
 JudgeInput = Callable[[Dialog], "str | None"]  # None where the dialog may be answered, or what to say instead
 JudgeOutput = Callable[[str], "str | None"]  # None where the answer may be given, or what to say instead
@@ -32,8 +32,7 @@ class Stream:
 
     def __init__(self, steps: Generator[list[Event], None, None]) -> None:
         self._steps = steps
-        # Unlike __del__, this comes at exit while the ranks can still hear each other.
-        self._end = finalize(self, _end, steps)
+        open_streams.add(self)
         # The first is fetched at once, so that a stream that nobody reads has begun on all ranks, and can end on all.
         self._waiting = next(steps, [])[::-1]
 
@@ -46,22 +45,22 @@ class Stream:
         return self._waiting.pop()
 
     def close(self) -> None:
-        """End all rows here and now."""
+        """End all rows here and now. Ranks but the first go on, unheard, until the first ends, as judges are asked."""
         self._waiting = []
-        self._end()
+        if getgeneratorstate(self._steps) == GEN_CLOSED:
+            return
+        for _ in self._steps if rank() else ():
+            pass
+        self._steps.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _end(steps: Generator[list[Event], None, None]) -> None:
-    """Ranks but the first go on, unheard, until the first ends, as judges are asked."""
-    for _ in steps if rank() else ():
-        pass
-    steps.close()
 
 
 def judged(

@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 from small import MODELS, ROOT, in_process, random_model
 
-from llama import ModelArgs, __main__, bench, peers
+from llama import ModelArgs, __main__, bench, decode, fused, peers
 from llama.quantization import scheme
 
 CPU = torch.device("cpu")
@@ -54,6 +55,15 @@ def test_a_random_model_has_its_dtype_and_cache():
     assert {t.dtype for t in [*model.parameters(), *model.buffers()]} == {torch.bfloat16}
     assert model.layers[0].attention.cache.kv.shape == (2, 8, 16, 16)
     assert model.layers[0].attention.wq.weight.float().std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_compiled_steps_are_measured(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    with mock.patch.object(decode, "compiled_step", wraps=fused.compiled(decode.Flat.step_at), failed=False) as step:
+        done = command("--ckpt_dir", str(MODELS / "small"), "--prompts", "16", "--batches", "2", "--compile")
+    assert done.returncode == 0, done.stderr
+    assert step.called
+    assert json.loads(done.stdout.splitlines()[-1])["compile"] is True
 
 
 def test_the_command_ends_with_json():

@@ -1,11 +1,12 @@
 """The fast step is the plain step."""
 
+import shutil
 from functools import partial
 from unittest import mock
 
 import pytest
 import torch
-from small import GQA, SHAPES, random_model, relative_error
+from small import GQA, MODELS, SHAPES, random_model, relative_error
 
 from llama import Llama, ModelArgs, bench, decode, engine, fused, parallel, quantization
 from llama.decode import Captured, Compiled, Flat, captured, decoder
@@ -184,6 +185,7 @@ def test_a_step_is_compiled_once_for_all_lengths(traced, tokenizer):
     llama.model.compile_steps = True
     assert llama.generate([[1, 2], [1, 2, 3]], 30, temperature=0) == expected
     assert llama.generate([[1, 2, 3], [1, 2, 4]], [5, 30], temperature=0)[0]  # alike until the first one ends
+    assert len(llama.generate([[1, 2, 3], [1] * 63], 99, temperature=0)[0][0]) == 61  # to the end of the cache
     assert len(traced) == 1
     llama.generate([[1, 2]], 30, temperature=0)
     assert len(traced) == 2
@@ -201,6 +203,19 @@ def test_a_step_is_compiled_for_few_numbers_of_rows(traced, quantize):
         assert relative_error(compiled, plain) < 0.03
     assert len(traced) <= 6
     assert not decode.compiled_step.failed
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler")
+def test_what_the_real_compiler_makes(monkeypatch):
+    monkeypatch.setattr(decode, "compiled_step", fused.compiled(Flat.step_at))
+    llama = Llama.build(MODELS / "small-chat", max_seq_len=64, max_batch_size=2, device="cpu", dtype="float32")
+    quick = Llama.build(
+        MODELS / "small-chat", max_seq_len=64, max_batch_size=2, device="cpu", dtype="float32", compile=True
+    )
+    prompts = ["Once upon a time", "The dog"]
+    expected = llama.text_completion(prompts, temperature=0)
+    assert quick.text_completion(prompts, temperature=0) == expected
+    assert decode.compiled_step.call and not decode.compiled_step.failed
 
 
 @pytest.mark.parametrize("fast", [Compiled, captured])

@@ -160,10 +160,10 @@ def test_when_one_rank_fails_all_raise(ranks):
 @pytest.mark.parametrize(("last_line", "joined"), [("", False), ("raise KeyError", True)])
 def test_an_ordinary_exit_leaves_the_groups_and_one_after_an_error_waits_for_nobody(last_line, joined):
     code = f"""
-import weakref
+import atexit
 import torch.distributed as dist
 from llama import parallel
-weakref.finalize(dist, lambda: print(dist.is_initialized()))  # the last thing at exit
+atexit.register(lambda: print(dist.is_initialized()))
 parallel.init_model_parallel()
 {last_line}
 """

@@ -1,5 +1,6 @@
 """Streams, and what else one may ask of generation: settings of each row, seeds, stops, judges, lookup."""
 
+import gc
 import threading
 
 import pytest
@@ -67,6 +68,42 @@ def test_a_stream_that_is_closed_frees_the_model(llama):
         next(stream)
     llama.generate_stream(PROMPTS, 30)  # never read, and dropped at once
     assert llama.generate([[1]], 3, temperature=0)[0] == llama.generate([[1]], 3, temperature=0)[0]
+
+
+def test_a_stream_that_its_own_judge_holds_is_collected(bundled):
+    class App:
+        def judge(self, text):
+            return None
+
+        def ask(self):
+            self.stream = bundled.chat_stream([[{"role": "user", "content": "Hi"}]], judge_output=self.judge)
+
+    app = App()
+    app.ask()
+    del app
+    gc.collect()
+    assert bundled.text_completion(["a"], max_gen_len=1)
+
+
+def test_a_stream_that_could_not_be_closed_can_be_later(llama, monkeypatch):
+    stream, real = llama.generate_stream(PROMPTS, 30, temperature=0), llama.model.logits
+    entered, leave = threading.Event(), threading.Event()
+
+    def wait(hidden):
+        entered.set()
+        leave.wait(10)
+        return real(hidden)
+
+    monkeypatch.setattr(llama.model, "logits", wait)
+    reader = threading.Thread(target=lambda: [next(stream) for _ in range(6)])
+    reader.start()
+    entered.wait(10)
+    with pytest.raises(ValueError, match="generator already executing"):
+        stream.close()
+    leave.set()
+    reader.join()
+    stream.close()
+    assert llama.generate([[1]], 3, temperature=0)
 
 
 def test_finish_reasons(llama, monkeypatch):
