@@ -6,6 +6,7 @@ Each has a plain twin elsewhere, of few operations.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Generic, ParamSpec, TypeVar
@@ -60,9 +61,9 @@ def opaque(result: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Calla
 
 
 def add_norm(x: Tensor, y: Tensor, weight: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """x + y, and its RMSNorm: divided by the root of its mean square + floor², times weight."""
+    """x + y, and its RMSNorm: divided by sqrt(|x + y|² + floor²), times the root of its size, times weight."""
     x = x + y
-    scale = (x.float().square().mean(-1, keepdim=True) + floor.square()).rsqrt()
+    scale = (x.float().square().sum(-1, keepdim=True) + floor.square()).rsqrt() * math.sqrt(x.shape[-1])
     return x, (x.float() * scale * weight).type_as(x)
 
 
