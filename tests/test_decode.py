@@ -31,14 +31,6 @@ def both(model, positions, V=128, fast=decoder):
 
 
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_flat_is_plain(shape, positions):
-    (plain, plain_cache), (flat, flat_cache) = both(random_model(SHAPES[shape], max_batch_size=5), positions)
-    assert relative_error(flat, plain) < 1e-5
-    assert relative_error(flat_cache, plain_cache) < 1e-5
-
-
-@pytest.mark.parametrize("positions", POSITIONS, ids=str)
 def test_flat_is_plain_within_the_rounding_of_bfloat16(positions):
     (plain, _), (flat, _) = both(random_model(max_batch_size=5).bfloat16(), positions)
     exact, _ = both(random_model(max_batch_size=5), positions)[0]
@@ -157,16 +149,6 @@ def traced(monkeypatch):
     return graphs
 
 
-@pytest.mark.parametrize("positions", POSITIONS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_compiled_is_plain(traced, shape, positions):
-    model = random_model(SHAPES[shape], max_batch_size=5)
-    (plain, plain_cache), (compiled, compiled_cache) = both(model, positions, fast=Compiled)
-    assert relative_error(compiled, plain) < 1e-5
-    assert relative_error(compiled_cache, plain_cache) < 1e-5
-    assert len(traced) == 1
-
-
 @pytest.mark.parametrize("quantize", ["int8", "int4", None])
 def test_compiled_products_of_every_kind(traced, quantize):
     args = ModelArgs(**GQA, vocab_size=128, max_batch_size=4, max_seq_len=64)
@@ -265,11 +247,13 @@ def recorded(monkeypatch, uncompiled):
 
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_captured_is_plain(recorded, shape, positions):
+@pytest.mark.parametrize("fast", [Flat, Compiled, Captured])
+def test_fast_is_plain(traced, recorded, fast, shape, positions):
     model = random_model(SHAPES[shape], max_batch_size=5)
-    (plain, plain_cache), (graph, graph_cache) = both(model, positions, fast=Captured)
-    assert relative_error(graph, plain) < 1e-5
-    assert relative_error(graph_cache, plain_cache) < 1e-5
+    (plain, plain_cache), (found, found_cache) = both(model, positions, fast=fast)
+    assert relative_error(found, plain) < 1e-5
+    assert relative_error(found_cache, plain_cache) < 1e-5
+    assert (len(traced), len(recorded)) == (fast is Compiled, fast is Captured)
 
 
 def test_a_graph_serves_a_bucket_of_lengths(recorded):

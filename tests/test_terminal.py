@@ -20,6 +20,13 @@ MODEL = ["--ckpt_dir", str(MODELS / "small-chat"), "--temperature", "0", "--max_
 HELLO = "Hello! How can I help you?"
 
 
+def leave(child):
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.exitstatus == 0
+
+
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory, tokenizer):
     """A model whose answers do not end by themselves, and take minutes."""
@@ -81,10 +88,7 @@ def test_typing_and_commands(spawn, tmp_path):
     child.expect("/reset")
     child.expect("Ctrl-D ends")
     child.expect("> ")
-    child.sendeof()
-    child.expect(pexpect.EOF)
-    child.wait()
-    assert child.exitstatus == 0
+    leave(child)
     dialog = json.loads((tmp_path / "talk.json").read_text())
     assert [message["content"] for message in dialog[:3]] == ["Hello", HELLO, "Who are \nyou?"]
 
@@ -105,10 +109,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(spawn, endless):
     child.sendline("/save /nowhere/at/all")
     child.expect("error: .*No such file")
     child.expect("> ")
-    child.sendeof()
-    child.expect(pexpect.EOF)
-    child.wait()
-    assert child.exitstatus == 0
+    leave(child)
 
 
 @pytest.mark.parametrize("command", [CHAT, TORCHRUN], ids=["one", "two ranks"])
