@@ -17,7 +17,7 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import Tensor, nn
 
 from .fused import opaque
-from .parallel import all_gather, all_reduce, divide
+from .parallel import all_gather, all_reduce, cpu_has, divide
 
 Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
 
@@ -25,7 +25,8 @@ Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
 # the left, (weight xᵀ)ᵀ, where oneDNN rearranges x alone and reads the weight as it lies. With a few rows of float32,
 # MKL does the same for a weight in strips so narrow that it finds nothing worth rearranging.
 STRIP, IN_STRIPS = 16, range(4, 9)
-LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float16: range(1, 256)}
+LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 1024), torch.float16: range(1, 256)}
+TILES = cpu_has("amx_bf16")  # which multiply 32 rows at a time: fewer take as long
 
 
 def product(weight: Tensor | Product, rows: int) -> Product:
@@ -78,13 +79,20 @@ def in_strips(weight: Tensor, x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor | Product) -> Tensor:
     """x (..., in) times the transposed weight (out, in) -> (..., out)."""
     rows = x.numel() // x.shape[-1]
-    plain = isinstance(weight, Tensor) and x.dtype == torch.float32 and rows not in LEFT[x.dtype]
-    # oneDNN keeps something for every number of rows that it has ever met: a few hundred MB after a thousand prompts.
-    extra = 0 if x.device.type != "cpu" or plain or rows <= max(IN_STRIPS) else -rows % (16 if rows < 256 else 64)
+    extra = missing(rows, weight.dtype if isinstance(weight, Tensor) else torch.int8) if x.device.type == "cpu" else 0
     if not extra:
         return product(weight, rows)(x)
     padded = F.pad(x.reshape(rows, -1), (0, 0, 0, extra))
     return product(weight, len(padded))(padded)[:rows].reshape(*x.shape[:-1], -1)
+
+
+def missing(rows: int, dtype: torch.dtype) -> int:
+    """How many rows to add. oneDNN keeps something for every number of rows that it meets: a few hundred MB after a
+    thousand prompts."""
+    if dtype == torch.float32 and rows not in LEFT[dtype]:
+        return 0
+    exact, step = (4, 32) if dtype == torch.bfloat16 and TILES else (max(IN_STRIPS), 16)
+    return 0 if rows <= exact else -rows % (step if rows <= 256 else 64)
 
 
 def columns(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:

@@ -102,8 +102,13 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, saved: t
         return saved
     # Measured on two cores: 1,000 GFLOP/s in bfloat16 with AMX, 50 with AVX-512 alone, 150-220 in float32.
     units = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16",)}.get(saved, ())
+    return saved if cpu_has(*units) else torch.float32
+
+
+def cpu_has(*units: str) -> bool:
+    """Whether this CPU has one of these, by the names that torch.cpu.get_capabilities has for them."""
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return saved if any(found.get(unit) for unit in units) else torch.float32
+    return any(found.get(unit) for unit in units)
 
 
 def init_model_parallel(model_parallel_size: int | None = None) -> None:
