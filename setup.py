@@ -13,7 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=["llama"],
-    package_data={"llama": ["py.typed"]},
+    package_data={"llama": ["py.typed", "*.cpp"]},
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
         "test": [

@@ -214,8 +214,7 @@ def bench(
         fit(args, where, kind, rounding)
         if peers and checkpoint.scheme:
             raise ValueError(f"compare needs weights that are not quantized yet, as those in {folder} are")
-    model = benchmark.loaded(weights, args, where, kind, rounding)
-    model.compile_steps = compile
+    model = benchmark.loaded(weights, args, where, kind, rounding, compile)
     benchmark.synchronize(where)
     rounded = None if rounding is None else str(rounding)
     facts = {

@@ -95,12 +95,17 @@ class RandomWeights:
 
 
 def loaded(
-    weights: Weights, args: ModelArgs, device: torch.device, dtype: torch.dtype, scheme: Scheme | None = None
+    weights: Weights,
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype,
+    scheme: Scheme | None = None,
+    compile: bool = False,
 ) -> Transformer:
     with torch.device("meta"):
         model = Transformer(replace(args, max_batch_size=0))
-    load(model, weights, args, device, dtype, scheme)
-    model.params = args
+    load(model, weights, args, device, dtype, scheme, compile)
+    model.params, model.compile_steps = args, compile
     model.allocate_cache()
     return model.eval().requires_grad_(False)
 

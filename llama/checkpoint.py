@@ -409,6 +409,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     scheme: Scheme | None = None,
+    compiled: bool = False,
 ) -> None:
     """Give `model`, whose parameters may be on the meta device, this rank's part of the weights, each in its final
     place and dtype: allocated once, or a view of the file where that is the same. With a scheme the matrices are
@@ -425,7 +426,7 @@ def load(
             }
             if scheme and is_matrix(names[0]):
                 parts = [read_quantized(weights, name, whole[name], *ranges[name], scheme) for name in names]
-                matrix = kernel(stack(parts) if len(parts) > 1 else parts[0], device)
+                matrix = kernel(stack(parts) if len(parts) > 1 else parts[0], device, compiled)
                 ends = itertools.accumulate(rows)
                 for name, size, end in zip(names, rows, ends, strict=True):
                     layer = model.get_submodule(name.removesuffix(".weight"))

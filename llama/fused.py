@@ -5,10 +5,12 @@ Each has a plain twin elsewhere, of few operations.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
+from pathlib import Path
 from typing import Generic, ParamSpec, TypeVar
 
 import torch
@@ -37,6 +39,19 @@ class compiled(Generic[P, R]):
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 log.warning("%s is not compiled, which is slower: %s", self.function.__qualname__, reason)
         return self.function(*args, **kwargs)
+
+
+@cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The functions of a C++ file of this folder, compiled for this machine; None where that is impossible."""
+    try:
+        from torch._inductor.codecache import CppCodeCache  # imports for seconds
+
+        found: ctypes.CDLL = CppCodeCache.load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    except (RuntimeError, OSError) as error:  # no compiler, no place for its files
+        log.warning("%s is not compiled, which is slower: %s", name, f"{type(error).__name__}: {error}".split("\n")[0])
+        return None
+    return found
 
 
 def opaque(result: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:

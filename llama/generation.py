@@ -138,7 +138,7 @@ class Llama:
         if len(set(plans)) > 1:
             raise ValueError(f"the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size): {plans}")
         with parallel.all_or_none():
-            load(model, weights, args, where, kind, rounding)
+            load(model, weights, args, where, kind, rounding, compile)
             model.allocate_cache()
         model.compile_steps = compile
         return Llama(model.eval().requires_grad_(False), tokenizer, seed)

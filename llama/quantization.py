@@ -6,20 +6,23 @@
 With groups of 64, -0.25 to 0.5 is cut into 15 steps of 0.05: scale 0.05, zero 5, and 0.12 is q = 7, which says 0.1.
 `dequantize` is the plain meaning. `kernel` finds what multiplies fastest here and must equal it but for rounding: int8
 rounds each token's activations to 8 bits too, which makes long prompts several times faster than float32; int4 computes
-in bfloat16.
+in bfloat16, or compiled for a CPU with activations of 8 bits.
 """
 
 from __future__ import annotations
 
+import ctypes
 import platform
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import int8_rows, opaque
+from .fused import int8_rows, library, opaque
+from .parallel import cpu_has
 
 GROUPS = (32, 64, 128)
 SHRINK = [1 - 0.04 * i for i in range(11)]  # what a search tries: the share of a group's range that is kept
@@ -139,9 +142,9 @@ class Rows:
         return self.whole(x)[..., self.begin : self.end]
 
 
-def kernel(weight: Quantized, device: torch.device) -> Kernel:
-    """The fastest product that this device has for a matrix."""
-    for kind in (Int8OneDNN, Int8Cuda, Int4Cpu, Int4Cuda):
+def kernel(weight: Quantized, device: torch.device, compiled: bool = False) -> Kernel:
+    """The fastest product that this device has for a matrix, or that can be compiled for it."""
+    for kind in (Int8OneDNN, Int8Cuda, *((Int4Compiled,) if compiled else ()), Int4Cpu, Int4Cuda):
         if kind.serves(weight, device):
             return kind(weight, device)
     return Plain(weight, device)
@@ -233,6 +236,55 @@ class Int4Cpu(Plain):
         rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
         y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.scales)
         return y.view(*x.shape[:-1], -1).type_as(x)
+
+
+@cache
+def int4_library() -> Callable[..., None] | None:
+    found: Any = cpu_has("avx512_vnni") and library("int4.cpp")
+    if not found:
+        return None
+    found.int4_product.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
+    found.int4_product.restype = None
+    return found.int4_product
+
+
+@opaque(lambda x, packed, scale, zero: x.new_empty(x.shape[0], packed.shape[0] * 16))
+def int4_product(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x (rows, in) times the transposed matrix packed (out / 16, groups, columns / 8, 16), scale and zero (out / 16,
+    groups, 16)."""
+    multiply, (blocks, groups, eighth, _) = int4_library(), packed.shape
+    assert multiply is not None
+    y = x.new_empty(len(x), blocks * 16)
+    tensors = (packed, scale, zero, x, y)
+    multiply(*(tensor.data_ptr() for tensor in tensors), *y.shape, groups * eighth * 8, eighth * 8)
+    return y
+
+
+class Int4Compiled(Plain):
+    """The product of int4.cpp, which reads each weight once for a few rows, as fast as memory gives them. Rows of x are
+    rounded to 127ths of the largest number in each group of theirs."""
+
+    @staticmethod
+    def serves(weight: Quantized, device: torch.device) -> bool:
+        fits = weight.zero is not None and device.type == "cpu" and len(weight.q) % 16 == 0
+        return fits and int4_library() is not None
+
+    def __init__(self, weight: Quantized, device: torch.device) -> None:
+        super().__init__(weight, device)
+        q, scale, zero = weight
+        assert zero is not None
+        groups = scale.shape[1]
+        self.packed = torch.empty(len(q) // 16, groups, self.shape[1] // groups // 8, 16, dtype=torch.int32)
+        for rows, packed in zip(q.split(256), self.packed.split(16), strict=True):
+            fours = torch.stack((rows & 15, rows >> 4), -1).flatten(1).view(torch.int32)  # four columns in each
+            low, high = fours.view(len(packed), 16, groups, 2, -1).permute(3, 0, 2, 4, 1)
+            torch.bitwise_or(low, high << 4, out=packed)
+        self.scale, self.zero = (part.view(-1, 16, groups).transpose(1, 2).contiguous() for part in (scale, zero))
+        del self.weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+        return int4_product(rows, self.packed, self.scale, self.zero).view(*x.shape[:-1], -1).type_as(x)
 
 
 class Int4Cuda(Plain):

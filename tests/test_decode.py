@@ -155,7 +155,7 @@ def test_compiled_products_of_every_kind(traced, quantize):
     parallel.init_model_parallel()
     rounding = quantization.scheme(quantize)
     dtype = torch.float32 if quantize else torch.bfloat16
-    model = bench.loaded(bench.RandomWeights(CPU, rounding), args, CPU, dtype, rounding)
+    model = bench.loaded(bench.RandomWeights(CPU, rounding), args, CPU, dtype, rounding, compile=True)
     (plain, _), (compiled, _) = both(model, [3, 7], fast=Compiled)
     assert relative_error(compiled.float(), plain.float()) < 0.03
     assert len(traced) == 1
@@ -179,7 +179,7 @@ def test_a_step_is_compiled_for_few_numbers_of_rows(traced, quantize):
     args = ModelArgs(**GQA, vocab_size=128, max_batch_size=12, max_seq_len=64)
     parallel.init_model_parallel()
     rounding = quantization.scheme(quantize)
-    model = bench.loaded(bench.RandomWeights(CPU, rounding), args, CPU, torch.float32, rounding)
+    model = bench.loaded(bench.RandomWeights(CPU, rounding), args, CPU, torch.float32, rounding, compile=True)
     for B in range(1, 13):
         (plain, _), (compiled, _) = both(model, [3, 7, 5, *range(9)][:B], fast=Compiled)
         assert relative_error(compiled, plain) < 0.03

@@ -2,16 +2,22 @@
 
 import doctest
 import json
+import math
+import shutil
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small import GQA, MODELS, ROOT, TOKENIZER, edit_params, in_process, random_model, relative_error, save_random
 
-from llama import Llama, __main__, bench, checkpoint, memory, quantization
+from llama import Llama, __main__, bench, checkpoint, fused, memory, quantization
+from llama.parallel import cpu_has
 from llama.quantization import Plain, Quantized, Scheme, dequantize, kernel, quantize, scheme
 
 CPU = torch.device("cpu")
+COMPILER = any(map(shutil.which, ("g++", "c++", "clang++")))
 SCHEMES = [Scheme(8, 0), Scheme(4, 32), Scheme(4, 64), Scheme(4, 128)]
 TOKENS = torch.tensor([[1, 5, 9, 2, 77, 30], [3, 3, 8, 100, 41, 6]])
 EACH = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -63,11 +69,12 @@ def test_numbers_of_no_range_stay_what_they_are():
 
 
 @EACH
-@pytest.mark.parametrize("rows", [1, 3, 40])
-@pytest.mark.parametrize("shape", [(48, 128), (64, 352), (8, 96)])
-def test_fast_is_plain(scheme, rows, shape):
+@pytest.mark.parametrize("rows", [1, 3, 40, 150])
+@pytest.mark.parametrize("shape", [(48, 128), (64, 352), (8, 96), (272, 128)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fast_is_plain(scheme, rows, shape, compiled):
     weight = quantize(torch.randn(shape), scheme)
-    fast, plain = kernel(weight, CPU), Plain(weight, CPU)
+    fast, plain = kernel(weight, CPU, compiled), Plain(weight, CPU)
     x = torch.randn(2, rows, shape[1])
     assert relative_error(fast(x), plain(x)) < 1e-2
     assert relative_error(plain(x), F.linear(x, dequantize(weight))) < 1e-6
@@ -78,10 +85,37 @@ def test_fast_is_plain(scheme, rows, shape):
     assert relative_error(fast(half).float(), plain(x)) < 2e-2
 
 
-def test_a_row_of_a_batch_is_computed_as_it_would_be_alone():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_not_finite_stays_so_in_its_row(compiled):
+    for which in SCHEMES:
+        multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled)
+        x = torch.randn(11, 128)
+        x[4, 100], x[9, 3] = math.nan, math.inf
+        finite = multiply(x).isfinite()
+        assert finite.all(1).tolist() == [i not in (4, 9) for i in range(11)]
+        assert not finite[4].any() and not finite[9].any()
+
+
+@pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
+@pytest.mark.skipif(not cpu_has("avx512_vnni"), reason="needs a CPU with VNNI")
+def test_four_bits_are_compiled_where_that_is_possible(folder, monkeypatch, caplog):
+    build_one = partial(build, folder, "int4", compile=True)
+    assert isinstance(build_one().model.output.weight, quantization.Int4Compiled)
+    assert not isinstance(build(folder, "int4").model.output.weight, quantization.Int4Compiled)
+    monkeypatch.setattr(quantization, "library", fused.library.__wrapped__)
+    monkeypatch.setattr(quantization, "int4_library", quantization.int4_library.__wrapped__)
+    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", mock.Mock(side_effect=RuntimeError("no g++")))
+    assert isinstance(build_one().model.output.weight, quantization.Int4Cpu)
+    assert "int4.cpp is not compiled, which is slower: RuntimeError: no g++" in caplog.text
+    monkeypatch.setattr(quantization, "cpu_has", lambda unit: False)
+    assert isinstance(build_one().model.output.weight, quantization.Int4Cpu)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_row_of_a_batch_is_computed_as_it_would_be_alone(compiled):
     """Were the activations of a batch scaled together, a large row would blur its neighbours."""
     for which in SCHEMES:
-        multiply = kernel(quantize(torch.randn(64, 128), which), CPU)
+        multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled)
         x = torch.randn(5, 128) * torch.tensor([[1.0], [100.0], [0.01], [1.0], [1e4]])
         together, alone = multiply(x), torch.cat([multiply(row[None]) for row in x])
         assert torch.allclose(together, alone, rtol=1e-5, atol=1e-6)

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "lookup": set(),
     "text": {"tokenizer"},
     "options": {"sampling"},
-    "quantization": {"fused"},
+    "quantization": {"fused", "parallel"},
     "checkpoint": {"files", "hf", "model", "parallel", "quantization"},
     "chat": {"tokenizer"},
     "hf": set(),
