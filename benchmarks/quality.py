@@ -53,9 +53,9 @@ def main(rows: int = 256, shape: str = "1.1B") -> None:
     for name, chat, context in (("small", 0.0, 256), ("small-chat", 1.0, 512)):
         folder = ROOT / "models" / name
 
-        def build(quantize: str | None = None, group_size: int = 64) -> Transformer:
-            options = {"device": "cpu", "dtype": "float32", "quantize": quantize, "group_size": group_size}
-            return Llama.build(folder, None, context, 8, **options).model  # type: ignore[arg-type]  # noqa: B023
+        def build(quantize: str | None = None, group_size: int = 64, compile: bool = False) -> Transformer:
+            options = {"dtype": "float32", "quantize": quantize, "group_size": group_size, "compile": compile}
+            return Llama.build(folder, None, context, 8, device="cpu", **options).model  # type: ignore[arg-type]  # noqa: B023
 
         tokenizer = Tokenizer(str(ROOT / "models" / "tokenizer.model"))
         count = max(1, rows * context // 8192)
@@ -68,8 +68,10 @@ def main(rows: int = 256, shape: str = "1.1B") -> None:
                 model = build()
                 round_weights(model, scheme, search)
                 cells.append(f"{'searched' if search else 'nearest'} {perplexity(model, data) / exact - 1:+.3%}")
-            fast = build("int8" if scheme.bits == 8 else "int4", scheme.group or 64)
-            cells.append(f"as computed (nearest) {perplexity(fast, data) / exact - 1:+.3%}")
+            for compiled in (False, True) if scheme.bits == 4 else (False,):
+                fast = build(f"int{scheme.bits}", scheme.group or 64, compiled)
+                how = "compiled" if compiled else "as computed (nearest)"
+                cells.append(f"{how} {perplexity(fast, data) / exact - 1:+.3%}")
             print(f"  {scheme!s:>24}: {'; '.join(cells)}", flush=True)
     if shape:
         divergence(shape)
@@ -82,18 +84,18 @@ def divergence(shape: str) -> None:
     tokens = torch.randint(3, 32000, (1, 128))
     exact: Tensor | None = None
     print(f"{shape}, random weights, nearest, as computed")
-    for scheme in (None, *SCHEMES):
+    for scheme, compiled in ((None, False), *((scheme, False) for scheme in SCHEMES), (Scheme(4, 64), True)):
         torch.manual_seed(0)
-        model = bench.loaded(bench.RandomWeights(CPU), args, CPU, torch.float32, scheme)
+        model = bench.loaded(bench.RandomWeights(CPU), args, CPU, torch.float32, scheme, compiled)
         logits = model(tokens)[0].double()
         if exact is None:
             exact = logits
             continue
         kl = F.kl_div(logits.log_softmax(-1), exact.log_softmax(-1), reduction="batchmean", log_target=True)
         error = (logits - exact).norm() / exact.norm()
+        how = f"{scheme}, compiled" if compiled else str(scheme)
         print(
-            f"  {scheme!s:>24}: divergence {float(kl):.5f} nats a token; error of the logits {float(error):.3f}",
-            flush=True,
+            f"  {how:>34}: divergence {float(kl):.5f} nats a token; error of the logits {float(error):.3f}", flush=True
         )
 
 

@@ -255,8 +255,8 @@ def int4_product(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tens
     multiply, (blocks, groups, eighth, _) = int4_library(), packed.shape
     assert multiply is not None
     y = x.new_empty(len(x), blocks * 16)
-    tensors = (packed, scale, zero, x, y)
-    multiply(*(tensor.data_ptr() for tensor in tensors), *y.shape, groups * eighth * 8, eighth * 8)
+    pointers = packed.data_ptr(), scale.data_ptr(), zero.data_ptr(), x.data_ptr(), y.data_ptr()
+    multiply(*pointers, len(x), blocks * 16, groups * eighth * 8, eighth * 8)
     return y
 
 
