@@ -76,7 +76,7 @@ def main(
         device: cuda, mps or cpu; the first of them that there is by default
         dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
         quantize: int8 or int4, to round the weights when they are loaded
-        compile: to decode faster on a CPU, after some seconds of torch.compile
+        compile: to be faster on a CPU, int4 above all, after some seconds of its C++ compiler
     """
     dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(str(ckpt_dir)).resolve() == BUNDLED else DIALOGS)
     llama = Llama.build(

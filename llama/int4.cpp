@@ -67,19 +67,19 @@ static void product(const uint8_t *w, const uint16_t *scale, const uint8_t *zero
 
 // w as above; scale (bfloat16) and zero (out / 16, in / group, 16); x (rows, in); y (rows, out).
 extern "C" void int4_product(const uint8_t *w, const uint16_t *scale, const uint8_t *zero, const float *x, float *y,
-                             int64_t rows, int64_t out, int64_t in, int64_t group) {
+                             int64_t rows, int64_t out, int64_t in, int64_t group, int64_t threads) {
     const int64_t groups = in / group;
     std::vector<int8_t> q(rows * in);
     std::vector<float> scales(rows * groups), sums(rows * groups);
     std::vector<Row> row(rows);
-#pragma omp parallel for if (rows > 8)
+#pragma omp parallel for num_threads(threads) if (rows > 8)
     for (int64_t r = 0; r < rows; r++) {
         row[r] = {&q[r * in], &scales[r * groups], &sums[r * groups]};
         round_row(x + r * in, row[r], in, group);
     }
     for (int64_t begin = 0; begin < rows; begin += 128) {  // as many as a core's cache holds
         const int64_t end = std::min(rows, begin + 128);
-#pragma omp parallel for
+#pragma omp parallel for num_threads(threads)
         for (int64_t n = 0; n < out; n += 16) {
             int64_t r = begin;
             const auto by = [&](int64_t R, auto product) {

@@ -25,7 +25,7 @@ Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
 # the left, (weight xᵀ)ᵀ, where oneDNN rearranges x alone and reads the weight as it lies. With a few rows of float32,
 # MKL does the same for a weight in strips so narrow that it finds nothing worth rearranging.
 STRIP, IN_STRIPS = 16, range(4, 9)
-LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 1024), torch.float16: range(1, 256)}
+LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float16: range(1, 256)}
 TILES = cpu_has("amx_bf16")  # which multiply 32 rows at a time: fewer take as long
 
 

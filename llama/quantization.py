@@ -243,7 +243,7 @@ def int4_library() -> Callable[..., None] | None:
     found: Any = cpu_has("avx512_vnni") and library("int4.cpp")
     if not found:
         return None
-    found.int4_product.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4
+    found.int4_product.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5
     found.int4_product.restype = None
     return found.int4_product
 
@@ -256,7 +256,7 @@ def int4_product(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tens
     assert multiply is not None
     y = x.new_empty(len(x), blocks * 16)
     pointers = packed.data_ptr(), scale.data_ptr(), zero.data_ptr(), x.data_ptr(), y.data_ptr()
-    multiply(*pointers, len(x), blocks * 16, groups * eighth * 8, eighth * 8)
+    multiply(*pointers, len(x), blocks * 16, groups * eighth * 8, eighth * 8, torch.get_num_threads())
     return y
 
 

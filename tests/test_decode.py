@@ -106,7 +106,7 @@ def test_rows_of_eight_bits_are_plain_products():
 
 
 def test_what_cannot_be_compiled_is_called_as_it_is(monkeypatch, caplog):
-    def refuse(function):
+    def refuse(function, options):
         def call(*args, **kwargs):
             raise torch._dynamo.exc.TorchDynamoException("no compiler found\nand more")
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_compiled_is_called_as_it_is(monkeypatch, caplog):
 
 
 def test_errors_of_what_was_compiled_are_errors(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, options: function)
     with pytest.raises(ZeroDivisionError):
         fused.compiled(lambda x: 1 / x)(0)
 
