@@ -64,3 +64,13 @@ def test_a_cpu_whose_onednn_does_not_know_a_dtype_multiplies_plainly(monkeypatch
     monkeypatch.setattr(layers, "onednn_knows", lambda asked: asked != dtype)
     monkeypatch.setattr(layers, "from_left", None)
     assert torch.equal(layers.linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize(("dtype", "tiles", "numbers"), [(torch.bfloat16, True, 24), (torch.bfloat16, False, 36)])
+def test_few_numbers_of_rows_reach_onednn(monkeypatch, dtype, tiles, numbers):
+    """It keeps kernels for each: 41 MB after 1,000 small requests."""
+    monkeypatch.setattr(layers, "TILES", tiles)
+    padded = {rows: rows + layers.missing(rows, dtype) for rows in range(1, 1025)}
+    assert len({*padded.values()}) == numbers
+    assert all(0 <= to - rows < (32 if rows <= 256 else 64) for rows, to in padded.items())
+    assert all(layers.missing(rows, torch.float32) == 0 for rows in (1, 2, 3, 128, 1000))
