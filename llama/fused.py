@@ -1,6 +1,6 @@
 """What lies between two products, written so that torch.compile makes one kernel of each; and how to have it compile.
 
-Each has a plain twin elsewhere, of few operations.
+Each has a plain twin elsewhere, of few operations. `library` compiles what is written in C++.
 """
 
 from __future__ import annotations
