@@ -1,4 +1,4 @@
-"""One more token for each row: what Transformer.hidden computes, in the way that is fastest for it here.
+"""One more token for each row: what Transformer computes, in the way that is fastest for it here.
 
 On a CPU a small model spends a third of a step between its products, as each of them empties the caches and whatever
 code runs next comes from memory again. So `Flat` does without modules and with few operations, and `Compiled` makes one
@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fused
+from .cpp import attend, attend_plainly, cpp
 from .layers import ColumnParallelLinear, Product, RowParallelLinear, joined, product
 from .model import Transformer, rotations
 from .parallel import all_gather, all_reduce, world_size
 
-# Tokens (B, 1) and their positions -> hidden (B, 1, dim), which the next call may overwrite.
+# Tokens (B, 1) and their positions -> float32 logits (B, 1, V), which the next call may overwrite.
 Decode = Callable[[Tensor, Sequence[int]], Tensor]
 
 
@@ -36,7 +37,7 @@ def decoder(model: Transformer, B: int) -> Decode:
     _captured.pop(model, None)  # it has left the GPU
     if kind == "cpu":
         return Compiled(model, B) if model.compile_steps and not compiled_step.failed else Flat(model, B)
-    return model.hidden
+    return model
 
 
 WORTH_SPLITTING = 64  # positions a row that are not its own; to leave them out costs an operation for each row
@@ -72,6 +73,20 @@ WHOLE = Pieces(fused.add_norm, fused.turn, fused.swiglu)  # for a compiler that 
 ALONE = Pieces(fused.compiled(fused.add_norm), fused.compiled(fused.turn), fused.compiled(fused.swiglu))
 
 
+Look = Callable[[Tensor, Tensor], Tensor]  # queries (B, K, H/K, D) and cache (B, 2K, S, D) -> (B, K, H/K, D)
+
+
+def together(q: Tensor, cache: Tensor, S: int, mask: Tensor | None = None) -> Tensor:
+    """All rows look at the first S positions, where the mask is true."""
+    k, v = cache.narrow(2, 0, S).chunk(2, 1)  # (B, K, S, D)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def one_by_one(positions: Sequence[int], q: Tensor, cache: Tensor) -> Tensor:
+    """Each row looks at the positions up to its own."""
+    return torch.cat([together(q[i : i + 1], cache[i : i + 1], at + 1) for i, at in enumerate(positions)])
+
+
 class Layer(NamedTuple):
     attention_norm: Tensor
     qkv: Product
@@ -85,23 +100,24 @@ class Layer(NamedTuple):
 class Flat:
     """All layers in one function, which knows the number of rows and looks up nothing."""
 
-    def __init__(self, model: Transformer, B: int, pieces: Pieces = PLAIN) -> None:
+    def __init__(self, model: Transformer, B: int, pieces: Pieces = PLAIN, compiled: bool = False) -> None:
         p, self.B, self.pieces = model.params, B, pieces
         device = model.norm.weight.device
         self.embeddings = model.tok_embeddings.weight
         self.floor = torch.tensor(math.sqrt(p.dim * p.norm_eps), device=device)
-        self.turns = rotations(torch.arange(p.max_seq_len, device=device), p.head_dim, p.rope_theta)  # (S, 1, D/2)
-        self.rows = torch.arange(B, device=device)
+        self.order, self.rows = torch.arange(p.max_seq_len, device=device), torch.arange(B, device=device)
+        turns = rotations(self.order, p.head_dim, p.rope_theta)  # (S, 1, D/2), complex
+        self.turns, self.still = torch.view_as_real(turns), torch.view_as_real(torch.ones_like(turns[0]))
 
         def many(*layers: ColumnParallelLinear) -> Product:
             whole = joined([layer.weight for layer in layers])
             if whole is not None:
-                return product(whole, B)
-            each = [product(layer.weight, B) for layer in layers]
+                return product(whole, B, compiled)
+            each = [product(layer.weight, B, compiled) for layer in layers]
             return lambda x: torch.cat([multiply(x) for multiply in each], -1)
 
         def reduced(layer: RowParallelLinear) -> Product:
-            multiply = product(layer.weight, B)
+            multiply = product(layer.weight, B, compiled)
             return multiply if world_size() == 1 else lambda x: all_reduce(multiply(x))
 
         blocks: Any = model.layers
@@ -117,79 +133,56 @@ class Flat:
             )
             for layer in blocks
         ]
+        self.norm, self.output = model.norm.weight, product(model.output.weight, B, compiled)
         self.H, self.K, self.D = blocks[0].attention.n_heads, blocks[0].attention.n_kv_heads, p.head_dim
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         end, at = max(positions) + 1, torch.tensor(positions)
-        spans, mask = [(slice(0, self.B), end)], None  # rows that attend together, and to how many positions
-        new: tuple[Any, ...] = (self.rows, slice(None), at)
-        if min(positions) + 1 == end:
-            new = (slice(None), slice(None), end - 1)  # the same, and quicker
-        elif sum(end - 1 - position for position in positions) > self.B * WORTH_SPLITTING:
-            spans = [(slice(i, i + 1), position + 1) for i, position in enumerate(positions)]
-        else:
-            mask = (torch.arange(end) <= at[:, None]).view(-1, 1, 1, end)
-        return self.step(tokens, self.turns_at(at), new, spans, mask)
+        if min(positions) + 1 == end:  # to store at a slice is quicker than at what indices say
+            return self.step(tokens, at, (slice(None), slice(None), end - 1), partial(together, S=end))
+        if sum(end - 1 - position for position in positions) > self.B * WORTH_SPLITTING:
+            return self.step_at(tokens, at, partial(one_by_one, positions))
+        return self.step_at(tokens, at, partial(together, S=end, mask=self.mask(at, end)))
 
-    def turns_at(self, at: Tensor) -> Tensor:
-        """How far the heads turn at positions (B,): (B, H + 2K, D/2, 2), complex numbers. Values do not."""
-        turns = self.turns[at].expand(self.B, self.H + self.K, self.D // 2)
-        return torch.view_as_real(F.pad(turns, (0, 0, 0, self.K), value=1))
+    def mask(self, at: Tensor, S: int) -> Tensor:
+        """(B, 1, 1, S): which of S positions are not behind those of `at` (B,)."""
+        return (self.order[:S] <= at[:, None])[:, None, None]
 
-    def step_at(self, tokens: Tensor, turns: Tensor, at: Tensor, visible: Tensor, masked: bool = True) -> Tensor:
-        """`step` at positions `at` (B,), which look at the first S of the cache, where `visible` (B, S) is true."""
-        B, S = visible.shape
-        new = (self.rows, slice(None), at)
-        return self.step(tokens, turns, new, [(slice(0, B), S)], visible.view(B, 1, 1, S) if masked else None)
+    def step_at(self, tokens: Tensor, at: Tensor, look: Look) -> Tensor:
+        return self.step(tokens, at, (self.rows, slice(None), at), look)
 
-    def step(
-        self,
-        tokens: Tensor,
-        turns: Tensor,
-        new: tuple[Any, ...],
-        spans: Sequence[tuple[slice, int]],
-        mask: Tensor | None,
-    ) -> Tensor:
-        """Hidden states (B, 1, dim) of tokens (B, 1); their keys and values are stored at `new`."""
+    def step(self, tokens: Tensor, at: Tensor, new: tuple[Any, ...], look: Look) -> Tensor:
+        """Logits (B, 1, V) behind tokens (B, 1) at positions `at` (B,); keys and values are stored at `new`."""
         B, H, K, D = self.B, self.H, self.K, self.D
         add_norm, turn, swiglu = self.pieces
+        turning = self.turns[at].expand(B, H + K, D // 2, 2), self.still.expand(B, K, D // 2, 2)  # values stay
+        turns = torch.cat(turning, 1)
         x = all_gather(F.embedding(tokens[:, 0], self.embeddings))  # (B, dim)
         y = torch.zeros_like(x)
         for layer in self.layers:
             x, h = add_norm(x, y, layer.attention_norm, self.floor)
             heads = turn(layer.qkv(h).view(B, H + 2 * K, D), turns)
             layer.cache[new] = heads[:, H:]
-            q = heads[:, :H].view(B, K, H // K, D)
-            parts = [self.look(q[some], layer.cache[some], S, mask) for some, S in spans]
-            y = (torch.cat(parts) if len(parts) > 1 else parts[0]).view(B, H * D)
+            y = look(heads[:, :H].view(B, K, H // K, D), layer.cache).view(B, H * D)
             x, h = add_norm(x, layer.wo(y), layer.ffn_norm, self.floor)
             y = layer.w2(swiglu(layer.w13(h)))
-        return x.add_(y)[:, None]
-
-    @staticmethod
-    def look(q: Tensor, cache: Tensor, S: int, mask: Tensor | None) -> Tensor:
-        k, v = cache.narrow(2, 0, S).chunk(2, 1)  # (B, K, S, D)
-        return F.scaled_dot_product_attention(q, k, v, mask)
+        _, h = add_norm(x, y, self.norm, self.floor)
+        return all_gather(self.output(h)).float().contiguous()[:, None]
 
 
 compiled_step = fused.compiled(Flat.step_at)
 
 
 class Compiled(Flat):
-    """The same as one function, which torch.compile makes for all lengths of the cache."""
+    """The same as one function, which torch.compile makes."""
 
     def __init__(self, model: Transformer, B: int) -> None:
-        super().__init__(model, B, WHOLE)
+        super().__init__(model, B, WHOLE, compiled=True)
+        self.attend = attend if self.D % 16 == 0 and cpp() else attend_plainly
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-        at, end = torch.tensor(positions), max(positions) + 1
-        if end == len(self.turns):  # a cache that is seen to its end would be compiled for again
-            return super().__call__(tokens, positions)
-        visible = torch.arange(end) <= at[:, None]
-        torch._dynamo.maybe_mark_dynamic(visible, 1)  # or it would be compiled again for each length
-        # Rows stand at the same position until the first of them ends: no reason to stop there and compile.
         with torch._dynamo.config.patch(recompile_limit=64):  # not 8 for all models and numbers of rows together
-            return compiled_step(self, tokens, self.turns_at(at), at, visible, masked=self.B > 1)
+            return compiled_step(self, tokens, at := torch.tensor(positions), partial(self.attend, at=at))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,8 +221,8 @@ class Captured(Flat):
         return self.steps[end]()
 
     def to_end(self, end: int) -> Tensor:
-        visible = torch.arange(end, device=self.rows.device) <= self.positions[:, None]
-        return self.step_at(self.tokens, self.turns_at(self.positions), self.positions, visible)
+        look = partial(together, S=end, mask=self.mask(self.positions, end))
+        return self.step_at(self.tokens, self.positions, look)
 
 
 def capture(work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:

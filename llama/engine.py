@@ -98,7 +98,7 @@ def steps(
                 if not all(math.isfinite(score) for row in scores for score in row):
                     raise not_finite(model, again)
             step = [Gain([*map(Token, *told)], row.finish) for *told, row in zip(prompts, scores, rows, strict=True)]
-        hidden = torch.stack([row[-1:] for row in found])  # (B, 1, dim): of each row's last token
+        logits = model.logits(torch.stack([row[-1:] for row in found]))  # (B, T, V), here of each row's last token
         del found
     sampler = Sampler([row.sampling for row in rows], prompts, model.vocab_size, device)
     lookup = any(row.lookup for row in rows)
@@ -115,7 +115,6 @@ def steps(
                 closed = True  # the first rank says so in its next message; another goes on until the first does
         if all(row.finish for row in rows):
             return
-        logits = model.logits(hidden)  # (B, T, V)
         chosen = choose(logits, rows, sampler, guesses.to(device))  # (T, B)
         # One message and one synchronization a step: the ids, whether they can be trusted, and whether that was all.
         # What is not finite makes the sum so, and a sum is quicker to look at.
@@ -150,12 +149,12 @@ def steps(
             starts = [0 if row.finish and guesses.numel() else len(row.text) - 1 for row in rows]
             following = torch.cat((last, guesses), 1).to(device), starts
         if early is not None:
-            hidden = early
+            logits = early
         elif following[0].shape[1] > 1:
-            hidden = model.hidden(*following)
+            logits = model(*following)
         else:
             decode = decode or decoder(model, len(rows))
-            hidden = decode(*following)
+            logits = decode(*following)
         again = partial(model.hidden, *following)
 
 

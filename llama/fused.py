@@ -5,7 +5,6 @@ Each has a plain twin elsewhere, of few operations. `library` compiles what is w
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 from collections.abc import Callable
@@ -43,16 +42,16 @@ class compiled(Generic[P, R]):
 
 
 @cache
-def library(name: str) -> ctypes.CDLL | None:
-    """The functions of a C++ file of this folder, compiled for this machine; None where that is impossible."""
+def library(name: str) -> bool:
+    """Load a C++ file of this folder, compiled for this machine; false where that is impossible."""
     try:
         from torch._inductor.codecache import CppCodeCache  # imports for seconds
 
-        found: ctypes.CDLL = CppCodeCache.load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+        CppCodeCache.load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
     except (RuntimeError, OSError) as error:  # no compiler, no place for its files
         log.warning("%s is not compiled, which is slower: %s", name, f"{type(error).__name__}: {error}".split("\n")[0])
-        return None
-    return found
+        return False
+    return True
 
 
 def opaque(result: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import Tensor, nn
 
+from .cpp import cpp, float_product
 from .fused import opaque
 from .parallel import all_gather, all_reduce, cpu_has, divide
 
@@ -26,16 +27,19 @@ Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
 # MKL does the same for a weight in strips so narrow that it finds nothing worth rearranging.
 STRIP, IN_STRIPS = 16, range(4, 9)
 LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float16: range(1, 256)}
+IN_CPP = {torch.float32: range(1, 33), torch.bfloat16: range(1, 9), torch.float16: range(1, 9)}  # cpu.cpp
 TILES = cpu_has("amx_bf16")  # which multiply 32 rows at a time: fewer take as long
 
 
-def product(weight: Tensor | Product, rows: int) -> Product:
-    """The fastest way here to multiply the transposed weight (out, in) by x (..., in) of so many rows. What is no
-    tensor, such as a quantized matrix, does it by itself."""
+def product(weight: Tensor | Product, rows: int, compiled: bool = False) -> Product:
+    """The fastest way here, or that can be compiled, to multiply the transposed weight (out, in) by x (..., in) of so
+    many rows. What is no tensor, such as a quantized matrix, does it by itself."""
     if not isinstance(weight, Tensor):
         return weight
     if weight.device.type != "cpu":
         return partial(F.linear, weight=weight)
+    if compiled and rows in IN_CPP.get(weight.dtype, ()) and weight.shape[1] % 16 == 0 and cpp():
+        return partial(in_cpp, weight)
     if (
         weight.dtype == torch.float32
         and rows in IN_STRIPS
@@ -68,6 +72,10 @@ def from_left(weight: Tensor, x: Tensor) -> Tensor:
 def onednn_product(weight: Tensor, rows: Tensor) -> Tensor:
     """weight (out, in) times rows (rows, in), transposed: (out, rows)."""
     return torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "")
+
+
+def in_cpp(weight: Tensor, x: Tensor) -> Tensor:
+    return float_product(x.reshape(-1, x.shape[-1]).contiguous(), weight).view(*x.shape[:-1], -1)
 
 
 def in_strips(weight: Tensor, x: Tensor) -> Tensor:

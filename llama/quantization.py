@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import int8_rows, library, opaque
-from .parallel import cpu_has
+from .cpp import cpp, int4_product, int8_few
+from .fused import int8_rows, opaque
 
 GROUPS = (32, 64, 128)
+FEW = 4  # rows that cpu.cpp multiplies by int8 faster than oneDNN
 SHRINK = [1 - 0.04 * i for i in range(11)]  # what a search tries: the share of a group's range that is kept
 
 
@@ -144,7 +144,7 @@ class Rows:
 
 def kernel(weight: Quantized, device: torch.device, compiled: bool = False) -> Kernel:
     """The fastest product that this device has for a matrix, or that can be compiled for it."""
-    for kind in (Int8OneDNN, Int8Cuda, *((Int4Compiled,) if compiled else ()), Int4Cpu, Int4Cuda):
+    for kind in (*((Int8Compiled, Int4Compiled) if compiled else ()), Int8OneDNN, Int8Cuda, Int4Cpu, Int4Cuda):
         if kind.serves(weight, device):
             return kind(weight, device)
     return Plain(weight, device)
@@ -197,6 +197,30 @@ class Int8OneDNN(Plain):
         return y.mul_(largest).view(*x.shape[:-1], -1).type_as(x)
 
 
+class Int8Compiled(Int8OneDNN):
+    """The same, but a few rows are multiplied by cpu.cpp, which reads what oneDNN has packed where it lies."""
+
+    @staticmethod
+    def serves(weight: Quantized, device: torch.device) -> bool:
+        whole = all(size % 64 == 0 for size in weight.q.shape)
+        return Int8OneDNN.serves(weight, device) and whole and cpp()
+
+    def __init__(self, weight: Quantized, device: torch.device) -> None:
+        super().__init__(weight, device)
+        ops, (out, columns) = torch.ops.mkldnn, self.shape
+        memory = (ctypes.c_int8 * ops._nbytes(self.packed)).from_address(ops.data_ptr(self.packed))
+        self.tiles = torch.frombuffer(memory, dtype=torch.int8, count=out * columns).view(-1, columns // 4, 64, 4)
+        # oneDNN is free to pack in another way on another CPU, and in its next version.
+        known = torch.equal(self.tiles.transpose(1, 2), weight.q.view(-1, 64, columns // 4, 4))
+        self.most = FEW if known else 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.shape[0] > self.most:
+            return super().__call__(x)
+        return int8_few(rows.float().contiguous(), self.tiles, self.scale).view(*x.shape[:-1], -1).type_as(x)
+
+
 class Int8Cuda(Plain):
     """A few rows by a kernel that widens each number as it reads it; more, where the product is the work, plainly."""
 
@@ -238,47 +262,26 @@ class Int4Cpu(Plain):
         return y.view(*x.shape[:-1], -1).type_as(x)
 
 
-@cache
-def int4_library() -> Callable[..., None] | None:
-    found: Any = cpu_has("avx512_vnni") and library("int4.cpp")
-    if not found:
-        return None
-    found.int4_product.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5
-    found.int4_product.restype = None
-    return found.int4_product
-
-
-@opaque(lambda x, packed, scale, zero: x.new_empty(x.shape[0], packed.shape[0] * 16))
-def int4_product(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x (rows, in) times the transposed matrix packed (out / 16, groups, columns / 8, 16), scale and zero (out / 16,
-    groups, 16)."""
-    multiply, (blocks, groups, eighth, _) = int4_library(), packed.shape
-    assert multiply is not None
-    y = x.new_empty(len(x), blocks * 16)
-    pointers = packed.data_ptr(), scale.data_ptr(), zero.data_ptr(), x.data_ptr(), y.data_ptr()
-    multiply(*pointers, len(x), blocks * 16, groups * eighth * 8, eighth * 8, torch.get_num_threads())
-    return y
-
-
 class Int4Compiled(Plain):
-    """The product of int4.cpp, which reads each weight once for a few rows, as fast as memory gives them. Rows of x are
-    rounded to 127ths of the largest number in each group of theirs."""
+    """The product of cpu.cpp, which reads each weight once for a few rows, as fast as memory gives them. Rows of x
+    are rounded to 127ths of the largest number in each group of theirs."""
 
     @staticmethod
     def serves(weight: Quantized, device: torch.device) -> bool:
         fits = weight.zero is not None and device.type == "cpu" and len(weight.q) % 16 == 0
-        return fits and int4_library() is not None
+        return fits and cpp()
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
         super().__init__(weight, device)
         q, scale, zero = weight
         assert zero is not None
         groups = scale.shape[1]
-        self.packed = torch.empty(len(q) // 16, groups, self.shape[1] // groups // 8, 16, dtype=torch.int32)
-        for rows, packed in zip(q.split(256), self.packed.split(16), strict=True):
+        packed = torch.empty(len(q) // 16, groups, self.shape[1] // groups // 8, 16, dtype=torch.int32)
+        for rows, some in zip(q.split(256), packed.split(16), strict=True):
             fours = torch.stack((rows & 15, rows >> 4), -1).flatten(1).view(torch.int32)  # four columns in each
-            low, high = fours.view(len(packed), 16, groups, 2, -1).permute(3, 0, 2, 4, 1)
-            torch.bitwise_or(low, high << 4, out=packed)
+            low, high = fours.view(len(some), 16, groups, 2, -1).permute(3, 0, 2, 4, 1)
+            torch.bitwise_or(low, high << 4, out=some)
+        self.packed = packed.view(torch.uint8)
         self.scale, self.zero = (part.view(-1, 16, groups).transpose(1, 2).contiguous() for part in (scale, zero))
         del self.weight
 

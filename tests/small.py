@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import fire
+import pytest
 import torch
 
 from llama import ModelArgs, Transformer, checkpoint, parallel, script
@@ -14,12 +16,17 @@ from llama import ModelArgs, Transformer, checkpoint, parallel, script
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models"
 TOKENIZER = MODELS / "tokenizer.model"
+needs_cpp = pytest.mark.skipif(
+    not parallel.cpu_has("avx512_vnni") or not any(map(shutil.which, ("g++", "c++", "clang++"))),
+    reason="needs a C++ compiler and a CPU with VNNI",
+)
 
 GQA = {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32}
 SHAPES = {
     "MHA": {**GQA, "n_kv_heads": None},
     "GQA": GQA,
     "MQA": {**GQA, "n_kv_heads": 1},
+    "wide heads": {**GQA, "n_heads": 4, "n_kv_heads": 2},  # of 16, a whole vector
     "odd FFN": {**GQA, "multiple_of": 4, "ffn_dim_multiplier": 1.3},  # hidden 220
     "other theta and eps": {**GQA, "rope_theta": 1e6, "norm_eps": 1e-2},
 }

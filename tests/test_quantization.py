@@ -3,21 +3,29 @@
 import doctest
 import json
 import math
-import shutil
 from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import GQA, MODELS, ROOT, TOKENIZER, edit_params, in_process, random_model, relative_error, save_random
+from small import (
+    GQA,
+    MODELS,
+    ROOT,
+    TOKENIZER,
+    edit_params,
+    in_process,
+    needs_cpp,
+    random_model,
+    relative_error,
+    save_random,
+)
 
-from llama import Llama, __main__, bench, checkpoint, fused, memory, quantization
-from llama.parallel import cpu_has
+from llama import Llama, __main__, bench, checkpoint, cpp, fused, memory, quantization
 from llama.quantization import Plain, Quantized, Scheme, dequantize, kernel, quantize, scheme
 
 CPU = torch.device("cpu")
-COMPILER = any(map(shutil.which, ("g++", "c++", "clang++")))
 SCHEMES = [Scheme(8, 0), Scheme(4, 32), Scheme(4, 64), Scheme(4, 128)]
 TOKENS = torch.tensor([[1, 5, 9, 2, 77, 30], [3, 3, 8, 100, 41, 6]])
 EACH = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -97,19 +105,34 @@ def test_what_is_not_finite_stays_so_in_its_row(compiled):
         assert not finite[4].any() and not finite[9].any()
 
 
-@pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
-@pytest.mark.skipif(not cpu_has("avx512_vnni"), reason="needs a CPU with VNNI")
+@needs_cpp
 def test_four_bits_are_compiled_where_that_is_possible(folder, monkeypatch, caplog):
     build_one = partial(build, folder, "int4", compile=True)
     assert isinstance(build_one().model.output.weight, quantization.Int4Compiled)
     assert not isinstance(build(folder, "int4").model.output.weight, quantization.Int4Compiled)
-    monkeypatch.setattr(quantization, "library", fused.library.__wrapped__)
-    monkeypatch.setattr(quantization, "int4_library", quantization.int4_library.__wrapped__)
+    monkeypatch.setattr(cpp, "library", fused.library.__wrapped__)
+    monkeypatch.setattr(quantization, "cpp", cpp.cpp.__wrapped__)
     monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", mock.Mock(side_effect=RuntimeError("no g++")))
     assert isinstance(build_one().model.output.weight, quantization.Int4Cpu)
-    assert "int4.cpp is not compiled, which is slower: RuntimeError: no g++" in caplog.text
-    monkeypatch.setattr(quantization, "cpu_has", lambda unit: False)
+    assert "cpu.cpp is not compiled, which is slower: RuntimeError: no g++" in caplog.text
+    monkeypatch.setattr(cpp, "cpu_has", lambda unit: False)
     assert isinstance(build_one().model.output.weight, quantization.Int4Cpu)
+
+
+@needs_cpp
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_few_rows_by_eight_bits_read_what_onednn_has_packed(rows, monkeypatch):
+    weight, x = quantize(torch.randn(192, 320), scheme("int8")), torch.randn(rows, 320)
+    product = kernel(weight, CPU, compiled=True)
+    assert isinstance(product, quantization.Int8Compiled)
+    with mock.patch.object(quantization, "int8_few", side_effect=quantization.int8_few) as few:
+        assert relative_error(product(x), kernel(weight, CPU)(x)) < 1e-6
+    assert few.called
+    monkeypatch.setattr(torch, "equal", lambda *tensors: False)  # as if it had packed in another way
+    product = kernel(weight, CPU, compiled=True)
+    with mock.patch.object(quantization, "int8_few") as few:
+        assert relative_error(product(x), kernel(weight, CPU)(x)) < 1e-6
+    assert not few.called
 
 
 @pytest.mark.parametrize("compiled", [False, True])
