@@ -39,7 +39,7 @@ static void float_part(const T *w, const T *x, T *y, int64_t out, int64_t in) {
     for (int64_t k = 0; k < in; k += 16) {
         __m512 some[O];
         for (int o = 0; o < O; o++) {
-            _mm_prefetch((const char *)(w + (O + o) * in + k), _MM_HINT_T0);  // of the next outputs
+            _mm_prefetch((const char *)(w + (O + o) * in + k), _MM_HINT_T1);  // of the next outputs
             some[o] = load(w + o * in + k);
         }
         for (int r = 0; r < R; r++) {

@@ -178,11 +178,17 @@ class Compiled(Flat):
 
     def __init__(self, model: Transformer, B: int) -> None:
         super().__init__(model, B, WHOLE, compiled=True)
+        self.made = False
         self.attend = attend if self.D % 16 == 0 and cpp() else attend_plainly
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+        at = torch.tensor(positions)
+        look = partial(self.attend, at=at)
+        if self.made:
+            return compiled_step(self, tokens, at, look)
+        self.made = True
         with torch._dynamo.config.patch(recompile_limit=64):  # not 8 for all models and numbers of rows together
-            return compiled_step(self, tokens, at := torch.tensor(positions), partial(self.attend, at=at))
+            return compiled_step(self, tokens, at, look)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

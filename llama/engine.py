@@ -118,7 +118,7 @@ def steps(
         chosen = choose(logits, rows, sampler, guesses.to(device))  # (T, B)
         # One message and one synchronization a step: the ids, whether they can be trusted, and whether that was all.
         # What is not finite makes the sum so, and a sum is quicker to look at.
-        finite = logits.sum().isfinite().long()[None]
+        finite = logits.sum().isfinite()[None]
         message = broadcast(torch.cat((chosen.flatten(), finite, torch.full_like(finite, closed))))
         chosen = message[:-2].view_as(chosen)
         chances = token_logprobs(logits.transpose(0, 1), chosen) if logprobs else torch.full(chosen.shape, math.nan)

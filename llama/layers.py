@@ -27,8 +27,9 @@ Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
 # MKL does the same for a weight in strips so narrow that it finds nothing worth rearranging.
 STRIP, IN_STRIPS = 16, range(4, 9)
 LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float16: range(1, 256)}
-IN_CPP = {torch.float32: range(1, 33), torch.bfloat16: range(1, 9), torch.float16: range(1, 9)}  # cpu.cpp
 TILES = cpu_has("amx_bf16")  # which multiply 32 rows at a time: fewer take as long
+# What cpu.cpp multiplies faster than all of these.
+IN_CPP = {torch.float32: range(1, 13), torch.bfloat16: range(1, 5 if TILES else 17), torch.float16: range(1, 17)}
 
 
 def product(weight: Tensor | Product, rows: int, compiled: bool = False) -> Product:
