@@ -87,6 +87,14 @@ def one_by_one(positions: Sequence[int], q: Tensor, cache: Tensor) -> Tensor:
     return torch.cat([together(q[i : i + 1], cache[i : i + 1], at + 1) for i, at in enumerate(positions)])
 
 
+def side_by_side(products: Sequence[Product], x: Tensor) -> Tensor:
+    return torch.cat([multiply(x) for multiply in products], -1)
+
+
+def reduced_product(multiply: Product, x: Tensor) -> Tensor:
+    return all_reduce(multiply(x))
+
+
 class Layer(NamedTuple):
     attention_norm: Tensor
     qkv: Product
@@ -113,12 +121,11 @@ class Flat:
             whole = joined([layer.weight for layer in layers])
             if whole is not None:
                 return product(whole, B, compiled)
-            each = [product(layer.weight, B, compiled) for layer in layers]
-            return lambda x: torch.cat([multiply(x) for multiply in each], -1)
+            return partial(side_by_side, [product(layer.weight, B, compiled) for layer in layers])
 
         def reduced(layer: RowParallelLinear) -> Product:
             multiply = product(layer.weight, B, compiled)
-            return multiply if world_size() == 1 else lambda x: all_reduce(multiply(x))
+            return multiply if world_size() == 1 else partial(reduced_product, multiply)
 
         blocks: Any = model.layers
         self.layers = [
@@ -170,7 +177,15 @@ class Flat:
         return all_gather(self.output(h)).float().contiguous()[:, None]
 
 
-compiled_step = fused.compiled(Flat.step_at)
+def form(part: Any) -> str:
+    """What compiled code takes for granted of a part of a layer."""
+    if isinstance(part, Tensor):
+        return f"{part.dtype} {part.shape} {part.stride()}"
+    if isinstance(part, list | tuple):
+        return str([*map(form, part)])
+    if isinstance(part, partial):
+        return f"{part.func.__name__} {form(part.args)}"
+    return f"{type(part)} {form([*vars(part).values()])}" if hasattr(part, "__dict__") else str(part)
 
 
 class Compiled(Flat):
@@ -178,17 +193,24 @@ class Compiled(Flat):
 
     def __init__(self, model: Transformer, B: int) -> None:
         super().__init__(model, B, WHOLE, compiled=True)
-        self.made = False
         self.attend = attend if self.D % 16 == 0 and cpp() else attend_plainly
+        self.form = form([layer._replace(cache=layer.cache[:1]) for layer in self.layers])  # for any B
+        self.called = False
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         at = torch.tensor(positions)
-        look = partial(self.attend, at=at)
-        if self.made:
-            return compiled_step(self, tokens, at, look)
-        self.made = True
+        if self.called:
+            return compiled_step(self, tokens, at)
+        self.called = True
         with torch._dynamo.config.patch(recompile_limit=64):  # not 8 for all models and numbers of rows together
-            return compiled_step(self, tokens, at, look)
+            return compiled_step(self, tokens, at)
+
+    def whole_step(self, tokens: Tensor, at: Tensor) -> Tensor:
+        assert self.form  # and so it is compared before each call, instead of hundreds of tensors
+        return self.step_at(tokens, at, partial(self.attend, at=at))
+
+
+compiled_step = fused.compiled(Compiled.whole_step, unchecked="self.layers[")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

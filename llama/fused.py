@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from pathlib import Path
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +22,18 @@ log = logging.getLogger(__name__)
 
 
 class compiled(Generic[P, R]):
-    """A function that is compiled when it is first called, or, where that is impossible, called as it is."""
+    """A function that is compiled when it is first called, or, where that is impossible, called as it is. What is
+    reached by names with `unchecked` in them must stay as it was compiled for."""
 
-    def __init__(self, function: Callable[P, R]) -> None:
-        self.function, self.failed = function, False
+    def __init__(self, function: Callable[P, R], unchecked: str = "\n") -> None:
+        self.function, self.unchecked, self.failed = function, unchecked, False
         self.call: Callable[P, R] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not self.failed:
             # Without checking again what every operation returns, which takes up to a tenth of a small model's step.
-            self.call = self.call or torch.compile(self.function, options={"size_asserts": False})
+            options: Any = {"size_asserts": False, "guard_filter_fn": self.checks}
+            self.call = self.call or torch.compile(self.function, options=options)
             try:
                 return self.call(*args, **kwargs)
             except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # no compiler, no place for its files
@@ -39,6 +41,9 @@ class compiled(Generic[P, R]):
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 log.warning("%s is not compiled, which is slower: %s", self.function.__qualname__, reason)
         return self.function(*args, **kwargs)
+
+    def checks(self, guards: Sequence[Any]) -> list[bool]:
+        return [self.unchecked not in guard.name for guard in guards]
 
 
 @cache

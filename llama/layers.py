@@ -39,7 +39,8 @@ def product(weight: Tensor | Product, rows: int, compiled: bool = False) -> Prod
         return weight
     if weight.device.type != "cpu":
         return partial(F.linear, weight=weight)
-    if compiled and rows in IN_CPP.get(weight.dtype, ()) and weight.shape[1] % 16 == 0 and cpp():
+    whole = weight.is_contiguous() and weight.shape[1] % 16 == 0
+    if compiled and whole and rows in IN_CPP.get(weight.dtype, ()) and cpp():
         return partial(in_cpp, weight)
     if (
         weight.dtype == torch.float32

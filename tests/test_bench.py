@@ -59,7 +59,9 @@ def test_a_random_model_has_its_dtype_and_cache():
 
 def test_compiled_steps_are_measured(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, options: function)
-    with mock.patch.object(decode, "compiled_step", wraps=fused.compiled(decode.Flat.step_at), failed=False) as step:
+    with mock.patch.object(
+        decode, "compiled_step", wraps=fused.compiled(decode.Compiled.whole_step), failed=False
+    ) as step:
         done = command("--ckpt_dir", str(MODELS / "small"), "--prompts", "16", "--batches", "2", "--compile")
     assert done.returncode == 0, done.stderr
     assert step.called

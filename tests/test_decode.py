@@ -113,7 +113,7 @@ def test_what_cannot_be_compiled_is_called_as_it_is(monkeypatch, caplog):
         return call
 
     monkeypatch.setattr(torch, "compile", refuse)
-    monkeypatch.setattr(decode, "compiled_step", fused.compiled(Flat.step_at))
+    monkeypatch.setattr(decode, "compiled_step", fused.compiled(Compiled.whole_step, decode.compiled_step.unchecked))
     model = random_model()
     model.compile_steps = True
     assert type(decoder(model, 2)) is Compiled
@@ -121,7 +121,7 @@ def test_what_cannot_be_compiled_is_called_as_it_is(monkeypatch, caplog):
     assert relative_error(slow, plain) < 1e-5
     assert type(decoder(model, 2)) is Flat
     assert [record.message for record in caplog.records] == [
-        "Flat.step_at is not compiled, which is slower: TorchDynamoException: no compiler found"
+        "Compiled.whole_step is not compiled, which is slower: TorchDynamoException: no compiler found"
     ]
 
 
@@ -145,7 +145,7 @@ def traced(monkeypatch):
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=stand_in))
-    monkeypatch.setattr(decode, "compiled_step", fused.compiled(Flat.step_at))
+    monkeypatch.setattr(decode, "compiled_step", fused.compiled(Compiled.whole_step, decode.compiled_step.unchecked))
     return graphs
 
 
@@ -187,9 +187,30 @@ def test_a_step_is_compiled_for_few_numbers_of_rows(traced, quantize):
     assert not decode.compiled_step.failed
 
 
+def test_models_that_differ_in_a_late_layer_alone(traced):
+    """What layers are made of is not checked anew in every step, but as a whole: see Compiled.form."""
+
+    def turned(layer):
+        layer.attention.wo.weight = torch.nn.Parameter(layer.attention.wo.weight.t())
+
+    def rounded(layer):
+        w2, eight = layer.feed_forward.w2, quantization.scheme("int8")
+        weight = quantization.kernel(quantization.quantize(w2.weight, eight), CPU)
+        del w2.weight
+        w2.weight = weight
+
+    for change in (lambda layer: None, turned, rounded, lambda layer: layer.attention.wo.weight.mul_(2)):
+        model = random_model().requires_grad_(False)
+        change(model.layers[2])
+        (plain, _), (compiled, _) = both(model, [3, 7], fast=Compiled)
+        assert relative_error(compiled, plain) < 1e-3
+    assert len(traced) == 3  # for the last what was made for the first
+    assert not decode.compiled_step.failed
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler")
 def test_what_the_real_compiler_makes(monkeypatch):
-    monkeypatch.setattr(decode, "compiled_step", fused.compiled(Flat.step_at))
+    monkeypatch.setattr(decode, "compiled_step", fused.compiled(Compiled.whole_step, decode.compiled_step.unchecked))
     llama = Llama.build(MODELS / "small-chat", max_seq_len=64, max_batch_size=2, device="cpu", dtype="float32")
     quick = Llama.build(
         MODELS / "small-chat", max_seq_len=64, max_batch_size=2, device="cpu", dtype="float32", compile=True
