@@ -175,7 +175,7 @@ def bench(
             weights (one rank only)
         quantize: int8 or int4
         group_size: columns of a group of int4: 32, 64 or 128
-        compile: to decode on a CPU with steps made by torch.compile, and multiply by int4 weights in C++
+        compile: to decode on a CPU with steps made by torch.compile and operators in C++
     """
     peers = compare.split(",") if isinstance(compare, str) else [*compare]  # a point makes one text of a list
     many = {"batches": batches, "prompts": prompts, "tokens": tokens, "repeats": repeats}
@@ -261,7 +261,7 @@ def chat(
         quantize: int8 or int4
         group_size: columns of a group of int4: 32, 64 or 128
         prompt_lookup: guesses to try with each step, which helps where answers repeat what was said
-        compile: to be faster on a CPU, int4 above all, after some seconds of its C++ compiler
+        compile: to be faster on a CPU, with rounded weights above all, after some seconds of its C++ compiler
     """
     llama = Llama.build(
         ckpt_dir,

@@ -47,10 +47,10 @@ int4_product = declare(
 
 # Queries (B, K, H/K, D) look at the keys and values of a cache (B, 2K, S, D), each row up to its position of `at` (B,).
 # D is a multiple of 16.
-attend = declare("attend", "(Tensor q, Tensor cache, Tensor at) -> Tensor", lambda q, cache, at: torch.empty_like(q))
+attend = declare("attend", "(Tensor q, Tensor cache, Tensor at) -> Tensor", lambda q, cache, at: q.new_empty(q.shape))
 
 
-@opaque(lambda q, cache, at: torch.empty_like(q))
+@opaque(lambda q, cache, at: q.new_empty(q.shape))
 def attend_plainly(q: Tensor, cache: Tensor, at: Tensor) -> Tensor:
     """The plain meaning of `attend`, for every D and CPU."""
     order = torch.arange(int(at.max()) + 1)
