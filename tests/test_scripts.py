@@ -170,17 +170,17 @@ def test_an_exception_in_the_loop_of_one_rank_ends_the_job_with_one_line(tmp_pat
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from llama import Llama, parallel, script
+from llama import Llama, engine, parallel, script
 with script.readable_errors():
     llama = Llama.build({str(tmp_path / "model")!r}, {str(TOKENIZER)!r}, 64, device="cpu")
     if parallel.rank() == 1:
-        logits, calls = llama.model.logits, []
+        choose, calls = engine.choose, []
         def fail_later(*args):
             calls.append(args)
             if len(calls) == 4:
                 raise MemoryError("out of memory in step 4")
-            return logits(*args)
-        llama.model.logits = fail_later
+            return choose(*args)
+        engine.choose = fail_later
     llama.generate([[1, 2, 3]], 50)
 """)
     code, _, err, seconds = start(2, script)

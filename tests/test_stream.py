@@ -6,7 +6,7 @@ import threading
 import pytest
 from small import MODELS, TOKENIZER, random_model, save_random
 
-from llama import Llama, parallel
+from llama import Llama, engine, parallel
 from llama.engine import Row, steps
 
 PROMPTS = [[1, 400, 401, 402], [1, 17], [1, *range(300, 319)], [1, 99, 98, 97, 96, 95, 94]]
@@ -86,15 +86,15 @@ def test_a_stream_that_its_own_judge_holds_is_collected(bundled):
 
 
 def test_a_stream_that_could_not_be_closed_can_be_later(llama, monkeypatch):
-    stream, real = llama.generate_stream(PROMPTS, 30, temperature=0), llama.model.logits
+    stream, real = llama.generate_stream(PROMPTS, 30, temperature=0), engine.choose
     entered, leave = threading.Event(), threading.Event()
 
-    def wait(hidden):
+    def wait(*args):
         entered.set()
         leave.wait(10)
-        return real(hidden)
+        return real(*args)
 
-    monkeypatch.setattr(llama.model, "logits", wait)
+    monkeypatch.setattr(engine, "choose", wait)
     reader = threading.Thread(target=lambda: [next(stream) for _ in range(6)])
     reader.start()
     entered.wait(10)
