@@ -27,6 +27,13 @@ static __m512 load(const at::BFloat16 *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
 }
 
+// Calls `work(begin, end)` for all parts of [0, whole), some at a time: a core that is slowed down gets fewer.
+template <typename Work>
+static void share(int64_t whole, int64_t some, const Work &work) {
+#pragma omp parallel for schedule(dynamic) num_threads(at::get_num_threads())
+    for (int64_t begin = 0; begin < whole; begin += some) work(begin, std::min(whole, begin + some));
+}
+
 // Calls `work` with a number of the type.
 template <typename Work>
 static void by_type(at::ScalarType type, const Work &work) {
@@ -61,7 +68,7 @@ static Tensor float_product(const Tensor &x, const Tensor &w) {
         using T = decltype(number);
         const T *weight = w.const_data_ptr<T>(), *from = x.const_data_ptr<T>();
         T *to = y.mutable_data_ptr<T>();
-        at::parallel_for(0, out, 1, [&](int64_t n, int64_t end) {
+        share(out, 96, [&](int64_t n, int64_t end) {
             for (int64_t N; n < end; n += N) {
                 int64_t r = 0;
                 const auto by = [&](int64_t R, int64_t O, auto part) {
@@ -96,7 +103,7 @@ struct Rows {  // of x
         const int64_t rows = x.size(0), in = x.size(1), groups = in / group;
         q.resize(rows * in), scale.resize(rows * groups), sum.resize(rows * groups);
         for (int64_t r = 0; r < rows; r++) row.push_back({&q[r * in], &scale[r * groups], &sum[r * groups]});
-        at::parallel_for(0, rows, 8, [&](int64_t r, int64_t end) {
+        at::parallel_for(0, rows, 8, [&](int64_t r, int64_t end) {  // with 8 or fewer, in place
             for (; r < end; r++) round(x.const_data_ptr<float>() + r * in, row[r], in, group);
         });
     }
@@ -154,7 +161,7 @@ static Tensor int8_few(const Tensor &x, const Tensor &w, const Tensor &scale) {
     const int8_t *weight = w.const_data_ptr<int8_t>();
     const float *scales = scale.const_data_ptr<float>();
     float *to = y.mutable_data_ptr<float>();
-    at::parallel_for(0, out / 64, 1, [&](int64_t tile, int64_t end) {
+    share(out / 64, 2, [&](int64_t tile, int64_t end) {
         for (int64_t n = tile * 64; n < end * 64; n += 64) {
             int64_t r = 0;
             const auto by = [&](int64_t R, auto part) {
@@ -205,7 +212,7 @@ static Tensor int4_product(const Tensor &x, const Tensor &w, const Tensor &scale
     float *to = y.mutable_data_ptr<float>();
     for (int64_t begin = 0; begin < rows; begin += 128) {  // as many as a core's cache holds
         const int64_t stop = std::min(rows, begin + 128);
-        at::parallel_for(0, out / 16, 1, [&](int64_t tile, int64_t end) {
+        share(out / 16, 6, [&](int64_t tile, int64_t end) {
             for (int64_t n = tile * 16; n < end * 16; n += 16) {
                 int64_t r = begin;
                 const auto by = [&](int64_t R, auto part) {
@@ -278,7 +285,7 @@ static Tensor attend(const Tensor &q, const Tensor &cache, const Tensor &at) {
         const T *from = queries.const_data_ptr<T>(), *kept = cache.const_data_ptr<T>();
         T *to = y.mutable_data_ptr<T>();
         const int64_t *end = at.const_data_ptr<int64_t>();
-        at::parallel_for(0, B * K, 1, [&](int64_t i, int64_t stop) {
+        share(B * K, 1, [&](int64_t i, int64_t stop) {
             std::vector<float> shares;
             for (; i < stop; i++) {
                 const int64_t b = i / K, S = end[b] + 1;
