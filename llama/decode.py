@@ -206,7 +206,8 @@ class Compiled(Flat):
             return compiled_step(self, tokens, at)
 
     def whole_step(self, tokens: Tensor, at: Tensor) -> Tensor:
-        assert self.form  # and so it is compared before each call, instead of hundreds of tensors
+        if not self.form:  # read, it is compared before each call, instead of hundreds of tensors
+            raise ValueError("nobody said what the layers are made of")
         return self.step_at(tokens, at, partial(self.attend, at=at))
 
 
