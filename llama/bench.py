@@ -105,7 +105,7 @@ def loaded(
     with torch.device("meta"):
         model = Transformer(replace(args, max_batch_size=0))
     load(model, weights, args, device, dtype, scheme, compile)
-    model.params, model.compile_steps = args, compile
+    model.params, model.compiled = args, compile
     model.allocate_cache()
     return model.eval().requires_grad_(False)
 

@@ -1,9 +1,10 @@
-// What takes the time of a step of decoding, for CPUs that multiply bytes four at a time and add them up (AVX-512 VNNI):
-// products y = x wᵀ of a few rows of x, as fast as memory gives w, and attention. cpp.py says what each takes.
+// A step of decoding, for CPUs that multiply bytes four at a time and add them up (AVX-512 VNNI): products y = x wᵀ of a few
+// rows of x, as fast as memory gives w, attention, and what lies between them. cpp.py says what each operator takes.
 //
-// A float w lies row by row. An int8 w has, for every 64 outputs and every 4 columns, 256 bytes: 4 of each output. An int4
-// w has, for every 16 outputs and every group of columns, group / 8 vectors of 64 bytes: byte 4 n + j of vector t holds,
-// for output n, column 4 t + j of the group in its low half and column group / 2 + 4 t + j in its high half.
+// Activations are float32. A matrix w is several tensors. Of float numbers each has some of its rows. Of int8 the first has,
+// for every 64 outputs and every 4 columns, 256 bytes: 4 of each output; the next scales. Of int4 it has, for every 16
+// outputs and every group of columns, group / 8 vectors of 64 bytes: byte 4 n + j of vector t holds, for output n, column
+// 4 t + j of the group in its low half and column group / 2 + 4 t + j in its high half; the next are scales and zeros.
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
@@ -15,6 +16,7 @@
 #include <vector>
 
 using at::Tensor;
+using Matrix = std::vector<Tensor>;
 
 // Has memory send what will be needed soon, as far as the second cache. Without it half of the time is spent waiting.
 static void fetch(const void *from) { _mm_prefetch((const char *)from, _MM_HINT_T1); }
@@ -25,6 +27,12 @@ static __m512 load(const float *from) { return _mm512_loadu_ps(from); }
 static __m512 load(const at::Half *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
 static __m512 load(const at::BFloat16 *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
+}
+
+static void store(float *to, __m512 x) { _mm512_storeu_ps(to, x); }
+template <typename T>
+static void store(T *to, __m512 x) {
+    for (int i = 0; i < 16; i++) to[i] = x[i];
 }
 
 // Calls `work(begin, end)` for all parts of [0, whole), some at a time: a core that is slowed down gets fewer.
@@ -44,7 +52,7 @@ static void by_type(at::ScalarType type, const Work &work) {
 
 // O outputs of R rows.
 template <int O, int R, typename T>
-static void float_part(const T *w, const T *x, T *y, int64_t out, int64_t in) {
+static void float_part(const T *w, const float *x, float *y, int64_t out, int64_t in) {
     __m512 total[R][O] = {};
     for (int64_t k = 0; k < in; k += 16) {
         __m512 some[O];
@@ -61,31 +69,23 @@ static void float_part(const T *w, const T *x, T *y, int64_t out, int64_t in) {
         for (int o = 0; o < O; o++) y[r * out + o] = _mm512_reduce_add_ps(total[r][o]);
 }
 
-static Tensor float_product(const Tensor &x, const Tensor &w) {
-    const int64_t rows = x.size(0), out = w.size(0), in = w.size(1);
-    Tensor y = x.new_empty({rows, out});
-    by_type(w.scalar_type(), [&](auto number) {
-        using T = decltype(number);
-        const T *weight = w.const_data_ptr<T>(), *from = x.const_data_ptr<T>();
-        T *to = y.mutable_data_ptr<T>();
-        share(out, 96, [&](int64_t n, int64_t end) {
-            for (int64_t N; n < end; n += N) {
-                int64_t r = 0;
-                const auto by = [&](int64_t R, int64_t O, auto part) {
-                    for (; r + R <= rows; r += R)
-                        for (int64_t o = n; o < n + N; o += O)
-                            part(weight + o * in, from + r * in, to + r * out + o, out, in);
-                };
-                N = n + 12 <= end ? 12 : 1;
-                if (N == 12)
-                    by(8, 3, float_part<3, 8, T>), by(4, 4, float_part<4, 4, T>), by(2, 4, float_part<4, 2, T>),
-                        by(1, 4, float_part<4, 1, T>);
-                else
-                    by(1, 1, float_part<1, 1, T>);
-            }
-        });
+template <typename T>
+static void float_product(const T *w, int64_t some, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
+    share(some, 96, [&](int64_t n, int64_t end) {
+        for (int64_t N; n < end; n += N) {
+            int64_t r = 0;
+            const auto by = [&](int64_t R, int64_t O, auto part) {
+                for (; r + R <= rows; r += R)
+                    for (int64_t o = n; o < n + N; o += O) part(w + o * in, x + r * in, y + r * out + o, out, in);
+            };
+            N = n + 12 <= end ? 12 : 1;
+            if (N == 12)
+                by(8, 3, float_part<3, 8, T>), by(4, 4, float_part<4, 4, T>), by(2, 4, float_part<4, 2, T>),
+                    by(1, 4, float_part<4, 1, T>);
+            else
+                by(1, 1, float_part<1, 1, T>);
+        }
     });
-    return y;
 }
 
 struct Row {       // of x, rounded: x = scale q, with a scale for each group of columns
@@ -99,12 +99,12 @@ struct Rows {  // of x
     std::vector<float> scale, sum;
     std::vector<Row> row;
 
-    Rows(const Tensor &x, int64_t group) {
-        const int64_t rows = x.size(0), in = x.size(1), groups = in / group;
+    Rows(const float *x, int64_t rows, int64_t in, int64_t group) {
+        const int64_t groups = in / group;
         q.resize(rows * in), scale.resize(rows * groups), sum.resize(rows * groups);
         for (int64_t r = 0; r < rows; r++) row.push_back({&q[r * in], &scale[r * groups], &sum[r * groups]});
         at::parallel_for(0, rows, 8, [&](int64_t r, int64_t end) {  // with 8 or fewer, in place
-            for (; r < end; r++) round(x.const_data_ptr<float>() + r * in, row[r], in, group);
+            for (; r < end; r++) round(x + r * in, row[r], in, group);
         });
     }
 
@@ -153,24 +153,19 @@ static void int8_part(const int8_t *w, const float *scale, const Row *x, float *
         }
 }
 
-// w as above; scale (out,).
-static Tensor int8_few(const Tensor &x, const Tensor &w, const Tensor &scale) {
-    const int64_t rows = x.size(0), out = scale.size(0), in = x.size(1);
-    const Rows few(x, in);
-    Tensor y = x.new_empty({rows, out});
-    const int8_t *weight = w.const_data_ptr<int8_t>();
-    const float *scales = scale.const_data_ptr<float>();
-    float *to = y.mutable_data_ptr<float>();
+static void int8_product(const Matrix &w, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
+    const Rows few(x, rows, in, in);
+    const int8_t *weight = w[0].const_data_ptr<int8_t>();
+    const float *scale = w[1].const_data_ptr<float>();
     share(out / 64, 2, [&](int64_t tile, int64_t end) {
         for (int64_t n = tile * 64; n < end * 64; n += 64) {
             int64_t r = 0;
             const auto by = [&](int64_t R, auto part) {
-                for (; r + R <= rows; r += R) part(weight + n * in, scales + n, &few.row[r], to + r * out + n, out, in);
+                for (; r + R <= rows; r += R) part(weight + n * in, scale + n, &few.row[r], y + r * out + n, out, in);
             };
             by(4, int8_part<4>), by(2, int8_part<2>), by(1, int8_part<1>);
         }
     });
-    return y;
 }
 
 // 16 outputs of R rows. Of every group: the sum of scale_w (q_w - zero) x = scale_w scale_x (q_w · q_x - zero sum_x).
@@ -202,14 +197,11 @@ static void int4_part(const uint8_t *w, const at::BFloat16 *scale, const uint8_t
     for (int r = 0; r < R; r++) _mm512_storeu_ps(y + r * out, total[r]);
 }
 
-// w as above; scale and zero (out / 16, in / group, 16).
-static Tensor int4_product(const Tensor &x, const Tensor &w, const Tensor &scale, const Tensor &zero) {
-    const int64_t rows = x.size(0), in = x.size(1), out = w.size(0) * 16, groups = w.size(1);
-    const Rows all(x, in / groups);
-    Tensor y = x.new_empty({rows, out});
-    const uint8_t *weight = w.const_data_ptr<uint8_t>(), *zeros = zero.const_data_ptr<uint8_t>();
-    const at::BFloat16 *scales = scale.const_data_ptr<at::BFloat16>();
-    float *to = y.mutable_data_ptr<float>();
+static void int4_product(const Matrix &w, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
+    const int64_t groups = w[0].size(1);
+    const Rows all(x, rows, in, in / groups);
+    const uint8_t *weight = w[0].const_data_ptr<uint8_t>(), *zero = w[2].const_data_ptr<uint8_t>();
+    const at::BFloat16 *scale = w[1].const_data_ptr<at::BFloat16>();
     for (int64_t begin = 0; begin < rows; begin += 128) {  // as many as a core's cache holds
         const int64_t stop = std::min(rows, begin + 128);
         share(out / 16, 6, [&](int64_t tile, int64_t end) {
@@ -217,19 +209,45 @@ static Tensor int4_product(const Tensor &x, const Tensor &w, const Tensor &scale
                 int64_t r = begin;
                 const auto by = [&](int64_t R, auto part) {
                     for (; r + R <= stop; r += R)
-                        part(weight + n * in / 2, scales + n * groups, zeros + n * groups, &all.row[r], to + r * out + n,
-                             out, in, in / groups);
+                        part(weight + n * in / 2, scale + n * groups, zero + n * groups, &all.row[r], y + r * out + n, out,
+                             in, in / groups);
                 };
                 by(8, int4_part<8>), by(4, int4_part<4>), by(2, int4_part<2>), by(1, int4_part<1>);
             }
         });
     }
+}
+
+static int64_t outputs(const Matrix &w) {
+    if (w[0].scalar_type() == at::kChar) return w[0].size(0) * 64;
+    if (w[0].scalar_type() == at::kByte) return w[0].size(0) * 16;
+    int64_t out = 0;
+    for (const Tensor &some : w) out += some.size(0);
+    return out;
+}
+
+// y (rows, out) = x (rows, in) wᵀ
+static void multiply(const Matrix &w, const float *x, float *y, int64_t rows, int64_t in) {
+    const int64_t out = outputs(w);
+    if (w[0].scalar_type() == at::kChar) int8_product(w, x, y, rows, out, in);
+    if (w[0].scalar_type() == at::kByte) int4_product(w, x, y, rows, out, in);
+    by_type(w[0].scalar_type(), [&](auto number) {
+        for (const Tensor &some : w) {
+            float_product(some.const_data_ptr<decltype(number)>(), some.size(0), x, y, rows, out, in);
+            y += some.size(0);
+        }
+    });
+}
+
+static Tensor product(const Tensor &x, Matrix w) {
+    Tensor y = x.new_empty({x.size(0), outputs(w)});
+    multiply(w, x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), x.size(0), x.size(1));
     return y;
 }
 
 // Q sums, V vectors long, of values (S, D), of which each makes a share.
 template <int Q, int V, typename T>
-static void mix(const T *v, const float *shares, const float *sums, T *y, int64_t S, int64_t D) {
+static void mix(const T *v, const float *shares, const float *sums, float *y, int64_t S, int64_t D) {
     __m512 total[Q][V] = {};
     for (int64_t s = 0; s < S; s++)
         for (int part = 0; part < V; part++) {
@@ -243,7 +261,7 @@ static void mix(const T *v, const float *shares, const float *sums, T *y, int64_
 
 // Q queries (D,) look at keys and values (S, D); `shares` has room for Q S numbers.
 template <int Q, typename T>
-static void look(const T *q, const T *k, const T *v, float *shares, T *y, int64_t S, int64_t D) {
+static void look(const float *q, const T *k, const T *v, float *shares, float *y, int64_t S, int64_t D) {
     const float scale = 1 / std::sqrt((float)D);
     for (int64_t s = 0; s < S; s++, k += D) {
         __m512 dots[Q] = {};
@@ -275,36 +293,142 @@ static void look(const T *q, const T *k, const T *v, float *shares, T *y, int64_
     for (; d < D; d += 16) mix<Q, 1>(v + d, shares, sums, y + d, S, D);
 }
 
-// q (B, K, G, D), cache (B, 2K, room, D), at (B,).
-static Tensor attend(const Tensor &q, const Tensor &cache, const Tensor &at) {
-    const int64_t B = q.size(0), K = q.size(1), G = q.size(2), D = q.size(3), room = cache.size(2);
-    const Tensor queries = q.contiguous();
-    Tensor y = q.new_empty(q.sizes());
-    by_type(q.scalar_type(), [&](auto number) {
-        using T = decltype(number);
-        const T *from = queries.const_data_ptr<T>(), *kept = cache.const_data_ptr<T>();
-        T *to = y.mutable_data_ptr<T>();
-        const int64_t *end = at.const_data_ptr<int64_t>();
-        share(B * K, 1, [&](int64_t i, int64_t stop) {
-            std::vector<float> shares;
-            for (; i < stop; i++) {
-                const int64_t b = i / K, S = end[b] + 1;
-                const T *k = kept + (i + b * K) * room * D, *v = k + K * room * D;
-                int64_t g = i * G;
-                shares.resize(4 * S);
-                const auto by = [&](int64_t Q, auto look) {
-                    for (; g + Q <= (i + 1) * G; g += Q) look(from + g * D, k, v, shares.data(), to + g * D, S, D);
-                };
-                by(4, look<4, T>), by(2, look<2, T>), by(1, look<1, T>);
-            }
-        });
+// Pairs of neighbours in x (D,) times complex numbers: rotary embedding.
+template <typename T>
+static void turn(const float *x, const float *turns, T *y, int64_t D) {
+    for (int64_t d = 0; d < D; d += 16) {
+        const __m512 some = load(x + d), by = load(turns + d), cos = _mm512_moveldup_ps(by), sin = _mm512_movehdup_ps(by);
+        store(y + d, _mm512_fmaddsub_ps(some, cos, _mm512_mul_ps(_mm512_permute_ps(some, 0xB1), sin)));
+    }
+}
+
+// B rows of queries (H, D), which look, and of keys and values (K, D), which are kept first. Turns (S, D), cache (B, 2K, room, D).
+template <typename T>
+static void attend(const float *heads, const float *turns, T *kept, const int64_t *at, float *y, int64_t B, int64_t H,
+                   int64_t K, int64_t room, int64_t D) {
+    const int64_t G = H / K;
+    share(B * K, 1, [&](int64_t i, int64_t stop) {
+        std::vector<float> shares, q(G * D);
+        for (; i < stop; i++) {
+            const int64_t b = i / K, here = at[b], S = here + 1;
+            const float *query = heads + (b * (H + 2 * K) + i % K * G) * D, *key = heads + (b * (H + 2 * K) + H + i % K) * D;
+            T *k = kept + (i + b * K) * room * D, *v = k + K * room * D;
+            turn(key, turns + here * D, k + here * D, D);
+            for (int64_t d = 0; d < D; d += 16) store(v + here * D + d, load(key + K * D + d));
+            for (int64_t g = 0; g < G; g++) turn(query + g * D, turns + here * D, &q[g * D], D);
+            shares.resize(4 * S);
+            int64_t g = 0;
+            const auto by = [&](int64_t Q, auto look) {
+                for (; g + Q <= G; g += Q) look(&q[g * D], k, v, shares.data(), y + (i * G + g) * D, S, D);
+            };
+            by(4, look<4, T>), by(2, look<2, T>), by(1, look<1, T>);
+        }
     });
+}
+
+static void attend(const float *heads, const Tensor &turns, const Tensor &cache, const int64_t *at, float *y, int64_t B,
+                   int64_t H) {
+    by_type(cache.scalar_type(), [&](auto number) {
+        attend(heads, turns.const_data_ptr<float>(), cache.mutable_data_ptr<decltype(number)>(), at, y, B, H,
+               cache.size(1) / 2, cache.size(2), cache.size(3));
+    });
+}
+
+static Tensor attention(const Tensor &heads, const Tensor &turns, const Tensor &cache, const Tensor &at) {
+    const int64_t B = heads.size(0), D = cache.size(3), H = heads.size(1) / D - cache.size(1);
+    Tensor y = heads.new_empty({B, H * D});
+    attend(heads.const_data_ptr<float>(), turns, cache, at.const_data_ptr<int64_t>(), y.mutable_data_ptr<float>(), B, H);
     return y;
 }
 
-TORCH_LIBRARY_IMPL(llama, CPU, m) {
-    m.impl("attend", attend);
-    m.impl("float_product", float_product);
-    m.impl("int8_few", int8_few);
-    m.impl("int4_product", int4_product);
+// Calls `work(row)` for all of so many, in place where they are few.
+template <typename Work>
+static void each(int64_t rows, const Work &work) {
+    at::parallel_for(0, rows, 8, [&](int64_t r, int64_t end) {
+        for (; r < end; r++) work(r);
+    });
+}
+
+// All of a model, in C++.
+struct Step : torch::CustomClassHolder {
+    struct Layer {
+        Tensor attention_norm;
+        Matrix qkv, wo;
+        Tensor ffn_norm;
+        Matrix w13, w2;
+        Tensor cache;
+    };
+
+    Tensor embeddings, turns, norm;
+    Matrix output;
+    double floor;
+    std::vector<Layer> layers;
+
+    Step(Tensor embeddings, Tensor turns, Tensor norm, Matrix output, double floor)
+        : embeddings(embeddings), turns(turns), norm(norm), output(output), floor(floor) {}
+
+    void add(Tensor attention_norm, Matrix qkv, Matrix wo, Tensor ffn_norm, Matrix w13, Matrix w2, Tensor cache) {
+        layers.push_back({attention_norm, qkv, wo, ffn_norm, w13, w2, cache});
+    }
+
+    Tensor decode(const Tensor &tokens, const Tensor &positions) const {
+        const int64_t B = tokens.size(0), dim = embeddings.size(1);
+        const Tensor ids = tokens.contiguous();
+        const int64_t *at = positions.const_data_ptr<int64_t>();
+        Tensor logits = norm.new_empty({B, 1, outputs(output)});
+        std::vector<float> x(B * dim), y(B * dim), h(B * dim), heads, seen, both, gated;
+        by_type(embeddings.scalar_type(), [&](auto number) {
+            const auto *from = embeddings.const_data_ptr<decltype(number)>();
+            for (int64_t b = 0; b < B; b++)
+                for (int64_t k = 0; k < dim; k += 16)
+                    store(&x[b * dim + k], load(from + ids.const_data_ptr<int64_t>()[b] * dim + k));
+        });
+        // h = the RMSNorm of x += y
+        const auto add_norm = [&](const Tensor &weight) {
+            const float *w = weight.const_data_ptr<float>();
+            each(B, [&](int64_t b) {
+                __m512 squares = _mm512_setzero_ps();
+                for (int64_t k = b * dim; k < (b + 1) * dim; k += 16) {
+                    const __m512 sum = load(&x[k]) + load(&y[k]);
+                    store(&x[k], sum);
+                    squares = _mm512_fmadd_ps(sum, sum, squares);
+                }
+                const float scale = std::sqrt(dim / (_mm512_reduce_add_ps(squares) + floor));
+                for (int64_t k = 0; k < dim; k += 16)
+                    store(&h[b * dim + k], load(&x[b * dim + k]) * _mm512_set1_ps(scale) * load(w + k));
+            });
+        };
+        for (const Layer &layer : layers) {
+            const int64_t all = outputs(layer.qkv), D = layer.cache.size(3), H = all / D - layer.cache.size(1);
+            const int64_t hidden = outputs(layer.w13) / 2;
+            heads.resize(B * all), seen.resize(B * H * D), both.resize(2 * B * hidden), gated.resize(B * hidden);
+            add_norm(layer.attention_norm);
+            multiply(layer.qkv, h.data(), heads.data(), B, dim);
+            attend(heads.data(), turns, layer.cache, at, seen.data(), B, H);
+            multiply(layer.wo, seen.data(), y.data(), B, H * D);
+            add_norm(layer.ffn_norm);
+            multiply(layer.w13, h.data(), both.data(), B, dim);
+            each(B, [&](int64_t b) {
+                const float *gate = &both[2 * b * hidden], *up = gate + hidden;
+                for (int64_t k = 0; k < hidden; k += 16) {
+                    const at::vec::Vectorized<float> minus = _mm512_setzero_ps() - load(gate + k);
+                    const __m512 e = minus.exp_u20();
+                    store(&gated[b * hidden + k], load(gate + k) / (_mm512_set1_ps(1) + e) * load(up + k));
+                }
+            });
+            multiply(layer.w2, gated.data(), y.data(), B, hidden);
+        }
+        add_norm(norm);
+        multiply(output, h.data(), logits.mutable_data_ptr<float>(), B, dim);
+        return logits;
+    }
+};
+
+TORCH_LIBRARY(llama, m) {
+    m.def("product(Tensor x, Tensor[] w) -> Tensor", [](const Tensor &x, Matrix w) { return product(x, w); });
+    m.def("attend(Tensor heads, Tensor turns, Tensor(a!) cache, Tensor at) -> Tensor", attention);
+    m.class_<Step>("Step")
+        .def(torch::init<Tensor, Tensor, Tensor, Matrix, double>())
+        .def("add", &Step::add)
+        .def("decode", &Step::decode);
 }

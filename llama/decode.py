@@ -1,9 +1,10 @@
 """One more token for each row: what Transformer computes, in the way that is fastest for it here.
 
 On a CPU a small model spends a third of a step between its products, as each of them empties the caches and whatever
-code runs next comes from memory again. So `Flat` does without modules and with few operations, and `Compiled` makes one
-function of them. On a GPU it is the launching of a thousand kernels that takes the time, and `Captured` launches them
-as one graph, with one kernel between two products. The model is the plain twin of all, and tests hold them together.
+code runs next comes from memory again. So `Flat` does without modules and with few operations, and `Native`, which is
+all in C++, with none. On a GPU it is the launching of a thousand kernels that takes the time, and `Captured` launches
+them as one graph, with one kernel between two products. The model is the plain twin of all, and tests hold them
+together.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fused
-from .cpp import attend, attend_plainly, cpp
+from .cpp import Matrix, attend, cpp
 from .layers import ColumnParallelLinear, Product, RowParallelLinear, joined, product
 from .model import Transformer, rotations
 from .parallel import all_gather, all_reduce, world_size
@@ -36,7 +37,8 @@ def decoder(model: Transformer, B: int) -> Decode:
         return captured(model, B)
     _captured.pop(model, None)  # it has left the GPU
     if kind == "cpu":
-        return Compiled(model, B) if model.compile_steps and not compiled_step.failed else Flat(model, B)
+        flat = Flat(model, B, compiled=model.compiled)
+        return Native(model, flat) if Native.serves(flat) else flat
     return model
 
 
@@ -69,8 +71,7 @@ def swiglu(both: Tensor) -> Tensor:
 
 ZERO = torch.zeros(())  # to which addcmul adds a product of three, at the price of one operation
 PLAIN = Pieces(add_norm, turn, swiglu)  # few operations
-WHOLE = Pieces(fused.add_norm, fused.turn, fused.swiglu)  # for a compiler that sees the whole step
-ALONE = Pieces(fused.compiled(fused.add_norm), fused.compiled(fused.turn), fused.compiled(fused.swiglu))
+FUSED = Pieces(fused.compiled(fused.add_norm), fused.compiled(fused.turn), fused.compiled(fused.swiglu))
 
 
 Look = Callable[[Tensor, Tensor], Tensor]  # queries (B, K, H/K, D) and cache (B, 2K, S, D) -> (B, K, H/K, D)
@@ -87,8 +88,11 @@ def one_by_one(positions: Sequence[int], q: Tensor, cache: Tensor) -> Tensor:
     return torch.cat([together(q[i : i + 1], cache[i : i + 1], at + 1) for i, at in enumerate(positions)])
 
 
-def side_by_side(products: Sequence[Product], x: Tensor) -> Tensor:
-    return torch.cat([multiply(x) for multiply in products], -1)
+def side_by_side(products: Sequence[Product]) -> Product:
+    in_cpp = [part for part in products if isinstance(part, Matrix)]
+    if len(in_cpp) == len(products):
+        return Matrix(*(tensor for matrix in in_cpp for tensor in matrix.parts))
+    return lambda x: torch.cat([multiply(x) for multiply in products], -1)
 
 
 def reduced_product(multiply: Product, x: Tensor) -> Tensor:
@@ -121,7 +125,7 @@ class Flat:
             whole = joined([layer.weight for layer in layers])
             if whole is not None:
                 return product(whole, B, compiled)
-            return partial(side_by_side, [product(layer.weight, B, compiled) for layer in layers])
+            return side_by_side([product(layer.weight, B, compiled) for layer in layers])
 
         def reduced(layer: RowParallelLinear) -> Product:
             multiply = product(layer.weight, B, compiled)
@@ -142,11 +146,14 @@ class Flat:
         ]
         self.norm, self.output = model.norm.weight, product(model.output.weight, B, compiled)
         self.H, self.K, self.D = blocks[0].attention.n_heads, blocks[0].attention.n_kv_heads, p.head_dim
+        self.in_cpp = compiled and self.D % 16 == 0 and cpp()
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         end, at = max(positions) + 1, torch.tensor(positions)
+        if self.in_cpp:
+            return self.step(tokens, partial(self.attend_in_cpp, at))
         if min(positions) + 1 == end:  # to store at a slice is quicker than at what indices say
-            return self.step(tokens, at, (slice(None), slice(None), end - 1), partial(together, S=end))
+            return self.step_at(tokens, at, partial(together, S=end), (slice(None), slice(None), end - 1))
         if sum(end - 1 - position for position in positions) > self.B * WORTH_SPLITTING:
             return self.step_at(tokens, at, partial(one_by_one, positions))
         return self.step_at(tokens, at, partial(together, S=end, mask=self.mask(at, end)))
@@ -155,63 +162,57 @@ class Flat:
         """(B, 1, 1, S): which of S positions are not behind those of `at` (B,)."""
         return (self.order[:S] <= at[:, None])[:, None, None]
 
-    def step_at(self, tokens: Tensor, at: Tensor, look: Look) -> Tensor:
-        return self.step(tokens, at, (self.rows, slice(None), at), look)
-
-    def step(self, tokens: Tensor, at: Tensor, new: tuple[Any, ...], look: Look) -> Tensor:
-        """Logits (B, 1, V) behind tokens (B, 1) at positions `at` (B,); keys and values are stored at `new`."""
+    def step_at(self, tokens: Tensor, at: Tensor, look: Look, new: tuple[Any, ...] | None = None) -> Tensor:
+        """A step for tokens at positions `at` (B,), which is where a cache has `new`."""
         B, H, K, D = self.B, self.H, self.K, self.D
-        add_norm, turn, swiglu = self.pieces
         turning = self.turns[at].expand(B, H + K, D // 2, 2), self.still.expand(B, K, D // 2, 2)  # values stay
-        turns = torch.cat(turning, 1)
+        turns, new = torch.cat(turning, 1), new or (self.rows, slice(None), at)
+
+        def attend(heads: Tensor, cache: Tensor) -> Tensor:
+            heads = self.pieces.turn(heads.view(B, H + 2 * K, D), turns)
+            cache[new] = heads[:, H:]
+            return look(heads[:, :H].view(B, K, H // K, D), cache).view(B, H * D)
+
+        return self.step(tokens, attend)
+
+    def attend_in_cpp(self, at: Tensor, heads: Tensor, cache: Tensor) -> Tensor:
+        return attend(heads, self.turns, cache, at)
+
+    def step(self, tokens: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Logits (B, 1, V) behind tokens (B, 1). `attend` makes (B, H D) of the heads (B, (H + 2K) D) of a layer, and
+        stores keys and values in its cache."""
+        add_norm, _, swiglu = self.pieces
         x = all_gather(F.embedding(tokens[:, 0], self.embeddings))  # (B, dim)
         y = torch.zeros_like(x)
         for layer in self.layers:
             x, h = add_norm(x, y, layer.attention_norm, self.floor)
-            heads = turn(layer.qkv(h).view(B, H + 2 * K, D), turns)
-            layer.cache[new] = heads[:, H:]
-            y = look(heads[:, :H].view(B, K, H // K, D), layer.cache).view(B, H * D)
+            y = attend(layer.qkv(h), layer.cache)
             x, h = add_norm(x, layer.wo(y), layer.ffn_norm, self.floor)
             y = layer.w2(swiglu(layer.w13(h)))
         _, h = add_norm(x, y, self.norm, self.floor)
         return all_gather(self.output(h)).float().contiguous()[:, None]
 
 
-def form(part: Any) -> str:
-    """What compiled code takes for granted of a part of a layer."""
-    if isinstance(part, Tensor):
-        return f"{part.dtype} {part.shape} {part.stride()}"
-    if isinstance(part, list | tuple):
-        return str([*map(form, part)])
-    if isinstance(part, partial):
-        return f"{part.func.__name__} {form(part.args)}"
-    return f"{type(part)} {form([*vars(part).values()])}" if hasattr(part, "__dict__") else str(part)
+class Native:
+    """The same in C++, where that has all of its products."""
 
+    @staticmethod
+    def serves(flat: Flat) -> bool:
+        parts = [flat.output, *(part for layer in flat.layers for part in layer)]
+        return flat.in_cpp and all(isinstance(part, Matrix | Tensor) for part in parts)
 
-class Compiled(Flat):
-    """The same as one function, which torch.compile makes."""
+    def __init__(self, model: Transformer, flat: Flat) -> None:
+        def plain(part: Any) -> Any:
+            return part.parts if isinstance(part, Matrix) else part.float() if part.dim() == 1 else part
 
-    def __init__(self, model: Transformer, B: int) -> None:
-        super().__init__(model, B, WHOLE, compiled=True)
-        self.attend = attend if self.D % 16 == 0 and cpp() else attend_plainly
-        self.form = form([layer._replace(cache=layer.cache[:1]) for layer in self.layers])  # for any B
-        self.called = False
+        parts = flat.embeddings, flat.turns, plain(flat.norm), plain(flat.output)
+        self.step = torch.classes.llama.Step(*parts, model.params.dim * model.params.norm_eps)
+        for layer in flat.layers:
+            self.step.add(*map(plain, layer))
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-        at = torch.tensor(positions)
-        if self.called:
-            return compiled_step(self, tokens, at)
-        self.called = True
-        with torch._dynamo.config.patch(recompile_limit=64):  # not 8 for all models and numbers of rows together
-            return compiled_step(self, tokens, at)
-
-    def whole_step(self, tokens: Tensor, at: Tensor) -> Tensor:
-        if not self.form:  # read, it is compared before each call, instead of hundreds of tensors
-            raise ValueError("nobody said what the layers are made of")
-        return self.step_at(tokens, at, partial(self.attend, at=at))
-
-
-compiled_step = fused.compiled(Compiled.whole_step, unchecked="self.layers[")
+        logits: Tensor = self.step.decode(tokens, torch.tensor(positions))
+        return logits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ class Captured(Flat):
     """A step for each length of the cache, rounded up to whole buckets, recorded when it is first needed."""
 
     def __init__(self, model: Transformer, B: int) -> None:
-        super().__init__(model, B, ALONE)
+        super().__init__(model, B, FUSED)
         self.tokens, self.positions = self.rows[:, None].clone(), self.rows.clone()  # what a graph reads
         self.steps: dict[int, Callable[[], Tensor]] = {}
 

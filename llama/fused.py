@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +22,16 @@ log = logging.getLogger(__name__)
 
 
 class compiled(Generic[P, R]):
-    """A function that is compiled when it is first called, or, where that is impossible, called as it is. What is
-    reached by names with `unchecked` in them must stay as it was compiled for."""
+    """A function that is compiled when it is first called, or, where that is impossible, called as it is."""
 
-    def __init__(self, function: Callable[P, R], unchecked: str = "\n") -> None:
-        self.function, self.unchecked, self.failed = function, unchecked, False
+    def __init__(self, function: Callable[P, R]) -> None:
+        self.function, self.failed = function, False
         self.call: Callable[P, R] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not self.failed:
-            # Without checking again what every operation returns, which takes up to a tenth of a small model's step.
-            options: Any = {"size_asserts": False, "guard_filter_fn": self.checks}
-            self.call = self.call or torch.compile(self.function, options=options)
+            # Without checking again what every operation returns, which takes time in each step.
+            self.call = self.call or torch.compile(self.function, options={"size_asserts": False})
             try:
                 return self.call(*args, **kwargs)
             except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # no compiler, no place for its files
@@ -41,9 +39,6 @@ class compiled(Generic[P, R]):
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 log.warning("%s is not compiled, which is slower: %s", self.function.__qualname__, reason)
         return self.function(*args, **kwargs)
-
-    def checks(self, guards: Sequence[Any]) -> list[bool]:
-        return [self.unchecked not in guard.name for guard in guards]
 
 
 @cache
@@ -57,27 +52,6 @@ def library(name: str) -> bool:
         log.warning("%s is not compiled, which is slower: %s", name, f"{type(error).__name__}: {error}".split("\n")[0])
         return False
     return True
-
-
-def opaque(result: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """A decorator: torch.compile calls the function as it is and knows no more of it than an empty `result`. For
-    operators of torch of which the compiler would have the weights as constants."""
-
-    def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-        name = f"llama::{function.__name__}"
-        torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
-        torch.library.impl(name, "default", function)
-        torch.library.register_fake(name, result)
-        operator = getattr(torch.ops.llama, function.__name__)
-
-        @wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-            found: Tensor = (operator if torch.compiler.is_compiling() else function)(*args, **kwargs)
-            return found
-
-        return call
-
-    return decorate
 
 
 def add_norm(x: Tensor, y: Tensor, weight: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import Tensor, nn
 
-from .cpp import cpp, float_product
-from .fused import opaque
+from .cpp import Matrix, cpp
 from .parallel import all_gather, all_reduce, cpu_has, divide
 
 Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
@@ -32,16 +31,16 @@ TILES = cpu_has("amx_bf16")  # which multiply 32 rows at a time: fewer take as l
 IN_CPP = {torch.float32: range(1, 13), torch.bfloat16: range(1, 5 if TILES else 17), torch.float16: range(1, 17)}
 
 
-def product(weight: Tensor | Product, rows: int, compiled: bool = False) -> Product:
+def product(weight: Any, rows: int, compiled: bool = False) -> Product:
     """The fastest way here, or that can be compiled, to multiply the transposed weight (out, in) by x (..., in) of so
-    many rows. What is no tensor, such as a quantized matrix, does it by itself."""
+    many rows. What is no tensor, a quantized matrix, says it itself."""
     if not isinstance(weight, Tensor):
-        return weight
+        return weight.product(rows)
     if weight.device.type != "cpu":
         return partial(F.linear, weight=weight)
     whole = weight.is_contiguous() and weight.shape[1] % 16 == 0
     if compiled and whole and rows in IN_CPP.get(weight.dtype, ()) and cpp():
-        return partial(in_cpp, weight)
+        return Matrix(weight)
     if (
         weight.dtype == torch.float32
         and rows in IN_STRIPS
@@ -66,18 +65,8 @@ def from_left(weight: Tensor, x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if not (rows.is_contiguous() or rows.t().is_contiguous()):  # a hundred times as slow
         rows = rows.contiguous()
-    y = onednn_product(weight, rows)
+    y = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "")
     return y.t().view(*x.shape[:-1], -1)  # its columns lie one behind the other
-
-
-@opaque(lambda weight, rows: weight.new_empty(weight.shape[0], rows.shape[0]))
-def onednn_product(weight: Tensor, rows: Tensor) -> Tensor:
-    """weight (out, in) times rows (rows, in), transposed: (out, rows)."""
-    return torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "")
-
-
-def in_cpp(weight: Tensor, x: Tensor) -> Tensor:
-    return float_product(x.reshape(-1, x.shape[-1]).contiguous(), weight).view(*x.shape[:-1], -1)
 
 
 def in_strips(weight: Tensor, x: Tensor) -> Tensor:
@@ -86,7 +75,7 @@ def in_strips(weight: Tensor, x: Tensor) -> Tensor:
     return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
-def linear(x: Tensor, weight: Tensor | Product) -> Tensor:
+def linear(x: Tensor, weight: Any) -> Tensor:
     """x (..., in) times the transposed weight (out, in) -> (..., out)."""
     rows = x.numel() // x.shape[-1]
     extra = missing(rows, weight.dtype if isinstance(weight, Tensor) else torch.int8) if x.device.type == "cpu" else 0
@@ -114,8 +103,8 @@ def columns(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
     return linear(x, whole)
 
 
-def joined(weights: Sequence[Any]) -> Tensor | Product | None:
-    """The matrix that these matrices are the rows of, where they lie one behind the other in one storage."""
+def joined(weights: Sequence[Any]) -> Any:
+    """The matrix that these matrices are the rows of, where they lie one behind the other in one storage; else None."""
     first = weights[0]
     if not isinstance(first, Tensor):
         return first.whole

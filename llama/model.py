@@ -226,7 +226,7 @@ class Transformer(nn.Module):
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
-        self.compile_steps = False  # whether a CPU decodes with a step made by torch.compile
+        self.compiled = False  # whether a CPU decodes in C++
         self.tok_embeddings = ParallelEmbedding(params.vocab_size, params.dim)
         self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpp import cpp, int4_product, int8_few
-from .fused import int8_rows, opaque
+from .cpp import Matrix, cpp
+from .fused import int8_rows
 
 GROUPS = (32, 64, 128)
 FEW = 8  # rows that cpu.cpp multiplies by int8 faster than oneDNN
@@ -129,6 +129,9 @@ class Kernel(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of x."""
 
+    def product(self, rows: int) -> Callable[[Tensor], Tensor]:
+        """What does the same for so many rows of x, and is fastest."""
+
 
 class Rows:
     """Some rows of a matrix that several layers share."""
@@ -139,7 +142,11 @@ class Rows:
         self.nbytes = whole.nbytes * (end - begin) // whole.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.whole(x)[..., self.begin : self.end]
+        return self.product(x.numel() // self.shape[1])(x)
+
+    def product(self, rows: int) -> Callable[[Tensor], Tensor]:
+        multiply = self.whole.product(rows)
+        return lambda x: multiply(x)[..., self.begin : self.end]
 
 
 def kernel(weight: Quantized, device: torch.device, compiled: bool = False) -> Kernel:
@@ -162,13 +169,8 @@ class Plain:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, dequantize(self.weight).type_as(x))
 
-
-@opaque(lambda q, packed, scale, zeros: scale.new_empty(q.shape[0], scale.shape[0]))
-def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
-    """127ths of q (rows, in) times the packed matrix (in, out) times scale (out,)."""
-    return torch.ops.onednn.qlinear_pointwise(
-        q, 1 / 127, 0, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    def product(self, rows: int) -> Callable[[Tensor], Tensor]:
+        return self
 
 
 class Int8OneDNN(Plain):
@@ -193,7 +195,9 @@ class Int8OneDNN(Plain):
         rows = x.reshape(-1, x.shape[-1]).float()
         largest = rows.abs().amax(-1, keepdim=True)  # a row of zeros becomes nonsense, times 0
         q = (rows * (127 / largest)).round_().to(torch.int8)
-        y = int8_product(q, self.packed, self.scale, self.zeros)
+        y = torch.ops.onednn.qlinear_pointwise(
+            q, 1 / 127, 0, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
         return y.mul_(largest).view(*x.shape[:-1], -1).type_as(x)
 
 
@@ -209,16 +213,14 @@ class Int8Compiled(Int8OneDNN):
         super().__init__(weight, device)
         ops, (out, columns) = torch.ops.mkldnn, self.shape
         memory = (ctypes.c_int8 * ops._nbytes(self.packed)).from_address(ops.data_ptr(self.packed))
-        self.tiles = torch.frombuffer(memory, dtype=torch.int8, count=out * columns).view(-1, columns // 4, 64, 4)
+        memory.owner = self.packed  # which must live as long as what looks at its memory
+        tiles = torch.frombuffer(memory, dtype=torch.int8, count=out * columns).view(-1, columns // 4, 64, 4)
         # oneDNN is free to pack in another way on another CPU, and in its next version.
-        known = torch.equal(self.tiles.transpose(1, 2), weight.q.view(-1, 64, columns // 4, 4))
-        self.most = FEW if known else 0
+        known = torch.equal(tiles.transpose(1, 2), weight.q.view(-1, 64, columns // 4, 4))
+        self.few = Matrix(tiles, self.scale) if known else None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.shape[0] > self.most:
-            return super().__call__(x)
-        return int8_few(rows.float().contiguous(), self.tiles, self.scale).view(*x.shape[:-1], -1).type_as(x)
+    def product(self, rows: int) -> Callable[[Tensor], Tensor]:
+        return self.few if self.few and rows <= FEW else self
 
 
 class Int8Cuda(Plain):
@@ -281,13 +283,15 @@ class Int4Compiled(Plain):
             fours = torch.stack((rows & 15, rows >> 4), -1).flatten(1).view(torch.int32)  # four columns in each
             low, high = fours.view(len(some), 16, groups, 2, -1).permute(3, 0, 2, 4, 1)
             torch.bitwise_or(low, high << 4, out=some)
-        self.packed = packed.view(torch.uint8)
-        self.scale, self.zero = (part.view(-1, 16, groups).transpose(1, 2).contiguous() for part in (scale, zero))
+        scale, zero = (part.view(-1, 16, groups).transpose(1, 2).contiguous() for part in (scale, zero))
+        self.multiply = Matrix(packed.view(torch.uint8), scale, zero)
         del self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-        return int4_product(rows, self.packed, self.scale, self.zero).view(*x.shape[:-1], -1).type_as(x)
+        return self.multiply(x)
+
+    def product(self, rows: int) -> Callable[[Tensor], Tensor]:
+        return self.multiply
 
 
 class Int4Cuda(Plain):

@@ -7,9 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
-from small import MODELS, ROOT, in_process, random_model
+from small import MODELS, ROOT, in_process, needs_cpp, random_model
 
-from llama import ModelArgs, __main__, bench, decode, fused, peers
+from llama import ModelArgs, __main__, bench, decode, peers
 from llama.quantization import scheme
 
 CPU = torch.device("cpu")
@@ -57,14 +57,12 @@ def test_a_random_model_has_its_dtype_and_cache():
     assert model.layers[0].attention.wq.weight.float().std() == pytest.approx(0.02, rel=0.1)
 
 
-def test_compiled_steps_are_measured(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, options: function)
-    with mock.patch.object(
-        decode, "compiled_step", wraps=fused.compiled(decode.Compiled.whole_step), failed=False
-    ) as step:
+@needs_cpp
+def test_native_steps_are_measured():
+    with mock.patch.object(decode, "Native", wraps=decode.Native, serves=decode.Native.serves) as native:
         done = command("--ckpt_dir", str(MODELS / "small"), "--prompts", "16", "--batches", "2", "--compile")
     assert done.returncode == 0, done.stderr
-    assert step.called
+    assert native.called
     assert json.loads(done.stdout.splitlines()[-1])["compile"] is True
 
 

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from small import needs_cpp, relative_error
 
 from llama import cpp
+from llama.cpp import Matrix
 from llama.layers import product
+from llama.model import rotations
 
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)]
 pytestmark = needs_cpp
@@ -22,14 +24,14 @@ def compiled():
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 21])
 def test_float_products(rows, out, dtype, bound):
     x, w = torch.randn(rows, 80).to(dtype), torch.randn(out, 80).to(dtype)
-    y = cpp.float_product(x, w)
+    y = Matrix(w)(x)
     assert y.dtype == dtype
     assert relative_error(y.double(), F.linear(x.double(), w.double())) < bound
 
 
 def test_a_row_of_a_float_product_is_computed_as_it_would_be_alone():
-    x, w = torch.randn(15, 96), torch.randn(40, 96)
-    assert torch.equal(cpp.float_product(x, w), torch.cat([cpp.float_product(row[None], w) for row in x]))
+    x, multiply = torch.randn(15, 96), Matrix(torch.randn(40, 96))
+    assert torch.equal(multiply(x), torch.cat([multiply(row[None]) for row in x]))
 
 
 @pytest.mark.parametrize("columns", [32, 40])
@@ -40,32 +42,56 @@ def test_a_float_product_of_strided_rows(columns):
     assert relative_error(product(w, 2, compiled=True)(x), F.linear(x, w)) < 1e-6
 
 
+def inputs(B, K, group, D, dtype=torch.float32):
+    """Heads, turns and a cache."""
+    turns = torch.view_as_real(rotations(torch.arange(100), D, 1e4))
+    return torch.randn(B, (K * group + 2 * K) * D), turns, torch.randn(B, 2 * K, 100, D).to(dtype)
+
+
+def attend_plainly(heads, turns, cache, at):
+    """What `attend` is to do, row by row."""
+    seen = []
+    for row, kept, position in zip(heads, cache, at, strict=True):
+        K, D = len(kept) // 2, kept.shape[-1]
+        q, k, v = row.view(-1, D).split((len(row) // D - 2 * K, K, K))
+        turned = torch.view_as_complex(torch.cat((q, k)).view(-1, D // 2, 2)) * torch.view_as_complex(turns[position])
+        q, k = torch.view_as_real(turned).flatten(1).split((len(q), K))
+        kept[:, position] = torch.cat((k, v))
+        k, v = kept[:, : position + 1].to(q).chunk(2)
+        seen.append(F.scaled_dot_product_attention(q.view(K, -1, D), k, v).flatten())
+    return torch.stack(seen)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), DTYPES)
 @pytest.mark.parametrize(("K", "group", "D"), [(3, 1, 64), (2, 4, 128), (1, 7, 48), (4, 2, 16)])
 @pytest.mark.parametrize("at", [[0], [99], [5, 0, 63]], ids=str)
 def test_attention(at, K, group, D, dtype, bound):
     """Each row up to its own position, whatever lies behind it in the cache."""
-    q, cache = torch.randn(len(at), K, group, D).to(dtype), torch.randn(len(at), 2 * K, 100, D).to(dtype)
+    heads, turns, cache = inputs(len(at), K, group, D, dtype)
+    expected = cache.clone()
     for row, position in zip(cache, at, strict=True):
         row[:, position + 1 :] = torch.nan
-    found = cpp.attend(q, cache, torch.tensor(at))
-    assert found.dtype == dtype
-    plain = cpp.attend_plainly(q.double(), cache.nan_to_num().double(), torch.tensor(at))
-    assert relative_error(found.double(), plain) < bound
+    found = cpp.attend(heads, turns, cache, torch.tensor(at))
+    assert relative_error(found, attend_plainly(heads, turns, expected, at)) < bound
+    for row, like, position in zip(cache, expected, at, strict=True):
+        torch.testing.assert_close(row[:, : position + 1], like[:, : position + 1])
+        assert row[:, position + 1 :].isnan().all()
+    assert cpp.attend(heads.to(dtype), turns, cache, torch.tensor(at)).dtype == dtype
 
 
 def test_attention_to_what_differs_widely():
     """The largest is taken off before the exponential function: else 300 were infinity, and -300 nothing at all."""
     for scale in (300.0, -300.0):
-        cache = torch.randn(1, 2, 20, 16)
-        cache[:, 0] = scale / 4 * torch.linspace(0.9, 1, 20)[:, None]
-        q = torch.ones(1, 1, 1, 16)
-        at = torch.tensor([19])
-        assert relative_error(cpp.attend(q, cache, at), cpp.attend_plainly(q, cache, at)) < 1e-5
+        heads, turns, cache = inputs(1, 1, 1, 16)
+        turns[..., 0], turns[..., 1] = 1, 0
+        cache[:, 0] = scale / 4 * torch.linspace(0.9, 1, 100)[:, None]
+        heads[:, :32] = torch.cat((torch.ones(16), torch.full((16,), scale / 4)))
+        expected = attend_plainly(heads, turns, cache.clone(), [19])
+        assert relative_error(cpp.attend(heads, turns, cache, torch.tensor([19])), expected) < 1e-4
 
 
 def test_attention_to_what_is_not_finite_is_not_finite_in_its_row():
-    q, cache = torch.randn(2, 2, 1, 16), torch.randn(2, 4, 8, 16)
+    heads, turns, cache = inputs(2, 2, 1, 16)
     cache[1, :, 3] = torch.nan
-    found = cpp.attend(q, cache, torch.tensor([7, 7]))
+    found = cpp.attend(heads, turns, cache, torch.tensor([7, 7]))
     assert found[0].isfinite().all() and found[1].isnan().all()

@@ -1,15 +1,13 @@
 """The fast step is the plain step."""
 
-import shutil
-from functools import partial
 from unittest import mock
 
 import pytest
 import torch
-from small import GQA, MODELS, SHAPES, random_model, relative_error
+from small import GQA, MODELS, SHAPES, needs_cpp, random_model, relative_error
 
-from llama import Llama, ModelArgs, bench, decode, engine, fused, parallel, quantization
-from llama.decode import Captured, Compiled, Flat, captured, decoder
+from llama import Llama, ModelArgs, bench, decode, engine, fused, layers, parallel, quantization
+from llama.decode import Captured, Flat, Native, captured, decoder
 
 CPU = torch.device("cpu")
 POSITIONS = [[9], [9, 9], [3, 11, 7], [12, 1, 1, 12, 5]]
@@ -73,7 +71,7 @@ def test_flat_is_plain_on_several_ranks(ranks, world_size):
 
 # Pieces that are one kernel on a GPU
 
-PIECES = {**decode.WHOLE._asdict(), "int8_rows": fused.int8_rows.function}
+PIECES = {name: getattr(fused, name) for name in decode.Pieces._fields} | {"int8_rows": fused.int8_rows.function}
 
 
 def arguments(name):
@@ -113,15 +111,12 @@ def test_what_cannot_be_compiled_is_called_as_it_is(monkeypatch, caplog):
         return call
 
     monkeypatch.setattr(torch, "compile", refuse)
-    monkeypatch.setattr(decode, "compiled_step", fused.compiled(Compiled.whole_step, decode.compiled_step.unchecked))
-    model = random_model()
-    model.compile_steps = True
-    assert type(decoder(model, 2)) is Compiled
-    (plain, _), (slow, _) = both(model, [3, 7])
-    assert relative_error(slow, plain) < 1e-5
-    assert type(decoder(model, 2)) is Flat
+    piece = fused.compiled(fused.swiglu)
+    x = torch.randn(2, 8)
+    assert torch.equal(piece(x), fused.swiglu(x))
+    assert torch.equal(piece(x), fused.swiglu(x))
     assert [record.message for record in caplog.records] == [
-        "Compiled.whole_step is not compiled, which is slower: TorchDynamoException: no compiler found"
+        "swiglu is not compiled, which is slower: TorchDynamoException: no compiler found"
     ]
 
 
@@ -131,114 +126,127 @@ def test_errors_of_what_was_compiled_are_errors(monkeypatch):
         fused.compiled(lambda x: 1 / x)(0)
 
 
-# Compiled steps, with a stand-in for the compiler
+# A step in C++
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """The graphs that were made so far."""
-    graphs = []
-
-    def stand_in(graph, inputs, options):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=stand_in))
-    monkeypatch.setattr(decode, "compiled_step", fused.compiled(Compiled.whole_step, decode.compiled_step.unchecked))
-    return graphs
-
-
-@pytest.mark.parametrize("quantize", ["int8", "int4", None])
-def test_compiled_products_of_every_kind(traced, quantize):
-    args = ModelArgs(**GQA, vocab_size=128, max_batch_size=4, max_seq_len=64)
+def loaded(shape=GQA, quantize=None, dtype=torch.float32, compile=True, **options):
+    """A model with joined weights, as one that was loaded has."""
+    args = ModelArgs(**{"vocab_size": 128, "max_batch_size": 12, "max_seq_len": 64, **shape, **options})
     parallel.init_model_parallel()
     rounding = quantization.scheme(quantize)
-    dtype = torch.float32 if quantize else torch.bfloat16
-    model = bench.loaded(bench.RandomWeights(CPU, rounding), args, CPU, dtype, rounding, compile=True)
-    (plain, _), (compiled, _) = both(model, [3, 7], fast=Compiled)
-    assert relative_error(compiled.float(), plain.float()) < 0.03
-    assert len(traced) == 1
+    return bench.loaded(bench.RandomWeights(CPU, rounding), args, CPU, dtype, rounding, compile)
 
 
-def test_a_step_is_compiled_once_for_all_lengths(traced, tokenizer):
-    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
-    expected = llama.generate([[1, 2], [1, 2, 3]], 30, temperature=0)
-    llama.model.compile_steps = True
-    assert llama.generate([[1, 2], [1, 2, 3]], 30, temperature=0) == expected
-    assert llama.generate([[1, 2, 3], [1, 2, 4]], [5, 30], temperature=0)[0]  # alike until the first one ends
-    assert len(llama.generate([[1, 2, 3], [1] * 63], 99, temperature=0)[0][0]) == 61  # to the end of the cache
-    assert len(traced) == 1
-    llama.generate([[1, 2]], 30, temperature=0)
-    assert len(traced) == 2
-    assert not decode.compiled_step.failed
+WIDE = SHAPES["wide heads"]
+KINDS = [
+    (None, torch.float32, 1e-5),
+    (None, torch.bfloat16, 0.01),
+    (None, torch.float16, 0.002),
+    ("int8", torch.float32, 0.01),
+    ("int4", torch.float32, 0.02),
+    ("int4", torch.bfloat16, 0.02),
+]
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4", None])
-def test_a_step_is_compiled_for_few_numbers_of_rows(traced, quantize):
-    args = ModelArgs(**GQA, vocab_size=128, max_batch_size=12, max_seq_len=64)
-    parallel.init_model_parallel()
-    rounding = quantization.scheme(quantize)
-    model = bench.loaded(bench.RandomWeights(CPU, rounding), args, CPU, torch.float32, rounding, compile=True)
-    for B in range(1, 13):
-        (plain, _), (compiled, _) = both(model, [3, 7, 5, *range(9)][:B], fast=Compiled)
-        assert relative_error(compiled, plain) < 0.03
-    assert len(traced) <= 6
-    assert not decode.compiled_step.failed
+@needs_cpp
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+@pytest.mark.parametrize(("quantize", "dtype", "bound"), KINDS, ids=str)
+def test_native_is_plain(quantize, dtype, bound, positions):
+    model = loaded(WIDE, quantize, dtype)
+    for name, weight in model.named_parameters():
+        weight.mul_(torch.rand_like(weight) + 0.5 if "norm" in name else 5)
+    fits = quantize or len(positions) in layers.IN_CPP[dtype]
+    assert type(decoder(model, len(positions))) is (Native if fits else Flat)
+    (plain, plain_cache), (native, native_cache) = both(model, positions)
+    assert native.dtype == torch.float32
+    assert relative_error(native, plain.float()) < bound
+    assert relative_error(native_cache.float(), plain_cache.float()) < bound
 
 
-def test_models_that_differ_in_a_late_layer_alone(traced):
-    """What layers are made of is not checked anew in every step, but as a whole: see Compiled.form."""
-
-    def turned(layer):
-        layer.attention.wo.weight = torch.nn.Parameter(layer.attention.wo.weight.t())
-
-    def rounded(layer):
-        w2, eight = layer.feed_forward.w2, quantization.scheme("int8")
-        weight = quantization.kernel(quantization.quantize(w2.weight, eight), CPU)
-        del w2.weight
-        w2.weight = weight
-
-    for change in (lambda layer: None, turned, rounded, lambda layer: layer.attention.wo.weight.mul_(2)):
-        model = random_model().requires_grad_(False)
-        change(model.layers[2])
-        (plain, _), (compiled, _) = both(model, [3, 7], fast=Compiled)
-        assert relative_error(compiled, plain) < 1e-3
-    assert len(traced) == 3  # for the last what was made for the first
-    assert not decode.compiled_step.failed
+@needs_cpp
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_native_for_any_number_of_rows(quantize):
+    """More than it is fast for are flat, with its attention."""
+    model = loaded(WIDE, quantize, max_batch_size=20)
+    for B in range(1, 21):
+        (plain, _), (found, _) = both(model, [3, 7, 5, *range(17)][:B])
+        assert relative_error(found, plain) < (0.02 if quantize else 1e-5)
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler")
-def test_what_the_real_compiler_makes(monkeypatch):
-    monkeypatch.setattr(decode, "compiled_step", fused.compiled(Compiled.whole_step, decode.compiled_step.unchecked))
-    llama = Llama.build(MODELS / "small-chat", max_seq_len=64, max_batch_size=2, device="cpu", dtype="float32")
-    quick = Llama.build(
-        MODELS / "small-chat", max_seq_len=64, max_batch_size=2, device="cpu", dtype="float32", compile=True
-    )
-    prompts = ["Once upon a time", "The dog"]
-    expected = llama.text_completion(prompts, temperature=0)
-    assert quick.text_completion(prompts, temperature=0) == expected
-    assert decode.compiled_step.call and not decode.compiled_step.failed
+@needs_cpp
+def test_what_native_cannot_compute_is_flat():
+    narrow, odd = GQA, {**WIDE, "multiple_of": 4}
+    for model in (loaded(narrow), loaded(odd), loaded(WIDE, compile=False)):
+        (expected, _), (found, _) = both(model, [3, 7], fast=flat)
+        assert relative_error(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("fast", [Compiled, captured])
-def test_weights_that_change_in_place(traced, recorded, fast):
-    model = random_model()
-    both(model, [3, 7], fast=fast)
+@needs_cpp
+def test_native_with_weights_that_lie_apart():
+    model = random_model(WIDE)
+    model.compiled = True
+    assert type(decoder(model, 2)) is Native
+    (plain, _), (native, _) = both(model, [3, 7])
+    assert relative_error(native, plain) < 1e-5
+
+
+def flat(model, B):
+    found = decoder(model, B)
+    assert type(found) is Flat
+    return found
+
+
+def native_on_several_ranks():
+    (plain, _), (found, _) = both(loaded({**WIDE, "n_kv_heads": 2}), [3, 7], fast=flat)
+    return relative_error(found, plain)
+
+
+@needs_cpp
+def test_several_ranks_have_native_products_and_attention(ranks):
+    assert max(ranks(2).run(native_on_several_ranks)) < 1e-5
+
+
+@needs_cpp
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_what_is_not_finite_stays_so_in_its_row(quantize):
+    model = loaded(WIDE, quantize)
+    model.tok_embeddings.weight[5, 3] = torch.nan
+    model.tok_embeddings.weight[6, 3] = torch.inf
+    with torch.inference_mode():
+        logits = decoder(model, 3)(torch.tensor([[5], [6], [7]]), [0, 0, 0])
+    assert logits.isfinite().flatten(1).any(-1).tolist() == [False, False, True]
+    assert logits[2].isfinite().all()
+
+
+@needs_cpp
+def test_gates_that_are_shut_or_wide_open():
+    """e to the power of what is added for them would be infinite, or nothing."""
+    model = loaded({**WIDE, "n_layers": 1})
+    model.layers[0].feed_forward.w1.weight.mul_(5000)
+    (plain, _), (native, _) = both(model, [3, 7])
+    assert relative_error(native, plain) < 1e-5
+
+
+@needs_cpp
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_native_generates_the_same_text(quantize, monkeypatch):
+    options = {"max_seq_len": 64, "max_batch_size": 2, "device": "cpu", "dtype": "float32", "quantize": quantize}
+    llama = Llama.build(MODELS / "small-chat", compile=True, **options)
+    prompts = ["Once upon a time", "The dog"]  # to the end of the cache
+    native = llama.text_completion(prompts, temperature=0)
+    assert type(decoder(llama.model, 2)) is Native
+    monkeypatch.setattr(Native, "serves", lambda flat: False)
+    assert llama.text_completion(prompts, temperature=0) == native
+
+
+@needs_cpp
+def test_weights_of_native_that_change_in_place():
+    model = loaded(WIDE)
+    both(model, [3, 7])
     for weight in model.parameters():
         weight.mul_(1.5)
-    (plain, _), (found, _) = both(model, [3, 7], fast=fast)
+    (plain, _), (found, _) = both(model, [3, 7])
     assert relative_error(found, plain) < 1e-5
-
-
-def compiled_on_several_ranks():
-    (plain, _), (compiled, _) = both(random_model(), [3, 7], fast=Compiled)
-    assert not decode.compiled_step.failed
-    return relative_error(compiled, plain)
-
-
-def test_compiled_is_plain_on_two_ranks(ranks):
-    assert max(ranks(2).run(compiled_on_several_ranks)) < 1e-5
 
 
 # Graphs, with a stand-in for what records them: as a graph does, it reads what lies in the tensors that it was made
@@ -248,7 +256,7 @@ def test_compiled_is_plain_on_two_ranks(ranks):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """To compile the pieces takes a compiler, and a minute."""
-    monkeypatch.setattr(decode, "ALONE", decode.WHOLE)
+    monkeypatch.setattr(decode, "FUSED", decode.Pieces(fused.add_norm, fused.turn, fused.swiglu))
 
 
 @pytest.fixture
@@ -268,13 +276,13 @@ def recorded(monkeypatch, uncompiled):
 
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("fast", [Flat, Compiled, Captured])
-def test_fast_is_plain(traced, recorded, fast, shape, positions):
+@pytest.mark.parametrize("fast", [Flat, Captured])
+def test_fast_is_plain(recorded, fast, shape, positions):
     model = random_model(SHAPES[shape], max_batch_size=5)
     (plain, plain_cache), (found, found_cache) = both(model, positions, fast=fast)
     assert relative_error(found, plain) < 1e-5
     assert relative_error(found_cache, plain_cache) < 1e-5
-    assert (len(traced), len(recorded)) == (fast is Compiled, fast is Captured)
+    assert len(recorded) == (fast is Captured)
 
 
 def test_a_graph_serves_a_bucket_of_lengths(recorded):
@@ -285,6 +293,15 @@ def test_a_graph_serves_a_bucket_of_lengths(recorded):
             captured(torch.tensor([[5]]), [position])
     assert sorted(captured.steps) == [8, 16, 20]
     assert len(recorded) == 3
+
+
+def test_weights_of_a_graph_that_change_in_place(recorded):
+    model = random_model()
+    both(model, [3, 7], fast=captured)
+    for weight in model.parameters():
+        weight.mul_(1.5)
+    (plain, _), (found, _) = both(model, [3, 7], fast=captured)
+    assert relative_error(found, plain) < 1e-5
 
 
 def test_graphs_are_kept_while_their_tensors_are(recorded):

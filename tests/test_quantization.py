@@ -83,12 +83,12 @@ def test_numbers_of_no_range_stay_what_they_are():
 def test_fast_is_plain(scheme, rows, shape, compiled):
     torch.manual_seed(0)  # one draw in a hundred of the smallest shape is rounded worse than is allowed
     weight = quantize(torch.randn(shape), scheme)
-    fast, plain = kernel(weight, CPU, compiled), Plain(weight, CPU)
-    x = torch.randn(2, rows, shape[1])
+    matrix, plain = kernel(weight, CPU, compiled), Plain(weight, CPU)
+    assert matrix.nbytes == scheme.nbytes(shape) and matrix.shape == plain.shape == shape
+    fast, x = matrix.product(2 * rows), torch.randn(2, rows, shape[1])
     assert relative_error(fast(x), plain(x)) < 1e-2
     assert relative_error(plain(x), F.linear(x, dequantize(weight))) < 1e-6
     assert fast(x.bfloat16()).dtype == torch.bfloat16
-    assert fast.nbytes == scheme.nbytes(shape) and fast.shape == plain.shape == shape
     assert fast(x * 1e-20).isfinite().all() and not fast(x * 0).any()
     half = torch.cat((x, x), -1).bfloat16()[..., : shape[1]]  # strided, as the gate of a feed-forward layer is
     assert relative_error(fast(half).float(), plain(x)) < 2e-2
@@ -97,12 +97,12 @@ def test_fast_is_plain(scheme, rows, shape, compiled):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_is_not_finite_stays_so_in_its_row(compiled):
     for which in SCHEMES:
-        multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled)
-        x = torch.randn(11, 128)
-        x[4, 100], x[9, 3] = math.nan, math.inf
+        multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled).product(7)
+        x = torch.randn(7, 128)
+        x[4, 100], x[5, 3] = math.nan, math.inf
         finite = multiply(x).isfinite()
-        assert finite.all(1).tolist() == [i not in (4, 9) for i in range(11)]
-        assert not finite[4].any() and not finite[9].any()
+        assert finite.all(1).tolist() == [i not in (4, 5) for i in range(7)]
+        assert not finite[4].any() and not finite[5].any()
 
 
 @needs_cpp
@@ -123,23 +123,20 @@ def test_four_bits_are_compiled_where_that_is_possible(folder, monkeypatch, capl
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 def test_few_rows_by_eight_bits_read_what_onednn_has_packed(rows, monkeypatch):
     weight, x = quantize(torch.randn(192, 320), scheme("int8")), torch.randn(rows, 320)
-    product = kernel(weight, CPU, compiled=True)
-    assert isinstance(product, quantization.Int8Compiled)
-    with mock.patch.object(quantization, "int8_few", side_effect=quantization.int8_few) as few:
-        assert relative_error(product(x), kernel(weight, CPU)(x)) < 1e-6
-    assert few.called
+    multiply = kernel(weight, CPU, compiled=True).product(rows)
+    assert isinstance(multiply, cpp.Matrix)
+    assert relative_error(multiply(x), kernel(weight, CPU)(x)) < 1e-6
     monkeypatch.setattr(torch, "equal", lambda *tensors: False)  # as if it had packed in another way
-    product = kernel(weight, CPU, compiled=True)
-    with mock.patch.object(quantization, "int8_few") as few:
-        assert relative_error(product(x), kernel(weight, CPU)(x)) < 1e-6
-    assert not few.called
+    multiply = kernel(weight, CPU, compiled=True).product(rows)
+    assert isinstance(multiply, quantization.Int8Compiled)
+    assert relative_error(multiply(x), kernel(weight, CPU)(x)) < 1e-6
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_row_of_a_batch_is_computed_as_it_would_be_alone(compiled):
     """Were the activations of a batch scaled together, a large row would blur its neighbours."""
     for which in SCHEMES:
-        multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled)
+        multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled).product(5)
         x = torch.randn(5, 128) * torch.tensor([[1.0], [100.0], [0.01], [1.0], [1e4]])
         together, alone = multiply(x), torch.cat([multiply(row[None]) for row in x])
         assert torch.allclose(together, alone, rtol=1e-5, atol=1e-6)
