@@ -101,8 +101,8 @@ def steps(
         logits = model.logits(torch.stack([row[-1:] for row in found]))  # (B, T, V), here of each row's last token
         del found
     sampler = Sampler([row.sampling for row in rows], prompts, model.vocab_size, device)
-    lookup = any(row.lookup for row in rows)
-    lookups, guesses = [Lookup(row.lookup) for row in rows], torch.empty(len(rows), 0, dtype=torch.long)
+    lookup, lookups = any(row.lookup for row in rows), [Lookup(row.lookup) for row in rows]
+    guesses: list[list[int]] = [[] for _ in rows]
     decode: Decode | None = None
     closed = False
     while True:
@@ -115,39 +115,39 @@ def steps(
                 closed = True  # the first rank says so in its next message; another goes on until the first does
         if all(row.finish for row in rows):
             return
-        chosen = choose(logits, rows, sampler, guesses.to(device))  # (T, B)
-        # One message and one synchronization a step: the ids, whether they can be trusted, and whether that was all.
-        # What is not finite makes the sum so, and a sum is quicker to look at.
-        finite = logits.sum().isfinite()[None]
-        message = broadcast(torch.cat((chosen.flatten(), finite, torch.full_like(finite, closed))))
-        chosen = message[:-2].view_as(chosen)
-        chances = token_logprobs(logits.transpose(0, 1), chosen) if logprobs else torch.full(chosen.shape, math.nan)
+        chosen = choose(logits, rows, sampler, guesses)  # (B, T)
+        # One message and one synchronization a step: the ids, whether they can be trusted (1) and were the last (2).
+        # What is not finite makes the sum so, and a sum is quicker to look at. After a small step each operation
+        # here takes a hundredth of it.
+        state = logits.sum().isfinite()[None]
+        message = broadcast(torch.cat((chosen.flatten(), state + 2 if closed else state)))
+        chosen = message[:-1].view_as(chosen)
+        chances = token_logprobs(logits, chosen) if logprobs else None
         # A row that has ended goes through the motions at its last position.
-        following: tuple[Tensor, Sequence[int]] = chosen.t(), [len(row.text) - bool(row.finish) for row in rows]
+        following: tuple[Tensor, Sequence[int]] = chosen, [len(row.text) - bool(row.finish) for row in rows]
         early: Tensor | None = None
         going = any(not row.finish and len(row.text) + 1 < row.limit for row in rows)
         if going and not lookup and device.type in AHEAD:
             decode = decode or decoder(model, len(rows))
             early = decode(*following)
-        *_, ok, enough = message.tolist()
-        if not ok:
+        *ids, state = message.tolist()
+        if not state & 1:
             raise not_finite(model, again)
-        if enough:
+        if state & 2:
             return
-        step = [
-            gain(row, *told)
-            for row, *told in zip(rows, chosen.t().tolist(), chances.t().tolist(), guesses.tolist(), strict=True)
-        ]
+        T = chosen.shape[1]
+        told = [[math.nan] * T] * len(rows) if chances is None else chances.tolist()
+        step = [gain(row, ids[i * T : (i + 1) * T], told[i], guesses[i]) for i, row in enumerate(rows)]
         if all(row.finish for row in rows):
             continue
         if lookup:
             for guesser, gained in zip(lookups, step, strict=True):
                 guesser.judge(len(gained.tokens) - 1)
             guesses = guess(lookups, rows, model.params.max_seq_len)
-            last = torch.tensor([row.text[-1:] for row in rows])
             # A row that has ended may have no room behind its end, and nobody reads its cache any more.
-            starts = [0 if row.finish and guesses.numel() else len(row.text) - 1 for row in rows]
-            following = torch.cat((last, guesses), 1).to(device), starts
+            starts = [0 if row.finish and guesses[0] else len(row.text) - 1 for row in rows]
+            tokens = [[row.text[-1], *guessed] for row, guessed in zip(rows, guesses, strict=True)]
+            following = torch.tensor(tokens, device=device), starts
         if early is not None:
             logits = early
         elif following[0].shape[1] > 1:
@@ -158,17 +158,19 @@ def steps(
         again = partial(model.hidden, *following)
 
 
-def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler, guesses: Tensor) -> Tensor:
-    """Tokens (T, B) chosen at each position of logits (B, T, V). Position t > 0 follows guess t - 1 of `guesses`
+def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler, guesses: Sequence[Sequence[int]]) -> Tensor:
+    """Tokens (B, T) chosen at each position of logits (B, T, V). Position t > 0 follows guess t - 1 of `guesses`
     (B, T - 1), and counts only where all guesses before it were right."""
     chosen: list[Tensor] = []
-    right = torch.ones(len(rows), dtype=torch.bool, device=logits.device)
+    right: Tensor | None = None
     for t in range(logits.shape[1]):
+        if t:
+            same = chosen[-1] == torch.tensor([row[t - 1] for row in guesses], device=logits.device)
+            right = same if right is None else right & same
         which = [row.new + t for row in rows]
         chosen.append(sampler(forbid(logits[:, t], rows, which), which))
         sampler.saw(chosen[t], right)
-        right = right & (chosen[t] == guesses[:, t]) if t < guesses.shape[1] else right
-    return torch.stack(chosen)
+    return torch.stack(chosen, 1)
 
 
 def forbid(logits: Tensor, rows: Sequence[Row], which: Sequence[int]) -> Tensor:
@@ -194,12 +196,12 @@ def gain(row: Row, ids: Sequence[int], logprobs: Sequence[float], guesses: Seque
     return Gain(tokens, row.finish)
 
 
-def guess(lookups: Sequence[Lookup], rows: Sequence[Row], max_seq_len: int) -> Tensor:
+def guess(lookups: Sequence[Lookup], rows: Sequence[Row], max_seq_len: int) -> list[list[int]]:
     """Guesses (B, n), as many as the longest, of what follows each row. What fills up the others may be right too."""
     found = [[] if row.finish else lookup.guess(row.text) for lookup, row in zip(lookups, rows, strict=True)]
     room = min(max_seq_len - len(row.text) for row in rows if not row.finish)
     n = min(room, max(map(len, found)))
-    return torch.tensor([(ids + [0] * n)[:n] for ids in found], dtype=torch.long).view(len(rows), n)
+    return [(ids + [0] * n)[:n] for ids in found]
 
 
 def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cached: int = 0) -> list[Tensor]:

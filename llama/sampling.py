@@ -184,7 +184,8 @@ class Sampler:
         u = torch.tensor([[drawn[n]] for n, drawn in zip(which, self.drawn, strict=True)], dtype=torch.float32)
         return u.to(self.device, non_blocking=True).clamp(max=1 - 2**-24)
 
-    def saw(self, ids: Tensor, which: Tensor) -> None:
-        """Count ids (B,) as part of the answers of the rows that `which` (B,) is true for."""
+    def saw(self, ids: Tensor, which: Tensor | None = None) -> None:
+        """Count ids (B,) as part of the answers of the rows that `which` (B,) is true for, by default of all."""
         if self.penalties is not None:
+            which = torch.ones_like(ids) if which is None else which
             self.counts.scatter_add_(1, ids[:, None], which[:, None].to(self.counts))

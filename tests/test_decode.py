@@ -140,7 +140,7 @@ def loaded(shape=GQA, quantize=None, dtype=torch.float32, compile=True, **option
 WIDE = SHAPES["wide heads"]
 KINDS = [
     (None, torch.float32, 1e-5),
-    (None, torch.bfloat16, 0.01),
+    (None, torch.bfloat16, 0.02),
     (None, torch.float16, 0.002),
     ("int8", torch.float32, 0.01),
     ("int4", torch.float32, 0.02),
