@@ -35,10 +35,13 @@ static void store(T *to, __m512 x) {
     for (int i = 0; i < 16; i++) to[i] = x[i];
 }
 
-// Calls `work(begin, end)` for all parts of [0, whole), some at a time: a core that is slowed down gets fewer.
+// Calls `work(begin, end)` for all parts of [0, whole), of a number of units each, about four for each core: one that is
+// slowed down gets fewer. Memory gives long parts faster than short ones.
 template <typename Work>
-static void share(int64_t whole, int64_t some, const Work &work) {
-#pragma omp parallel for schedule(dynamic) num_threads(at::get_num_threads())
+static void share(int64_t whole, int64_t unit, const Work &work) {
+    const int cores = at::get_num_threads();
+    const int64_t some = std::max<int64_t>(1, whole / unit / (4 * cores)) * unit;
+#pragma omp parallel for schedule(dynamic) num_threads(cores)
     for (int64_t begin = 0; begin < whole; begin += some) work(begin, std::min(whole, begin + some));
 }
 
@@ -71,7 +74,7 @@ static void float_part(const T *w, const float *x, float *y, int64_t out, int64_
 
 template <typename T>
 static void float_product(const T *w, int64_t some, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
-    share(some, 96, [&](int64_t n, int64_t end) {
+    share(some, 12, [&](int64_t n, int64_t end) {
         for (int64_t N; n < end; n += N) {
             int64_t r = 0;
             const auto by = [&](int64_t R, int64_t O, auto part) {
@@ -157,7 +160,7 @@ static void int8_product(const Matrix &w, const float *x, float *y, int64_t rows
     const Rows few(x, rows, in, in);
     const int8_t *weight = w[0].const_data_ptr<int8_t>();
     const float *scale = w[1].const_data_ptr<float>();
-    share(out / 64, 2, [&](int64_t tile, int64_t end) {
+    share(out / 64, 1, [&](int64_t tile, int64_t end) {
         for (int64_t n = tile * 64; n < end * 64; n += 64) {
             int64_t r = 0;
             const auto by = [&](int64_t R, auto part) {
@@ -204,7 +207,7 @@ static void int4_product(const Matrix &w, const float *x, float *y, int64_t rows
     const at::BFloat16 *scale = w[1].const_data_ptr<at::BFloat16>();
     for (int64_t begin = 0; begin < rows; begin += 128) {  // as many as a core's cache holds
         const int64_t stop = std::min(rows, begin + 128);
-        share(out / 16, 6, [&](int64_t tile, int64_t end) {
+        share(out / 16, 1, [&](int64_t tile, int64_t end) {
             for (int64_t n = tile * 16; n < end * 16; n += 16) {
                 int64_t r = begin;
                 const auto by = [&](int64_t R, auto part) {
