@@ -1,7 +1,7 @@
 """Greedy generation for four prompts of 16, 64, 128 and 256 tokens, 32 new tokens each, beside Hugging Face's Llama and
 llama.cpp.
 
-    python benchmarks/ragged_batch.py [--threads 2] [--repeats 5]
+    python benchmarks/ragged_batch.py [--threads 2] [--repeats 5] [--compile]
 
 110M shape (dim 768, 12 layers, 12 heads, FFN 2048, vocabulary 32000), the same random float32 weights, the two in turn.
 Needs the extras `test` and `bench`.
@@ -28,13 +28,13 @@ CPU = torch.device("cpu")
 LENGTHS, NEW = (16, 64, 128, 256), 32
 
 
-def main(threads: int = 2, repeats: int = 5) -> None:
+def main(threads: int = 2, repeats: int = 5, compile: bool = False) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     parallel.init_model_parallel()
     args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, max_batch_size=4, max_seq_len=512)
     source = peers.Source(bench.RandomWeights(CPU), args, CPU, torch.float32)
-    model = bench.loaded(*source)
+    model = bench.loaded(*source, compile=compile)
     theirs = hugging_face(args, model.state_dict())
     decode = peers.llama_cpp_decoder(source)
     prompts = [torch.randint(3, 32000, (length,)).tolist() for length in LENGTHS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor
 from .fused import library
 from .parallel import cpu_has
 
+log = logging.getLogger(__name__)
 ops: Any = torch.ops.llama
 
 
 @cache
 def cpp() -> bool:
     """Whether cpu.cpp is compiled, as it is when this is first asked on a CPU that has its instructions."""
-    return cpu_has("avx512_vnni") and library("cpu.cpp")
+    if not cpu_has("avx512_vnni"):
+        log.warning("cpu.cpp is not compiled, which is slower: it is for CPUs with AVX-512 VNNI")
+        return False
+    return library("cpu.cpp")
 
 
 class Matrix:

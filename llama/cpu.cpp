@@ -1,10 +1,10 @@
-// A step of decoding, for CPUs that multiply bytes four at a time and add them up (AVX-512 VNNI): products y = x wᵀ of a few
-// rows of x, as fast as memory gives w, attention, and what lies between them. cpp.py says what each operator takes.
+// A step of decoding, for CPUs that multiply bytes four at a time and add them up (AVX-512 VNNI): products y = x wᵀ of a
+// few rows of x, as fast as memory gives w, attention, and what lies between them. cpp.py says what each takes.
 //
-// Activations are float32. A matrix w is several tensors. Of float numbers each has some of its rows. Of int8 the first has,
-// for every 64 outputs and every 4 columns, 256 bytes: 4 of each output; the next scales. Of int4 it has, for every 16
-// outputs and every group of columns, group / 8 vectors of 64 bytes: byte 4 n + j of vector t holds, for output n, column
-// 4 t + j of the group in its low half and column group / 2 + 4 t + j in its high half; the next are scales and zeros.
+// Activations are float32. A matrix w is several tensors. Of float numbers each has some of its rows. Of int8 the first
+// has, for every 64 outputs and every 4 columns, 256 bytes: 4 of each output; the next is scales. Of int4 it has, for
+// every 16 outputs and every group of columns, group / 8 vectors of 64 bytes: byte 4 n + j of vector t holds, for output
+// n, column 4 t + j of the group in its low half and column group / 2 + 4 t + j in its high half; then scales and zeros.
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
@@ -212,8 +212,8 @@ static void int4_product(const Matrix &w, const float *x, float *y, int64_t rows
                 int64_t r = begin;
                 const auto by = [&](int64_t R, auto part) {
                     for (; r + R <= stop; r += R)
-                        part(weight + n * in / 2, scale + n * groups, zero + n * groups, &all.row[r], y + r * out + n, out,
-                             in, in / groups);
+                        part(weight + n * in / 2, scale + n * groups, zero + n * groups, &all.row[r], y + r * out + n,
+                             out, in, in / groups);
                 };
                 by(8, int4_part<8>), by(4, int4_part<4>), by(2, int4_part<2>), by(1, int4_part<1>);
             }
@@ -296,16 +296,17 @@ static void look(const float *q, const T *k, const T *v, float *shares, float *y
     for (; d < D; d += 16) mix<Q, 1>(v + d, shares, sums, y + d, S, D);
 }
 
-// Pairs of neighbours in x (D,) times complex numbers: rotary embedding.
+// y = pairs of neighbours in x (D,) times complex numbers: rotary embedding.
 template <typename T>
 static void turn(const float *x, const float *turns, T *y, int64_t D) {
     for (int64_t d = 0; d < D; d += 16) {
-        const __m512 some = load(x + d), by = load(turns + d), cos = _mm512_moveldup_ps(by), sin = _mm512_movehdup_ps(by);
-        store(y + d, _mm512_fmaddsub_ps(some, cos, _mm512_mul_ps(_mm512_permute_ps(some, 0xB1), sin)));
+        const __m512 some = load(x + d), other = _mm512_permute_ps(some, 0xB1), by = load(turns + d);  // other of a pair
+        store(y + d, _mm512_fmaddsub_ps(some, _mm512_moveldup_ps(by), other * _mm512_movehdup_ps(by)));
     }
 }
 
-// B rows of queries (H, D), which look, and of keys and values (K, D), which are kept first. Turns (S, D), cache (B, 2K, room, D).
+// Heads (B, H + 2K, D): keys and values, the last 2K, are stored in the cache (B, 2K, room, D) at positions `at` (B,),
+// and queries look at those up to there: y (B, H, D). Turns (S, D).
 template <typename T>
 static void attend(const float *heads, const float *turns, T *kept, const int64_t *at, float *y, int64_t B, int64_t H,
                    int64_t K, int64_t room, int64_t D) {
@@ -313,12 +314,12 @@ static void attend(const float *heads, const float *turns, T *kept, const int64_
     share(B * K, 1, [&](int64_t i, int64_t stop) {
         std::vector<float> shares, q(G * D);
         for (; i < stop; i++) {
-            const int64_t b = i / K, here = at[b], S = here + 1;
-            const float *query = heads + (b * (H + 2 * K) + i % K * G) * D, *key = heads + (b * (H + 2 * K) + H + i % K) * D;
+            const int64_t b = i / K, here = at[b] * D, S = at[b] + 1;
+            const float *row = heads + b * (H + 2 * K) * D, *key = row + (H + i % K) * D, *query = row + i % K * G * D;
             T *k = kept + (i + b * K) * room * D, *v = k + K * room * D;
-            turn(key, turns + here * D, k + here * D, D);
-            for (int64_t d = 0; d < D; d += 16) store(v + here * D + d, load(key + K * D + d));
-            for (int64_t g = 0; g < G; g++) turn(query + g * D, turns + here * D, &q[g * D], D);
+            turn(key, turns + here, k + here, D);
+            for (int64_t d = 0; d < D; d += 16) store(v + here + d, load(key + K * D + d));
+            for (int64_t g = 0; g < G; g++) turn(query + g * D, turns + here, &q[g * D], D);
             shares.resize(4 * S);
             int64_t g = 0;
             const auto by = [&](int64_t Q, auto look) {
@@ -352,7 +353,34 @@ static void each(int64_t rows, const Work &work) {
     });
 }
 
-// All of a model, in C++.
+// x += y; h = the RMSNorm of x, where floor is the size of a row times epsilon
+static void add_norm(float *x, const float *y, const Tensor &weight, double floor, float *h, int64_t rows, int64_t dim) {
+    const float *w = weight.const_data_ptr<float>();
+    each(rows, [&](int64_t r) {
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t k = r * dim; k < (r + 1) * dim; k += 16) {
+            const __m512 sum = load(x + k) + load(y + k);
+            store(x + k, sum);
+            squares = _mm512_fmadd_ps(sum, sum, squares);
+        }
+        const __m512 scale = _mm512_set1_ps(std::sqrt(dim / (_mm512_reduce_add_ps(squares) + floor)));
+        for (int64_t k = 0; k < dim; k += 16) store(h + r * dim + k, load(x + r * dim + k) * scale * load(w + k));
+    });
+}
+
+// y (rows, size) = silu(gate) * up of rows with both (rows, 2 size)
+static void swiglu(const float *both, float *y, int64_t rows, int64_t size) {
+    each(rows, [&](int64_t r) {
+        const float *gate = both + 2 * r * size, *up = gate + size;
+        for (int64_t k = 0; k < size; k += 16) {
+            const at::vec::Vectorized<float> minus = _mm512_setzero_ps() - load(gate + k);
+            const __m512 e = minus.exp_u20();
+            store(y + r * size + k, load(gate + k) / (_mm512_set1_ps(1) + e) * load(up + k));
+        }
+    });
+}
+
+// A model, for any number of rows.
 struct Step : torch::CustomClassHolder {
     struct Layer {
         Tensor attention_norm;
@@ -374,54 +402,36 @@ struct Step : torch::CustomClassHolder {
         layers.push_back({attention_norm, qkv, wo, ffn_norm, w13, w2, cache});
     }
 
+    // Tokens (B, 1) and their positions (B,) -> logits (B, 1, V).
     Tensor decode(const Tensor &tokens, const Tensor &positions) const {
         const int64_t B = tokens.size(0), dim = embeddings.size(1);
-        const Tensor ids = tokens.contiguous();
-        const int64_t *at = positions.const_data_ptr<int64_t>();
-        Tensor logits = norm.new_empty({B, 1, outputs(output)});
+        const Tensor contiguous = tokens.contiguous();
+        const int64_t *ids = contiguous.const_data_ptr<int64_t>(), *at = positions.const_data_ptr<int64_t>();
+        for (int64_t b = 0; b < B; b++) {
+            TORCH_CHECK_INDEX(0 <= ids[b] && ids[b] < embeddings.size(0), "token ", ids[b], " of ", embeddings.size(0));
+            TORCH_CHECK_INDEX(0 <= at[b] && at[b] < turns.size(0), "position ", at[b], " of ", turns.size(0));
+        }
         std::vector<float> x(B * dim), y(B * dim), h(B * dim), heads, seen, both, gated;
         by_type(embeddings.scalar_type(), [&](auto number) {
             const auto *from = embeddings.const_data_ptr<decltype(number)>();
             for (int64_t b = 0; b < B; b++)
-                for (int64_t k = 0; k < dim; k += 16)
-                    store(&x[b * dim + k], load(from + ids.const_data_ptr<int64_t>()[b] * dim + k));
+                for (int64_t k = 0; k < dim; k += 16) store(&x[b * dim + k], load(from + ids[b] * dim + k));
         });
-        // h = the RMSNorm of x += y
-        const auto add_norm = [&](const Tensor &weight) {
-            const float *w = weight.const_data_ptr<float>();
-            each(B, [&](int64_t b) {
-                __m512 squares = _mm512_setzero_ps();
-                for (int64_t k = b * dim; k < (b + 1) * dim; k += 16) {
-                    const __m512 sum = load(&x[k]) + load(&y[k]);
-                    store(&x[k], sum);
-                    squares = _mm512_fmadd_ps(sum, sum, squares);
-                }
-                const float scale = std::sqrt(dim / (_mm512_reduce_add_ps(squares) + floor));
-                for (int64_t k = 0; k < dim; k += 16)
-                    store(&h[b * dim + k], load(&x[b * dim + k]) * _mm512_set1_ps(scale) * load(w + k));
-            });
-        };
         for (const Layer &layer : layers) {
             const int64_t all = outputs(layer.qkv), D = layer.cache.size(3), H = all / D - layer.cache.size(1);
             const int64_t hidden = outputs(layer.w13) / 2;
             heads.resize(B * all), seen.resize(B * H * D), both.resize(2 * B * hidden), gated.resize(B * hidden);
-            add_norm(layer.attention_norm);
+            add_norm(x.data(), y.data(), layer.attention_norm, floor, h.data(), B, dim);
             multiply(layer.qkv, h.data(), heads.data(), B, dim);
             attend(heads.data(), turns, layer.cache, at, seen.data(), B, H);
             multiply(layer.wo, seen.data(), y.data(), B, H * D);
-            add_norm(layer.ffn_norm);
+            add_norm(x.data(), y.data(), layer.ffn_norm, floor, h.data(), B, dim);
             multiply(layer.w13, h.data(), both.data(), B, dim);
-            each(B, [&](int64_t b) {
-                const float *gate = &both[2 * b * hidden], *up = gate + hidden;
-                for (int64_t k = 0; k < hidden; k += 16) {
-                    const at::vec::Vectorized<float> minus = _mm512_setzero_ps() - load(gate + k);
-                    const __m512 e = minus.exp_u20();
-                    store(&gated[b * hidden + k], load(gate + k) / (_mm512_set1_ps(1) + e) * load(up + k));
-                }
-            });
+            swiglu(both.data(), gated.data(), B, hidden);
             multiply(layer.w2, gated.data(), y.data(), B, hidden);
         }
-        add_norm(norm);
+        add_norm(x.data(), y.data(), norm, floor, h.data(), B, dim);
+        Tensor logits = norm.new_empty({B, 1, outputs(output)});
         multiply(output, h.data(), logits.mutable_data_ptr<float>(), B, dim);
         return logits;
     }

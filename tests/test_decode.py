@@ -219,6 +219,13 @@ def test_what_is_not_finite_stays_so_in_its_row(quantize):
 
 
 @needs_cpp
+@pytest.mark.parametrize(("token", "position", "what"), [(128, 0, "token 128 of 128"), (5, 64, "position 64 of 64")])
+def test_native_touches_no_memory_that_is_not_its_own(token, position, what):
+    with pytest.raises(IndexError, match=what):
+        decoder(loaded(WIDE), 2)(torch.tensor([[7], [token]]), [0, position])
+
+
+@needs_cpp
 def test_gates_that_are_shut_or_wide_open():
     """e to the power of what is added for them would be infinite, or nothing."""
     model = loaded({**WIDE, "n_layers": 1})

@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "tokenizer": set(),
     "sampling": set(),
     "parallel": set(),
-    "layers": {"cpp", "fused", "parallel"},
+    "layers": {"cpp", "parallel"},
     "model": {"layers", "parallel"},
     "decode": {"cpp", "fused", "layers", "model", "parallel"},
     "files": {"hf"},
