@@ -24,7 +24,7 @@ from .cpp import Matrix, cpp
 from .fused import int8_rows
 
 GROUPS = (32, 64, 128)
-FEW = 8  # rows that cpu.cpp multiplies by int8 faster than oneDNN
+FEW = 12  # rows that cpu.cpp multiplies by int8 faster than oneDNN
 SHRINK = [1 - 0.04 * i for i in range(11)]  # what a search tries: the share of a group's range that is kept
 
 
