@@ -1,5 +1,8 @@
 """Products: every way to multiply gives what a plain product gives, whatever the number of rows and their strides."""
 
+import math
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,6 +43,18 @@ def test_weights_side_by_side_are_one():
     assert layers.joined(parts[1:]).data_ptr() == parts[1].data_ptr()
     assert layers.joined([parts[0], parts[2]]) is None
     assert layers.joined([parts[0], torch.nn.Parameter(parts[1].clone()), parts[2]]) is None
+
+
+@pytest.mark.parametrize("shape", [(130,), (2, 64), (1, 129)])
+def test_many_rows_of_tall_weights_side_by_side(shape):
+    whole = torch.randn(96, 16)
+    up, gate = (mock.Mock(weight=part) for part in whole.split(48))
+    x = torch.randn(*shape, 32)[..., 16:]
+    with torch.inference_mode():
+        both = layers.columns(x, up, gate)
+    assert both.shape == (*shape, 96)
+    assert both.stride(-1) == math.prod(shape) or not torch.backends.mkl.is_available()
+    assert torch.allclose(both, F.linear(x, whole), atol=1e-5)
 
 
 def test_layers_give_one_result_joined_or_not():
