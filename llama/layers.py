@@ -26,8 +26,8 @@ Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
 # MKL does the same for a weight in strips so narrow that it finds nothing worth rearranging.
 STRIP, IN_STRIPS = 16, range(4, 9)
 LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float16: range(1, 256)}
-# Many rows of float32 MKL has faster on the right of a weight with so many times more outputs than inputs, if what follows
-# takes columns that lie one behind the other, as gate and up do.
+# Many rows of float32 MKL has faster on the right of a weight with so many times more outputs than inputs, where what
+# follows takes columns that lie one behind the other, as it may with gate and up.
 MANY, TALL = 128, 4
 TILES = cpu_has("amx_bf16")  # which multiply 32 rows at a time: fewer take as long
 # What cpu.cpp multiplies faster than all of these.
