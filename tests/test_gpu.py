@@ -88,7 +88,7 @@ def test_eight_bits_are_plain_eight_bits(rows):
 def test_the_pieces_are_compiled(tokenizer):
     llama = Llama(random_model(vocab_size=tokenizer.n_words).cuda(), tokenizer)
     llama.generate(PROMPTS, 3, temperature=0)
-    for piece in decode.ALONE:
+    for piece in decode.FUSED:
         assert piece.call and not piece.failed
 
 
