@@ -332,6 +332,8 @@ static void attend(const float *heads, const float *turns, T *kept, const int64_
 
 static void attend(const float *heads, const Tensor &turns, const Tensor &cache, const int64_t *at, float *y, int64_t B,
                    int64_t H) {
+    const int64_t room = std::min(turns.size(0), cache.size(2));
+    for (int64_t b = 0; b < B; b++) TORCH_CHECK_INDEX(0 <= at[b] && at[b] < room, "position ", at[b], " of ", room);
     by_type(cache.scalar_type(), [&](auto number) {
         attend(heads, turns.const_data_ptr<float>(), cache.mutable_data_ptr<decltype(number)>(), at, y, B, H,
                cache.size(1) / 2, cache.size(2), cache.size(3));
@@ -407,10 +409,8 @@ struct Step : torch::CustomClassHolder {
         const int64_t B = tokens.size(0), dim = embeddings.size(1);
         const Tensor contiguous = tokens.contiguous();
         const int64_t *ids = contiguous.const_data_ptr<int64_t>(), *at = positions.const_data_ptr<int64_t>();
-        for (int64_t b = 0; b < B; b++) {
+        for (int64_t b = 0; b < B; b++)
             TORCH_CHECK_INDEX(0 <= ids[b] && ids[b] < embeddings.size(0), "token ", ids[b], " of ", embeddings.size(0));
-            TORCH_CHECK_INDEX(0 <= at[b] && at[b] < turns.size(0), "position ", at[b], " of ", turns.size(0));
-        }
         std::vector<float> x(B * dim), y(B * dim), h(B * dim), heads, seen, both, gated;
         by_type(embeddings.scalar_type(), [&](auto number) {
             const auto *from = embeddings.const_data_ptr<decltype(number)>();

@@ -80,14 +80,15 @@ def test_attention(at, K, group, D, dtype, bound):
 
 
 def test_attention_to_what_differs_widely():
-    """The largest is taken off before the exponential function: else 300 were infinity, and -300 nothing at all."""
+    """The largest is taken off before the exponential function: else 300 were infinity, and -300 nothing at all. A
+    score of 300 is rounded by up to 1.5e-5, and so is what it makes of a share."""
     for scale in (300.0, -300.0):
         heads, turns, cache = inputs(1, 1, 1, 16)
         turns[..., 0], turns[..., 1] = 1, 0
         cache[:, 0] = scale / 4 * torch.linspace(0.9, 1, 100)[:, None]
         heads[:, :32] = torch.cat((torch.ones(16), torch.full((16,), scale / 4)))
         expected = attend_plainly(heads, turns, cache.clone(), [19])
-        assert relative_error(cpp.attend(heads, turns, cache, torch.tensor([19])), expected) < 1e-4
+        assert relative_error(cpp.attend(heads, turns, cache, torch.tensor([19])), expected) < 3e-5
 
 
 def test_attention_to_what_is_not_finite_is_not_finite_in_its_row():

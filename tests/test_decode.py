@@ -140,7 +140,7 @@ def loaded(shape=GQA, quantize=None, dtype=torch.float32, compile=True, **option
 WIDE = SHAPES["wide heads"]
 KINDS = [
     (None, torch.float32, 1e-5),
-    (None, torch.bfloat16, 0.02),
+    (None, torch.bfloat16, 0.02),  # what the plain one rounds; see below
     (None, torch.float16, 0.002),
     ("int8", torch.float32, 0.01),
     ("int4", torch.float32, 0.02),
@@ -161,6 +161,18 @@ def test_native_is_plain(quantize, dtype, bound, positions):
     assert native.dtype == torch.float32
     assert relative_error(native, plain.float()) < bound
     assert relative_error(native_cache.float(), plain_cache.float()) < bound
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_native_is_nearer_to_what_is_exact_than_plain(dtype):
+    """In 16 bits, as it rounds keys and values alone."""
+    model = loaded(WIDE, dtype=dtype)
+    for name, weight in model.named_parameters():
+        weight.mul_(1 if "norm" in name else 5)
+    (plain, _), (native, _) = both(model, [3, 7])
+    (exact, _), _ = both(model.float(), [3, 7])
+    assert relative_error(native, exact) < relative_error(plain.float(), exact)
 
 
 @needs_cpp
