@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .fused import library
 from .parallel import cpu_has
 
 log = logging.getLogger(__name__)
@@ -18,11 +18,17 @@ ops: Any = torch.ops.llama
 
 @cache
 def cpp() -> bool:
-    """Whether cpu.cpp is compiled, as it is when this is first asked on a CPU that has its instructions."""
-    if not cpu_has("avx512_vnni"):
-        log.warning("cpu.cpp is not compiled, which is slower: it is for CPUs with AVX-512 VNNI")
+    """Whether cpu.cpp is compiled, as it is when this is first asked, where that is possible."""
+    try:
+        if not cpu_has("avx512_vnni"):
+            raise RuntimeError("it is for CPUs with AVX-512 VNNI")
+        from torch._inductor.codecache import CppCodeCache  # imports for seconds
+
+        CppCodeCache.load(Path(__file__).with_name("cpu.cpp").read_text(encoding="utf-8"))
+    except (RuntimeError, OSError) as error:  # or no compiler, no place for its files
+        log.warning("cpu.cpp is not compiled, which is slower: %s", f"{type(error).__name__}: {error}".split("\n")[0])
         return False
-    return library("cpu.cpp")
+    return True
 
 
 class Matrix:

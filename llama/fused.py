@@ -1,6 +1,6 @@
 """What lies between two products, written so that torch.compile makes one kernel of each; and how to have it compile.
 
-Each has a plain twin elsewhere, of few operations. `library` compiles what is written in C++.
+Each has a plain twin elsewhere, of few operations.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Generic, ParamSpec, TypeVar
 
 import torch
@@ -39,19 +37,6 @@ class compiled(Generic[P, R]):
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 log.warning("%s is not compiled, which is slower: %s", self.function.__qualname__, reason)
         return self.function(*args, **kwargs)
-
-
-@cache
-def library(name: str) -> bool:
-    """Load a C++ file of this folder, compiled for this machine; false where that is impossible."""
-    try:
-        from torch._inductor.codecache import CppCodeCache  # imports for seconds
-
-        CppCodeCache.load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
-    except (RuntimeError, OSError) as error:  # no compiler, no place for its files
-        log.warning("%s is not compiled, which is slower: %s", name, f"{type(error).__name__}: {error}".split("\n")[0])
-        return False
-    return True
 
 
 def add_norm(x: Tensor, y: Tensor, weight: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from small import (
     save_random,
 )
 
-from llama import Llama, __main__, bench, checkpoint, cpp, fused, memory, quantization
+from llama import Llama, __main__, bench, checkpoint, cpp, memory, quantization
 from llama.quantization import Plain, Quantized, Scheme, dequantize, kernel, quantize, scheme
 
 CPU = torch.device("cpu")
@@ -110,7 +110,6 @@ def test_four_bits_are_compiled_where_that_is_possible(folder, monkeypatch, capl
     build_one = partial(build, folder, "int4", compile=True)
     assert isinstance(build_one().model.output.weight, quantization.Int4Compiled)
     assert not isinstance(build(folder, "int4").model.output.weight, quantization.Int4Compiled)
-    monkeypatch.setattr(cpp, "library", fused.library.__wrapped__)
     monkeypatch.setattr(quantization, "cpp", cpp.cpp.__wrapped__)
     monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", mock.Mock(side_effect=RuntimeError("no g++")))
     assert isinstance(build_one().model.output.weight, quantization.Int4Cpu)

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "decode": {"cpp", "fused", "layers", "model", "parallel"},
     "files": {"hf"},
     "fused": set(),
-    "cpp": {"fused", "parallel"},
+    "cpp": {"parallel"},
     "lookup": set(),
     "text": {"tokenizer"},
     "options": {"sampling"},
