@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 using at::Tensor;
@@ -29,6 +30,14 @@ static __m512 load(const at::BFloat16 *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
 }
 
+// So many numbers, the first of which begins a whole vector: others take up to twice as long to read.
+struct Floats {
+    std::unique_ptr<__m512[]> memory;
+
+    explicit Floats(int64_t n) : memory(new __m512[(n + 15) / 16]) {}
+    operator float *() const { return (float *)memory.get(); }
+};
+
 static void store(float *to, __m512 x) { _mm512_storeu_ps(to, x); }
 template <typename T>
 static void store(T *to, __m512 x) {
@@ -38,9 +47,9 @@ static void store(T *to, __m512 x) {
 // Calls `work(begin, end)` for all parts of [0, whole), of a number of units each, about four for each core: one that is
 // slowed down gets fewer. Memory gives long parts faster than short ones.
 template <typename Work>
-static void share(int64_t whole, int64_t unit, const Work &work) {
+static void share(int64_t whole, int64_t unit, const Work &work, int64_t parts = 4) {
     const int cores = at::get_num_threads();
-    const int64_t some = std::max<int64_t>(1, whole / unit / (4 * cores)) * unit;
+    const int64_t some = std::max<int64_t>(1, whole / unit / (parts * cores)) * unit;
 #pragma omp parallel for schedule(dynamic) num_threads(cores)
     for (int64_t begin = 0; begin < whole; begin += some) work(begin, std::min(whole, begin + some));
 }
@@ -83,12 +92,81 @@ static void float_product(const T *w, int64_t some, const float *x, float *y, in
             };
             N = n + 12 <= end ? 12 : 1;
             if (N == 12)
-                by(8, 3, float_part<3, 8, T>), by(4, 4, float_part<4, 4, T>), by(2, 4, float_part<4, 2, T>),
-                    by(1, 4, float_part<4, 1, T>);
+                by(8, 3, float_part<3, 8, T>), by(4, 4, float_part<4, 4, T>), by(2, 2, float_part<2, 2, T>),
+                    by(1, 1, float_part<1, 1, T>);
             else
                 by(1, 1, float_part<1, 1, T>);
         }
     });
+}
+
+// C neighbours, as often as a vector has room for them.
+template <int C>
+static __m512 spread(const float *from) {
+    return C == 2 ? (__m512)_mm512_set1_pd(*(const double *)from) : _mm512_set1_ps(*from);
+}
+
+// Many rows at a time: O outputs of those of V vectors, each of which has C columns of 16 / C rows. In each row of y
+// (O, width) are outputs of all rows of x, to which those of other columns may be added.
+template <int C, int V, int O>
+static void wide_part(const float *w, const float *x, float *y, int64_t in, int64_t columns, int64_t width, bool more,
+                      bool fresh) {
+    __m512 total[O][V] = {};
+    for (int64_t k = 0; k < columns; k += C, x += 16 * V) {
+        if (fresh && k % 16 == 0)
+            for (int o = 0; o < O; o++) fetch(w + (O + o) * in + k);  // the next outputs
+        __m512 rows[V];
+        for (int v = 0; v < V; v++) rows[v] = load(x + 16 * v);
+        for (int o = 0; o < O; o++) {
+            const __m512 weight = spread<C>(w + o * in + k);
+            for (int v = 0; v < V; v++) total[o][v] = _mm512_fmadd_ps(weight, rows[v], total[o][v]);
+        }
+    }
+    for (int o = 0; o < O; o++)
+        for (int v = 0; v < V; v++) {
+            float *to = y + o * width + 16 * v;
+            __m512 sum = total[o][v];
+            if (C == 2) sum = _mm512_maskz_compress_ps(0x5555, sum + _mm512_permute_ps(sum, 0xB1));
+            store(to, more ? load(to) + sum : sum);
+        }
+}
+
+// Rows of x, 48 or fewer at a time, are laid side by side, and w is read as it lies. A block of w and of y stays in the
+// second cache of a core, while x passes by from the third.
+static void wide_product(const float *w, int64_t some, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
+    using Part = decltype(&wide_part<1, 1, 8>);
+    static const Part eights[] = {wide_part<2, 1, 8>, wide_part<1, 1, 8>, wide_part<1, 2, 8>, wide_part<1, 3, 8>};
+    static const Part ones[] = {wide_part<2, 1, 1>, wide_part<1, 1, 1>, wide_part<1, 2, 1>, wide_part<1, 3, 1>};
+    const int64_t C = rows > 8 ? 1 : 2, width = (rows + 15) / 16 * 16, block = 64, deep = 1024;
+    const auto panel = [&](int64_t r) { return std::min<int64_t>(48, width - r); };
+    const Floats beside(width * in);
+    share(width, 48, [&](int64_t r, int64_t end) {
+        for (; r < end; r += 48) {
+            const int64_t here = std::min(panel(r), rows - r);
+            if (here % 16) std::fill_n(beside + r * in, panel(r) * in, 0);
+            if (C == 1)
+                at::vec::transpose_mxn<float>(x + r * in, in, beside + r * in, panel(r), here, in);
+            else
+                for (int64_t k = 0; k < in; k += 2)
+                    for (int64_t row = 0; row < rows; row++) std::copy_n(x + row * in + k, 2, beside + 8 * k + 2 * row);
+        }
+    });
+    const auto work = [&](int64_t n, int64_t end) {
+        const Floats part(block * width);
+        for (; n < end; n += block) {
+            const int64_t N = std::min(block, end - n);
+            for (int64_t k = 0; k < in; k += deep)
+                for (int64_t r = 0; r < width; r += 48)
+                    for (int64_t o = 0, O; o < N; o += O) {
+                        O = o + 8 <= N ? 8 : 1;
+                        (O == 8 ? eights : ones)[C == 2 ? 0 : panel(r) / 16](
+                            w + (n + o) * in + k, beside + r * in + k * panel(r) / C, part + o * width + r, in,
+                            std::min(deep, in - k), width, k > 0, r == 0);
+                    }
+            at::vec::transpose_mxn<float>(part, width, y + n, out, N, rows);
+        }
+    };
+    share(some, block, work, rows > 16 ? 1000 : 4);
 }
 
 struct Row {       // of x, rounded: x = scale q, with a scale for each group of columns
@@ -236,7 +314,14 @@ static void multiply(const Matrix &w, const float *x, float *y, int64_t rows, in
     if (w[0].scalar_type() == at::kByte) int4_product(w, x, y, rows, out, in);
     by_type(w[0].scalar_type(), [&](auto number) {
         for (const Tensor &some : w) {
-            float_product(some.const_data_ptr<decltype(number)>(), some.size(0), x, y, rows, out, in);
+            const auto *weight = some.const_data_ptr<decltype(number)>();
+            if constexpr (std::is_same_v<decltype(number), float>) {
+                if (rows > 4)
+                    wide_product(weight, some.size(0), x, y, rows, out, in);
+                else
+                    float_product(weight, some.size(0), x, y, rows, out, in);
+            } else
+                float_product(weight, some.size(0), x, y, rows, out, in);
             y += some.size(0);
         }
     });
@@ -411,28 +496,29 @@ struct Step : torch::CustomClassHolder {
         const int64_t *ids = contiguous.const_data_ptr<int64_t>(), *at = positions.const_data_ptr<int64_t>();
         for (int64_t b = 0; b < B; b++)
             TORCH_CHECK_INDEX(0 <= ids[b] && ids[b] < embeddings.size(0), "token ", ids[b], " of ", embeddings.size(0));
-        std::vector<float> x(B * dim), y(B * dim), h(B * dim), heads, seen, both, gated;
+        const Floats x(B * dim), y(B * dim), h(B * dim);
+        std::fill_n(y + 0, B * dim, 0);
         by_type(embeddings.scalar_type(), [&](auto number) {
             const auto *from = embeddings.const_data_ptr<decltype(number)>();
             for (int64_t b = 0; b < B; b++)
-                for (int64_t k = 0; k < dim; k += 16) store(&x[b * dim + k], load(from + ids[b] * dim + k));
+                for (int64_t k = 0; k < dim; k += 16) store(x + b * dim + k, load(from + ids[b] * dim + k));
         });
         for (const Layer &layer : layers) {
             const int64_t all = outputs(layer.qkv), D = layer.cache.size(3), H = all / D - layer.cache.size(1);
             const int64_t hidden = outputs(layer.w13) / 2;
-            heads.resize(B * all), seen.resize(B * H * D), both.resize(2 * B * hidden), gated.resize(B * hidden);
-            add_norm(x.data(), y.data(), layer.attention_norm, floor, h.data(), B, dim);
-            multiply(layer.qkv, h.data(), heads.data(), B, dim);
-            attend(heads.data(), turns, layer.cache, at, seen.data(), B, H);
-            multiply(layer.wo, seen.data(), y.data(), B, H * D);
-            add_norm(x.data(), y.data(), layer.ffn_norm, floor, h.data(), B, dim);
-            multiply(layer.w13, h.data(), both.data(), B, dim);
-            swiglu(both.data(), gated.data(), B, hidden);
-            multiply(layer.w2, gated.data(), y.data(), B, hidden);
+            const Floats heads(B * all), seen(B * H * D), both(2 * B * hidden), gated(B * hidden);
+            add_norm(x, y, layer.attention_norm, floor, h, B, dim);
+            multiply(layer.qkv, h, heads, B, dim);
+            attend(heads, turns, layer.cache, at, seen, B, H);
+            multiply(layer.wo, seen, y, B, H * D);
+            add_norm(x, y, layer.ffn_norm, floor, h, B, dim);
+            multiply(layer.w13, h, both, B, dim);
+            swiglu(both, gated, B, hidden);
+            multiply(layer.w2, gated, y, B, hidden);
         }
-        add_norm(x.data(), y.data(), norm, floor, h.data(), B, dim);
+        add_norm(x, y, norm, floor, h, B, dim);
         Tensor logits = norm.new_empty({B, 1, outputs(output)});
-        multiply(output, h.data(), logits.mutable_data_ptr<float>(), B, dim);
+        multiply(output, h, logits.mutable_data_ptr<float>(), B, dim);
         return logits;
     }
 };

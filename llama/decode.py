@@ -37,7 +37,7 @@ def decoder(model: Transformer, B: int) -> Decode:
         return captured(model, B)
     _captured.pop(model, None)  # it has left the GPU
     if kind == "cpu":
-        flat = Flat(model, B, compiled=model.compiled)
+        flat = Flat(model, B, compiled=model.output.compiled)
         return Native(model, flat) if Native.serves(flat) else flat
     return model
 

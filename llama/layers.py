@@ -21,9 +21,12 @@ from .parallel import all_gather, all_reduce, cpu_has, divide
 
 Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
 
-# Products of few rows on a CPU, where the libraries' usual ways rearrange the weight. With so many rows it is faster on
-# the left, (weight xᵀ)ᵀ, where oneDNN rearranges x alone and reads the weight as it lies. With a few rows of float32,
-# MKL does the same for a weight in strips so narrow that it finds nothing worth rearranging.
+# Products on a CPU. MKL, by which PyTorch multiplies float32, leaves half of an AMD's vectors idle; oneDNN does not.
+AMD = cpu_has("sse4a")
+MKL = torch.backends.mkl.is_available() and not AMD
+# To multiply a few rows the libraries' usual ways rearrange the weight. With so many rows it is faster on the left,
+# (weight xᵀ)ᵀ, where oneDNN rearranges x alone and reads the weight as it lies. With a few rows of float32, MKL does
+# the same for a weight in strips so narrow that it finds nothing worth rearranging.
 STRIP, IN_STRIPS = 16, range(4, 9)
 LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float16: range(1, 256)}
 # Many rows of float32 MKL has faster on the right of a weight with so many times more outputs than inputs, where what
@@ -31,7 +34,8 @@ LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float
 MANY, TALL = 128, 4
 TILES = cpu_has("amx_bf16")  # which multiply 32 rows at a time: fewer take as long
 # What cpu.cpp multiplies faster than all of these.
-IN_CPP = {torch.float32: range(1, 13), torch.bfloat16: range(1, 5 if TILES else 17), torch.float16: range(1, 17)}
+ALL = range(1, 2**63)
+IN_CPP = {torch.float32: ALL, torch.bfloat16: range(1, 5 if TILES else 17), torch.float16: range(1, 17)}
 
 
 def product(weight: Any, rows: int, compiled: bool = False) -> Product:
@@ -41,18 +45,15 @@ def product(weight: Any, rows: int, compiled: bool = False) -> Product:
         return weight.product(rows)
     if weight.device.type != "cpu":
         return partial(F.linear, weight=weight)
-    whole = weight.is_contiguous() and weight.shape[1] % 16 == 0
+    whole, single = weight.is_contiguous() and weight.shape[1] % 16 == 0, weight.dtype == torch.float32
     if compiled and whole and rows in IN_CPP.get(weight.dtype, ()) and cpp():
         return Matrix(weight)
-    if (
-        weight.dtype == torch.float32
-        and rows in IN_STRIPS
-        and not len(weight) % STRIP
-        and torch.backends.mkl.is_available()
-    ):
+    if single and MKL and rows in IN_STRIPS and not len(weight) % STRIP:
         return partial(in_strips, weight)
     if rows in LEFT.get(weight.dtype, ()) and onednn_knows(weight.dtype):
         return partial(from_left, weight)
+    if single and AMD and onednn_knows(weight.dtype):
+        return partial(from_right, weight)
     return partial(F.linear, weight=weight)
 
 
@@ -65,11 +66,20 @@ def onednn_knows(dtype: torch.dtype) -> bool:
 
 
 def from_left(weight: Tensor, x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    if not (rows.is_contiguous() or rows.t().is_contiguous()):  # a hundred times as slow
-        rows = rows.contiguous()
-    y = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "")
+    y = by_onednn(weight, x.reshape(-1, x.shape[-1]))
     return y.t().view(*x.shape[:-1], -1)  # its columns lie one behind the other
+
+
+def from_right(weight: Tensor, x: Tensor) -> Tensor:
+    return by_onednn(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+
+def by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) bᵀ (K, N) -> (M, N)"""
+    # Of what lies in no order of rows or columns it makes something a hundred times as slow.
+    a, b = (some if some.is_contiguous() or some.t().is_contiguous() else some.contiguous() for some in (a, b))
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return y
 
 
 def in_strips(weight: Tensor, x: Tensor) -> Tensor:
@@ -78,12 +88,15 @@ def in_strips(weight: Tensor, x: Tensor) -> Tensor:
     return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
-def linear(x: Tensor, weight: Any) -> Tensor:
+def linear(x: Tensor, weight: Any, compiled: bool = False) -> Tensor:
     """x (..., in) times the transposed weight (out, in) -> (..., out)."""
     rows = x.numel() // x.shape[-1]
-    extra = missing(rows, weight.dtype if isinstance(weight, Tensor) else torch.int8) if x.device.type == "cpu" else 0
+    multiply = product(weight, rows, compiled)
+    if x.device.type != "cpu" or isinstance(multiply, Matrix):
+        return multiply(x)
+    extra = missing(rows, weight.dtype if isinstance(weight, Tensor) else torch.int8)
     if not extra:
-        return product(weight, rows)(x)
+        return multiply(x)
     padded = F.pad(x.reshape(rows, -1), (0, 0, 0, extra))
     return product(weight, len(padded))(padded)[:rows].reshape(*x.shape[:-1], -1)
 
@@ -91,7 +104,7 @@ def linear(x: Tensor, weight: Any) -> Tensor:
 def missing(rows: int, dtype: torch.dtype) -> int:
     """How many rows to add. oneDNN keeps something for every number of rows that it meets: a few hundred MB after a
     thousand prompts."""
-    if dtype == torch.float32 and rows not in LEFT[dtype]:
+    if dtype == torch.float32 and not AMD and rows not in LEFT[dtype]:
         return 0
     exact, step = (4, 32) if dtype == torch.bfloat16 and TILES else (max(IN_STRIPS), 16)
     return 0 if rows <= exact else -rows % (step if rows <= 256 else 64)
@@ -103,10 +116,11 @@ def columns(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
     whole = joined([layer.weight for layer in layers])
     if whole is None or (torch.is_grad_enabled() and isinstance(whole, Tensor)):
         return torch.cat([layer(x) for layer in layers], -1)
-    many = x.numel() >= MANY * x.shape[-1] and x.device.type == "cpu" and torch.backends.mkl.is_available()
+    compiled = layers[0].compiled
+    many = x.numel() >= MANY * x.shape[-1] and x.device.type == "cpu" and MKL and not (compiled and cpp())
     if many and isinstance(whole, Tensor) and whole.dtype == torch.float32 and len(whole) > TALL * whole.shape[1]:
         return F.linear(whole, x.reshape(-1, x.shape[-1])).t().view(*x.shape[:-1], -1)
-    return linear(x, whole)
+    return linear(x, whole, compiled)
 
 
 def joined(weights: Sequence[Any]) -> Any:
@@ -126,6 +140,8 @@ def joined(weights: Sequence[Any]) -> Any:
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     """y = x Wᵀ with the rows of W (out_features, in_features) split over the ranks."""
 
+    compiled = False  # whether cpu.cpp multiplies, where it serves
+
     def __init__(self, in_features: int, out_features: int, gather_output: bool = False) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
@@ -136,12 +152,14 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and isinstance(self.weight, Tensor):
             return super().forward(x)
-        y = linear(x, self.weight)
+        y = linear(x, self.weight, self.compiled)
         return all_gather(y) if self.gather_output else y
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
     """y = x Wᵀ with the columns of W (out_features, in_features) split over the ranks, as x already is."""
+
+    compiled = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
         nn.Module.__init__(self)
@@ -153,7 +171,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and isinstance(self.weight, Tensor):
             return super().forward(x)
-        return all_reduce(linear(x, self.weight))
+        return all_reduce(linear(x, self.weight, self.compiled))
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):

@@ -230,7 +230,6 @@ class Transformer(nn.Module):
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
-        self.compiled = False  # whether a CPU decodes in C++
         self.tok_embeddings = ParallelEmbedding(params.vocab_size, params.dim)
         self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
@@ -245,6 +244,12 @@ class Transformer(nn.Module):
             if isinstance(module, Attention):
                 shape = (p.max_batch_size, 2 * module.n_kv_heads, p.max_seq_len, module.head_dim)
                 module.cache = KVCache(shape, self.norm.weight)
+
+    def use_cpp(self, wanted: bool = True) -> None:
+        """Have a CPU multiply by what cpp.py compiles, where that is faster, and decode so too."""
+        for module in self.modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                module.compiled = wanted
 
     def forward(self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor = 0) -> Tensor:
         """Float32 logits (B, T, V) of tokens (B, T); see `hidden` for `start_pos`."""

@@ -20,18 +20,31 @@ def compiled():
 
 
 @pytest.mark.parametrize(("dtype", "bound"), DTYPES)
-@pytest.mark.parametrize("out", [1, 11, 12, 64, 95])
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 21])
-def test_float_products(rows, out, dtype, bound):
-    x, w = torch.randn(rows, 80).to(dtype), torch.randn(out, 80).to(dtype)
+@pytest.mark.parametrize(("out", "columns"), [(1, 80), (11, 80), (12, 16), (64, 1040), (95, 2064)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 16, 21, 33, 48, 100, 145])
+def test_float_products(rows, out, columns, dtype, bound):
+    x, w = torch.randn(rows, columns).to(dtype), torch.randn(out, columns).to(dtype)
     y = Matrix(w)(x)
     assert y.dtype == dtype
     assert relative_error(y.double(), F.linear(x.double(), w.double())) < bound
 
 
-def test_a_row_of_a_float_product_is_computed_as_it_would_be_alone():
-    x, multiply = torch.randn(15, 96), Matrix(torch.randn(40, 96))
-    assert torch.equal(multiply(x), torch.cat([multiply(row[None]) for row in x]))
+@pytest.mark.parametrize(("dtype", "some"), [(torch.float32, 3), (torch.float32, 9), (torch.bfloat16, 1)])
+def test_a_row_of_a_float_product_is_computed_as_it_would_be_among_others(dtype, some):
+    """As many as are multiplied in the same way: up to 4, up to 8, and more in float32."""
+    x, multiply = torch.randn(some * 5, 96).to(dtype), Matrix(torch.randn(40, 96).to(dtype))
+    rows = x[:4] if some == 3 else x
+    assert torch.equal(multiply(rows)[:some], multiply(rows[:some]))
+
+
+@pytest.mark.parametrize("rows", [4, 8, 9, 60])
+def test_what_is_not_finite_stays_in_its_row_and_output(rows):
+    x, w = torch.randn(rows, 48), torch.randn(24, 48)
+    x[1, 3], w[2, 5] = torch.inf, torch.nan
+    y = Matrix(w)(x)
+    expected = torch.zeros(rows, 24, dtype=torch.bool)
+    expected[1], expected[:, 2] = True, True
+    assert torch.equal(~y.isfinite(), expected)
 
 
 @pytest.mark.parametrize("columns", [32, 40])

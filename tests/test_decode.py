@@ -196,7 +196,7 @@ def test_what_native_cannot_compute_is_flat():
 @needs_cpp
 def test_native_with_weights_that_lie_apart():
     model = random_model(WIDE)
-    model.compiled = True
+    model.use_cpp()
     assert type(decoder(model, 2)) is Native
     (plain, _), (native, _) = both(model, [3, 7])
     assert relative_error(native, plain) < 1e-5

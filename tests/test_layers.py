@@ -48,12 +48,12 @@ def test_weights_side_by_side_are_one():
 @pytest.mark.parametrize("shape", [(130,), (2, 64), (1, 129)])
 def test_many_rows_of_tall_weights_side_by_side(shape):
     whole = torch.randn(96, 16)
-    up, gate = (mock.Mock(weight=part) for part in whole.split(48))
+    up, gate = (mock.Mock(weight=part, compiled=False) for part in whole.split(48))
     x = torch.randn(*shape, 32)[..., 16:]
     with torch.inference_mode():
         both = layers.columns(x, up, gate)
     assert both.shape == (*shape, 96)
-    assert both.stride(-1) == math.prod(shape) or not torch.backends.mkl.is_available()
+    assert both.stride(-1) == math.prod(shape) or not layers.MKL
     assert torch.allclose(both, F.linear(x, whole), atol=1e-5)
 
 
@@ -83,9 +83,22 @@ def test_a_cpu_whose_onednn_does_not_know_a_dtype_multiplies_plainly(monkeypatch
 
 @pytest.mark.parametrize(("dtype", "tiles", "numbers"), [(torch.bfloat16, True, 24), (torch.bfloat16, False, 36)])
 def test_few_numbers_of_rows_reach_onednn(monkeypatch, dtype, tiles, numbers):
-    """It keeps kernels for each: 41 MB after 1,000 small requests."""
+    """It keeps kernels for each: 41 MB after 1,000 small requests. MKL keeps none."""
     monkeypatch.setattr(layers, "TILES", tiles)
+    monkeypatch.setattr(layers, "AMD", False)
     padded = {rows: rows + layers.missing(rows, dtype) for rows in range(1, 1025)}
     assert len({*padded.values()}) == numbers
     assert all(0 <= to - rows < (32 if rows <= 256 else 64) for rows, to in padded.items())
     assert all(layers.missing(rows, torch.float32) == 0 for rows in (1, 2, 3, 128, 1000))
+    monkeypatch.setattr(layers, "AMD", True)
+    assert [layers.missing(rows, torch.float32) for rows in (1, 8, 9, 128, 1000)] == [0, 0, 7, 0, 24]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_products_by_onednn_alone(monkeypatch, rows):
+    """As on a CPU by AMD, which MKL does not serve well."""
+    monkeypatch.setattr(layers, "AMD", True)
+    monkeypatch.setattr(layers, "MKL", False)
+    weight, x = torch.randn(48, 40), torch.randn(rows, 2, 80)[..., 40:]
+    assert layers.product(weight, rows).func in (layers.from_left, layers.from_right)
+    assert relative_error(layers.linear(x, weight), F.linear(x, weight)) < 1e-6
