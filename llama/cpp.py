@@ -51,3 +51,11 @@ def attend(heads: Tensor, turns: Tensor, cache: Tensor, at: Tensor) -> Tensor:
     are turned by turns (S, 1, D/2, 2), float32. D is a multiple of 16."""
     seen: Tensor = ops.attend(heads.float().contiguous(), turns, cache, at)
     return seen.type_as(heads)
+
+
+def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What queries (B, T, H, D) see, (B, T, H D), which are the last T of S positions and look at keys and values
+    (B, K, S, D) up to their own. All are float32."""
+    k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (k, v))
+    seen: Tensor = ops.attend_causally(q.contiguous(), k, v)
+    return seen

@@ -131,12 +131,21 @@ static void wide_part(const float *w, const float *x, float *y, int64_t in, int6
         }
 }
 
-// Rows of x, 48 or fewer at a time, are laid side by side, and w is read as it lies. A block of w and of y stays in the
-// second cache of a core, while x passes by from the third.
-static void wide_product(const float *w, int64_t some, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
+// The same for N outputs.
+static void wide_block(const float *w, const float *x, float *y, int64_t N, int64_t in, int64_t columns, int64_t C,
+                       int64_t V, int64_t width, bool more, bool fresh) {
     using Part = decltype(&wide_part<1, 1, 8>);
     static const Part eights[] = {wide_part<2, 1, 8>, wide_part<1, 1, 8>, wide_part<1, 2, 8>, wide_part<1, 3, 8>};
     static const Part ones[] = {wide_part<2, 1, 1>, wide_part<1, 1, 1>, wide_part<1, 2, 1>, wide_part<1, 3, 1>};
+    const int64_t which = C == 2 ? 0 : V;
+    int64_t o = 0;
+    for (; o + 8 <= N; o += 8) eights[which](w + o * in, x, y + o * width, in, columns, width, more, fresh);
+    for (; o < N; o++) ones[which](w + o * in, x, y + o * width, in, columns, width, more, fresh);
+}
+
+// Rows of x, 48 or fewer at a time, are laid side by side, and w is read as it lies. A block of w and of y stays in the
+// second cache of a core, while x passes by from the third.
+static void wide_product(const float *w, int64_t some, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
     const int64_t C = rows > 8 ? 1 : 2, width = (rows + 15) / 16 * 16, block = 64, deep = 1024;
     const auto panel = [&](int64_t r) { return std::min<int64_t>(48, width - r); };
     const Floats beside(width * in);
@@ -157,12 +166,8 @@ static void wide_product(const float *w, int64_t some, const float *x, float *y,
             const int64_t N = std::min(block, end - n);
             for (int64_t k = 0; k < in; k += deep)
                 for (int64_t r = 0; r < width; r += 48)
-                    for (int64_t o = 0, O; o < N; o += O) {
-                        O = o + 8 <= N ? 8 : 1;
-                        (O == 8 ? eights : ones)[C == 2 ? 0 : panel(r) / 16](
-                            w + (n + o) * in + k, beside + r * in + k * panel(r) / C, part + o * width + r, in,
-                            std::min(deep, in - k), width, k > 0, r == 0);
-                    }
+                    wide_block(w + n * in + k, beside + r * in + k * panel(r) / C, part + r, N, in,
+                               std::min(deep, in - k), C, panel(r) / 16, width, k > 0, r == 0);
             at::vec::transpose_mxn<float>(part, width, y + n, out, N, rows);
         }
     };
@@ -432,6 +437,56 @@ static Tensor attention(const Tensor &heads, const Tensor &turns, const Tensor &
     return y;
 }
 
+// A prompt's attention: queries (B, T, H, D), the last of S positions, look at keys and values (B, K, S, D) up to their
+// own: y (B, T, H D). For 48 queries of a head at a time: what they look at, transposed, is columns of a product.
+static Tensor attend_causally(const Tensor &queries, const Tensor &keys, const Tensor &values) {
+    const int64_t B = queries.size(0), T = queries.size(1), H = queries.size(2), D = queries.size(3);
+    const int64_t K = keys.size(1), S = keys.size(2), panels = (T + 47) / 48;
+    Tensor result = queries.new_empty({B, T, H * D});
+    const float *q = queries.const_data_ptr<float>(), *k = keys.const_data_ptr<float>();
+    float *y = result.mutable_data_ptr<float>();
+    const Floats turned(B * K * D * S);  // values (B, K, D, S)
+    share(B * K, 1, [&](int64_t i, int64_t end) {
+        for (; i < end; i++) {
+            const float *v = values.const_data_ptr<float>() + i / K * values.stride(0) + i % K * values.stride(1);
+            at::vec::transpose_mxn<float>(v, D, turned + i * D * S, S, S, D);
+        }
+    });
+    const auto work = [&](int64_t i, int64_t) {
+        const int64_t b = i / (H * panels), h = i / panels % H, t = i % panels * 48, here = std::min<int64_t>(48, T - t);
+        const int64_t V = (here + 15) / 16, width = 16 * V, seen = S - T + t, end = seen + here, head = h / (H / K);
+        const Floats query(D * width), shares(end * width), sums(D * width);
+        std::fill_n(query + 0, D * width, 0);
+        at::vec::transpose_mxn<float>(q + ((b * T + t) * H + h) * D, H * D, query, width, here, D);
+        wide_block(k + b * keys.stride(0) + head * keys.stride(1), query, shares, end, D, D, 1, V, width, false, false);
+        __m512 whole[3];
+        for (int64_t v = 0; v < V; v++) {
+            // Query n of this vector does not look at key seen + j for j > n.
+            const auto looks = [&](int64_t s) {
+                const int64_t j = s - seen - 16 * v;
+                return (__mmask16)(j < 0 ? 0xFFFF : j < 16 ? 0xFFFF << j : 0);
+            };
+            __m512 largest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+            for (int64_t s = 0; s < end; s++)
+                largest = _mm512_mask_max_ps(largest, looks(s), largest, load(shares + s * width + 16 * v));
+            for (int64_t s = 0; s < end; s++) {
+                float *share = shares + s * width + 16 * v;
+                const at::vec::Vectorized<float> under = (load(share) - largest) * _mm512_set1_ps(1 / std::sqrt((float)D));
+                const __m512 e = _mm512_maskz_mov_ps(looks(s), under.exp_u20());
+                sum += e;
+                store(share, e);
+            }
+            whole[v] = sum;
+        }
+        wide_block(turned + (b * K + head) * D * S, shares, sums, D, S, end, 1, V, width, false, false);
+        for (int64_t d = 0; d < D; d++)
+            for (int64_t v = 0; v < V; v++) store(sums + d * width + 16 * v, load(sums + d * width + 16 * v) / whole[v]);
+        at::vec::transpose_mxn<float>(sums, width, y + ((b * T + t) * H + h) * D, H * D, D, here);
+    };
+    share(B * H * panels, 1, work, B * H * panels);
+    return result;
+}
+
 // Calls `work(row)` for all of so many, in place where they are few.
 template <typename Work>
 static void each(int64_t rows, const Work &work) {
@@ -525,6 +580,7 @@ struct Step : torch::CustomClassHolder {
 
 TORCH_LIBRARY(llama, m) {
     m.def("product(Tensor x, Tensor[] w) -> Tensor", [](const Tensor &x, Matrix w) { return product(x, w); });
+    m.def("attend_causally(Tensor queries, Tensor keys, Tensor values) -> Tensor", attend_causally);
     m.def("attend(Tensor heads, Tensor turns, Tensor(a!) cache, Tensor at) -> Tensor", attention);
     m.class_<Step>("Step")
         .def(torch::init<Tensor, Tensor, Tensor, Matrix, double>())

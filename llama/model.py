@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cpp import attend_causally, cpp
 from .layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, columns
 from .parallel import divide, init_model_parallel, world_size
 
@@ -129,12 +130,18 @@ def causal_mask(positions: Tensor, S: int) -> Tensor | None:
     return torch.arange(S, device=positions.device) <= positions[:, None, :, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+WORTH_TURNING = 16  # queries for which cpu.cpp transposes all that they look at
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, compiled: bool = False) -> Tensor:
     """Softmax attention of q (B, T, H, D) over k and v (B, K, S, D) -> (B, T, H * D); query head h reads key-value head
     h // (H / K). `mask` (B or 1, 1, T, S) is true where a query may look; without one T = S is causal and T = 1 looks
-    everywhere."""
+    everywhere. One for all rows lets the T queries, the last of S positions, look up to their own."""
     B, T, H, D = q.shape
     K = k.shape[1]
+    alike = (mask is None or len(mask) == 1) and T >= WORTH_TURNING
+    if compiled and alike and q.dtype == torch.float32 and q.device.type == "cpu" and cpp():
+        return attend_causally(q, k, v)
     if T == 1:
         # A group's queries laid along the query axis read their shared keys once, instead of H / K times.
         return F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, mask).reshape(B, T, H * D)
@@ -182,10 +189,11 @@ class Attention(nn.Module):
         q, kv = heads.type_as(x).split((H, 2 * K), 2)
         kv = kv.transpose(1, 2) if self.cache is None else self.cache.update(kv, where)  # (rows, 2K, positions, D)
         parts, y = q.reshape(B * T, H, self.head_dim), []
+        compiled = self.wo.compiled and not torch.is_grad_enabled()
         for rows, t, S, mask in where.spans:
             part, parts = parts.tensor_split([(rows.stop - rows.start) * t])
             k, v = kv[rows, :, :S].chunk(2, 1)  # (b, K, S, D)
-            y.append(attend(part.unflatten(0, (-1, t)), k, v, mask).flatten(0, 1))
+            y.append(attend(part.unflatten(0, (-1, t)), k, v, mask, compiled).flatten(0, 1))
         return self.wo((torch.cat(y) if len(y) > 1 else y[0]).view(B, T, -1))
 
 

@@ -8,7 +8,7 @@ from small import needs_cpp, relative_error
 from llama import cpp
 from llama.cpp import Matrix
 from llama.layers import product
-from llama.model import rotations
+from llama.model import attend, causal_mask, rotations
 
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)]
 pytestmark = needs_cpp
@@ -45,6 +45,16 @@ def test_what_is_not_finite_stays_in_its_row_and_output(rows):
     expected = torch.zeros(rows, 24, dtype=torch.bool)
     expected[1], expected[:, 2] = True, True
     assert torch.equal(~y.isfinite(), expected)
+
+
+@pytest.mark.parametrize(("B", "T", "S"), [(1, 1, 1), (2, 16, 16), (3, 48, 50), (1, 49, 300), (2, 130, 130)])
+@pytest.mark.parametrize(("H", "K", "D"), [(2, 2, 16), (6, 2, 24), (4, 1, 64)])
+def test_attention_of_prompts(B, T, S, H, K, D):
+    q, cache = torch.randn(B, T, H, D), torch.randn(B, 2 * K, S + 3, D)
+    k, v = cache[:, :, :S].chunk(2, 1)
+    y = cpp.attend_causally(q, k, v)
+    assert relative_error(y, attend(q, k, v, causal_mask(torch.arange(S - T, S)[None], S))) < 1e-5
+    assert torch.equal(cpp.attend_causally(q, k.transpose(1, 2).contiguous().transpose(1, 2), v), y)
 
 
 @pytest.mark.parametrize("columns", [32, 40])

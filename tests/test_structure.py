@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "sampling": set(),
     "parallel": set(),
     "layers": {"cpp", "parallel"},
-    "model": {"layers", "parallel"},
+    "model": {"cpp", "layers", "parallel"},
     "decode": {"cpp", "fused", "layers", "model", "parallel"},
     "files": {"hf"},
     "fused": set(),
