@@ -9,12 +9,16 @@
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
 #include <immintrin.h>
+#include <omp.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 using at::Tensor;
 using Matrix = std::vector<Tensor>;
@@ -36,6 +40,15 @@ struct Floats {
 
     explicit Floats(int64_t n) : memory(new __m512[(n + 15) / 16]) {}
     operator float *() const { return (float *)memory.get(); }
+};
+
+// So many for each core, which would take longer to fetch fresh memory for each part of its work.
+struct Rooms {
+    int64_t size;
+    Floats all;
+
+    explicit Rooms(int64_t n) : size((n + 15) / 16 * 16), all(size * at::get_num_threads()) {}
+    float *mine() const { return all + size * omp_get_thread_num(); }
 };
 
 static void store(float *to, __m512 x) { _mm512_storeu_ps(to, x); }
@@ -160,8 +173,9 @@ static void wide_product(const float *w, int64_t some, const float *x, float *y,
                     for (int64_t row = 0; row < rows; row++) std::copy_n(x + row * in + k, 2, beside + 8 * k + 2 * row);
         }
     });
+    const Rooms parts(block * width);
     const auto work = [&](int64_t n, int64_t end) {
-        const Floats part(block * width);
+        float *part = parts.mine();
         for (; n < end; n += block) {
             const int64_t N = std::min(block, end - n);
             for (int64_t k = 0; k < in; k += deep)
@@ -452,11 +466,12 @@ static Tensor attend_causally(const Tensor &queries, const Tensor &keys, const T
             at::vec::transpose_mxn<float>(v, D, turned + i * D * S, S, S, D);
         }
     });
+    const Rooms rooms((2 * D + S) * 48);
     const auto work = [&](int64_t i, int64_t) {
         const int64_t b = i / (H * panels), h = i / panels % H, t = i % panels * 48, here = std::min<int64_t>(48, T - t);
         const int64_t V = (here + 15) / 16, width = 16 * V, seen = S - T + t, end = seen + here, head = h / (H / K);
-        const Floats query(D * width), shares(end * width), sums(D * width);
-        std::fill_n(query + 0, D * width, 0);
+        float *query = rooms.mine(), *sums = query + D * width, *shares = sums + D * width;
+        std::fill_n(query, D * width, 0);
         at::vec::transpose_mxn<float>(q + ((b * T + t) * H + h) * D, H * D, query, width, here, D);
         wide_block(k + b * keys.stride(0) + head * keys.stride(1), query, shares, end, D, D, 1, V, width, false, false);
         __m512 whole[3];
@@ -579,6 +594,10 @@ struct Step : torch::CustomClassHolder {
 };
 
 TORCH_LIBRARY(llama, m) {
+#ifdef __GLIBC__
+    // What was given back to the system is fetched again page by page, which takes a tenth of a long prompt's time.
+    mallopt(M_MMAP_THRESHOLD, 1 << 28), mallopt(M_TRIM_THRESHOLD, 1 << 29);
+#endif
     m.def("product(Tensor x, Tensor[] w) -> Tensor", [](const Tensor &x, Matrix w) { return product(x, w); });
     m.def("attend_causally(Tensor queries, Tensor keys, Tensor values) -> Tensor", attend_causally);
     m.def("attend(Tensor heads, Tensor turns, Tensor(a!) cache, Tensor at) -> Tensor", attention);
