@@ -16,9 +16,6 @@
 #include <cmath>
 #include <memory>
 #include <vector>
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
 
 using at::Tensor;
 using Matrix = std::vector<Tensor>;
@@ -594,10 +591,6 @@ struct Step : torch::CustomClassHolder {
 };
 
 TORCH_LIBRARY(llama, m) {
-#ifdef __GLIBC__
-    // What was given back to the system is fetched again page by page, which takes a tenth of a long prompt's time.
-    mallopt(M_MMAP_THRESHOLD, 1 << 28), mallopt(M_TRIM_THRESHOLD, 1 << 29);
-#endif
     m.def("product(Tensor x, Tensor[] w) -> Tensor", [](const Tensor &x, Matrix w) { return product(x, w); });
     m.def("attend_causally(Tensor queries, Tensor keys, Tensor values) -> Tensor", attend_causally);
     m.def("attend(Tensor heads, Tensor turns, Tensor(a!) cache, Tensor at) -> Tensor", attention);

@@ -27,15 +27,14 @@ MKL = torch.backends.mkl.is_available() and not AMD
 # To multiply a few rows the libraries' usual ways rearrange the weight. With so many rows it is faster on the left,
 # (weight xᵀ)ᵀ, where oneDNN rearranges x alone and reads the weight as it lies. With a few rows of float32, MKL does
 # the same for a weight in strips so narrow that it finds nothing worth rearranging.
-STRIP, IN_STRIPS = 16, range(4, 9)
+ANY, STRIP, IN_STRIPS = range(1, 2**63), 16, range(4, 9)
 LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float16: range(1, 256)}
 # Many rows of float32 MKL has faster on the right of a weight with so many times more outputs than inputs, where what
 # follows takes columns that lie one behind the other, as it may with gate and up.
 MANY, TALL = 128, 4
 TILES = cpu_has("amx_bf16")  # which multiply 32 rows at a time: fewer take as long
 # What cpu.cpp multiplies faster than all of these.
-ALL = range(1, 2**63)
-IN_CPP = {torch.float32: ALL, torch.bfloat16: range(1, 5 if TILES else 17), torch.float16: range(1, 17)}
+IN_CPP = {torch.float32: ANY, torch.bfloat16: range(1, 5 if TILES else 17), torch.float16: range(1, 17)}
 
 
 def product(weight: Any, rows: int, compiled: bool = False) -> Product:
@@ -52,7 +51,7 @@ def product(weight: Any, rows: int, compiled: bool = False) -> Product:
         return partial(in_strips, weight)
     if rows in LEFT.get(weight.dtype, ()) and onednn_knows(weight.dtype):
         return partial(from_left, weight)
-    if single and AMD and onednn_knows(weight.dtype):
+    if single and AMD and rows in ANY and onednn_knows(weight.dtype):
         return partial(from_right, weight)
     return partial(F.linear, weight=weight)
 

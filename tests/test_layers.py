@@ -10,7 +10,7 @@ from small import random_model, relative_error
 
 from llama import layers
 
-ROWS = [1, 2, 3, 4, 7, 8, 33, 127, 128, 255, 256, 300]
+ROWS = [0, 1, 2, 3, 4, 7, 8, 33, 127, 128, 255, 256, 300]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
@@ -19,7 +19,7 @@ def test_products_of_any_number_of_rows(rows, dtype, bound):
     weight, x = torch.randn(48, 40).to(dtype), torch.randn(rows, 40).to(dtype)
     y = layers.linear(x, weight)
     assert y.dtype == dtype
-    assert relative_error(y.double(), F.linear(x.double(), weight.double())) < bound
+    assert not rows or relative_error(y.double(), F.linear(x.double(), weight.double())) < bound
 
 
 @pytest.mark.parametrize("out", [8, 40, 48, 49])
@@ -94,7 +94,7 @@ def test_few_numbers_of_rows_reach_onednn(monkeypatch, dtype, tiles, numbers):
     assert [layers.missing(rows, torch.float32) for rows in (1, 8, 9, 128, 1000)] == [0, 0, 7, 0, 24]
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", ROWS[1:])
 def test_products_by_onednn_alone(monkeypatch, rows):
     """As on a CPU by AMD, which MKL does not serve well."""
     monkeypatch.setattr(layers, "AMD", True)
