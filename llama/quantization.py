@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .cpp import Matrix, cpp
 from .fused import int8_rows
+from .parallel import cpu_has
 
 GROUPS = (32, 64, 128)
 FEW = 12  # rows that cpu.cpp multiplies by int8 faster than oneDNN
@@ -175,12 +176,13 @@ class Plain:
 
 class Int8OneDNN(Plain):
     """oneDNN's int8 product. Rows of x are rounded to 127ths of their own largest number, so that what a row
-    gives is its own affair."""
+    gives is its own affair. They are bytes without a sign: with one, what multiplies them on most CPUs takes a thousand
+    times as long. CPUs without VNNI would add such bytes up in 16 bits, where they have no room."""
 
     @staticmethod
     def serves(weight: Quantized, device: torch.device) -> bool:
         x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-        return weight.zero is None and device.type == "cpu" and x86
+        return weight.zero is None and device.type == "cpu" and x86 and cpu_has("avx512_vnni", "avx_vnni")
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
         super().__init__(weight, device)
@@ -194,9 +196,9 @@ class Int8OneDNN(Plain):
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
         largest = rows.abs().amax(-1, keepdim=True)  # a row of zeros becomes nonsense, times 0
-        q = (rows * (127 / largest)).round_().to(torch.int8)
+        q = (rows * (127 / largest)).round_().add_(128).to(torch.uint8)
         y = torch.ops.onednn.qlinear_pointwise(
-            q, 1 / 127, 0, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            q, 1 / 127, 128, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return y.mul_(largest).view(*x.shape[:-1], -1).type_as(x)
 

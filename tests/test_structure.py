@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "lookup": set(),
     "text": {"tokenizer"},
     "options": {"sampling"},
-    "quantization": {"cpp", "fused"},
+    "quantization": {"cpp", "fused", "parallel"},
     "checkpoint": {"files", "hf", "model", "parallel", "quantization"},
     "chat": {"tokenizer"},
     "hf": set(),
