@@ -175,7 +175,7 @@ def bench(
             weights (one rank only)
         quantize: int8 or int4
         group_size: columns of a group of int4: 32, 64 or 128
-        compile: to decode on a CPU with steps in C++
+        compile: to multiply and decode on a CPU in C++
     """
     peers = compare.split(",") if isinstance(compare, str) else [*compare]  # a point makes one text of a list
     many = {"batches": batches, "prompts": prompts, "tokens": tokens, "repeats": repeats}

@@ -1,4 +1,4 @@
-"""A step of decoding in C++: cpu.cpp, compiled for this machine where someone asks for it."""
+"""Products, attention and a step of decoding in C++: cpu.cpp, compiled for this machine where someone asks for it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cpp() -> bool:
 
 
 class Matrix:
-    """A matrix (out, in) as cpu.cpp reads it, by whose transpose it multiplies a few rows. Its parts are contiguous
+    """A matrix (out, in) as cpu.cpp reads it, by whose transpose it multiplies rows. Its parts are contiguous
     tensors (some of out, in) of floats of any kind, where `in` is a multiple of 16; or int8 (out / 64, in / 4, 64, 4)
     and scales (out,); or uint8 (out / 16, groups, columns / 8, 64), bfloat16 scales and uint8 zeros (out / 16, groups,
     16)."""

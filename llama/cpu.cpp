@@ -1,5 +1,6 @@
-// A step of decoding, for CPUs that multiply bytes four at a time and add them up (AVX-512 VNNI): products y = x wᵀ of a
-// few rows of x, as fast as memory gives w, attention, and what lies between them. cpp.py says what each takes.
+// For CPUs that multiply bytes four at a time and add them up (AVX-512 VNNI): products y = x wᵀ of a few rows of x, as
+// fast as memory gives w, and of many in float32, as fast as they can be computed; attention of a prompt and of one
+// token for each row; and a step of decoding. cpp.py says what each takes.
 //
 // Activations are float32. A matrix w is several tensors. Of float numbers each has some of its rows. Of int8 the first
 // has, for every 64 outputs and every 4 columns, 256 bytes: 4 of each output; the next is scales. Of int4 it has, for
@@ -113,7 +114,7 @@ static void float_product(const T *w, int64_t some, const float *x, float *y, in
 // C neighbours, as often as a vector has room for them.
 template <int C>
 static __m512 spread(const float *from) {
-    return C == 2 ? (__m512)_mm512_set1_pd(*(const double *)from) : _mm512_set1_ps(*from);
+    return C == 2 ? (__m512)_mm512_broadcastsd_pd(_mm_load_sd((const double *)from)) : _mm512_set1_ps(*from);
 }
 
 // Many rows at a time: O outputs of those of V vectors, each of which has C columns of 16 / C rows. In each row of y

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small import needs_cpp, relative_error
+from small import needs_cpp, random_model, relative_error
 
 from llama import cpp
 from llama.cpp import Matrix
@@ -119,3 +119,33 @@ def test_attention_to_what_is_not_finite_is_not_finite_in_its_row():
     cache[1, :, 3] = torch.nan
     found = cpp.attend(heads, turns, cache, torch.tensor([7, 7]))
     assert found[0].isfinite().all() and found[1].isnan().all()
+
+
+@torch.inference_mode()
+def test_prompts_in_cpp_are_plain_ones():
+    """In one go, in two, from places of their own, and packed."""
+    model = random_model(max_batch_size=3, max_seq_len=128)
+    ids = torch.randint(3, 128, (3, 100))
+    rows = [ids[0, :70].tolist(), ids[1, :70].tolist(), ids[2, :33].tolist()]
+
+    def found():
+        return [
+            model(ids),
+            model(ids[:, :40]),
+            model(ids[:, 40:], 40),
+            model(ids[:, 40:60], [40, 7, 12]),
+            model.logits(model.packed(rows, [0, 0, 20])),
+        ]
+
+    plain = found()
+    model.use_cpp()
+    for one, other in zip(found(), plain, strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
+def test_gradients_are_computed_plainly():
+    model = random_model(max_batch_size=0).requires_grad_(True)
+    ids = torch.randint(3, 128, (2, 20))
+    model.use_cpp()
+    model(ids).square().mean().backward()
+    assert all(weight.grad is not None for weight in model.parameters())

@@ -3,6 +3,9 @@
 import doctest
 import json
 import math
+import os
+import subprocess
+import sys
 from functools import partial
 from unittest import mock
 
@@ -23,6 +26,7 @@ from small import (
 )
 
 from llama import Llama, __main__, bench, checkpoint, cpp, memory, quantization
+from llama.parallel import cpu_has
 from llama.quantization import Plain, Quantized, Scheme, dequantize, kernel, quantize, scheme
 
 CPU = torch.device("cpu")
@@ -92,6 +96,17 @@ def test_fast_is_plain(scheme, rows, shape, compiled):
     assert fast(x * 1e-20).isfinite().all() and not fast(x * 0).any()
     half = torch.cat((x, x), -1).bfloat16()[..., : shape[1]]  # strided, as the gate of a feed-forward layer is
     assert relative_error(fast(half).float(), plain(x)) < 2e-2
+
+
+@pytest.mark.skipif(not cpu_has("avx512_vnni", "avx_vnni"), reason="needs a CPU with VNNI")
+def test_int8_reaches_no_reference_code():
+    """oneDNN multiplies in a way that is for reference where it has no other, a thousand times as slowly."""
+    code = """import torch; from llama.quantization import *; from llama.quantization import kernel
+kernel(quantize(torch.randn(64, 128), scheme("int8")), torch.device("cpu"))(torch.randn(64, 128))"""
+    told = subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "ONEDNN_VERBOSE": "1"}, text=True)
+    products = [line for line in told.splitlines() if ",matmul," in line]
+    assert products
+    assert not any(",ref" in line for line in products)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
