@@ -55,8 +55,8 @@ static void store(T *to, __m512 x) {
     for (int i = 0; i < 16; i++) to[i] = x[i];
 }
 
-// Calls `work(begin, end)` for all parts of [0, whole), of a number of units each, about four for each core: one that is
-// slowed down gets fewer. Memory gives long parts faster than short ones.
+// Calls `work(begin, end)` for all parts of [0, whole), of a number of units each, about so many for each core: one that
+// is slowed down gets fewer. Memory gives long parts faster than short ones.
 template <typename Work>
 static void share(int64_t whole, int64_t unit, const Work &work, int64_t parts = 4) {
     const int cores = at::get_num_threads();
@@ -90,25 +90,6 @@ static void float_part(const T *w, const float *x, float *y, int64_t out, int64_
     }
     for (int r = 0; r < R; r++)
         for (int o = 0; o < O; o++) y[r * out + o] = _mm512_reduce_add_ps(total[r][o]);
-}
-
-template <typename T>
-static void float_product(const T *w, int64_t some, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
-    share(some, 12, [&](int64_t n, int64_t end) {
-        for (int64_t N; n < end; n += N) {
-            int64_t r = 0;
-            const auto by = [&](int64_t R, int64_t O, auto part) {
-                for (; r + R <= rows; r += R)
-                    for (int64_t o = n; o < n + N; o += O) part(w + o * in, x + r * in, y + r * out + o, out, in);
-            };
-            N = n + 12 <= end ? 12 : 1;
-            if (N == 12)
-                by(8, 3, float_part<3, 8, T>), by(4, 4, float_part<4, 4, T>), by(2, 2, float_part<2, 2, T>),
-                    by(1, 1, float_part<1, 1, T>);
-            else
-                by(1, 1, float_part<1, 1, T>);
-        }
-    });
 }
 
 // C neighbours, as often as a vector has room for them.
@@ -184,6 +165,27 @@ static void wide_product(const float *w, int64_t some, const float *x, float *y,
         }
     };
     share(some, block, work, rows > 16 ? 1000 : 4);
+}
+
+template <typename T>
+static void float_product(const T *w, int64_t some, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
+    if constexpr (std::is_same_v<T, float>)
+        if (rows > 4) return wide_product(w, some, x, y, rows, out, in);
+    share(some, 12, [&](int64_t n, int64_t end) {
+        for (int64_t N; n < end; n += N) {
+            int64_t r = 0;
+            const auto by = [&](int64_t R, int64_t O, auto part) {
+                for (; r + R <= rows; r += R)
+                    for (int64_t o = n; o < n + N; o += O) part(w + o * in, x + r * in, y + r * out + o, out, in);
+            };
+            N = n + 12 <= end ? 12 : 1;
+            if (N == 12)
+                by(8, 3, float_part<3, 8, T>), by(4, 4, float_part<4, 4, T>), by(2, 2, float_part<2, 2, T>),
+                    by(1, 1, float_part<1, 1, T>);
+            else
+                by(1, 1, float_part<1, 1, T>);
+        }
+    });
 }
 
 struct Row {       // of x, rounded: x = scale q, with a scale for each group of columns
@@ -331,14 +333,7 @@ static void multiply(const Matrix &w, const float *x, float *y, int64_t rows, in
     if (w[0].scalar_type() == at::kByte) int4_product(w, x, y, rows, out, in);
     by_type(w[0].scalar_type(), [&](auto number) {
         for (const Tensor &some : w) {
-            const auto *weight = some.const_data_ptr<decltype(number)>();
-            if constexpr (std::is_same_v<decltype(number), float>) {
-                if (rows > 4)
-                    wide_product(weight, some.size(0), x, y, rows, out, in);
-                else
-                    float_product(weight, some.size(0), x, y, rows, out, in);
-            } else
-                float_product(weight, some.size(0), x, y, rows, out, in);
+            float_product(some.const_data_ptr<decltype(number)>(), some.size(0), x, y, rows, out, in);
             y += some.size(0);
         }
     });
