@@ -170,7 +170,12 @@ static void wide_product(const float *w, int64_t some, const float *x, float *y,
 template <typename T>
 static void float_product(const T *w, int64_t some, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
     if constexpr (std::is_same_v<T, float>)
-        if (rows > 4) return wide_product(w, some, x, y, rows, out, in);
+        if (rows > 4) {
+            const int64_t most = 528;  // that the last cache holds, whatever the prompts
+            for (int64_t r = 0; r < rows; r += most)
+                wide_product(w, some, x + r * in, y + r * out, std::min(most, rows - r), out, in);
+            return;
+        }
     share(some, 12, [&](int64_t n, int64_t end) {
         for (int64_t N; n < end; n += N) {
             int64_t r = 0;

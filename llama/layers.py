@@ -51,7 +51,7 @@ def product(weight: Any, rows: int, compiled: bool = False) -> Product:
         return partial(in_strips, weight)
     if rows in LEFT.get(weight.dtype, ()) and onednn_knows(weight.dtype):
         return partial(from_left, weight)
-    if single and AMD and rows in ANY and onednn_knows(weight.dtype):
+    if single and AMD and onednn_knows(weight.dtype):
         return partial(from_right, weight)
     return partial(F.linear, weight=weight)
 
@@ -90,6 +90,8 @@ def in_strips(weight: Tensor, x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Any, compiled: bool = False) -> Tensor:
     """x (..., in) times the transposed weight (out, in) -> (..., out)."""
     rows = x.numel() // x.shape[-1]
+    if not rows:  # as a prompt of one token has to score
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
     multiply = product(weight, rows, compiled)
     if x.device.type != "cpu" or isinstance(multiply, Matrix):
         return multiply(x)

@@ -21,7 +21,7 @@ def compiled():
 
 @pytest.mark.parametrize(("dtype", "bound"), DTYPES)
 @pytest.mark.parametrize(("out", "columns"), [(1, 80), (11, 80), (12, 16), (64, 1040), (95, 2064)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 16, 21, 33, 48, 100, 145])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 16, 21, 33, 48, 100, 145, 530])
 def test_float_products(rows, out, columns, dtype, bound):
     x, w = torch.randn(rows, columns).to(dtype), torch.randn(out, columns).to(dtype)
     y = Matrix(w)(x)

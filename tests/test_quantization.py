@@ -26,6 +26,7 @@ from small import (
 )
 
 from llama import Llama, __main__, bench, checkpoint, cpp, memory, quantization
+from llama.layers import linear
 from llama.parallel import cpu_has
 from llama.quantization import Plain, Quantized, Scheme, dequantize, kernel, quantize, scheme
 
@@ -96,6 +97,13 @@ def test_fast_is_plain(scheme, rows, shape, compiled):
     assert fast(x * 1e-20).isfinite().all() and not fast(x * 0).any()
     half = torch.cat((x, x), -1).bfloat16()[..., : shape[1]]  # strided, as the gate of a feed-forward layer is
     assert relative_error(fast(half).float(), plain(x)) < 2e-2
+
+
+@EACH
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_rows(scheme, compiled):
+    matrix = kernel(quantize(torch.randn(64, 128), scheme), CPU, compiled)
+    assert linear(torch.randn(2, 0, 128), matrix).shape == (2, 0, 64)
 
 
 @pytest.mark.skipif(not cpu_has("avx512_vnni", "avx_vnni"), reason="needs a CPU with VNNI")
