@@ -1,9 +1,10 @@
 """python -m llama bench: how fast a model prefills and decodes here, as a fraction of what this machine can do, and
 beside other libraries on the same weights.
 
-The limits are measured in the same run. Decoding reads every weight once a step, and the cache: bytes over seconds over
-the bandwidth of reading memory is its MBU, model bandwidth utilization. Prefill multiplies every weight by every token:
-operations over seconds over the rate of a large matrix product is its MFU, model FLOPs utilization.
+The limits are measured in the same run, in turn with what they limit, as they change where others use the machine too.
+Decoding reads every weight once a step, and the cache: bytes over seconds over the bandwidth of reading memory is its
+MBU, model bandwidth utilization. Prefill multiplies every weight by every token: operations over seconds over the rate
+of a large matrix product is its MFU, model FLOPs utilization.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def loaded(
         model = Transformer(replace(args, max_batch_size=0))
     load(model, weights, args, device, dtype, scheme, compile)
     model.params = args
-    model.use_cpp(compile)
+    model.compiled = compile
     model.allocate_cache()
     return model.eval().requires_grad_(False)
 
@@ -120,7 +121,7 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+def seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
     """The least time of several runs after a first: a limit is what the machine can do at its best."""
     taken = []
     for _ in range(repeats + 1):
@@ -132,18 +133,24 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) 
     return min(taken[1:])
 
 
-def bandwidth(device: torch.device) -> float:
-    """Bytes a second that this rank reads from memory: of a float32 tensor far larger than any cache, summed."""
+# A limit: measures, with so many repeats, what the machine can do in a second.
+Limit = Callable[[int], float]
+
+
+def bandwidth(device: torch.device) -> Limit:
+    """Bytes that this rank reads from memory: of a float32 tensor far larger than any cache, summed."""
     values = torch.ones(2**28 if device.type == "cpu" else 2**30, device=device)
-    return values.nbytes / seconds(values.sum, device)
+    return lambda repeats: values.nbytes / seconds(values.sum, device, repeats)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a product of two square matrices, by PyTorch or by what is faster here: two for each
-    multiplication with its addition."""
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> Limit:
+    """Operations of a product of two square matrices, by PyTorch or by what is faster here: two for each multiplication
+    with its addition."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / min(seconds(lambda: a @ b, device), seconds(lambda: linear(a, b), device))
+    ways: list[Callable[[], Tensor]] = [lambda: a @ b, lambda: linear(a, b)]
+    best = min(ways, key=lambda way: seconds(way, device))
+    return lambda repeats: 2 * size**3 / seconds(best, device, repeats)
 
 
 def clock(run: Run, case: Case, vocab_size: int, device: torch.device) -> float:
@@ -196,23 +203,31 @@ def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[st
     device, vocab_size = weight.device, model.vocab_size
     runs = {"llama": ours(model), **peers}
     limits = {"bandwidth": bandwidth(device), "matrix_rate": matrix_rate(device, weight.dtype)}
-    facts = {**facts, **machine(device), **limits, "cases": {}}
+    facts = {**facts, **machine(device), **{name: limit(5) for name, limit in limits.items()}, "cases": {}}
     print(f"{facts['model']} in {facts['quantize'] or facts['dtype']} on {facts['device']}, "
           f"{facts['ranks']} rank(s) of {facts['threads']} thread(s), torch {facts['torch']}")  # fmt: skip
-    print(f"It reads {limits['bandwidth'] / 1e9:,.1f} GB/s and multiplies {limits['matrix_rate'] / 1e9:,.0f} GFLOP/s; "
+    print(f"It reads {facts['bandwidth'] / 1e9:,.1f} GB/s and multiplies {facts['matrix_rate'] / 1e9:,.0f} GFLOP/s; "
           f"tokens/s: median (min - max) of {repeats}")  # fmt: skip
     for case in cases:
         for run in runs.values():
             clock(run, case, vocab_size, device)  # the first is slower
         taken: dict[str, list[float]] = {name: [] for name in runs}
+        possible: dict[str, list[float]] = {name: [] for name in limits}
         for _ in range(repeats):
+            for name, limit in limits.items():
+                possible[name].append(limit(3))
             for name, run in runs.items():
                 taken[name].append(clock(run, case, vocab_size, device))
         count = case.batch * (case.prompt if case.tokens == 1 else 1)
         rates = {name: sorted(count / t for t in times) for name, times in taken.items()}
-        nbytes, operations = work(model, case)
-        best = statistics.median(taken["llama"])
-        used = {"MBU": nbytes / best / limits["bandwidth"], "MFU": operations / best / limits["matrix_rate"]}
+        needed = dict(zip(limits, work(model, case), strict=True))
+        shares = {
+            name: statistics.median(
+                needed[name] / t / most for t, most in zip(taken["llama"], possible[name], strict=True)
+            )
+            for name in limits
+        }
+        used = {"MBU": shares["bandwidth"], "MFU": shares["matrix_rate"]}
         kind = "MFU" if case.tokens == 1 else "MBU"
         ratios = {
             peer: statistics.median(b / a for a, b in zip(taken["llama"], taken[peer], strict=True)) for peer in peers

@@ -1,8 +1,9 @@
-"""Products, attention and a step of decoding in C++: cpu.cpp, compiled for this machine where someone asks for it."""
+"""Products, attention and whole models in C++: cpu.cpp, compiled for this machine where someone asks for it."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,9 @@ def cpp() -> bool:
 
 class Matrix:
     """A matrix (out, in) as cpu.cpp reads it, by whose transpose it multiplies rows. Its parts are contiguous
-    tensors (some of out, in) of floats of any kind, where `in` is a multiple of 16; or int8 (out / 64, in / 4, 64, 4)
-    and scales (out,); or uint8 (out / 16, groups, columns / 8, 64), bfloat16 scales and uint8 zeros (out / 16, groups,
-    16)."""
+    tensors (some of out, in) of floats of any kind, where `in` is a multiple of 16; or int8 (out / 64, in / 4, 64, 4),
+    scales (out,) and int32 sums of the int8 of each output (out,); or uint8 (out / 16, groups, columns / 8, 64),
+    bfloat16 scales and uint8 zeros (out / 16, groups, 16)."""
 
     def __init__(self, *parts: Tensor) -> None:
         self.parts = [*parts]
@@ -45,17 +46,10 @@ class Matrix:
         return y.view(*x.shape[:-1], -1).type_as(x)
 
 
-def attend(heads: Tensor, turns: Tensor, cache: Tensor, at: Tensor) -> Tensor:
-    """What queries see, (B, H D), which are the first of heads (B, (H + 2K) D). The keys and values behind them are
-    stored in a cache (B, 2K, S, D) at positions `at` (B,), and each row looks at those up to its own. Queries and keys
-    are turned by turns (S, 1, D/2, 2), float32. D is a multiple of 16."""
-    seen: Tensor = ops.attend(heads.float().contiguous(), turns, cache, at)
+def attend(heads: Tensor, turns: Tensor, cache: Tensor, places: Sequence[int]) -> Tensor:
+    """What the queries of N tokens see, (N, H D), which are the first of heads (N, (H + 2K) D) and may be overwritten.
+    The keys and values behind them are stored in a cache (rows, 2K, S, D), and each token looks at those up to its own.
+    `places` are the row, the first position and the number of the tokens that follow one another in a row, for one row
+    behind the other. Queries and keys are turned by turns (S, 1, D/2, 2), float32. D is a multiple of 16."""
+    seen: Tensor = ops.attend(heads.float().contiguous(), turns, cache, places)
     return seen.type_as(heads)
-
-
-def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What queries (B, T, H, D) see, (B, T, H D), which are the last T of S positions and look at keys and values
-    (B, K, S, D) up to their own. All are float32."""
-    k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (k, v))
-    seen: Tensor = ops.attend_causally(q.contiguous(), k, v)
-    return seen

@@ -1,20 +1,23 @@
 // For CPUs that multiply bytes four at a time and add them up (AVX-512 VNNI): products y = x wᵀ of a few rows of x, as
-// fast as memory gives w, and of many in float32, as fast as they can be computed; attention of a prompt and of one
-// token for each row; and a step of decoding. cpp.py says what each takes.
+// fast as memory gives w, and of many, as fast as they can be computed; attention; and all layers of a model, for the
+// tokens of prompts or one more for each row. cpp.py says what each takes.
 //
 // Activations are float32. A matrix w is several tensors. Of float numbers each has some of its rows. Of int8 the first
-// has, for every 64 outputs and every 4 columns, 256 bytes: 4 of each output; the next is scales. Of int4 it has, for
-// every 16 outputs and every group of columns, group / 8 vectors of 64 bytes: byte 4 n + j of vector t holds, for output
-// n, column 4 t + j of the group in its low half and column group / 2 + 4 t + j in its high half; then scales and zeros.
+// has, for every 64 outputs and every 4 columns, 256 bytes: 4 of each output; then scales, and sums of the outputs'
+// numbers. Of int4 it has, for every 16 outputs and every group of columns, group / 8 vectors of 64 bytes: byte 4 n + j
+// of vector t holds, for output n, column 4 t + j of the group in its low half and column group / 2 + 4 t + j in its
+// high half; then scales and zeros.
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
 #include <immintrin.h>
 #include <omp.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <vector>
 
@@ -32,13 +35,30 @@ static __m512 load(const at::BFloat16 *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
 }
 
-// So many numbers, the first of which begins a whole vector: others take up to twice as long to read.
+// So many numbers, the first of which begins a whole vector: others take up to twice as long to read. Many lie in large
+// pages, as fresh memory is fetched a page at a time.
 struct Floats {
-    std::unique_ptr<__m512[]> memory;
+    std::unique_ptr<float, decltype(&std::free)> memory{nullptr, std::free};
+    int64_t size;
 
-    explicit Floats(int64_t n) : memory(new __m512[(n + 15) / 16]) {}
-    operator float *() const { return (float *)memory.get(); }
+    explicit Floats(int64_t n) : size(n) {
+        const size_t large = 1 << 21, unit = n * sizeof(float) < large ? sizeof(__m512) : large;
+        const size_t bytes = (n * sizeof(float) + unit - 1) / unit * unit;
+        memory.reset((float *)std::aligned_alloc(unit, bytes));
+        TORCH_CHECK(memory || !n, "no memory for ", bytes, " bytes");
+#ifdef MADV_HUGEPAGE
+        if (unit == large) madvise(memory.get(), bytes, MADV_HUGEPAGE);
+#endif
+    }
+    operator float *() const { return memory.get(); }
 };
+
+// Room for so many numbers, until it is next asked for; kept, so that it is fetched once.
+static float *desk(int64_t n) {
+    static thread_local Floats kept(0);
+    if (n > kept.size) kept = Floats(n);
+    return kept;
+}
 
 // So many for each core, which would take longer to fetch fresh memory for each part of its work.
 struct Rooms {
@@ -63,6 +83,14 @@ static void share(int64_t whole, int64_t unit, const Work &work, int64_t parts =
     const int64_t some = std::max<int64_t>(1, whole / unit / (parts * cores)) * unit;
 #pragma omp parallel for schedule(dynamic) num_threads(cores)
     for (int64_t begin = 0; begin < whole; begin += some) work(begin, std::min(whole, begin + some));
+}
+
+// Calls `work(row)` for all of so many, in place where they are few.
+template <typename Work>
+static void each(int64_t rows, const Work &work) {
+    at::parallel_for(0, rows, 8, [&](int64_t r, int64_t end) {
+        for (; r < end; r++) work(r);
+    });
 }
 
 // Calls `work` with a number of the type.
@@ -140,7 +168,7 @@ static void wide_block(const float *w, const float *x, float *y, int64_t N, int6
 static void wide_product(const float *w, int64_t some, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
     const int64_t C = rows > 8 ? 1 : 2, width = (rows + 15) / 16 * 16, block = 64, deep = 1024;
     const auto panel = [&](int64_t r) { return std::min<int64_t>(48, width - r); };
-    const Floats beside(width * in);
+    float *beside = desk(width * in);
     share(width, 48, [&](int64_t r, int64_t end) {
         for (; r < end; r += 48) {
             const int64_t here = std::min(panel(r), rows - r);
@@ -204,16 +232,17 @@ struct Rows {  // of x
     std::vector<float> scale, sum;
     std::vector<Row> row;
 
-    Rows(const float *x, int64_t rows, int64_t in, int64_t group) {
+    // With `more` added to each of q, as a byte.
+    Rows(const float *x, int64_t rows, int64_t in, int64_t group, int8_t more = 0) {
         const int64_t groups = in / group;
         q.resize(rows * in), scale.resize(rows * groups), sum.resize(rows * groups);
         for (int64_t r = 0; r < rows; r++) row.push_back({&q[r * in], &scale[r * groups], &sum[r * groups]});
         at::parallel_for(0, rows, 8, [&](int64_t r, int64_t end) {  // with 8 or fewer, in place
-            for (; r < end; r++) round(x + r * in, row[r], in, group);
+            for (; r < end; r++) round(x + r * in, row[r], in, group, more);
         });
     }
 
-    static void round(const float *x, Row to, int64_t in, int64_t group) {
+    static void round(const float *x, Row to, int64_t in, int64_t group, int8_t more) {
         for (int64_t g = 0; g < in / group; g++, x += group, to.q += group) {
             __m512 largest = _mm512_set1_ps(1e-30f), zero = _mm512_setzero_ps();
             for (int64_t k = 0; k < group; k += 16) {
@@ -225,7 +254,7 @@ struct Rows {  // of x
             __m512i sum = _mm512_setzero_si512();
             for (int64_t k = 0; k < group; k += 16) {
                 const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), _mm512_set1_ps(1 / scale)));
-                _mm_storeu_si128((__m128i *)(to.q + k), _mm512_cvtepi32_epi8(q));
+                _mm_storeu_si128((__m128i *)(to.q + k), _mm_add_epi8(_mm512_cvtepi32_epi8(q), _mm_set1_epi8(more)));
                 sum = _mm512_add_epi32(sum, q);
             }
             to.scale[g] = scale + _mm512_reduce_add_ps(zero);
@@ -234,41 +263,54 @@ struct Rows {  // of x
     }
 };
 
-// 64 outputs of R rows: scale_w scale_x (q_w + 128 - 128) · q_x, as bytes of w are taken to be from 0 to 255.
+// Sums of products of four bytes each, those of u from 0 to 255. gcc keeps an array of these in registers, but not one of
+// __m512i, which takes twice as long.
+using Ints = int __attribute__((vector_size(64)));
+static Ints dot(Ints sum, __m512i u, __m512i s) { return (Ints)_mm512_dpbusd_epi32((__m512i)sum, u, s); }
+
+// x in a register, where gcc would read it again for each use.
+static __m512i held(__m512i x) {
+    asm("" : "+v"(x));
+    return x;
+}
+
+// 64 outputs of R rows: scale_w scale_x q_w · (q_x + 128 - 128), as bytes of x are taken to be from 0 to 255.
 template <int R>
-static void int8_part(const int8_t *w, const float *scale, const Row *x, float *y, int64_t out, int64_t in) {
-    __m512i dots[R][4];
+static void int8_part(const int8_t *w, const float *scale, const int32_t *sum, const Row *x, float *y, int64_t out,
+                      int64_t in, bool fresh) {
+    Ints dots[R][4];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < 4; v++) dots[r][v] = _mm512_set1_epi32(-128 * (int32_t)x[r].sum[0]);
+        for (int v = 0; v < 4; v++) dots[r][v] = (Ints)_mm512_loadu_si512(sum + 16 * v) * -128;
     for (int64_t k = 0; k < in; k += 4, w += 256) {
+        if (fresh)
+            for (int v = 0; v < 4; v++) fetch(w + 64 * v + 8192);
         __m512i some[4];
-        for (int v = 0; v < 4; v++) {
-            fetch(w + 64 * v + 8192);
-            some[v] = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * v), _mm512_set1_epi8(-128));
-        }
+        for (int v = 0; v < 4; v++) some[v] = held(_mm512_loadu_si512(w + 64 * v));
         for (int r = 0; r < R; r++) {
             const __m512i four = _mm512_set1_epi32(*(const int32_t *)(x[r].q + k));
-            for (int v = 0; v < 4; v++) dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], some[v], four);
+            for (int v = 0; v < 4; v++) dots[r][v] = dot(dots[r][v], four, some[v]);
         }
     }
     for (int r = 0; r < R; r++)
         for (int v = 0; v < 4; v++) {
-            const __m512 s = _mm512_mul_ps(_mm512_loadu_ps(scale + 16 * v), _mm512_set1_ps(x[r].scale[0]));
-            _mm512_storeu_ps(y + r * out + 16 * v, _mm512_mul_ps(_mm512_cvtepi32_ps(dots[r][v]), s));
+            const __m512 s = _mm512_mul_ps(load(scale + 16 * v), _mm512_set1_ps(x[r].scale[0]));
+            store(y + r * out + 16 * v, _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)dots[r][v]), s));
         }
 }
 
 static void int8_product(const Matrix &w, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
-    const Rows few(x, rows, in, in);
+    const Rows all(x, rows, in, in, -128);
     const int8_t *weight = w[0].const_data_ptr<int8_t>();
     const float *scale = w[1].const_data_ptr<float>();
+    const int32_t *sum = w[2].const_data_ptr<int32_t>();
     share(out / 64, 1, [&](int64_t tile, int64_t end) {
         for (int64_t n = tile * 64; n < end * 64; n += 64) {
             int64_t r = 0;
             const auto by = [&](int64_t R, auto part) {
-                for (; r + R <= rows; r += R) part(weight + n * in, scale + n, &few.row[r], y + r * out + n, out, in);
+                for (; r + R <= rows; r += R)
+                    part(weight + n * in, scale + n, sum + n, &all.row[r], y + r * out + n, out, in, r == 0);
             };
-            by(4, int8_part<4>), by(2, int8_part<2>), by(1, int8_part<1>);
+            by(6, int8_part<6>), by(4, int8_part<4>), by(2, int8_part<2>), by(1, int8_part<1>);
         }
     });
 }
@@ -280,21 +322,22 @@ static void int4_part(const uint8_t *w, const at::BFloat16 *scale, const uint8_t
     const __m512i half = _mm512_set1_epi8(15);
     __m512 total[R] = {};
     for (int64_t g = 0; g < in / group; g++) {
-        __m512i dots[R] = {}, others[R] = {};  // of the low and of the high halves
+        Ints dots[R] = {}, others[R] = {};  // of the low and of the high halves
         for (int64_t t = 0; t < group / 8; t++, w += 64) {
             fetch(w + 8192);
             const __m512i both = _mm512_loadu_si512(w);
-            const __m512i low = _mm512_and_si512(both, half), high = _mm512_and_si512(_mm512_srli_epi16(both, 4), half);
+            const __m512i low = held(_mm512_and_si512(both, half));
+            const __m512i high = held(_mm512_and_si512(_mm512_srli_epi16(both, 4), half));
             for (int r = 0; r < R; r++) {
                 const int32_t *fours = (const int32_t *)(x[r].q + g * group) + t;
-                dots[r] = _mm512_dpbusd_epi32(dots[r], low, _mm512_set1_epi32(fours[0]));
-                others[r] = _mm512_dpbusd_epi32(others[r], high, _mm512_set1_epi32(fours[group / 8]));
+                dots[r] = dot(dots[r], low, _mm512_set1_epi32(fours[0]));
+                others[r] = dot(others[r], high, _mm512_set1_epi32(fours[group / 8]));
             }
         }
         const __m512 s = load(scale + 16 * g);
         const __m512 z = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(zero + 16 * g))));
         for (int r = 0; r < R; r++) {
-            const __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(dots[r], others[r]));
+            const __m512 dot = _mm512_cvtepi32_ps((__m512i)(dots[r] + others[r]));
             const __m512 part = _mm512_fnmadd_ps(z, _mm512_set1_ps(x[r].sum[g]), dot);
             total[r] = _mm512_fmadd_ps(_mm512_mul_ps(s, _mm512_set1_ps(x[r].scale[g])), part, total[r]);
         }
@@ -407,71 +450,95 @@ static void turn(const float *x, const float *turns, T *y, int64_t D) {
     }
 }
 
-// Heads (B, H + 2K, D): keys and values, the last 2K, are stored in the cache (B, 2K, room, D) at positions `at` (B,),
-// and queries look at those up to there: y (B, H, D). Turns (S, D).
+// Tokens of one row of the cache, from a position on: those from `first` on of a pass.
+struct Span {
+    int64_t row, start, T, first;
+};
+
+// Of N tokens, by the row, the position and the number of each.
+static std::vector<Span> spans(const std::vector<int64_t> &places, int64_t N) {
+    std::vector<Span> found;
+    int64_t n = 0;
+    for (size_t i = 0; i + 2 < places.size(); n += places[i + 2], i += 3)
+        found.push_back({places[i], places[i + 1], places[i + 2], n});
+    TORCH_CHECK_VALUE(n == N, N, " tokens for ", n, " places");
+    return found;
+}
+
+constexpr int64_t MANY = 16;  // queries for which it is worth turning round all that they look at
+
+// Heads (N, H + 2K, D): keys and values, the last 2K, are stored in the cache (rows, 2K, room, D), and queries look at
+// those up to their own position: y (N, H, D). Turns (room, D). Here for spans of few tokens.
 template <typename T>
-static void attend(const float *heads, const float *turns, T *kept, const int64_t *at, float *y, int64_t B, int64_t H,
-                   int64_t K, int64_t room, int64_t D) {
-    const int64_t G = H / K;
-    share(B * K, 1, [&](int64_t i, int64_t stop) {
+static void attend_few(const float *heads, const float *turns, T *kept, const std::vector<Span> &spans, float *y,
+                       int64_t H, int64_t K, int64_t room, int64_t D) {
+    const int64_t G = H / K, width = (H + 2 * K) * D;
+    share(spans.size() * K, 1, [&](int64_t i, int64_t stop) {
         std::vector<float> shares, q(G * D);
         for (; i < stop; i++) {
-            const int64_t b = i / K, here = at[b] * D, S = at[b] + 1;
-            const float *row = heads + b * (H + 2 * K) * D, *key = row + (H + i % K) * D, *query = row + i % K * G * D;
-            T *k = kept + (i + b * K) * room * D, *v = k + K * room * D;
-            turn(key, turns + here, k + here, D);
-            for (int64_t d = 0; d < D; d += 16) store(v + here + d, load(key + K * D + d));
-            for (int64_t g = 0; g < G; g++) turn(query + g * D, turns + here, &q[g * D], D);
-            shares.resize(4 * S);
-            int64_t g = 0;
-            const auto by = [&](int64_t Q, auto look) {
-                for (; g + Q <= G; g += Q) look(&q[g * D], k, v, shares.data(), y + (i * G + g) * D, S, D);
-            };
-            by(4, look<4, T>), by(2, look<2, T>), by(1, look<1, T>);
+            const Span &span = spans[i / K];
+            T *k = kept + (span.row * 2 * K + i % K) * room * D, *v = k + K * room * D;
+            for (int64_t t = 0; t < span.T; t++) {
+                const int64_t S = span.start + t + 1, here = (S - 1) * D;
+                const float *query = heads + (span.first + t) * width + i % K * G * D;
+                const float *key = heads + (span.first + t) * width + (H + i % K) * D;
+                float *result = y + ((span.first + t) * H + i % K * G) * D;
+                turn(key, turns + here, k + here, D);
+                for (int64_t d = 0; d < D; d += 16) store(v + here + d, load(key + K * D + d));
+                for (int64_t g = 0; g < G; g++) turn(query + g * D, turns + here, &q[g * D], D);
+                shares.resize(4 * S);
+                int64_t g = 0;
+                const auto by = [&](int64_t Q, auto look) {
+                    for (; g + Q <= G; g += Q) look(&q[g * D], k, v, shares.data(), result + g * D, S, D);
+                };
+                by(4, look<4, T>), by(2, look<2, T>), by(1, look<1, T>);
+            }
         }
     });
 }
 
-static void attend(const float *heads, const Tensor &turns, const Tensor &cache, const int64_t *at, float *y, int64_t B,
-                   int64_t H) {
-    const int64_t room = std::min(turns.size(0), cache.size(2));
-    for (int64_t b = 0; b < B; b++) TORCH_CHECK_INDEX(0 <= at[b] && at[b] < room, "position ", at[b], " of ", room);
-    by_type(cache.scalar_type(), [&](auto number) {
-        attend(heads, turns.const_data_ptr<float>(), cache.mutable_data_ptr<decltype(number)>(), at, y, B, H,
-               cache.size(1) / 2, cache.size(2), cache.size(3));
+// n numbers, where they are or copied.
+template <typename T>
+static const float *as_floats(const T *from, float *to, int64_t n) {
+    if constexpr (std::is_same_v<T, float>) return from;
+    for (int64_t k = 0; k < n; k += 16) store(to + k, load(from + k));
+    return to;
+}
+
+// The same for a span of many tokens, whose queries are turned in place. For 48 of a head at a time: what they look at,
+// transposed, is columns of a product.
+template <typename T>
+static void attend_many(float *heads, const float *turns, T *kept, const Span &span, float *y, int64_t H, int64_t K,
+                        int64_t room, int64_t D) {
+    const int64_t start = span.start, many = span.T, S = start + many;
+    const int64_t width = (H + 2 * K) * D, panels = (many + 47) / 48;
+    heads += span.first * width, y += span.first * H * D, kept += span.row * 2 * K * room * D;
+    each(many, [&](int64_t t) {
+        float *row = heads + t * width;
+        const float *by = turns + (start + t) * D;
+        for (int64_t h = 0; h < H; h++) turn(row + h * D, by, row + h * D, D);
+        for (int64_t h = 0; h < K; h++) turn(row + (H + h) * D, by, kept + (h * room + start + t) * D, D);
+        for (int64_t h = K; h < 2 * K; h++)
+            for (int64_t d = 0; d < D; d += 16) store(kept + (h * room + start + t) * D + d, load(row + (H + h) * D + d));
     });
-}
-
-static Tensor attention(const Tensor &heads, const Tensor &turns, const Tensor &cache, const Tensor &at) {
-    const int64_t B = heads.size(0), D = cache.size(3), H = heads.size(1) / D - cache.size(1);
-    Tensor y = heads.new_empty({B, H * D});
-    attend(heads.const_data_ptr<float>(), turns, cache, at.const_data_ptr<int64_t>(), y.mutable_data_ptr<float>(), B, H);
-    return y;
-}
-
-// A prompt's attention: queries (B, T, H, D), the last of S positions, look at keys and values (B, K, S, D) up to their
-// own: y (B, T, H D). For 48 queries of a head at a time: what they look at, transposed, is columns of a product.
-static Tensor attend_causally(const Tensor &queries, const Tensor &keys, const Tensor &values) {
-    const int64_t B = queries.size(0), T = queries.size(1), H = queries.size(2), D = queries.size(3);
-    const int64_t K = keys.size(1), S = keys.size(2), panels = (T + 47) / 48;
-    Tensor result = queries.new_empty({B, T, H * D});
-    const float *q = queries.const_data_ptr<float>(), *k = keys.const_data_ptr<float>();
-    float *y = result.mutable_data_ptr<float>();
-    const Floats turned(B * K * D * S);  // values (B, K, D, S)
-    share(B * K, 1, [&](int64_t i, int64_t end) {
-        for (; i < end; i++) {
-            const float *v = values.const_data_ptr<float>() + i / K * values.stride(0) + i % K * values.stride(1);
-            at::vec::transpose_mxn<float>(v, D, turned + i * D * S, S, S, D);
+    const int64_t size = S * D;
+    float *turned = desk(3 * K * size), *copies = turned + K * size;  // values (K, D, S); keys and values (2K, S, D)
+    std::vector<const float *> keys(K);
+    share(K, 1, [&](int64_t h, int64_t end) {
+        for (; h < end; h++) {
+            keys[h] = as_floats(kept + h * room * D, copies + h * size, size);
+            const float *values = as_floats(kept + (K + h) * room * D, copies + (K + h) * size, size);
+            at::vec::transpose_mxn<float>(values, D, turned + h * size, S, S, D);
         }
     });
     const Rooms rooms((2 * D + S) * 48);
     const auto work = [&](int64_t i, int64_t) {
-        const int64_t b = i / (H * panels), h = i / panels % H, t = i % panels * 48, here = std::min<int64_t>(48, T - t);
-        const int64_t V = (here + 15) / 16, width = 16 * V, seen = S - T + t, end = seen + here, head = h / (H / K);
-        float *query = rooms.mine(), *sums = query + D * width, *shares = sums + D * width;
-        std::fill_n(query, D * width, 0);
-        at::vec::transpose_mxn<float>(q + ((b * T + t) * H + h) * D, H * D, query, width, here, D);
-        wide_block(k + b * keys.stride(0) + head * keys.stride(1), query, shares, end, D, D, 1, V, width, false, false);
+        const int64_t h = i / panels, head = h / (H / K), t = i % panels * 48, here = std::min<int64_t>(48, many - t);
+        const int64_t V = (here + 15) / 16, wide = 16 * V, seen = start + t, end = seen + here;
+        float *query = rooms.mine(), *sums = query + D * wide, *shares = sums + D * wide;
+        std::fill_n(query, D * wide, 0);
+        at::vec::transpose_mxn<float>(heads + t * width + h * D, width, query, wide, here, D);
+        wide_block(keys[head], query, shares, end, D, D, 1, V, wide, false, false);
         __m512 whole[3];
         for (int64_t v = 0; v < V; v++) {
             // Query n of this vector does not look at key seen + j for j > n.
@@ -481,9 +548,9 @@ static Tensor attend_causally(const Tensor &queries, const Tensor &keys, const T
             };
             __m512 largest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
             for (int64_t s = 0; s < end; s++)
-                largest = _mm512_mask_max_ps(largest, looks(s), largest, load(shares + s * width + 16 * v));
+                largest = _mm512_mask_max_ps(largest, looks(s), largest, load(shares + s * wide + 16 * v));
             for (int64_t s = 0; s < end; s++) {
-                float *share = shares + s * width + 16 * v;
+                float *share = shares + s * wide + 16 * v;
                 const at::vec::Vectorized<float> under = (load(share) - largest) * _mm512_set1_ps(1 / std::sqrt((float)D));
                 const __m512 e = _mm512_maskz_mov_ps(looks(s), under.exp_u20());
                 sum += e;
@@ -491,31 +558,48 @@ static Tensor attend_causally(const Tensor &queries, const Tensor &keys, const T
             }
             whole[v] = sum;
         }
-        wide_block(turned + (b * K + head) * D * S, shares, sums, D, S, end, 1, V, width, false, false);
+        wide_block(turned + head * size, shares, sums, D, S, end, 1, V, wide, false, false);
         for (int64_t d = 0; d < D; d++)
-            for (int64_t v = 0; v < V; v++) store(sums + d * width + 16 * v, load(sums + d * width + 16 * v) / whole[v]);
-        at::vec::transpose_mxn<float>(sums, width, y + ((b * T + t) * H + h) * D, H * D, D, here);
+            for (int64_t v = 0; v < V; v++)
+                store(sums + d * wide + 16 * v, load(sums + d * wide + 16 * v) / whole[v]);
+        at::vec::transpose_mxn<float>(sums, wide, y + (t * H + h) * D, H * D, D, here);
     };
-    share(B * H * panels, 1, work, B * H * panels);
-    return result;
+    share(H * panels, 1, work, H * panels);
 }
 
-// Calls `work(row)` for all of so many, in place where they are few.
-template <typename Work>
-static void each(int64_t rows, const Work &work) {
-    at::parallel_for(0, rows, 8, [&](int64_t r, int64_t end) {
-        for (; r < end; r++) work(r);
+static void attend(float *heads, const Tensor &turns, const Tensor &cache, const std::vector<Span> &spans, float *y,
+                   int64_t H) {
+    const int64_t K = cache.size(1) / 2, room = cache.size(2), D = cache.size(3);
+    std::vector<Span> few, many;
+    for (const Span &span : spans) {
+        const int64_t last = span.start + span.T - 1, end = std::min(turns.size(0), room);
+        TORCH_CHECK_INDEX(0 <= span.row && span.row < cache.size(0), "row ", span.row, " of ", cache.size(0));
+        TORCH_CHECK_INDEX(0 <= span.start && last < end, "position ", span.start < 0 ? span.start : last, " of ", end);
+        (span.T < MANY ? few : many).push_back(span);
+    }
+    const float *by = turns.const_data_ptr<float>();
+    by_type(cache.scalar_type(), [&](auto number) {
+        auto *kept = cache.mutable_data_ptr<decltype(number)>();
+        attend_few(heads, by, kept, few, y, H, K, room, D);
+        for (const Span &span : many) attend_many(heads, by, kept, span, y, H, K, room, D);
     });
 }
 
-// x += y; h = the RMSNorm of x, where floor is the size of a row times epsilon
+static Tensor attention(const Tensor &heads, const Tensor &turns, const Tensor &cache, const std::vector<int64_t> &places) {
+    const int64_t N = heads.size(0), D = cache.size(3), H = heads.size(1) / D - cache.size(1);
+    Tensor y = heads.new_empty({N, H * D});
+    attend(heads.mutable_data_ptr<float>(), turns, cache, spans(places, N), y.mutable_data_ptr<float>(), H);
+    return y;
+}
+
+// x += y, if there is any; h = the RMSNorm of x, where floor is the size of a row times epsilon
 static void add_norm(float *x, const float *y, const Tensor &weight, double floor, float *h, int64_t rows, int64_t dim) {
     const float *w = weight.const_data_ptr<float>();
     each(rows, [&](int64_t r) {
         __m512 squares = _mm512_setzero_ps();
         for (int64_t k = r * dim; k < (r + 1) * dim; k += 16) {
-            const __m512 sum = load(x + k) + load(y + k);
-            store(x + k, sum);
+            __m512 sum = load(x + k);
+            if (y) store(x + k, sum += load(y + k));
             squares = _mm512_fmadd_ps(sum, sum, squares);
         }
         const __m512 scale = _mm512_set1_ps(std::sqrt(dim / (_mm512_reduce_add_ps(squares) + floor)));
@@ -535,8 +619,8 @@ static void swiglu(const float *both, float *y, int64_t rows, int64_t size) {
     });
 }
 
-// A model, for any number of rows.
-struct Step : torch::CustomClassHolder {
+// A model.
+struct Model : torch::CustomClassHolder {
     struct Layer {
         Tensor attention_norm;
         Matrix qkv, wo;
@@ -550,53 +634,78 @@ struct Step : torch::CustomClassHolder {
     double floor;
     std::vector<Layer> layers;
 
-    Step(Tensor embeddings, Tensor turns, Tensor norm, Matrix output, double floor)
+    Model(Tensor embeddings, Tensor turns, Tensor norm, Matrix output, double floor)
         : embeddings(embeddings), turns(turns), norm(norm), output(output), floor(floor) {}
 
     void add(Tensor attention_norm, Matrix qkv, Matrix wo, Tensor ffn_norm, Matrix w13, Matrix w2, Tensor cache) {
         layers.push_back({attention_norm, qkv, wo, ffn_norm, w13, w2, cache});
     }
 
-    // Tokens (B, 1) and their positions (B,) -> logits (B, 1, V).
-    Tensor decode(const Tensor &tokens, const Tensor &positions) const {
-        const int64_t B = tokens.size(0), dim = embeddings.size(1);
+    // The last layer's output (N, dim) for N tokens: those of spans, one behind the other, each of which is told by the
+    // row, the position and the number of its tokens.
+    Tensor hidden(const Tensor &tokens, const std::vector<int64_t> &places) const {
+        const int64_t N = tokens.numel(), dim = embeddings.size(1);
+        const std::vector<Span> where = spans(places, N);
+        Tensor result = norm.new_empty({N, dim});
+        float *x = result.mutable_data_ptr<float>(), *added = nullptr;
         const Tensor contiguous = tokens.contiguous();
-        const int64_t *ids = contiguous.const_data_ptr<int64_t>(), *at = positions.const_data_ptr<int64_t>();
-        for (int64_t b = 0; b < B; b++)
-            TORCH_CHECK_INDEX(0 <= ids[b] && ids[b] < embeddings.size(0), "token ", ids[b], " of ", embeddings.size(0));
-        const Floats x(B * dim), y(B * dim), h(B * dim);
-        std::fill_n(y + 0, B * dim, 0);
+        const int64_t *ids = contiguous.const_data_ptr<int64_t>();
+        for (int64_t n = 0; n < N; n++)
+            TORCH_CHECK_INDEX(0 <= ids[n] && ids[n] < embeddings.size(0), "token ", ids[n], " of ", embeddings.size(0));
         by_type(embeddings.scalar_type(), [&](auto number) {
             const auto *from = embeddings.const_data_ptr<decltype(number)>();
-            for (int64_t b = 0; b < B; b++)
-                for (int64_t k = 0; k < dim; k += 16) store(x + b * dim + k, load(from + ids[b] * dim + k));
+            for (int64_t n = 0; n < N; n++)
+                for (int64_t k = 0; k < dim; k += 16) store(x + n * dim + k, load(from + ids[n] * dim + k));
         });
+        const Layer &one = layers.at(0);  // others are like it
+        const int64_t all = outputs(one.qkv), D = one.cache.size(3), H = all / D - one.cache.size(1);
+        const int64_t size = outputs(one.w13) / 2;
+        // Of so many rows at a time what the feed-forward layer makes stays in the last cache.
+        const int64_t parts = (3 * N * size >> 20) / 5 + 1, some = (N + parts - 1) / parts;
+        const Floats y(N * dim), h(N * dim), heads(N * all), seen(N * H * D), both(2 * some * size), gated(some * size);
         for (const Layer &layer : layers) {
-            const int64_t all = outputs(layer.qkv), D = layer.cache.size(3), H = all / D - layer.cache.size(1);
-            const int64_t hidden = outputs(layer.w13) / 2;
-            const Floats heads(B * all), seen(B * H * D), both(2 * B * hidden), gated(B * hidden);
-            add_norm(x, y, layer.attention_norm, floor, h, B, dim);
-            multiply(layer.qkv, h, heads, B, dim);
-            attend(heads, turns, layer.cache, at, seen, B, H);
-            multiply(layer.wo, seen, y, B, H * D);
-            add_norm(x, y, layer.ffn_norm, floor, h, B, dim);
-            multiply(layer.w13, h, both, B, dim);
-            swiglu(both, gated, B, hidden);
-            multiply(layer.w2, gated, y, B, hidden);
+            add_norm(x, added, layer.attention_norm, floor, h, N, dim);
+            multiply(layer.qkv, h, heads, N, dim);
+            attend(heads, turns, layer.cache, where, seen, H);
+            multiply(layer.wo, seen, y, N, H * D);
+            add_norm(x, y, layer.ffn_norm, floor, h, N, dim);
+            for (int64_t r = 0; r < N; r += some) {
+                const int64_t rows = std::min(some, N - r);
+                multiply(layer.w13, h + r * dim, both, rows, dim);
+                swiglu(both, gated, rows, size);
+                multiply(layer.w2, gated, y + r * dim, rows, size);
+            }
+            added = y;
         }
-        add_norm(x, y, norm, floor, h, B, dim);
-        Tensor logits = norm.new_empty({B, 1, outputs(output)});
-        multiply(output, h, logits.mutable_data_ptr<float>(), B, dim);
-        return logits;
+        for (int64_t k = 0; k < N * dim; k += 16) store(x + k, load(x + k) + load(y + k));
+        return result;
+    }
+
+    // Of hidden states (N, dim), (N, V).
+    Tensor logits(const Tensor &hidden) const {
+        const int64_t N = hidden.size(0), dim = hidden.size(1);
+        const Tensor result = norm.new_empty({N, outputs(output)});
+        const Floats h(N * dim);
+        add_norm(hidden.mutable_data_ptr<float>(), nullptr, norm, floor, h, N, dim);
+        multiply(output, h, result.mutable_data_ptr<float>(), N, dim);
+        return result;
     }
 };
 
 TORCH_LIBRARY(llama, m) {
     m.def("product(Tensor x, Tensor[] w) -> Tensor", [](const Tensor &x, Matrix w) { return product(x, w); });
-    m.def("attend_causally(Tensor queries, Tensor keys, Tensor values) -> Tensor", attend_causally);
-    m.def("attend(Tensor heads, Tensor turns, Tensor(a!) cache, Tensor at) -> Tensor", attention);
-    m.class_<Step>("Step")
+    m.def("attend(Tensor(a!) heads, Tensor turns, Tensor(b!) cache, int[] places) -> Tensor",
+          [](const Tensor &heads, const Tensor &turns, const Tensor &cache, std::vector<int64_t> places) {
+              return attention(heads, turns, cache, places);
+          });
+    m.class_<Model>("Model")
         .def(torch::init<Tensor, Tensor, Tensor, Matrix, double>())
-        .def("add", &Step::add)
-        .def("decode", &Step::decode);
+        .def("add", &Model::add)
+        .def("hidden", [](const c10::intrusive_ptr<Model> &model, Tensor tokens, std::vector<int64_t> places) {
+            return model->hidden(tokens, places);
+        })
+        .def("logits", [](const c10::intrusive_ptr<Model> &model, Tensor hidden) { return model->logits(hidden); })
+        .def("decode", [](const c10::intrusive_ptr<Model> &model, Tensor tokens, std::vector<int64_t> places) {
+            return model->logits(model->hidden(tokens, places));
+        });
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -37,9 +37,17 @@ def decoder(model: Transformer, B: int) -> Decode:
         return captured(model, B)
     _captured.pop(model, None)  # it has left the GPU
     if kind == "cpu":
-        flat = Flat(model, B, compiled=model.output.compiled)
+        flat = Flat(model, B, compiled=model.compiled)
         return Native(model, flat) if Native.serves(flat) else flat
     return model
+
+
+def passes(model: Transformer, tokens: int) -> Transformer | Native:
+    """What computes so many tokens of rows with `packed`, and `logits`."""
+    if not model.compiled or model.norm.weight.device.type != "cpu" or not model.params.max_batch_size:
+        return model
+    flat = Flat(model, tokens, compiled=True)
+    return Native(model, flat) if Native.serves(flat) else model
 
 
 WORTH_SPLITTING = 64  # positions a row that are not its own; to leave them out costs an operation for each row
@@ -149,9 +157,9 @@ class Flat:
         self.in_cpp = compiled and self.D % 16 == 0 and cpp()
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-        end, at = max(positions) + 1, torch.tensor(positions)
         if self.in_cpp:
-            return self.step(tokens, partial(self.attend_in_cpp, at))
+            return self.step(tokens, partial(self.attend_in_cpp, of_each(1, positions)))
+        end, at = max(positions) + 1, torch.tensor(positions)
         if min(positions) + 1 == end:  # to store at a slice is quicker than at what indices say
             return self.step_at(tokens, at, partial(together, S=end), (slice(None), slice(None), end - 1))
         if sum(end - 1 - position for position in positions) > self.B * WORTH_SPLITTING:
@@ -175,8 +183,8 @@ class Flat:
 
         return self.step(tokens, attend)
 
-    def attend_in_cpp(self, at: Tensor, heads: Tensor, cache: Tensor) -> Tensor:
-        return attend(heads, self.turns, cache, at)
+    def attend_in_cpp(self, places: Sequence[int], heads: Tensor, cache: Tensor) -> Tensor:
+        return attend(heads, self.turns, cache, places)
 
     def step(self, tokens: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Logits (B, 1, V) behind tokens (B, 1). `attend` makes (B, H D) of the heads (B, (H + 2K) D) of a layer, and
@@ -193,8 +201,16 @@ class Flat:
         return all_gather(self.output(h)).float().contiguous()[:, None]
 
 
+AT_ONCE = 528  # tokens, which the last cache holds with all that is made of them
+
+
+def of_each(T: int, positions: Sequence[int]) -> list[int]:
+    """The places, as cpu.cpp takes them, of T tokens of each row."""
+    return [n for row, at in enumerate(positions) for n in (row, at, T)]
+
+
 class Native:
-    """The same in C++, where that has all of its products."""
+    """The same in C++, where that has all of its products; and prompts."""
 
     @staticmethod
     def serves(flat: Flat) -> bool:
@@ -206,13 +222,50 @@ class Native:
             return part.parts if isinstance(part, Matrix) else part.float() if part.dim() == 1 else part
 
         parts = flat.embeddings, flat.turns, plain(flat.norm), plain(flat.output)
-        self.step = torch.classes.llama.Step(*parts, model.params.dim * model.params.norm_eps)
+        self.plain, self.cpp = model, torch.classes.llama.Model(*parts, model.params.dim * model.params.norm_eps)
         for layer in flat.layers:
-            self.step.add(*map(plain, layer))
+            self.cpp.add(*map(plain, layer))
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-        logits: Tensor = self.step.decode(tokens, torch.tensor(positions))
-        return logits
+        """Float32 logits (B, T, V) of tokens (B, T), of which each row's begin at a position."""
+        B, T = tokens.shape
+        logits: Tensor = self.cpp.decode(tokens, of_each(T, positions))
+        return logits.view(B, T, -1)
+
+    def packed(self, rows: Sequence[Sequence[int]], start_pos: Sequence[int]) -> Tensor:
+        """As `Transformer.packed`, a few tokens at a time."""
+        self.plain.check_packed(rows, start_pos)
+        parts = [self.cpp.hidden(torch.tensor(ids), places) for ids, places in pieces(rows, start_pos, AT_ONCE)]
+        return torch.cat(parts).type_as(self.plain.norm.weight)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `Transformer.logits`."""
+        logits: Tensor = self.cpp.logits(hidden.flatten(0, -2).float().contiguous())
+        return logits.view(*hidden.shape[:-1], -1)
+
+    def copy_cache(self, length: int, B: int) -> None:
+        self.plain.copy_cache(length, B)
+
+
+def pieces(rows: Sequence[Sequence[int]], starts: Sequence[int], most: int) -> Iterator[tuple[list[int], list[int]]]:
+    """The tokens of rows that begin at positions `starts`, one row behind the other, in pieces about equally long, up
+    to so many: with (row, position, number) of each row in a piece, (0, 7, 2, 1, 4, 1) for two of row 0 and one of
+    row 1."""
+    total = sum(map(len, rows))
+    size = -(-total // -(-total // most))
+    ids: list[int] = []
+    places: list[int] = []
+    for row, (left, at) in enumerate(zip(rows, starts, strict=True)):
+        while left:
+            some = left[: size - len(ids)]
+            ids += some
+            places += (row, at, len(some))
+            left, at = left[len(some) :], at + len(some)
+            if len(ids) == size:
+                yield ids, places
+                ids, places = [], []
+    if ids:
+        yield ids, places
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .decode import Decode, decoder
+from .decode import Decode, Native, decoder, passes
 from .lookup import Lookup
 from .model import Transformer
 from .parallel import broadcast, world_size
@@ -88,9 +88,10 @@ def steps(
     """
     prompts, device = [row.prompt for row in rows], model.norm.weight.device
     again: Callable[[], Iterable[Tensor]] = partial(prefill, model, prompts, cached)
+    compute = cache(partial(passes, model))
     step: Step = [Gain([], row.finish) for row in rows]
     if echo or not all(row.finish for row in rows):
-        found = [*again()]
+        found = prefill(compute(sum(map(len, prompts)) - cached), prompts, cached)
         if echo:
             scores = [[math.nan] * len(prompt) for prompt in prompts]
             if logprobs:
@@ -98,7 +99,8 @@ def steps(
                 if not all(math.isfinite(score) for row in scores for score in row):
                     raise not_finite(model, again)
             step = [Gain([*map(Token, *told)], row.finish) for *told, row in zip(prompts, scores, rows, strict=True)]
-        logits = model.logits(torch.stack([row[-1:] for row in found]))  # (B, T, V), here of each row's last token
+        # (B, T, V), here of each row's last token
+        logits = compute(len(rows)).logits(torch.stack([row[-1:] for row in found]))
         del found
     sampler = Sampler([row.sampling for row in rows], prompts, model.vocab_size, device)
     lookup, lookups = any(row.lookup for row in rows), [Lookup(row.lookup) for row in rows]
@@ -151,7 +153,7 @@ def steps(
         if early is not None:
             logits = early
         elif following[0].shape[1] > 1:
-            logits = model(*following)
+            logits = compute(following[0].numel())(*following)
         else:
             decode = decode or decoder(model, len(rows))
             logits = decode(*following)
@@ -204,7 +206,7 @@ def guess(lookups: Sequence[Lookup], rows: Sequence[Row], max_seq_len: int) -> l
     return [(ids + [0] * n)[:n] for ids in found]
 
 
-def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cached: int = 0) -> list[Tensor]:
+def prefill(model: Transformer | Native, prompts: Sequence[Sequence[int]], cached: int = 0) -> list[Tensor]:
     """The last layer's output (T, dim) for the tokens of each prompt, all in one pass. A long beginning that they share
     is computed once. The first `cached` tokens of a single prompt are in the cache, and left out."""
     if cached:
@@ -254,7 +256,7 @@ def not_finite(model: Transformer, again: Callable[[], Iterable[Tensor]]) -> Flo
     finally:
         for hook in hooks:
             hook.remove()
-    for cache in model.buffers():  # a masked NaN is still NaN times 0: it would break the next batch too
-        cache.zero_()
+    for kept in model.buffers():  # a masked NaN is still NaN times 0: it would break the next batch too
+        kept.zero_()
     where = f"the first layer to give such values is {found[0]}" if found else "computed again, they were not"
     return FloatingPointError(f"the logits are NaN or infinite; {where}")

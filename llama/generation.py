@@ -140,7 +140,7 @@ class Llama:
         with parallel.all_or_none():
             load(model, weights, args, where, kind, rounding, compile)
             model.allocate_cache()
-        model.use_cpp(compile)
+        model.compiled = compile
         return Llama(model.eval().requires_grad_(False), tokenizer, seed)
 
     @parallel.as_first_rank

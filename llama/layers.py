@@ -87,12 +87,12 @@ def in_strips(weight: Tensor, x: Tensor) -> Tensor:
     return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
-def linear(x: Tensor, weight: Any, compiled: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Any) -> Tensor:
     """x (..., in) times the transposed weight (out, in) -> (..., out)."""
     rows = x.numel() // x.shape[-1]
     if not rows:  # as a prompt of one token has to score
         return x.new_empty(*x.shape[:-1], weight.shape[0])
-    multiply = product(weight, rows, compiled)
+    multiply = product(weight, rows)
     if x.device.type != "cpu" or isinstance(multiply, Matrix):
         return multiply(x)
     extra = missing(rows, weight.dtype if isinstance(weight, Tensor) else torch.int8)
@@ -117,11 +117,10 @@ def columns(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
     whole = joined([layer.weight for layer in layers])
     if whole is None or (torch.is_grad_enabled() and isinstance(whole, Tensor)):
         return torch.cat([layer(x) for layer in layers], -1)
-    compiled = layers[0].compiled
-    many = x.numel() >= MANY * x.shape[-1] and x.device.type == "cpu" and MKL and not (compiled and cpp())
+    many = x.numel() >= MANY * x.shape[-1] and x.device.type == "cpu" and MKL
     if many and isinstance(whole, Tensor) and whole.dtype == torch.float32 and len(whole) > TALL * whole.shape[1]:
         return F.linear(whole, x.reshape(-1, x.shape[-1])).t().view(*x.shape[:-1], -1)
-    return linear(x, whole, compiled)
+    return linear(x, whole)
 
 
 def joined(weights: Sequence[Any]) -> Any:
@@ -141,8 +140,6 @@ def joined(weights: Sequence[Any]) -> Any:
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     """y = x Wᵀ with the rows of W (out_features, in_features) split over the ranks."""
 
-    compiled = False  # whether cpu.cpp multiplies, where it serves
-
     def __init__(self, in_features: int, out_features: int, gather_output: bool = False) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
@@ -153,14 +150,12 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and isinstance(self.weight, Tensor):
             return super().forward(x)
-        y = linear(x, self.weight, self.compiled)
+        y = linear(x, self.weight)
         return all_gather(y) if self.gather_output else y
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
     """y = x Wᵀ with the columns of W (out_features, in_features) split over the ranks, as x already is."""
-
-    compiled = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
         nn.Module.__init__(self)
@@ -172,7 +167,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and isinstance(self.weight, Tensor):
             return super().forward(x)
-        return all_reduce(linear(x, self.weight, self.compiled))
+        return all_reduce(linear(x, self.weight))
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):

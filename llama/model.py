@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cpp import attend_causally, cpp
 from .layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, columns
 from .parallel import divide, init_model_parallel, world_size
 
@@ -130,18 +129,12 @@ def causal_mask(positions: Tensor, S: int) -> Tensor | None:
     return torch.arange(S, device=positions.device) <= positions[:, None, :, None]
 
 
-WORTH_TURNING = 16  # queries for which cpu.cpp transposes all that they look at
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, compiled: bool = False) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention of q (B, T, H, D) over k and v (B, K, S, D) -> (B, T, H * D); query head h reads key-value head
     h // (H / K). `mask` (B or 1, 1, T, S) is true where a query may look; without one T = S is causal and T = 1 looks
-    everywhere. One for all rows lets the T queries, the last of S positions, look up to their own."""
+    everywhere."""
     B, T, H, D = q.shape
     K = k.shape[1]
-    alike = (mask is None or len(mask) == 1) and T >= WORTH_TURNING
-    if compiled and alike and q.dtype == torch.float32 and q.device.type == "cpu" and cpp():
-        return attend_causally(q, k, v)
     if T == 1:
         # A group's queries laid along the query axis read their shared keys once, instead of H / K times.
         return F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, mask).reshape(B, T, H * D)
@@ -189,11 +182,10 @@ class Attention(nn.Module):
         q, kv = heads.type_as(x).split((H, 2 * K), 2)
         kv = kv.transpose(1, 2) if self.cache is None else self.cache.update(kv, where)  # (rows, 2K, positions, D)
         parts, y = q.reshape(B * T, H, self.head_dim), []
-        compiled = self.wo.compiled and not torch.is_grad_enabled()
         for rows, t, S, mask in where.spans:
             part, parts = parts.tensor_split([(rows.stop - rows.start) * t])
             k, v = kv[rows, :, :S].chunk(2, 1)  # (b, K, S, D)
-            y.append(attend(part.unflatten(0, (-1, t)), k, v, mask, compiled).flatten(0, 1))
+            y.append(attend(part.unflatten(0, (-1, t)), k, v, mask).flatten(0, 1))
         return self.wo((torch.cat(y) if len(y) > 1 else y[0]).view(B, T, -1))
 
 
@@ -229,6 +221,8 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """The model, or under torchrun this rank's part of it."""
 
+    compiled = False  # whether decode.py may have a compiler make what computes it
+
     def __init__(self, params: ModelArgs) -> None:
         super().__init__()
         if params.vocab_size < 0:
@@ -252,12 +246,6 @@ class Transformer(nn.Module):
             if isinstance(module, Attention):
                 shape = (p.max_batch_size, 2 * module.n_kv_heads, p.max_seq_len, module.head_dim)
                 module.cache = KVCache(shape, self.norm.weight)
-
-    def use_cpp(self, wanted: bool = True) -> None:
-        """Have a CPU multiply by what cpp.py compiles, where that is faster, and decode so too."""
-        for module in self.modules():
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                module.compiled = wanted
 
     def forward(self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor = 0) -> Tensor:
         """Float32 logits (B, T, V) of tokens (B, T); see `hidden` for `start_pos`."""
@@ -289,11 +277,7 @@ class Transformer(nn.Module):
     def packed(self, rows: Sequence[Sequence[int]], start_pos: Sequence[int]) -> Tensor:
         """The last layer's output (N, dim) for the N tokens of rows of any lengths, one row behind the other, without
         padding. Each row begins at its `start_pos`; for that see `hidden`."""
-        if self.params.max_batch_size == 0:
-            raise ValueError("a model without a cache (max_batch_size 0) takes no packed rows")
-        device = self.norm.weight.device
-        places = [(start, len(row)) for start, row in zip(start_pos, rows, strict=True)]
-        self._check(len(rows), min(map(len, rows)), torch.tensor(start_pos), max(map(sum, places)))
+        places, device = self.check_packed(rows, start_pos), self.norm.weight.device
         spans: list[Span] = []
         for (start, T), alike in groupby(places):
             first = spans[-1].rows.stop if spans else 0
@@ -324,6 +308,14 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of chosen positions of `hidden`'s result (..., dim)."""
         return self.output(self.norm(hidden)).float().contiguous()
+
+    def check_packed(self, rows: Sequence[Sequence[int]], start_pos: Sequence[int]) -> list[tuple[int, int]]:
+        """Where each of the rows begins and how long it is."""
+        if self.params.max_batch_size == 0:
+            raise ValueError("a model without a cache (max_batch_size 0) takes no packed rows")
+        places = [(start, len(row)) for start, row in zip(start_pos, rows, strict=True)]
+        self._check(len(rows), min(map(len, rows)), torch.tensor(start_pos), max(map(sum, places)))
+        return places
 
     def _check(self, B: int, T: int, starts: Tensor, end: int) -> None:
         if len(starts) not in (1, B):

@@ -25,7 +25,8 @@ from .fused import int8_rows
 from .parallel import cpu_has
 
 GROUPS = (32, 64, 128)
-FEW = 12  # rows that cpu.cpp multiplies by int8 faster than oneDNN
+TILES = cpu_has("amx_int8")  # by which oneDNN multiplies
+FEW = 12  # rows by int8 that cpu.cpp has faster all the same
 SHRINK = [1 - 0.04 * i for i in range(11)]  # what a search tries: the share of a group's range that is kept
 
 
@@ -204,7 +205,8 @@ class Int8OneDNN(Plain):
 
 
 class Int8Compiled(Int8OneDNN):
-    """The same, but a few rows are multiplied by cpu.cpp, which reads what oneDNN has packed where it lies."""
+    """The same, by cpu.cpp, which reads what oneDNN has packed where it lies; but many rows are oneDNN's where it has
+    instructions for whole matrices."""
 
     @staticmethod
     def serves(weight: Quantized, device: torch.device) -> bool:
@@ -219,10 +221,10 @@ class Int8Compiled(Int8OneDNN):
         tiles = torch.frombuffer(memory, dtype=torch.int8, count=out * columns).view(-1, columns // 4, 64, 4)
         # oneDNN is free to pack in another way on another CPU, and in its next version.
         known = torch.equal(tiles.transpose(1, 2), weight.q.view(-1, 64, columns // 4, 4))
-        self.few = Matrix(tiles, self.scale) if known else None
+        self.multiply = Matrix(tiles, self.scale, weight.q.sum(1, dtype=torch.int32)) if known else None
 
     def product(self, rows: int) -> Callable[[Tensor], Tensor]:
-        return self.few if self.few and rows <= FEW else self
+        return self.multiply if self.multiply and (rows <= FEW or not TILES) else self
 
 
 class Int8Cuda(Plain):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .decode import passes
 from .engine import not_finite, prefill, prompt_scores
 from .model import Transformer
 
@@ -22,12 +23,12 @@ class Scores(NamedTuple):
     top_ids: list[list[int]]
 
 
-def passes(model: Transformer, rows: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor]]:
+def hidden(model: Transformer, rows: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor]]:
     """The last layer's output (T, dim) for the tokens of each row, max_batch_size rows in a pass."""
     at_once = model.params.max_batch_size
     for begin in range(0, len(rows), at_once):
         some = rows[begin : begin + at_once]
-        yield from zip(some, prefill(model, some), strict=True)
+        yield from zip(some, prefill(passes(model, sum(map(len, some))), some), strict=True)
 
 
 @torch.inference_mode()
@@ -35,8 +36,8 @@ def score(model: Transformer, rows: Sequence[Sequence[int]], top: int = 0) -> li
     """Scores of each row, with the `top` likeliest tokens at each place. FloatingPointError names the first layer that
     was not finite."""
     found = []
-    for row, hidden in passes(model, rows):
-        columns = zip(*prompt_scores(model, row, hidden, top), strict=True)
+    for row, states in hidden(model, rows):
+        columns = zip(*prompt_scores(model, row, states, top), strict=True)
         scores = Scores(*(torch.cat(parts).tolist() for parts in columns))
         if not all(map(math.isfinite, scores.logprobs)):
             raise not_finite(model, partial(prefill, model, [row]))
@@ -47,8 +48,8 @@ def score(model: Transformer, rows: Sequence[Sequence[int]], top: int = 0) -> li
 @torch.inference_mode()
 def embed(model: Transformer, rows: Sequence[Sequence[int]], pooling: str) -> Tensor:
     """The normalized last hidden states of each row, their mean or the last one: (rows, dim) in float32."""
-    states = (model.norm(hidden).float() for _, hidden in passes(model, rows))
-    return torch.stack([state.mean(0) if pooling == "mean" else state[-1] for state in states])
+    normed = (model.norm(states).float() for _, states in hidden(model, rows))
+    return torch.stack([states.mean(0) if pooling == "mean" else states[-1] for states in normed])
 
 
 def perplexity(

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small import needs_cpp, random_model, relative_error
+from small import needs_cpp, relative_error
 
 from llama import cpp
 from llama.cpp import Matrix
 from llama.layers import product
-from llama.model import attend, causal_mask, rotations
+from llama.model import rotations
 
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)]
 pytestmark = needs_cpp
@@ -47,16 +47,6 @@ def test_what_is_not_finite_stays_in_its_row_and_output(rows):
     assert torch.equal(~y.isfinite(), expected)
 
 
-@pytest.mark.parametrize(("B", "T", "S"), [(1, 1, 1), (2, 16, 16), (3, 48, 50), (1, 49, 300), (2, 130, 130)])
-@pytest.mark.parametrize(("H", "K", "D"), [(2, 2, 16), (6, 2, 24), (4, 1, 64)])
-def test_attention_of_prompts(B, T, S, H, K, D):
-    q, cache = torch.randn(B, T, H, D), torch.randn(B, 2 * K, S + 3, D)
-    k, v = cache[:, :, :S].chunk(2, 1)
-    y = cpp.attend_causally(q, k, v)
-    assert relative_error(y, attend(q, k, v, causal_mask(torch.arange(S - T, S)[None], S))) < 1e-5
-    assert torch.equal(cpp.attend_causally(q, k.transpose(1, 2).contiguous().transpose(1, 2), v), y)
-
-
 @pytest.mark.parametrize("columns", [32, 40])
 def test_a_float_product_of_strided_rows(columns):
     """Those of 40 columns are no whole vectors, and multiplied by a library."""
@@ -65,18 +55,20 @@ def test_a_float_product_of_strided_rows(columns):
     assert relative_error(product(w, 2, compiled=True)(x), F.linear(x, w)) < 1e-6
 
 
-def inputs(B, K, group, D, dtype=torch.float32):
-    """Heads, turns and a cache."""
+def inputs(N, K, group, D, dtype=torch.float32, rows=1):
+    """Heads of N tokens, turns and a cache."""
     turns = torch.view_as_real(rotations(torch.arange(100), D, 1e4))
-    return torch.randn(B, (K * group + 2 * K) * D), turns, torch.randn(B, 2 * K, 100, D).to(dtype)
+    return torch.randn(N, (K * group + 2 * K) * D), turns, torch.randn(rows, 2 * K, 100, D).to(dtype)
 
 
-def attend_plainly(heads, turns, cache, at):
-    """What `attend` is to do, row by row."""
-    seen = []
-    for row, kept, position in zip(heads, cache, at, strict=True):
+def attend_plainly(heads, turns, cache, places):
+    """What `attend` is to do, token by token."""
+    seen, places = [], zip(*[iter(places)] * 3, strict=True)
+    rows = [(row, position) for row, start, T in places for position in range(start, start + T)]
+    for token, (row, position) in zip(heads, rows, strict=True):
+        kept = cache[row]
         K, D = len(kept) // 2, kept.shape[-1]
-        q, k, v = row.view(-1, D).split((len(row) // D - 2 * K, K, K))
+        q, k, v = token.view(-1, D).split((len(token) // D - 2 * K, K, K))
         turned = torch.view_as_complex(torch.cat((q, k)).view(-1, D // 2, 2)) * torch.view_as_complex(turns[position])
         q, k = torch.view_as_real(turned).flatten(1).split((len(q), K))
         kept[:, position] = torch.cat((k, v))
@@ -85,67 +77,66 @@ def attend_plainly(heads, turns, cache, at):
     return torch.stack(seen)
 
 
+PLACES = [  # row, position, tokens
+    [0, 0, 1],
+    [0, 99, 1],
+    [0, 5, 1, 1, 0, 1, 2, 63, 1],
+    [0, 0, 16],
+    [0, 3, 4, 1, 50, 50, 2, 0, 49],
+    [2, 84, 16, 0, 9, 15],
+]
+
+
 @pytest.mark.parametrize(("dtype", "bound"), DTYPES)
 @pytest.mark.parametrize(("K", "group", "D"), [(3, 1, 64), (2, 4, 128), (1, 7, 48), (4, 2, 16)])
-@pytest.mark.parametrize("at", [[0], [99], [5, 0, 63]], ids=str)
-def test_attention(at, K, group, D, dtype, bound):
+@pytest.mark.parametrize("places", PLACES, ids=str)
+def test_attention(places, K, group, D, dtype, bound):
     """Each row up to its own position, whatever lies behind it in the cache."""
-    heads, turns, cache = inputs(len(at), K, group, D, dtype)
+    spans = [places[i : i + 3] for i in range(0, len(places), 3)]
+    heads, turns, cache = inputs(sum(T for _, _, T in spans), K, group, D, dtype, rows=3)
     expected = cache.clone()
-    for row, position in zip(cache, at, strict=True):
-        row[:, position + 1 :] = torch.nan
-    found = cpp.attend(heads, turns, cache, torch.tensor(at))
-    assert relative_error(found, attend_plainly(heads, turns, expected, at)) < bound
-    for row, like, position in zip(cache, expected, at, strict=True):
-        torch.testing.assert_close(row[:, : position + 1], like[:, : position + 1])
-        assert row[:, position + 1 :].isnan().all()
-    assert cpp.attend(heads.to(dtype), turns, cache, torch.tensor(at)).dtype == dtype
+    for row, start, T in spans:
+        cache[row, :, start + T :] = torch.nan
+    found = cpp.attend(heads.clone(), turns, cache, places)
+    assert relative_error(found, attend_plainly(heads, turns, expected, places)) < bound
+    for row, start, T in spans:
+        torch.testing.assert_close(cache[row, :, : start + T], expected[row, :, : start + T])
+        assert cache[row, :, start + T :].isnan().all()
+    assert cpp.attend(heads.to(dtype), turns, cache, places).dtype == dtype
 
 
-def test_attention_to_what_differs_widely():
+@pytest.mark.parametrize("T", [1, 16])
+def test_attention_to_what_differs_widely(T):
     """The largest is taken off before the exponential function: else 300 were infinity, and -300 nothing at all. A
     score of 300 is rounded by up to 1.5e-5, and so is what it makes of a share."""
     for scale in (300.0, -300.0):
-        heads, turns, cache = inputs(1, 1, 1, 16)
+        heads, turns, cache = inputs(T, 1, 1, 16)
         turns[..., 0], turns[..., 1] = 1, 0
         cache[:, 0] = scale / 4 * torch.linspace(0.9, 1, 100)[:, None]
         heads[:, :32] = torch.cat((torch.ones(16), torch.full((16,), scale / 4)))
-        expected = attend_plainly(heads, turns, cache.clone(), [19])
-        assert relative_error(cpp.attend(heads, turns, cache, torch.tensor([19])), expected) < 3e-5
+        expected = attend_plainly(heads, turns, cache.clone(), [0, 19, T])
+        assert relative_error(cpp.attend(heads, turns, cache, [0, 19, T]), expected) < 3e-5
 
 
-def test_attention_to_what_is_not_finite_is_not_finite_in_its_row():
-    heads, turns, cache = inputs(2, 2, 1, 16)
+@pytest.mark.parametrize("T", [1, 20])
+def test_attention_to_what_is_not_finite_is_not_finite_in_its_row(T):
+    heads, turns, cache = inputs(2 * T, 2, 1, 16, rows=2)
     cache[1, :, 3] = torch.nan
-    found = cpp.attend(heads, turns, cache, torch.tensor([7, 7]))
-    assert found[0].isfinite().all() and found[1].isnan().all()
+    first, second = cpp.attend(heads, turns, cache, [0, 7, T, 1, 7, T]).split(T)
+    assert first.isfinite().all() and second.isnan().all()
 
 
-@torch.inference_mode()
-def test_prompts_in_cpp_are_plain_ones():
-    """In one go, in two, from places of their own, and packed."""
-    model = random_model(max_batch_size=3, max_seq_len=128)
-    ids = torch.randint(3, 128, (3, 100))
-    rows = [ids[0, :70].tolist(), ids[1, :70].tolist(), ids[2, :33].tolist()]
-
-    def found():
-        return [
-            model(ids),
-            model(ids[:, :40]),
-            model(ids[:, 40:], 40),
-            model(ids[:, 40:60], [40, 7, 12]),
-            model.logits(model.packed(rows, [0, 0, 20])),
-        ]
-
-    plain = found()
-    model.use_cpp()
-    for one, other in zip(found(), plain, strict=True):
-        assert relative_error(one, other) < 1e-5
-
-
-def test_gradients_are_computed_plainly():
-    model = random_model(max_batch_size=0).requires_grad_(True)
-    ids = torch.randint(3, 128, (2, 20))
-    model.use_cpp()
-    model(ids).square().mean().backward()
-    assert all(weight.grad is not None for weight in model.parameters())
+@pytest.mark.parametrize(
+    ("places", "what"),
+    [
+        ([3, 0, 2], "row 3 of 3"),
+        ([-1, 0, 2], "row -1 of 3"),
+        ([0, 99, 2], "position 100 of 100"),
+        ([0, -1, 2], "position -1 of 100"),
+        ([0, 0, 3], "2 tokens for 3 places"),
+    ],
+)
+def test_attention_touches_no_memory_that_is_not_its_own(places, what):
+    heads, turns, cache = inputs(2, 1, 1, 16, rows=3)
+    with pytest.raises((IndexError, ValueError), match=what):
+        cpp.attend(heads, turns, cache, places)

@@ -7,7 +7,7 @@ import torch
 from small import GQA, MODELS, SHAPES, needs_cpp, random_model, relative_error
 
 from llama import Llama, ModelArgs, bench, decode, engine, fused, layers, parallel, quantization
-from llama.decode import Captured, Flat, Native, captured, decoder
+from llama.decode import Captured, Flat, Native, captured, decoder, passes, pieces
 
 CPU = torch.device("cpu")
 POSITIONS = [[9], [9, 9], [3, 11, 7], [12, 1, 1, 12, 5]]
@@ -196,7 +196,7 @@ def test_what_native_cannot_compute_is_flat():
 @needs_cpp
 def test_native_with_weights_that_lie_apart():
     model = random_model(WIDE)
-    model.use_cpp()
+    model.compiled = True
     assert type(decoder(model, 2)) is Native
     (plain, _), (native, _) = both(model, [3, 7])
     assert relative_error(native, plain) < 1e-5
@@ -256,6 +256,80 @@ def test_native_generates_the_same_text(quantize, monkeypatch):
     assert type(decoder(llama.model, 2)) is Native
     monkeypatch.setattr(Native, "serves", lambda flat: False)
     assert llama.text_completion(prompts, temperature=0) == native
+
+
+@needs_cpp
+@pytest.mark.parametrize("at_once", [528, 30, 7])
+@pytest.mark.parametrize(("quantize", "dtype", "bound"), KINDS, ids=str)
+@torch.inference_mode()
+def test_native_prompts_are_plain(quantize, dtype, bound, at_once, monkeypatch):
+    """Of rows that go on from places of their own: what comes out, what the cache is left with, and logits."""
+    monkeypatch.setattr(decode, "AT_ONCE", at_once)
+    monkeypatch.setitem(layers.IN_CPP, dtype, layers.ANY)
+    model = loaded(WIDE, quantize, dtype, max_batch_size=3)
+    for name, weight in model.named_parameters():
+        weight.mul_(torch.rand_like(weight) + 0.5 if "norm" in name else 5)
+    before = torch.randint(0, 128, (3, 20))
+    rows, starts = [torch.randint(0, 128, (T,)).tolist() for T in (44, 5, 17)], [20, 3, 0]
+    found = []
+    for choose in (lambda model, tokens: model, passes):
+        model.allocate_cache()
+        model.hidden(before)
+        compute = choose(model, 66)
+        hidden = compute.packed(rows, starts)
+        assert hidden.dtype == model.norm.weight.dtype
+        kept = [kv[i, :, :end] for kv in model.buffers() for i, end in enumerate((64, 8, 17))]
+        found.append((hidden, compute.logits(hidden[-2:]), torch.cat([part.flatten() for part in kept])))
+    assert type(compute) is Native
+    for one, other in zip(*found, strict=True):
+        assert relative_error(other.float(), one.float()) < 1.5 * bound  # by which the plain one rounds more tokens
+
+
+@needs_cpp
+@torch.inference_mode()
+def test_native_steps_of_several_tokens_are_plain():
+    """As those are that try guesses."""
+    model = loaded(WIDE)
+    ids, prompt = torch.randint(0, 128, (2, 4)), torch.randint(0, 128, (2, 30))
+    found = []
+    for compute in (model, passes(model, 8)):
+        model.hidden(prompt)
+        found.append(compute(ids, [30, 7]))
+    assert type(compute) is Native
+    assert relative_error(found[1], found[0]) < 1e-5
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("rows", "start", "what"),
+    [([[1] * 5], 60, "position 65 exceeds"), ([[1], []], 0, "0 tokens"), ([[1]] * 4, 0, "a batch of 4")],
+)
+def test_native_prompts_that_do_not_fit(rows, start, what):
+    with pytest.raises(ValueError, match=what):
+        passes(loaded(WIDE, max_batch_size=3), 9).packed(rows, [start] * len(rows))
+
+
+def test_pieces_of_rows():
+    rows = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10]]
+    assert [*pieces(rows, [0, 5, 2], 10)] == [([*range(1, 11)], [0, 0, 7, 1, 5, 1, 2, 2, 2])]
+    assert [*pieces(rows, [0, 5, 2], 9)] == [
+        ([1, 2, 3, 4, 5], [0, 0, 5]),
+        ([6, 7, 8, 9, 10], [0, 5, 2, 1, 5, 1, 2, 2, 2]),
+    ]
+    assert [*pieces(rows, [4, 5, 2], 4)] == [
+        ([1, 2, 3, 4], [0, 4, 4]),
+        ([5, 6, 7, 8], [0, 8, 3, 1, 5, 1]),
+        ([9, 10], [2, 2, 2]),
+    ]
+
+
+@needs_cpp
+def test_what_has_gradients_or_no_cache_is_computed_plainly():
+    model = random_model(max_batch_size=0).requires_grad_(True)
+    model.compiled = True
+    assert passes(model, 20) is model
+    model(torch.randint(3, 128, (2, 20))).square().mean().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
 
 
 @needs_cpp
