@@ -75,14 +75,20 @@ static void store(T *to, __m512 x) {
     for (int i = 0; i < 16; i++) to[i] = x[i];
 }
 
-// Calls `work(begin, end)` for all parts of [0, whole), of a number of units each, about so many for each core: one that
-// is slowed down gets fewer. Memory gives long parts faster than short ones.
+// Calls `work(begin, end)` for all parts of [0, whole), of a number of units each, up to so many. There are about four for
+// each core: one that is slowed down gets fewer, and memory gives long parts faster than short ones. The last are
+// quarters, so that no core waits long for another.
 template <typename Work>
-static void share(int64_t whole, int64_t unit, const Work &work, int64_t parts = 4) {
+static void share(int64_t whole, int64_t unit, const Work &work, int64_t largest = INT64_MAX) {
     const int cores = at::get_num_threads();
-    const int64_t some = std::max<int64_t>(1, whole / unit / (parts * cores)) * unit;
+    const int64_t some = std::clamp<int64_t>(whole / unit / (4 * cores), 1, largest / unit) * unit;
+    const int64_t few = std::max<int64_t>(1, some / unit / 4) * unit, many = std::max<int64_t>(0, whole / some - cores);
+    const int64_t parts = many + (whole - many * some + few - 1) / few;
 #pragma omp parallel for schedule(dynamic) num_threads(cores)
-    for (int64_t begin = 0; begin < whole; begin += some) work(begin, std::min(whole, begin + some));
+    for (int64_t i = 0; i < parts; i++) {
+        const int64_t begin = i < many ? i * some : many * some + (i - many) * few;
+        work(begin, std::min(whole, begin + (i < many ? some : few)));
+    }
 }
 
 // Calls `work(row)` for all of so many, in place where they are few.
@@ -192,7 +198,7 @@ static void wide_product(const float *w, int64_t some, const float *x, float *y,
             at::vec::transpose_mxn<float>(part, width, y + n, out, N, rows);
         }
     };
-    share(some, block, work, rows > 16 ? 1000 : 4);
+    share(some, 16, work, rows > 16 ? block : some);
 }
 
 template <typename T>
@@ -564,7 +570,7 @@ static void attend_many(float *heads, const float *turns, T *kept, const Span &s
                 store(sums + d * wide + 16 * v, load(sums + d * wide + 16 * v) / whole[v]);
         at::vec::transpose_mxn<float>(sums, wide, y + (t * H + h) * D, H * D, D, here);
     };
-    share(H * panels, 1, work, H * panels);
+    share(H * panels, 1, work, 1);
 }
 
 static void attend(float *heads, const Tensor &turns, const Tensor &cache, const std::vector<Span> &spans, float *y,
