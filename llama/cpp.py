@@ -46,6 +46,13 @@ class Matrix:
         return y.view(*x.shape[:-1], -1).type_as(x)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """The index of the largest of each row of logits (N, V), float32, the first of equals; and behind these N one more
+    number, 1 if all logits are finite, or 0."""
+    found: Tensor = ops.likeliest(logits)
+    return found
+
+
 def attend(heads: Tensor, turns: Tensor, cache: Tensor, places: Sequence[int]) -> Tensor:
     """What the queries of N tokens see, (N, H D), which are the first of heads (N, (H + 2K) D) and may be overwritten.
     The keys and values behind them are stored in a cache (rows, 2K, S, D), and each token looks at those up to its own.

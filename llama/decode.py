@@ -42,12 +42,13 @@ def decoder(model: Transformer, B: int) -> Decode:
     return model
 
 
-def passes(model: Transformer, tokens: int) -> Transformer | Native:
-    """What computes so many tokens of rows with `packed`, and `logits`."""
+def fastest(model: Transformer) -> Callable[[int], Transformer | Native]:
+    """What computes so many tokens, with its `packed` and `logits`, until the model has other tensors."""
     if not model.compiled or model.norm.weight.device.type != "cpu" or not model.params.max_batch_size:
-        return model
-    flat = Flat(model, tokens, compiled=True)
-    return Native(model, flat) if Native.serves(flat) else model
+        return lambda tokens: model
+    flat = Flat(model, 1, compiled=True)
+    native = Native(model, flat) if Native.serves(flat) else None
+    return lambda tokens: native if native and native.fits(tokens) else model
 
 
 WORTH_SPLITTING = 64  # positions a row that are not its own; to leave them out costs an operation for each row
@@ -223,8 +224,12 @@ class Native:
 
         parts = flat.embeddings, flat.turns, plain(flat.norm), plain(flat.output)
         self.plain, self.cpp = model, torch.classes.llama.Model(*parts, model.params.dim * model.params.norm_eps)
-        for layer in flat.layers:
-            self.cpp.add(*map(plain, layer))
+        for layer, cache in zip(flat.layers, model.buffers(), strict=True):
+            self.cpp.add(*map(plain, layer._replace(cache=cache)))
+
+    def fits(self, tokens: int) -> bool:
+        """Whether nothing multiplies so many faster."""
+        return isinstance(product(self.plain.output.weight, tokens, compiled=True), Matrix)
 
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         """Float32 logits (B, T, V) of tokens (B, T), of which each row's begin at a position."""

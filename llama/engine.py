@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .decode import Decode, Native, decoder, passes
+from .cpp import likeliest
+from .decode import Decode, Native, decoder, fastest
 from .lookup import Lookup
 from .model import Transformer
 from .parallel import broadcast, world_size
@@ -88,7 +89,7 @@ def steps(
     """
     prompts, device = [row.prompt for row in rows], model.norm.weight.device
     again: Callable[[], Iterable[Tensor]] = partial(prefill, model, prompts, cached)
-    compute = cache(partial(passes, model))
+    compute = fastest(model)
     step: Step = [Gain([], row.finish) for row in rows]
     if echo or not all(row.finish for row in rows):
         found = prefill(compute(sum(map(len, prompts)) - cached), prompts, cached)
@@ -105,7 +106,10 @@ def steps(
     sampler = Sampler([row.sampling for row in rows], prompts, model.vocab_size, device)
     lookup, lookups = any(row.lookup for row in rows), [Lookup(row.lookup) for row in rows]
     guesses: list[list[int]] = [[] for _ in rows]
-    decode: Decode | None = None
+    native = compute(len(rows))
+    decode: Decode | None = native if isinstance(native, Native) else None
+    # What one operator in C++ chooses.
+    simple = decode and sampler.plain and not lookup and not any(row.min_new for row in rows)
     closed = False
     while True:
         if not closed and any(gain.tokens or gain.finish for gain in step):
@@ -117,13 +121,15 @@ def steps(
                 closed = True  # the first rank says so in its next message; another goes on until the first does
         if all(row.finish for row in rows):
             return
-        chosen = choose(logits, rows, sampler, guesses)  # (B, T)
         # One message and one synchronization a step: the ids, whether they can be trusted (1) and were the last (2).
-        # What is not finite makes the sum so, and a sum is quicker to look at. After a small step each operation
-        # here takes a hundredth of it.
-        state = logits.sum().isfinite()[None]
-        message = broadcast(torch.cat((chosen.flatten(), state + 2 if closed else state)))
-        chosen = message[:-1].view_as(chosen)
+        # After a small step each operation here takes a hundredth of it.
+        if simple:
+            message = likeliest(logits[:, 0])
+        else:
+            chosen = choose(logits, rows, sampler, guesses)
+            state = logits.sum().isfinite()[None]  # what is not finite makes the sum so, and it is quicker to look at
+            message = broadcast(torch.cat((chosen.flatten(), state + 2 if closed else state)))
+        chosen = message[:-1].view(len(rows), -1)  # (B, T)
         chances = token_logprobs(logits, chosen) if logprobs else None
         # A row that has ended goes through the motions at its last position.
         following: tuple[Tensor, Sequence[int]] = chosen, [len(row.text) - bool(row.finish) for row in rows]

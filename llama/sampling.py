@@ -141,6 +141,8 @@ class Sampler:
             self.bias = zeros.clone()
             for bias, row in zip(self.bias, rows, strict=True):
                 bias[list(row.logit_bias)] = torch.tensor([*row.logit_bias.values()], device=device).float()
+        # Whether it always takes the likeliest.
+        self.plain = self.greedy and self.penalties is None and self.bias is None
 
     def __call__(self, logits: Tensor, which: Sequence[int]) -> Tensor:
         """Ids (B,) by logits (B, V), where row b is to get the `which[b]`-th token of its answer, from 0."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .decode import passes
+from .decode import fastest
 from .engine import not_finite, prefill, prompt_scores
 from .model import Transformer
 
@@ -25,10 +25,10 @@ class Scores(NamedTuple):
 
 def hidden(model: Transformer, rows: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor]]:
     """The last layer's output (T, dim) for the tokens of each row, max_batch_size rows in a pass."""
-    at_once = model.params.max_batch_size
+    at_once, compute = model.params.max_batch_size, fastest(model)
     for begin in range(0, len(rows), at_once):
         some = rows[begin : begin + at_once]
-        yield from zip(some, prefill(passes(model, sum(map(len, some))), some), strict=True)
+        yield from zip(some, prefill(compute(sum(map(len, some))), some), strict=True)
 
 
 @torch.inference_mode()

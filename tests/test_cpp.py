@@ -55,6 +55,16 @@ def test_a_float_product_of_strided_rows(columns):
     assert relative_error(product(w, 2, compiled=True)(x), F.linear(x, w)) < 1e-6
 
 
+@pytest.mark.parametrize("size", [1, 15, 16, 40, 1003])
+def test_the_likeliest(size):
+    logits = torch.randn(3, size).round(decimals=1)  # with equals
+    logits[1] = -5.0
+    assert cpp.likeliest(logits).tolist() == [*logits.max(-1).indices.tolist(), 1]
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        logits[2, -1] = bad
+        assert cpp.likeliest(logits)[-1] == 0
+
+
 def inputs(N, K, group, D, dtype=torch.float32, rows=1):
     """Heads of N tokens, turns and a cache."""
     turns = torch.view_as_real(rotations(torch.arange(100), D, 1e4))

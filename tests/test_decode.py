@@ -7,7 +7,7 @@ import torch
 from small import GQA, MODELS, SHAPES, needs_cpp, random_model, relative_error
 
 from llama import Llama, ModelArgs, bench, decode, engine, fused, layers, parallel, quantization
-from llama.decode import Captured, Flat, Native, captured, decoder, passes, pieces
+from llama.decode import Captured, Flat, Native, captured, decoder, fastest, pieces
 
 CPU = torch.device("cpu")
 POSITIONS = [[9], [9, 9], [3, 11, 7], [12, 1, 1, 12, 5]]
@@ -272,7 +272,7 @@ def test_native_prompts_are_plain(quantize, dtype, bound, at_once, monkeypatch):
     before = torch.randint(0, 128, (3, 20))
     rows, starts = [torch.randint(0, 128, (T,)).tolist() for T in (44, 5, 17)], [20, 3, 0]
     found = []
-    for choose in (lambda model, tokens: model, passes):
+    for choose in (lambda model, tokens: model, lambda model, tokens: fastest(model)(tokens)):
         model.allocate_cache()
         model.hidden(before)
         compute = choose(model, 66)
@@ -292,7 +292,7 @@ def test_native_steps_of_several_tokens_are_plain():
     model = loaded(WIDE)
     ids, prompt = torch.randint(0, 128, (2, 4)), torch.randint(0, 128, (2, 30))
     found = []
-    for compute in (model, passes(model, 8)):
+    for compute in (model, fastest(model)(8)):
         model.hidden(prompt)
         found.append(compute(ids, [30, 7]))
     assert type(compute) is Native
@@ -306,7 +306,7 @@ def test_native_steps_of_several_tokens_are_plain():
 )
 def test_native_prompts_that_do_not_fit(rows, start, what):
     with pytest.raises(ValueError, match=what):
-        passes(loaded(WIDE, max_batch_size=3), 9).packed(rows, [start] * len(rows))
+        fastest(loaded(WIDE, max_batch_size=3))(9).packed(rows, [start] * len(rows))
 
 
 def test_pieces_of_rows():
@@ -327,7 +327,7 @@ def test_pieces_of_rows():
 def test_what_has_gradients_or_no_cache_is_computed_plainly():
     model = random_model(max_batch_size=0).requires_grad_(True)
     model.compiled = True
-    assert passes(model, 20) is model
+    assert fastest(model)(20) is model
     model(torch.randint(3, 128, (2, 20))).square().mean().backward()
     assert all(weight.grad is not None for weight in model.parameters())
 

@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "terminal",
         "tokenizer",
     },
-    "engine": {"decode", "lookup", "model", "parallel", "sampling"},
+    "engine": {"cpp", "decode", "lookup", "model", "parallel", "sampling"},
     "generation": {
         "chat",
         "checkpoint",
