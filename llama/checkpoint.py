@@ -29,7 +29,7 @@ from tqdm import tqdm
 from . import hf
 from .files import READABLE, SafetensorsFile, TorchFile
 from .model import ModelArgs
-from .parallel import rank, world_size
+from .parallel import empty, rank, world_size
 from .quantization import Quantized, Rows, Scheme, kernel, quantize, scheme, stack
 
 # Along which dimension the ranks' parts of a weight lie. The key is the last name before ".weight".
@@ -435,7 +435,7 @@ def load(
                 del parts
                 weights.release()
             else:
-                place = torch.empty(sum(rows), *mine[names[0]][1:], dtype=dtype, device=device)
+                place = empty((sum(rows), *mine[names[0]][1:]), dtype, device)
                 for name, out in zip(names, place.split(rows), strict=True):
                     final[name] = weights.read(name, whole[name], *ranges[name], dtype, device, out)
             bar.update(sum(mine[name].numel() for name in names))

@@ -9,10 +9,12 @@ from __future__ import annotations
 import atexit
 import functools
 import io
+import math
+import mmap
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -25,6 +27,8 @@ from fairscale.nn.model_parallel import initialize as mp
 T = TypeVar("T")
 P = ParamSpec("P")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+LARGE_PAGE = 2**21
 
 open_streams: WeakSet[Any] = WeakSet()  # to be closed at exit, while the ranks still hear each other
 _store: dist.Store | None = None  # where the ranks settle which of them reports a failure
@@ -109,6 +113,17 @@ def cpu_has(*units: str) -> bool:
     """Whether this CPU has one of these, by the names that torch.cpu.get_capabilities has for them."""
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(found.get(unit) for unit in units)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A tensor for weights. On Linux a CPU's lies in large pages, where it may, and is read a few percent faster."""
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(*shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
 def init_model_parallel(model_parallel_size: int | None = None) -> None:

@@ -1,6 +1,7 @@
 """Devices, dtypes and groups."""
 
 import io
+import mmap
 import os
 import subprocess
 import sys
@@ -16,6 +17,24 @@ from llama import parallel, script
 def test_devices_that_are_not_there_are_named(device):
     with pytest.raises(ValueError, match="device"):
         parallel.choose_device(device)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (1024, 1500)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("refused", [False, True])
+def test_memory_for_weights(shape, dtype, refused, monkeypatch):
+    """Small, and large enough for large pages, which the kernel may not have."""
+
+    class Refusing(mmap.mmap):
+        def madvise(self, *advice):
+            raise OSError("Invalid argument")
+
+    if refused:
+        monkeypatch.setattr(mmap, "mmap", Refusing)
+    made = parallel.empty(shape, dtype)
+    assert (made.shape, made.dtype, made.is_contiguous()) == (shape, dtype, True)
+    assert torch.equal(made.fill_(3), torch.full(shape, 3.0, dtype=dtype))
+    assert parallel.empty(shape, dtype, "meta").is_meta
 
 
 def test_the_default_device_is_the_fastest_there_is(monkeypatch):
