@@ -32,6 +32,8 @@ LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float
 # Many rows of float32 MKL has faster on the right of a weight with so many times more outputs than inputs, where what
 # follows takes columns that lie one behind the other, as it may with gate and up.
 MANY, TALL = 128, 4
+# On an AMD MKL is good at one thing: in parts, it reads a weight at the bandwidth for up to 4 rows of few numbers.
+PART, IN_PARTS, FEW = 64, range(1, 5), 6144
 TILES = cpu_has("amx_bf16")  # which multiply 32 rows at a time: fewer take as long
 # What cpu.cpp multiplies faster than all of these.
 IN_CPP = {torch.float32: ANY, torch.bfloat16: range(1, 5 if TILES else 17), torch.float16: range(1, 17)}
@@ -49,6 +51,8 @@ def product(weight: Any, rows: int, compiled: bool = False) -> Product:
         return Matrix(weight)
     if single and MKL and rows in IN_STRIPS and not len(weight) % STRIP:
         return partial(in_strips, weight)
+    if single and AMD and rows in IN_PARTS and rows * weight.shape[1] <= FEW and not len(weight) % PART:
+        return partial(in_parts, weight)
     if rows in LEFT.get(weight.dtype, ()) and onednn_knows(weight.dtype):
         return partial(from_left, weight)
     if single and AMD and onednn_knows(weight.dtype):
@@ -85,6 +89,12 @@ def in_strips(weight: Tensor, x: Tensor) -> Tensor:
     strips = weight.view(-1, STRIP, weight.shape[1]).transpose(1, 2)  # (out / STRIP, in, STRIP)
     y = torch.bmm(x.reshape(-1, x.shape[-1]).expand(len(strips), -1, -1), strips)  # (out / STRIP, rows, STRIP)
     return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+def in_parts(weight: Tensor, x: Tensor) -> Tensor:
+    parts = weight.view(-1, PART, weight.shape[1])
+    columns = x.reshape(-1, x.shape[-1]).contiguous().t()  # with other strides it takes five times as long
+    return torch.bmm(parts, columns.expand(len(parts), -1, -1)).flatten(0, 1).t().view(*x.shape[:-1], -1)
 
 
 def linear(x: Tensor, weight: Any) -> Tensor:

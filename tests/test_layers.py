@@ -95,10 +95,15 @@ def test_few_numbers_of_rows_reach_onednn(monkeypatch, dtype, tiles, numbers):
 
 
 @pytest.mark.parametrize("rows", ROWS[1:])
-def test_products_by_onednn_alone(monkeypatch, rows):
-    """As on a CPU by AMD, which MKL does not serve well."""
+def test_products_on_a_cpu_by_amd(monkeypatch, rows):
+    """Which MKL serves well for a few rows alone."""
     monkeypatch.setattr(layers, "AMD", True)
     monkeypatch.setattr(layers, "MKL", False)
-    weight, x = torch.randn(48, 40), torch.randn(rows, 2, 80)[..., 40:]
-    assert layers.product(weight, rows).func in (layers.from_left, layers.from_right)
-    assert relative_error(layers.linear(x, weight), F.linear(x, weight)) < 1e-6
+    weight, x = torch.randn(128, 40), torch.randn(rows, 2, 80)[..., 40:]
+    few, more = layers.product(weight, rows).func, layers.product(weight[:48], rows).func
+    assert few is layers.in_parts if rows <= 4 else few is more
+    assert more is (layers.from_left if 4 <= rows < 128 else layers.from_right)
+    for part in (weight, weight[:48], weight[:, 8:].contiguous()):
+        rest = x[..., -part.shape[1] :]
+        assert relative_error(layers.linear(rest, part), F.linear(rest, part)) < 1e-6
+    assert layers.product(torch.empty(64, 1600), rows).func is not layers.in_parts or rows < 4
