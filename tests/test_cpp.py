@@ -1,5 +1,7 @@
 """cpu.cpp: its operators are what they are written for in PyTorch."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,12 @@ from llama.cpp import Matrix
 from llama.layers import product
 from llama.model import rotations
 
+COMPILER = """#!/bin/sh
+echo "$@" >> "$0.log"
+sleep 0.2
+for last; do :; done
+touch "$last"
+"""
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)]
 pytestmark = needs_cpp
 
@@ -150,3 +158,42 @@ def test_attention_touches_no_memory_that_is_not_its_own(places, what):
     heads, turns, cache = inputs(2, 1, 1, 16, rows=3)
     with pytest.raises((IndexError, ValueError), match=what):
         cpp.attend(heads, turns, cache, places)
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """What notes how it is called, in place of a compiler."""
+    path = tmp_path / "compiler"
+    path.write_text(COMPILER)
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return path
+
+
+def test_several_that_start_together_compile_once(compiler, monkeypatch):
+    with ThreadPoolExecutor(4) as pool:
+        [made] = {*pool.map(lambda _: cpp.library(), range(4))}
+    log = compiler.with_suffix(".log")
+    assert made.exists() and len(log.read_text().splitlines()) == 1
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})  # a home that two machines share
+    assert cpp.library() != made and made.exists() and len(log.read_text().splitlines()) == 2
+
+
+def test_a_compiler_that_fails_leaves_nothing_and_its_error_is_told(compiler, caplog):
+    compiler.write_text("#!/bin/sh\necho 'In file x:' >&2\necho 'x.cpp:3: fatal error: no torch' >&2\nexit 1\n")
+    assert cpp.cpp.__wrapped__() is False
+    assert "cpu.cpp is not compiled, which is slower: RuntimeError: x.cpp:3: fatal error: no torch" in caplog.text
+    assert not [*compiler.parent.glob("cache/*/*.so")]
+
+
+def test_without_a_place_for_what_is_compiled_there_is_none(compiler, caplog):
+    (compiler.parent / "cache").write_text("a file")
+    assert cpp.cpp.__wrapped__() is False
+    assert "cpu.cpp is not compiled, which is slower: NotADirectoryError" in caplog.text
+
+
+def test_without_a_compiler_there_is_none(compiler, caplog):
+    compiler.unlink()
+    assert cpp.cpp.__wrapped__() is False
+    assert f"FileNotFoundError: [Errno 2] No such file or directory: '{compiler}'" in caplog.text

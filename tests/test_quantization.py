@@ -134,7 +134,7 @@ def test_four_bits_are_compiled_where_that_is_possible(folder, monkeypatch, capl
     assert isinstance(build_one().model.output.weight, quantization.Int4Compiled)
     assert not isinstance(build(folder, "int4").model.output.weight, quantization.Int4Compiled)
     monkeypatch.setattr(quantization, "cpp", cpp.cpp.__wrapped__)
-    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", mock.Mock(side_effect=RuntimeError("no g++")))
+    monkeypatch.setattr(cpp, "library", mock.Mock(side_effect=RuntimeError("no g++")))
     assert isinstance(build_one().model.output.weight, quantization.Int4Cpu)
     assert "cpu.cpp is not compiled, which is slower: RuntimeError: no g++" in caplog.text
     monkeypatch.setattr(cpp, "cpu_has", lambda unit: False)
