@@ -251,14 +251,12 @@ class Int4Cpu(Plain):
     def __init__(self, weight: Quantized, device: torch.device) -> None:
         super().__init__(weight, device)
         self.group = self.shape[1] // weight.scale.shape[1]
+        some = weight.q[:64]
+        known = not len(weight.q) % 64 and torch.equal(packed_by_hand(some), packed_by_torch(some))
+        pack = packed_by_hand if known else packed_by_torch
         self.packed = torch.empty(weight.q.shape, dtype=torch.uint8)
-        step = 256  # rows at a time, in one place: fresh memory costs more than the work
-        place = torch.empty(min(step, len(weight.q)), self.shape[1], dtype=torch.int32)
-        for begin in range(0, len(weight.q), step):
-            q = weight.q[begin : begin + step]
-            wide = place[: len(q)]
-            wide[:, 0::2], wide[:, 1::2] = q & 15, q >> 4
-            self.packed[begin : begin + step] = torch._convert_weight_to_int4pack_for_cpu(wide, 1)
+        for rows, place in zip(weight.q.split(1024), self.packed.split(1024), strict=True):
+            place.copy_(pack(rows))
         self.scales = offsets(weight)
         del self.weight
 
@@ -266,6 +264,19 @@ class Int4Cpu(Plain):
         rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
         y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.scales)
         return y.view(*x.shape[:-1], -1).type_as(x)
+
+
+def packed_by_torch(q: Tensor) -> Tensor:
+    packed: Tensor = torch._convert_weight_to_int4pack_for_cpu(torch.stack((q & 15, q >> 4), -1).flatten(1).int(), 1)
+    return packed
+
+
+def packed_by_hand(q: Tensor) -> Tensor:
+    """The same in a sixth of the time, where torch's product is for AVX-512: column by column of 64 rows, of which the
+    first 32 are in the low halves."""
+    first, second = q.view(-1, 2, 32, q.shape[1]).unbind(1)  # (out / 64, 32, in / 2)
+    even, odd = first & 15 | second << 4, first >> 4 | second & 240
+    return torch.stack((even.transpose(1, 2), odd.transpose(1, 2)), 2).view(q.shape)
 
 
 class Int4Compiled(Plain):

@@ -141,6 +141,15 @@ def test_four_bits_are_compiled_where_that_is_possible(folder, monkeypatch, capl
     assert isinstance(build_one().model.output.weight, quantization.Int4Cpu)
 
 
+@pytest.mark.parametrize("out", [48, 64, 1152])
+def test_four_bits_are_packed_by_hand_only_as_torch_packs_them(out, monkeypatch):
+    weight = quantize(torch.randn(out, 128), scheme("int4"))
+    packed = quantization.Int4Cpu(weight, CPU).packed
+    assert torch.equal(packed, quantization.packed_by_torch(weight.q).view(out, -1))
+    monkeypatch.setattr(quantization, "packed_by_hand", torch.zeros_like)
+    assert torch.equal(packed, quantization.Int4Cpu(weight, CPU).packed)
+
+
 @needs_cpp
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 def test_few_rows_by_eight_bits_read_what_onednn_has_packed(rows, monkeypatch):
