@@ -261,7 +261,7 @@ def chat(
         quantize: int8 or int4
         group_size: columns of a group of int4: 32, 64 or 128
         prompt_lookup: guesses to try with each step, which helps where answers repeat what was said
-        compile: to be faster on a CPU, with rounded weights above all, after some seconds of its C++ compiler
+        compile: to be faster on a CPU, with rounded weights above all, after g++ has worked for twenty seconds, once
     """
     llama = Llama.build(
         ckpt_dir,

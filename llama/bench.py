@@ -1,8 +1,8 @@
 """python -m llama bench: how fast a model prefills and decodes here, as a fraction of what this machine can do, and
 beside other libraries on the same weights.
 
-The limits are measured in the same run, in turn with what they limit, as they change where others use the machine too;
-what the share would be of a limit measured once, at first, is told beside it.
+The limits are measured in turn with what they limit, as others who use the machine change them. The share of the limit
+that was measured once, at the start, is told beside it.
 Decoding reads every weight once a step, and the cache: bytes over seconds over the bandwidth of reading memory is its
 MBU, model bandwidth utilization. Prefill multiplies every weight by every token: operations over seconds over the rate
 of a large matrix product is its MFU, model FLOPs utilization.
@@ -136,6 +136,7 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) 
 
 # A limit: measures, with so many repeats, what the machine can do in a second.
 Limit = Callable[[int], float]
+USE = {"bandwidth": "MBU", "matrix_rate": "MFU"}  # the limits, and what a share of each is called
 
 
 def bandwidth(device: torch.device) -> Limit:
@@ -228,9 +229,9 @@ def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[st
             )
             for name in limits
         }
-        used = {"MBU": shares["bandwidth"], "MFU": shares["matrix_rate"]}
-        kind, name = ("MFU", "matrix_rate") if case.tokens == 1 else ("MBU", "bandwidth")
-        at_start = needed[name] / statistics.median(taken["llama"]) / facts[name]
+        used: dict[str, Any] = {USE[name]: share for name, share in shares.items()}
+        which = "matrix_rate" if case.tokens == 1 else "bandwidth"
+        kind, of_first = USE[which], needed[which] / statistics.median(taken["llama"]) / facts[which]
         ratios = {
             peer: statistics.median(b / a for a, b in zip(taken["llama"], taken[peer], strict=True)) for peer in peers
         }
@@ -238,8 +239,10 @@ def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[st
             f"{name} {statistics.median(rate):,.1f} ({rate[0]:,.1f} - {rate[-1]:,.1f})" for name, rate in rates.items()
         ]
         told += [f"{ratio:.2f} x {peer}" for peer, ratio in ratios.items()]
-        print(f"{case!s:>17}: {kind} {used[kind]:.2f} ({at_start:.2f} at first); {'; '.join(told)}", flush=True)
-        used[f"{kind}_by_first_limit"] = at_start
+        print(
+            f"{case!s:>17}: {kind} {used[kind]:.2f} ({of_first:.2f} of the first limit); {'; '.join(told)}", flush=True
+        )
+        used[f"{kind}_of_first_limit"] = of_first
         facts["cases"][str(case)] = {"tokens_per_second": rates, **used, "ratios": ratios}
     facts["peak_bytes"] = peak(device)
     first = facts["cases"].get(str(cases[0]), {}).get("tokens_per_second", {}).get("llama")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shlex
 import subprocess
 from collections.abc import Sequence
 from functools import cache
@@ -19,45 +20,43 @@ from .parallel import cpu_has
 log = logging.getLogger(__name__)
 ops: Any = torch.ops.llama
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-DCPU_CAPABILITY_AVX512"]
-LIBRARIES = ["-ltorch_cpu", "-lc10", "-lgomp"]
 
 
 @cache
 def cpp() -> bool:
-    """Whether cpu.cpp is compiled, as it is when this is first asked, where that is possible."""
+    """Compile and load cpu.cpp when this is first called; whether that worked."""
     try:
         if not cpu_has("avx512_vnni"):
             raise RuntimeError("it is for CPUs with AVX-512 VNNI")
         torch.ops.load_library(library())
-    except (RuntimeError, OSError) as error:  # or no compiler, no place for its files
+    except (RuntimeError, OSError, ImportError) as error:  # no compiler, no place for its files
         log.warning("cpu.cpp is not compiled, which is slower: %s", f"{type(error).__name__}: {error}".split("\n")[0])
         return False
     return True
 
 
 def library() -> Path:
-    """What the C++ compiler makes of cpu.cpp. It is kept for as long as that, the compiler's command, torch and the CPU
-    are the same. torch's own way to do this would import for seconds, each time."""
-    import fcntl  # Linux has it
+    """cpu.cpp as a shared library, compiled unless there is one of the same source, command, torch and CPU. torch's own
+    way to do this imports for seconds in every process."""
+    import fcntl  # which Windows lacks
 
-    source, torch_dir = Path(__file__).with_name("cpu.cpp"), Path(torch.__file__).parent
-    command = [
-        os.environ.get("CXX", "g++"),
-        *FLAGS,
-        f"-I{torch_dir / 'include'}",
-        str(source),
-        f"-L{torch_dir / 'lib'}",
-    ]
-    state = source.read_text(encoding="utf-8"), command, torch.__version__, torch.cpu.get_capabilities()
+    source, pytorch = Path(__file__).with_name("cpu.cpp"), Path(torch.__file__).parent
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    paths = [f"-I{pytorch / 'include'}", str(source), f"-L{pytorch / 'lib'}"]
+    command = [*compiler, *FLAGS, *paths, "-ltorch_cpu", "-lc10"]
+    units = [(unit, has) for unit, has in torch.cpu.get_capabilities().items() if has is True or unit == "cpu_name"]
+    state = source.read_text(encoding="utf-8"), command, torch.__version__, units
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-reference"
-    folder.mkdir(parents=True, exist_ok=True)
     made = folder / f"cpu-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.so"
+    if made.exists():
+        return made
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles
         if not made.exists():
             log.warning("compiling cpu.cpp for this CPU, once, which takes about twenty seconds")
             new = made.with_suffix(".partial")
-            done = subprocess.run([*command, *LIBRARIES, "-o", str(new)], capture_output=True, text=True)
+            done = subprocess.run([*command, "-o", str(new)], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(next((line for line in done.stderr.splitlines() if "error" in line), done.stderr))
             new.replace(made)

@@ -3,8 +3,8 @@
 On a CPU a small model spends a third of a step between its products, as each of them empties the caches and whatever
 code runs next comes from memory again. So `Flat` does without modules and with few operations, and `Native`, which is
 all in C++, with none. On a GPU it is the launching of a thousand kernels that takes the time, and `Captured` launches
-them as one graph, with one kernel between two products. The model is the plain twin of all, and tests hold them
-together. Prompts are the model's, or `Native`'s too.
+them as one graph, with one kernel between two products. `Transformer` is the plain twin of all three, and tests hold
+them together. Prompts go through it, or through `Native`.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ class Llama:
         `tokenizer_path` defaults to tokenizer.model in the folder or one up. `device` defaults to CUDA, then MPS, then
         CPU; `dtype` to the checkpoint's, or float32 where the CPU has no instructions for it. `quantize` rounds the
         matrices to int8, or to int4 in groups of `group_size` columns; a checkpoint that was saved so needs neither.
-        `compile` has a C++ compiler make products, attention and a step of decoding for a CPU with AVX-512 VNNI, once,
-        in seconds. It changes nothing on a GPU.
+        `compile` has g++ make all layers for a CPU with AVX-512 VNNI, which takes about twenty seconds, once.
+        It changes nothing on a GPU.
         Raises ValueError, FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank,
         and MemoryError before anything is allocated when weights, cache and activations will not fit;
         `check_memory=False` tries.

@@ -21,18 +21,19 @@ from .parallel import all_gather, all_reduce, cpu_has, divide
 
 Product = Callable[[Tensor], Tensor]  # x (..., in) -> (..., out)
 
-# Products on a CPU. MKL, by which PyTorch multiplies float32, leaves half of an AMD's vectors idle; oneDNN does not.
-AMD = cpu_has("sse4a")
-MKL = torch.backends.mkl.is_available() and not AMD
-# To multiply a few rows the libraries' usual ways rearrange the weight. With so many rows it is faster on the left,
-# (weight xᵀ)ᵀ, where oneDNN rearranges x alone and reads the weight as it lies. With a few rows of float32, MKL does
-# the same for a weight in strips so narrow that it finds nothing worth rearranging.
+# Products on a CPU. MKL, by which PyTorch multiplies float32, leaves half of the vectors of an AMD with AVX-512 idle;
+# oneDNN does not.
+MKL = torch.backends.mkl.is_available()
+AMD = MKL and cpu_has("sse4a") and cpu_has("avx512_f")
+# The libraries' usual way with few rows is to rearrange the weight first. With the numbers of rows in LEFT it is faster
+# to have the weight on the left, (weight xᵀ)ᵀ, where oneDNN rearranges x alone and reads the weight as it lies. So does
+# MKL for IN_STRIPS rows of float32, if it is given strips of 16 outputs, too narrow to be worth rearranging.
 ANY, STRIP, IN_STRIPS = range(1, 2**63), 16, range(4, 9)
 LEFT = {torch.float32: range(4, 128), torch.bfloat16: range(1, 256), torch.float16: range(1, 256)}
-# Many rows of float32 MKL has faster on the right of a weight with so many times more outputs than inputs, where what
-# follows takes columns that lie one behind the other, as it may with gate and up.
+# MANY rows of float32 MKL multiplies faster by a weight on the left too, if that has TALL times as many outputs as
+# inputs. The result lies transposed, which does no harm to gate and up.
 MANY, TALL = 128, 4
-# On an AMD MKL is good at one thing: in parts, it reads a weight at the bandwidth for up to 4 rows of few numbers.
+# On an AMD MKL reads a weight at the bandwidth, if it is given parts of 64 outputs and up to 4 rows of FEW numbers.
 PART, IN_PARTS, FEW = 64, range(1, 5), 6144
 TILES = cpu_has("amx_bf16")  # which multiply 32 rows at a time: fewer take as long
 # What cpu.cpp multiplies faster than all of these.
@@ -41,7 +42,7 @@ IN_CPP = {torch.float32: ANY, torch.bfloat16: range(1, 5 if TILES else 17), torc
 
 def product(weight: Any, rows: int, compiled: bool = False) -> Product:
     """The fastest way here, or that can be compiled, to multiply the transposed weight (out, in) by x (..., in) of so
-    many rows. What is no tensor, a quantized matrix, says it itself."""
+    many rows. A quantized matrix chooses for itself."""
     if not isinstance(weight, Tensor):
         return weight.product(rows)
     if weight.device.type != "cpu":
@@ -49,7 +50,7 @@ def product(weight: Any, rows: int, compiled: bool = False) -> Product:
     whole, single = weight.is_contiguous() and weight.shape[1] % 16 == 0, weight.dtype == torch.float32
     if compiled and whole and rows in IN_CPP.get(weight.dtype, ()) and cpp():
         return Matrix(weight)
-    if single and MKL and rows in IN_STRIPS and not len(weight) % STRIP:
+    if single and MKL and not AMD and rows in IN_STRIPS and not len(weight) % STRIP:
         return partial(in_strips, weight)
     if single and AMD and rows in IN_PARTS and rows * weight.shape[1] <= FEW and not len(weight) % PART:
         return partial(in_parts, weight)
@@ -63,9 +64,9 @@ def product(weight: Any, rows: int, compiled: bool = False) -> Product:
 @cache
 def onednn_knows(dtype: torch.dtype) -> bool:
     """Whether oneDNN is there and multiplies this dtype on this CPU; older ones have no way to do it in 16 bits."""
-    ops = torch.ops.mkldnn
-    half = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}
-    return torch.backends.mkldnn.is_available() and (dtype not in half or half[dtype]())
+    half = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    known = torch.backends.mkldnn.is_available()
+    return known and (dtype not in half or getattr(torch.ops.mkldnn, half[dtype])())
 
 
 def from_left(weight: Tensor, x: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def linear(x: Tensor, weight: Any) -> Tensor:
     multiply = product(weight, rows)
     if x.device.type != "cpu" or isinstance(multiply, Matrix):
         return multiply(x)
-    extra = missing(rows, weight.dtype if isinstance(weight, Tensor) else torch.int8)
+    extra = missing(rows, weight.dtype) if isinstance(weight, Tensor) else weight.pads and missing(rows, torch.int8)
     if not extra:
         return multiply(x)
     padded = F.pad(x.reshape(rows, -1), (0, 0, 0, extra))
@@ -127,7 +128,7 @@ def columns(x: Tensor, *layers: ColumnParallelLinear) -> Tensor:
     whole = joined([layer.weight for layer in layers])
     if whole is None or (torch.is_grad_enabled() and isinstance(whole, Tensor)):
         return torch.cat([layer(x) for layer in layers], -1)
-    many = x.numel() >= MANY * x.shape[-1] and x.device.type == "cpu" and MKL
+    many = x.numel() >= MANY * x.shape[-1] and x.device.type == "cpu" and MKL and not AMD
     if many and isinstance(whole, Tensor) and whole.dtype == torch.float32 and len(whole) > TALL * whole.shape[1]:
         return F.linear(whole, x.reshape(-1, x.shape[-1])).t().view(*x.shape[:-1], -1)
     return linear(x, whole)
@@ -141,7 +142,7 @@ def joined(weights: Sequence[Any]) -> Any:
     end = first.data_ptr()
     storage = first.untyped_storage().data_ptr()
     for weight in weights:
-        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage:
+        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage or not weight.is_contiguous():
             return None
         end += weight.nbytes
     return first.detach().as_strided((sum(map(len, weights)), first.shape[1]), first.stride())

@@ -127,6 +127,7 @@ class Kernel(Protocol):
 
     shape: tuple[int, int]
     nbytes: int
+    pads: bool  # whether it is to be given a few numbers of rows alone, as oneDNN keeps something for each
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of x."""
@@ -139,7 +140,7 @@ class Rows:
     """Some rows of a matrix that several layers share."""
 
     def __init__(self, whole: Kernel, begin: int, end: int) -> None:
-        self.whole, self.begin, self.end = whole, begin, end
+        self.whole, self.begin, self.end, self.pads = whole, begin, end, whole.pads
         self.shape = (end - begin, whole.shape[1])
         self.nbytes = whole.nbytes * (end - begin) // whole.shape[0]
 
@@ -161,6 +162,8 @@ def kernel(weight: Quantized, device: torch.device, compiled: bool = False) -> K
 
 class Plain:
     """Dequantizes the matrix each time: slow, and right on every device."""
+
+    pads = True
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
         self.weight = Quantized(*(None if part is None else part.to(device) for part in weight))  # type: ignore[arg-type]
@@ -243,6 +246,8 @@ class Int8Cuda(Plain):
 
 class Int4Cpu(Plain):
     """torch's int4 product for CPUs, which says w = (q - 8) * scale + offset."""
+
+    pads = False
 
     @staticmethod
     def serves(weight: Quantized, device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models"
 TOKENIZER = MODELS / "tokenizer.model"
 needs_cpp = pytest.mark.skipif(
-    not parallel.cpu_has("avx512_vnni") or not shutil.which(os.environ.get("CXX", "g++")),
+    not parallel.cpu_has("avx512_vnni") or not shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]),
     reason="needs g++ and a CPU with AVX-512 VNNI",
 )
 

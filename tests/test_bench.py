@@ -75,8 +75,8 @@ def test_the_command_ends_with_json():
     assert all(0 < facts["cases"][case][used] < 1.5 for case in facts["cases"] for used in ("MBU", "MFU"))
     assert facts["first_token_s"] == 16 / facts["cases"]["prefill 16"]["tokens_per_second"]["llama"][0]
     rate, most = facts["cases"]["prefill 16"], facts["matrix_rate"]
-    assert 0.1 < rate["MFU"] / rate["MFU_by_first_limit"] < 10 < most
-    assert re.search(r"prefill 16: MFU 0\.\d\d \(\d\.\d\d at first\)", done.stdout)
+    assert 0.1 < rate["MFU"] / rate["MFU_of_first_limit"] < 10 < most
+    assert re.search(r"prefill 16: MFU 0\.\d\d \(\d\.\d\d of the first limit\)", done.stdout)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def test_weights_side_by_side_are_one():
     assert layers.joined(parts[1:]).data_ptr() == parts[1].data_ptr()
     assert layers.joined([parts[0], parts[2]]) is None
     assert layers.joined([parts[0], torch.nn.Parameter(parts[1].clone()), parts[2]]) is None
+    assert layers.joined([part.view(3, 4).t() for part in torch.randn(24).split(12)]) is None
 
 
 @pytest.mark.parametrize("shape", [(130,), (2, 64), (1, 129)])
@@ -53,7 +54,7 @@ def test_many_rows_of_tall_weights_side_by_side(shape):
     with torch.inference_mode():
         both = layers.columns(x, up, gate)
     assert both.shape == (*shape, 96)
-    assert both.stride(-1) == math.prod(shape) or not layers.MKL
+    assert both.stride(-1) == math.prod(shape) or not layers.MKL or layers.AMD
     assert torch.allclose(both, F.linear(x, whole), atol=1e-5)
 
 
@@ -96,14 +97,13 @@ def test_few_numbers_of_rows_reach_onednn(monkeypatch, dtype, tiles, numbers):
 
 @pytest.mark.parametrize("rows", ROWS[1:])
 def test_products_on_a_cpu_by_amd(monkeypatch, rows):
-    """Which MKL serves well for a few rows alone."""
+    """MKL is used for up to four rows, oneDNN for the others."""
     monkeypatch.setattr(layers, "AMD", True)
-    monkeypatch.setattr(layers, "MKL", False)
     weight, x = torch.randn(128, 40), torch.randn(rows, 2, 80)[..., 40:]
     few, more = layers.product(weight, rows).func, layers.product(weight[:48], rows).func
-    assert few is layers.in_parts if rows <= 4 else few is more
+    assert (few is layers.in_parts) == (rows <= 4)
     assert more is (layers.from_left if 4 <= rows < 128 else layers.from_right)
+    assert (layers.product(torch.empty(64, 1600), rows).func is layers.in_parts) == (rows <= 3)
     for part in (weight, weight[:48], weight[:, 8:].contiguous()):
         rest = x[..., -part.shape[1] :]
         assert relative_error(layers.linear(rest, part), F.linear(rest, part)) < 1e-6
-    assert layers.product(torch.empty(64, 1600), rows).func is not layers.in_parts or rows < 4

@@ -61,7 +61,7 @@ MAY_IMPORT = {
     },
     "score": {"decode", "engine", "model"},
     "session": {"chat", "generation", "options", "parallel", "stream"},
-    "terminal": {"chat", "generation", "parallel", "session"},
+    "terminal": {"generation", "parallel", "session"},
     "stream": {"chat", "parallel"},
     "__init__": {"chat", "generation", "model", "session", "stream", "tokenizer"},
 }
