@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Sequence
 from functools import cache
@@ -50,15 +51,18 @@ def library() -> Path:
     made = folder / f"cpu-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.so"
     if made.exists():
         return made
+    if not shutil.which(compiler[0]):
+        raise RuntimeError(f"there is no {compiler[0]}; install it, or name another compiler in CXX")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles
         if not made.exists():
             log.warning("compiling cpu.cpp for this CPU, once, which takes about twenty seconds")
-            new = made.with_suffix(".partial")
-            done = subprocess.run([*command, "-o", str(new)], capture_output=True, text=True)
+            new = made.with_suffix(f".{os.getpid()}")  # a compiler whose process was killed may still be at work
+            done = subprocess.run([*command, "-o", str(new)], capture_output=True, text=True, errors="replace")
             if done.returncode:
-                raise RuntimeError(next((line for line in done.stderr.splitlines() if "error" in line), done.stderr))
+                told = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
+                raise RuntimeError(told[0] if told else f"{compiler[0]} ended with {done.returncode}")
             new.replace(made)
     return made
 
