@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 
@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["llama"],
+    packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama": ["py.typed", "*.cpp"]},
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={

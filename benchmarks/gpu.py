@@ -21,7 +21,7 @@ import torch
 
 from llama import ModelArgs, bench, engine, parallel
 from llama.bench import SHAPES, Case, RandomWeights
-from llama.memory import available, footprint
+from llama.checkpoint import available, footprint
 from llama.quantization import Scheme, scheme
 
 CASES = {

@@ -23,10 +23,11 @@ from typing import Any
 
 import fire
 import torch
+from tqdm import tqdm
 
 from llama import ModelArgs, Transformer, parallel
 from llama.checkpoint import Checkpoint, load, save, shapes
-from llama.convert import layout, write_hf, write_meta
+from llama.checkpoint.convert import Job, write_hf, write_meta
 from llama.quantization import Scheme
 
 PARAMS: dict[str, Any] = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256}
@@ -35,27 +36,21 @@ VOCAB = 32000
 PARAMETERS = 1_100_048_384
 
 
-class NoBar:
-    def update(self, size: int) -> None:
-        pass
-
-
 def prepare(folder: Path) -> None:
     """The same random weights in both layouts."""
     args = ModelArgs(**PARAMS, vocab_size=VOCAB)
     state = {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in shapes(args).items()}
     save(state, folder / "meta", {**PARAMS, "vocab_size": -1})
     (folder / "hf").mkdir()
-    write_hf(Checkpoint(folder / "meta"), args, folder / "hf", torch.bfloat16, NoBar())
+    write_hf(Job(Checkpoint(folder / "meta"), args, torch.bfloat16), folder / "hf", tqdm(disable=True))
 
 
 def quantize(folder: Path) -> None:
     """The same weights in int4, without a tokenizer: the plan of `convert`, which wants one."""
     checkpoint = Checkpoint(folder / "meta")
     args, scheme = checkpoint.args(VOCAB), Scheme(4, 64)
-    stored = {name: layout(name, shape, torch.bfloat16, scheme) for name, shape in shapes(args).items()}
     (folder / "int4").mkdir()
-    write_meta(checkpoint, args, folder / "int4", 1, stored, scheme, False, NoBar())
+    write_meta(Job(checkpoint, args, torch.bfloat16, scheme), folder / "int4", 1, tqdm(disable=True))
 
 
 def one(who: str, folder: str, dtype: str) -> None:

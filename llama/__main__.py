@@ -17,10 +17,20 @@ from tqdm import tqdm
 
 from . import bench as benchmark
 from . import parallel, script
-from .checkpoint import Checkpoint, Weights, check_path, digest, find_tokenizer, shapes
-from .convert import convert as write
+from .checkpoint import (
+    Checkpoint,
+    Weights,
+    available,
+    check_path,
+    digest,
+    divides,
+    find_tokenizer,
+    footprint,
+    shapes,
+    shortage,
+)
+from .checkpoint.convert import convert as write
 from .generation import Llama
-from .memory import available, footprint, shortage
 from .model import ModelArgs
 from .peers import PEERS, Source
 from .quantization import Scheme, scheme
@@ -136,12 +146,6 @@ def inspect(
         if not lists:
             raise FileNotFoundError(f"no list of sums to verify in {folder}: none of {', '.join(SUMS)}")
         verify_sums(sorted(lists), [file.path for file in checkpoint.files])
-
-
-def divides(args: ModelArgs, ranks: int) -> bool:
-    """Whether a model can be shared by this many ranks."""
-    whole = args.n_heads % ranks == args.ffn_hidden % ranks == args.vocab_size % ranks == args.dim % ranks == 0
-    return whole and (args.kv_heads % ranks == 0 or ranks % args.kv_heads == 0)
 
 
 def bench(

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from . import parallel
 from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
-from .checkpoint import Checkpoint, check_path, find_tokenizer, load
+from .checkpoint import Checkpoint, available, check_path, find_tokenizer, footprint, load, shortage
 from .engine import Row, steps
-from .memory import available, footprint, shortage
 from .model import Transformer
 from .options import Ask, Options, asks
 from .score import Scores, embed, score

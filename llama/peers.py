@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import hf
 from .bench import Run
-from .checkpoint import Weights, shapes, shard_dim
+from .checkpoint import Weights, hf, shapes, shard_dim
 from .model import ModelArgs
 from .quantization import Scheme
 
@@ -64,7 +63,7 @@ def transformers_model(source: Source) -> Any:
     state = {}
     for name, theirs in hf.names(args.n_layers).items():
         weight = source.read(name)
-        state[theirs] = hf.to_halves(weight, args.head_dim) if hf.is_rotated(name) else weight
+        state[theirs] = hf.to_halves(weight, args.head_dim) if hf.is_permuted(name) else weight
     model.load_state_dict(state, assign=True)
     with source.device:  # its frequencies are no weights and were made on the meta device too
         model.model.rotary_emb = type(model.model.rotary_emb)(config)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from small import GQA, MODELS, SHAPES, TOKENIZER, edit_params, random_model, save_random
 
-from llama import Llama, checkpoint, files, parallel
+from llama import Llama, checkpoint, parallel
+from llama.checkpoint import files
 
 OPTIONS = {"tokenizer_path": TOKENIZER, "max_seq_len": 32, "device": "cpu", "dtype": "float32"}
 

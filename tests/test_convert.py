@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from small import GQA, MODELS, ROOT, SHAPES, TOKENIZER, relative_error, save_random
 
-from llama import Llama, convert
-from llama.checkpoint import Checkpoint
-from llama.convert import convert as run
+from llama import Llama
+from llama.checkpoint import Checkpoint, convert, write
+from llama.checkpoint.convert import convert as run
 
 TOKENS = torch.tensor([[5, 17, 99, 3, 64, 64, 127, 0, 1, 2, 30, 31]])
 
@@ -138,9 +138,9 @@ def test_what_is_not_a_conversions_is_in_the_way(tmp_path):
 
 
 def test_two_conversions_to_one_folder(tmp_path):
-    with convert.new_folder(tmp_path / "to", 1) as folder:
+    with write.new_folder(tmp_path / "to", 1) as folder:
         (folder / "file").touch()
-        second = convert.new_folder(tmp_path / "to", 1)
+        second = write.new_folder(tmp_path / "to", 1)
         with pytest.raises(FileExistsError, match="to is being written by another process"):
             second.__enter__()
     assert os.listdir(tmp_path) == ["to"]

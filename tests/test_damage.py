@@ -12,7 +12,7 @@ import torch
 from small import ROOT, TOKENIZER, save_random
 
 from llama import Llama
-from llama.convert import convert
+from llama.checkpoint.convert import convert
 
 FIRST, LAST = "consolidated.00.pth", "consolidated.01.pth"
 LINE = r"\([\d,]+ bytes\) is not a readable shard; download it again"

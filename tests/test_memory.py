@@ -11,8 +11,8 @@ import pytest
 import torch
 from small import GQA, MODELS, PUBLISHED, ROOT, TOKENIZER, in_process, random_model, save_random
 
-from llama import Llama, ModelArgs, __main__, checkpoint, memory
-from llama.checkpoint import shapes
+from llama import Llama, ModelArgs, __main__, checkpoint
+from llama.checkpoint import memory, shapes
 
 SEVENTY = PUBLISHED["70B"]
 

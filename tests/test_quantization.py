@@ -25,7 +25,8 @@ from small import (
     save_random,
 )
 
-from llama import Llama, __main__, bench, checkpoint, cpp, memory, quantization
+from llama import Llama, __main__, bench, checkpoint, cpp, quantization
+from llama.checkpoint import memory
 from llama.layers import linear
 from llama.parallel import cpu_has
 from llama.quantization import Plain, Quantized, Scheme, dequantize, kernel, quantize, scheme

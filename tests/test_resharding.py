@@ -9,17 +9,17 @@ from safetensors.torch import load_file, save_file
 from small import GQA, PUBLISHED, ROOT, SHAPES, TOKENIZER, hugging_face, random_model, relative_error, save_random
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
-from llama.checkpoint import Checkpoint, pieces, shapes, share
+from llama.checkpoint import Checkpoint, rank_range, shapes, slices
 
 WIDE = {"dim": 128, "n_layers": 2, "n_heads": 8, "n_kv_heads": 8, "multiple_of": 32}
 TOKENS = torch.tensor([[5, 17, 99, 3, 64, 64, 127, 0, 1, 2, 30, 31]])
 
 
-def test_pieces_worked_out_by_hand():
-    """12 rows in 4 shards of 3, wanted by 3 ranks: the example of checkpoint.py."""
-    assert list(pieces(12, 4, 4, 8)) == [(1, 1, 0, 2), (2, 0, 2, 2)]
-    assert list(pieces(12, 4, 0, 12)) == [(0, 0, 0, 3), (1, 0, 3, 3), (2, 0, 6, 3), (3, 0, 9, 3)]
-    assert list(pieces(12, 1, 4, 8)) == [(0, 4, 0, 4)]
+def test_slices_worked_out_by_hand():
+    """12 rows in 4 shards of 3, wanted by 3 ranks: the example of plan.py."""
+    assert list(slices(12, 4, 4, 8)) == [(1, 1, 0, 2), (2, 0, 2, 2)]
+    assert list(slices(12, 4, 0, 12)) == [(0, 0, 0, 3), (1, 0, 3, 3), (2, 0, 6, 3), (3, 0, 9, 3)]
+    assert list(slices(12, 1, 4, 8)) == [(0, 4, 0, 4)]
 
 
 def test_the_worked_example_of_the_documents():
@@ -29,10 +29,9 @@ def test_the_worked_example_of_the_documents():
 def test_key_value_heads_are_repeated_in_the_right_order():
     """2 heads of 4 rows on 4 ranks lie as 0 0 1 1 and not as 0 1 0 1: rank r has query heads 2r and 2r + 1 of 8."""
     args = ModelArgs(dim=32, n_heads=8, n_kv_heads=2, vocab_size=8)
-    assert [share("layers.0.attention.wk.weight", 8, args, r, 4) for r in range(4)] == [(0, 4), (0, 4), (4, 8), (4, 8)]
-    assert [share("layers.0.attention.wq.weight", 32, args, r, 4) for r in range(4)] == [
-        (0, 8), (8, 16), (16, 24), (24, 32),
-    ]  # fmt: skip
+    sizes = {"wk": 8, "wq": 32}
+    ranges = {w: [rank_range(f"{w}.weight", size, args, rank, 4) for rank in range(4)] for w, size in sizes.items()}
+    assert ranges == {"wk": [(0, 4), (0, 4), (4, 8), (4, 8)], "wq": [(0, 8), (8, 16), (16, 24), (24, 32)]}
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -46,8 +45,8 @@ def test_plans_of_the_published_sizes_cover_every_row_once(size, shards, ranks):
             continue
         covered = []
         for rank in range(ranks):
-            begin, end = share(name, shape[dim], args, rank, ranks)
-            parts = list(pieces(shape[dim], shards, begin, end))
+            begin, end = rank_range(name, shape[dim], args, rank, ranks)
+            parts = list(slices(shape[dim], shards, begin, end))
             assert [part.offset for part in parts] == [sum(p.length for p in parts[:i]) for i in range(len(parts))]
             each = shape[dim] // shards
             assert all(0 <= part.begin and part.begin + part.length <= each for part in parts)
@@ -238,3 +237,9 @@ def test_a_missing_safetensors_file_is_named(tmp_path):
     sorted(tmp_path.glob("*.safetensors"))[1].unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks model-00002-of-\d+\.safetensors"):
         _load(tmp_path, TOKENS)
+
+
+@pytest.mark.parametrize("old", checkpoint.RENAMED)
+def test_names_of_the_previous_release_still_work(old):
+    with pytest.deprecated_call(match=f"{old} is now {checkpoint.RENAMED[old]}"):
+        assert getattr(checkpoint, old) is getattr(checkpoint.plan, checkpoint.RENAMED[old])

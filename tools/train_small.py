@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this reposito
 
 import corpus
 
-from llama import Llama, ModelArgs, Tokenizer, Transformer, chat, checkpoint, files, parallel
+from llama import Llama, ModelArgs, Tokenizer, Transformer, chat, checkpoint, parallel
+from llama.checkpoint import files
 
 # vocab_size -1: the tokenizer decides, as in Llama 2's own files. Every width divides by two, for two shards.
 PARAMS = {

@@ -1,4 +1,4 @@
-"""How many bytes a model will take, and how many there are. Nothing is allocated to find out."""
+"""An estimate of the memory that a model needs, and the memory that is free. Nothing is allocated for either."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from .checkpoint import is_matrix, shapes, shard_dim, share
-from .model import ModelArgs
-from .quantization import Scheme
+from ..model import ModelArgs
+from ..quantization import Scheme
+from .plan import is_matrix, rank_range, shapes, shard_dim
 
 
 class Footprint(NamedTuple):
@@ -19,7 +19,7 @@ class Footprint(NamedTuple):
 
     weights: int
     cache: int
-    activations: int  # of prefilling max_batch_size prompts that fill max_seq_len, about
+    activations: int  # about; of prefilling max_batch_size prompts that fill max_seq_len
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in self._asdict().items())
@@ -27,13 +27,13 @@ class Footprint(NamedTuple):
 
 
 def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Scheme | None = None) -> Footprint:
-    """What a rank of `world_size` holds of a model in `dtype`, its matrices in a scheme: 7B in bfloat16 on one rank has
-    13.48 GB of weights, and for each position of its cache 2 tensors * 32 layers * 4096 * 2 bytes = 0.52 MB."""
+    """What one of `world_size` ranks holds of a model in `dtype`, its matrices in a scheme. 7B in bfloat16 on one rank:
+    13.48 GB of weights, and for each position of the KV cache 2 tensors * 32 layers * 4096 * 2 bytes = 0.52 MB."""
     weights = 0
     for name, shape in shapes(args).items():
         part = list(shape)
         if (dim := shard_dim(name)) is not None:
-            begin, end = share(name, shape[dim], args, 0, world_size)
+            begin, end = rank_range(name, shape[dim], args, 0, world_size)
             part[dim] = end - begin
         if scheme and is_matrix(name):
             weights += scheme.nbytes((shape[0], shape[1])) * math.prod(part) // math.prod(shape)
@@ -42,15 +42,15 @@ def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Sche
     positions = args.max_batch_size * args.max_seq_len
     kv_heads = max(args.kv_heads // world_size, 1)
     cache = 2 * args.n_layers * kv_heads * args.head_dim * positions
-    # The widest moment of a layer: the residual stream, its float32 norm, and the hidden units of w1, w3, their product
+    # A layer is widest in its feed-forward: the residual stream, its float32 norm, and the outputs of w1, w3 and SwiGLU
     widest = (2 * args.dim + 3 * args.ffn_hidden // world_size) * dtype.itemsize + 4 * args.dim
     logits = 4 * args.max_batch_size * args.vocab_size * 3
     return Footprint(weights, cache * dtype.itemsize, widest * positions + logits)
 
 
 def available(device: torch.device) -> int:
-    """Free bytes of a device for this rank: of a GPU's memory, or an equal share of what the node's processes may still
-    take of its main memory. A very large number where the system does not tell."""
+    """Free bytes of a device for this rank: of a GPU's memory, or of main memory divided by the ranks on this node.
+    2**63 where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -67,7 +67,7 @@ def available(device: torch.device) -> int:
 
 
 def shortage(needed: Footprint, free: int, device: torch.device, world_size: int) -> str | None:
-    """Why a model does not fit and what to do about it; None when it fits."""
+    """Why a model does not fit and which arguments change that; None when it fits."""
     if sum(needed) <= free:
         return None
     return (

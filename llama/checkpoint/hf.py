@@ -1,14 +1,17 @@
-"""Hugging Face's names and layout <-> Meta's. Pure functions; nothing here opens a file."""
+"""Hugging Face's layout <-> Meta's: config.json, and model.safetensors or several files with an index."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-# Meta's name -> Hugging Face's, of a whole model and of the inside of a layer.
+from .paths import listed, read_json
+
+# Meta's name -> Hugging Face's, outside the layers and inside one.
 OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 INSIDE = {
     "attention.wq": "self_attn.q_proj",
@@ -21,8 +24,8 @@ INSIDE = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-# What a Llama's config.json may say that this library cannot compute, and the values it can.
-COMPUTED = {
+# Keys of a Llama's config.json, and the values that this library can compute with.
+SUPPORTED = {
     "model_type": ("llama",),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -30,6 +33,20 @@ COMPUTED = {
     "rope_scaling": (None,),
     "quantization_config": (None,),
 }
+
+
+def safetensors_paths(folder: Path) -> list[Path]:
+    """The files that model.safetensors.index.json names, or model.safetensors. FileNotFoundError if one is missing."""
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        found = read_json(index).get("weight_map")
+        if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+            raise ValueError(f"{index} has no weight_map from the names of weights to files; download it again")
+        files = sorted(set(found.values()))
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {listed(missing)}; download it again")
+    return [folder / file for file in files]
 
 
 def names(n_layers: int) -> dict[str, str]:
@@ -40,14 +57,14 @@ def names(n_layers: int) -> dict[str, str]:
     return table
 
 
-def is_rotated(name: str) -> bool:
-    """Whether a weight (by Meta's name) makes vectors that rotary embedding turns, whose rows are in another order."""
+def is_permuted(name: str) -> bool:
+    """Whether the rows of a weight (by Meta's name) are in another order there: RoPE rotates its output."""
     return name.split(".")[-2] in ("wq", "wk")
 
 
 def to_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of whole heads of q_proj or k_proj -> wq's or wk's. Rotary embedding turns element i with i + D/2 there and
-    2i with 2i + 1 here: for D = 6, rows 0 1 2 3 4 5 are theirs in the order 0 3 1 4 2 5."""
+    """Rows of whole heads of q_proj or k_proj -> wq's or wk's. RoPE pairs element i with i + D/2 there and 2i with
+    2i + 1 here: for D = 6, rows 0 1 2 3 4 5 are theirs in the order 0 3 1 4 2 5."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -57,8 +74,8 @@ def to_halves(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> what params.json would say. ValueError names what is not Llama 2's architecture."""
-    for key, allowed in COMPUTED.items():
+    """config.json -> the content of params.json. ValueError names what is not Llama 2's architecture."""
+    for key, allowed in SUPPORTED.items():
         if (value := config.get(key, allowed[0])) not in allowed:
             raise ValueError(f"{key} {value!r} is not supported; only {allowed[0]!r} is")
     rope = config.get("rope_parameters") or {}
@@ -68,7 +85,7 @@ def params(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"rope_parameters with rope_type {kind!r} are not supported; only 'default' is")
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if missing := [key for key in needed if key not in config]:
-        raise ValueError(f"lacks the keys {', '.join(missing)}")
+        raise ValueError(f"lacks the keys {listed(missing)}")
     for key in (*needed, "num_key_value_heads"):
         value = config.get(key)
         if (type(value) is not int or value < 1) and (key in needed or value is not None):
@@ -124,72 +141,3 @@ def config(params: Mapping[str, Any], hidden: int, vocab_size: int, dtype: str) 
         "use_cache": True,
         "torch_dtype": dtype,
     }
-
-
-def tokenizer_files(pieces: list[str]) -> dict[str, dict[str, Any]]:
-    """The files that AutoTokenizer loads, for a SentencePiece BPE model with Llama 2's settings whose `pieces` are in
-    the order of ids: unk, bos, eos, 256 bytes, merged pieces from the first merge on, and single characters."""
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    # A merge is any division of a piece into two others; SentencePiece joins the pair whose result has the lowest id.
-    merges = [
-        (piece[:i], piece[i:])
-        for piece in pieces[259:]
-        for i in range(1, len(piece))
-        if piece[:i] in ids and piece[i:] in ids
-    ]
-    special = [{"id": i, "content": pieces[i], "special": True} for i in range(3)]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    bos, text = {"SpecialToken": {"id": pieces[1], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [token | flags for token in special],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos, text],
-            "pair": [
-                bos,
-                text,
-                {"SpecialToken": {"id": pieces[1], "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {pieces[1]: {"id": pieces[1], "ids": [1], "tokens": [pieces[1]]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": pieces[0],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": ids,
-            "merges": [list(pair) for pair in merges],
-        },
-    }
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": pieces[0],
-        "bos_token": pieces[1],
-        "eos_token": pieces[2],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
-    }
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}

@@ -1,4 +1,4 @@
-"""One file of weights, torch's or safetensors': what its header says, and any part of any tensor in it, mapped."""
+"""One file of weights, torch's or safetensors': its header, and any slice of any tensor in it, memory-mapped."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ READABLE = set(SAFETENSORS_DTYPES.values())
 
 
 def records(path: Path) -> dict[int, int] | None:
-    """Where the records of a .pth file begin and how long they are, if it is as torch writes it: an archive whose
-    records lie in it as they are, in this machine's byte order. None for any other, which torch must read itself."""
+    """Offset -> size of the records of a .pth file, if they can be mapped: an uncompressed archive in this machine's
+    byte order. None for any other file, which torch must read itself."""
     if not zipfile.is_zipfile(path):
         return None
     try:
@@ -40,7 +40,7 @@ def records(path: Path) -> dict[int, int] | None:
                     return None
                 if info.filename.endswith("/byteorder") and archive.read(info) != sys.byteorder.encode():
                     return None
-                file.seek(info.header_offset + 26)  # the lengths of a name and of a field that come before the content
+                file.seek(info.header_offset + 26)  # lengths of the name and of an extra field before the content
                 lengths = file.read(4)
                 begin = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
                 found[begin] = info.file_size
@@ -50,7 +50,7 @@ def records(path: Path) -> dict[int, int] | None:
 
 
 def read_shard(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of one shard, mapped and not read, or without any data on the device "meta"; nothing in the file is
+    """The tensors of one shard, mapped and not read, or without data on the device "meta". Nothing in the file is
     executed. ValueError if it is no shard."""
     try:
         with warnings.catch_warnings():
@@ -60,14 +60,16 @@ def read_shard(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     except Exception as error:  # damage shows in any of a dozen types
         raise unreadable(path, error) from error
     plain = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    kind = (torch.strided, device)
-    if not plain or not all(isinstance(t, Tensor) and (t.layout, t.device.type) == kind for t in state.values()):
+    if not plain or not all(
+        isinstance(tensor, Tensor) and (tensor.layout, tensor.device.type) == (torch.strided, device)
+        for tensor in state.values()
+    ):
         raise ValueError(f"{path} holds something else than named tensors")
     return {name: tensor for name, tensor in state.items() if not IGNORED.fullmatch(name)}
 
 
 def unreadable(path: Path, error: Exception) -> Exception:
-    """The error that says so of a file; one such as PermissionError says it itself."""
+    """A ValueError that names an unreadable file; an error such as PermissionError, which names it, as it is."""
     if isinstance(error, OSError) and type(error) is not OSError:
         return error
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -77,7 +79,7 @@ def unreadable(path: Path, error: Exception) -> Exception:
 
 
 class File:
-    """A file of weights, of which any part can be read. Subclasses look up in its header what lies where."""
+    """A file of weights, of which any slice can be read. Subclasses read its header."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,8 +93,8 @@ class File:
             return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        """Rows or columns of a tensor: a view of the file's pages, which memory holds once for all processes. To write
-        to it changes no file, and lasts until `release`; the file must not be cut short while the view lives."""
+        """`length` rows or columns of a tensor, from `begin` on: a view of the file's pages, which all processes share.
+        Writing to it changes no file, and lasts until `release`. The file must not be cut while the view lives."""
         shape, dtype = self.shapes[name], self.dtypes[name]
         first, rows = (begin, length) if dim == 0 else (0, shape[0])
         row = math.prod(shape[1:])
@@ -103,8 +105,7 @@ class File:
         return part if dim == 0 else part.narrow(dim, begin, length)
 
     def release(self) -> None:
-        """Let what was read no longer count as memory of this process. What is still in use is read again, as it is in
-        the file."""
+        """Let what was read no longer count as memory of this process. Pages still in use are read again."""
         self.pages.madvise(mmap.MADV_DONTNEED)
 
 
@@ -120,7 +121,7 @@ class TorchFile(File):
         self.state: dict[str, Tensor] = {}
         for name, tensor in state.items():
             storage: Any = tensor.untyped_storage()
-            # torch works the offset out from how it would have written the file, which another program may have.
+            # torch derives the offset from how it would have written the file; another program may have written it.
             begin: int = getattr(storage, "_checkpoint_offset", -1)
             if not found or found.get(begin) != storage.nbytes() or not tensor.is_contiguous():
                 self.state = read_shard(path) if found else state
@@ -136,7 +137,7 @@ class TorchFile(File):
 
 
 class SafetensorsFile(File):
-    """One file of Hugging Face's. Its tensors go by Meta's names here, and their rows lie in Meta's order."""
+    """One file of Hugging Face's. Its tensors have Meta's names here, and their rows are in Meta's order."""
 
     def __init__(self, path: Path, names: Mapping[str, str], head_dim: int) -> None:
         super().__init__(path)
@@ -149,16 +150,16 @@ class SafetensorsFile(File):
                 self.dtypes[name] = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
 
     def tie(self, name: str, to: str) -> None:
-        """Where this file has the weight `to`, let it be `name` too."""
+        """If this file holds the weight `to`, let `name` refer to it too."""
         tables: tuple[dict[str, Any], ...] = (self.shapes, self.dtypes, self.offsets)
         for table in tables:
             if to in table:
                 table[name] = table[to]
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        if not hf.is_rotated(name):
+        if not hf.is_permuted(name):
             return super().read(name, dim, begin, length)
-        first = begin - begin % self.head_dim  # rows change places within a head
+        first = begin - begin % self.head_dim  # rows are permuted within a head
         last = -(-(begin + length) // self.head_dim) * self.head_dim
         pairs = hf.to_pairs(super().read(name, dim, first, last - first), self.head_dim)  # a copy
         self.release()
@@ -166,7 +167,7 @@ class SafetensorsFile(File):
 
 
 def read_header(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """Name, entry and offset in the file of every tensor of a safetensors file, which the library has found sound."""
+    """Name, entry and offset in the file of every tensor of a safetensors file, after the library has checked it."""
     try:
         with safe_open(path, framework="pt"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

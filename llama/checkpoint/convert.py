@@ -1,0 +1,169 @@
+"""A checkpoint -> a new folder, in Meta's layout for any number of ranks or in Hugging Face's.
+
+One tensor of the source is in memory at a time, and of the target what one file of Hugging Face's holds (Meta's are
+written through a mapping), so that the largest model converts on a small machine.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..model import ModelArgs
+from ..quantization import Scheme
+from ..tokenizer import Tokenizer
+from . import hf
+from .folder import Checkpoint
+from .hf_tokenizer import tokenizer_files
+from .load import read_quantized
+from .plan import is_matrix, shapes, shard_dim
+from .write import LOCK, blank_file, check_new, new_folder, write_checklist, write_json
+
+HF_FILE = 2 * 10**9  # bytes of one model-0000n-of-0000m.safetensors, which are in memory together
+Stored = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # names of tensors, their shapes and dtypes
+
+
+class Job(NamedTuple):
+    """What is converted, and to what."""
+
+    checkpoint: Checkpoint
+    args: ModelArgs
+    dtype: torch.dtype
+    scheme: Scheme | None = None
+    search: bool = False
+
+    def stored(self) -> dict[str, Stored]:
+        """The tensors that each weight is stored as in Meta's layout."""
+        return {
+            name: self.scheme.stored(name, (shape[0], shape[1]))
+            if self.scheme and is_matrix(name)
+            else {name: (shape, self.dtype)}
+            for name, shape in shapes(self.args).items()
+        }
+
+
+def convert(
+    source: Path,
+    target: Path,
+    to: str,
+    mp: int,
+    dtype: torch.dtype | None,
+    tokenizer_path: Path,
+    quantize: str | None = None,
+    group_size: int = 64,
+    search: bool = True,
+) -> None:
+    """Write the checkpoint in `source` to a new folder: `to` is meta, for `mp` ranks, its matrices quantized or not, or
+    hf. `search` minimizes the error of each int4 group, which takes ten times as long as rounding.
+
+    Raises FileExistsError for a `target` that exists, OSError when the disk is too small and ValueError for a model
+    that cannot be divided into `mp` shards or quantized so.
+    """
+    if to not in ("meta", "hf"):
+        raise ValueError(f"to is {to!r}; it must be meta or hf")
+    target = Path(os.path.abspath(target))
+    check_new(target)
+    tokenizer = Tokenizer(tokenizer_path)
+    checkpoint = Checkpoint(source)
+    args = checkpoint.args(tokenizer.n_words)
+    scheme = checkpoint.scheme_for(quantize, group_size)
+    if scheme and to == "hf":
+        raise ValueError(
+            f"Hugging Face's layout has no place for {scheme}; write Meta's, or give an unquantized source"
+        )
+    job = Job(checkpoint, args, dtype or checkpoint.dtype(), scheme, search)
+    stored = [entry for tensors in job.stored().items() for entry in tensors[1].items()]
+    if to == "meta":
+        check_divides(dict(stored), mp)
+    size = sum(torch.Size(shape).numel() * kind.itemsize for _, (shape, kind) in stored)
+    with new_folder(target, size) as folder, tqdm(total=2 * size, unit="B", unit_scale=True, disable=None) as bar:
+        shutil.copy(tokenizer_path, folder / "tokenizer.model")
+        if to == "meta":
+            write_meta(job, folder, mp, bar)
+        else:
+            write_hf(job, folder, bar)
+            pieces = [tokenizer.sp_model.id_to_piece(i) for i in range(tokenizer.n_words)]
+            write_json(folder, tokenizer_files(pieces))
+        written = sorted(file for file in folder.iterdir() if file.name != LOCK)
+        write_checklist(folder / "checklist.chk", written, bar.update)
+
+
+def check_divides(stored: Stored, mp: int) -> None:
+    """ValueError names a tensor that cannot be divided into `mp` shards."""
+    for name, (shape, _) in stored.items():
+        dim = shard_dim(name)
+        if type(mp) is not int or mp < 1 or (dim is not None and shape[dim] % mp):
+            raise ValueError(f"{name} {shape} cannot be divided into mp {mp!r} shards along dimension {dim}")
+
+
+def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
+    """params.json and `mp` shards."""
+    stored = job.stored()
+    quantization = {"quantization": job.scheme.params()} if job.scheme else {}
+    write_json(folder, {"params.json": job.checkpoint.params | quantization})
+    for rank in range(mp):
+        blank = {}
+        for name, (shape, dtype) in ((name, entry) for tensors in stored.values() for name, entry in tensors.items()):
+            dim = shard_dim(name)
+            blank[name] = torch.empty([n // mp if i == dim else n for i, n in enumerate(shape)], dtype=dtype)
+        file = blank_file(blank, folder / f"consolidated.{rank:02d}.pth")
+        for name, shape in shapes(job.args).items():
+            dim = shard_dim(name)
+            size = shape[dim or 0]  # even slices, also of key-value heads, where there may be more shards than heads
+            begin, end = (0, size) if dim is None else (rank * size // mp, (rank + 1) * size // mp)
+            if job.scheme and is_matrix(name):
+                matrix = read_quantized(job.checkpoint, name, shape, begin, end, job.scheme, job.search)
+                found = [part for part in matrix if part is not None]
+            else:
+                found = [job.checkpoint.read(name, shape, begin, end, job.dtype)]
+            for key, part in zip(stored[name], found, strict=True):
+                file[key].copy_(part)
+                bar.update(part.nbytes)
+
+
+def write_hf(job: Job, folder: Path, bar: tqdm) -> None:
+    """config.json, and one file of safetensors, or several with an index."""
+    whole, names = shapes(job.args), hf.names(job.args.n_layers)
+    sizes = {name: torch.Size(shape).numel() * job.dtype.itemsize for name, shape in whole.items()}
+    groups = in_files(sizes, HF_FILE)
+    index: dict[str, str] = {}
+    for i, group in enumerate(groups):
+        file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for name in group:
+            tensor = job.checkpoint.read(name, whole[name], 0, whole[name][shard_dim(name) or 0], job.dtype)
+            if hf.is_permuted(name):
+                tensor = hf.to_halves(tensor, job.args.head_dim).contiguous()
+            if any(tensor.data_ptr() == other.data_ptr() for other in tensors.values()):
+                tensor = tensor.clone()  # tied: the format does not allow two names of one tensor
+            tensors[names[name]] = tensor
+            bar.update(tensor.nbytes)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    args, dtype = job.args, str(job.dtype).removeprefix("torch.")
+    config = hf.config(job.checkpoint.params, args.ffn_hidden, args.vocab_size, dtype)
+    write_json(folder, {"config.json": config, "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2}})
+    if len(groups) > 1:
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+        write_json(folder, {"model.safetensors.index.json": content})
+
+
+def in_files(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in their order, in groups of up to `limit` bytes; a larger one is alone."""
+    groups: list[list[str]] = [[]]
+    free = limit
+    for name, nbytes in sizes.items():
+        if nbytes > free and groups[-1]:
+            groups.append([])
+            free = limit
+        groups[-1].append(name)
+        free -= nbytes
+    return groups

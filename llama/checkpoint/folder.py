@@ -1,0 +1,209 @@
+"""Checkpoint: a folder of weights in Meta's layout or Hugging Face's, opened, of which any slice can be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..model import ModelArgs
+from ..quantization import Scheme, scheme
+from . import hf
+from .files import READABLE, SafetensorsFile, TorchFile
+from .meta import read_params, read_scheme, shard_paths
+from .paths import listed, read_json
+from .plan import is_matrix, shapes, shard_dim, slices
+
+Stored = Mapping[str, tuple[tuple[int, ...], set[torch.dtype]]]  # tensors: whole shapes, and the dtypes they may have
+
+
+class Checkpoint:
+    """A folder of weights, saved for any number of ranks: `params`, by Meta's keys, and any slice of any weight. Only
+    headers are read at first. FileNotFoundError or ValueError names the file and what is wrong with it."""
+
+    files: Sequence[TorchFile | SafetensorsFile]
+    holders: dict[str, Sequence[TorchFile | SafetensorsFile]]  # the files that hold a weight, in the order of ranks
+    scheme: Scheme | None  # of weights that were quantized before they were saved
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if (folder / "params.json").is_file():
+            self._open_meta(folder / "params.json")
+        elif (folder / "config.json").is_file():
+            self._open_hf(folder / "config.json")
+        else:
+            raise FileNotFoundError(f"no params.json or config.json in {folder}; is it the folder of a checkpoint?")
+
+    def _open_meta(self, source: Path) -> None:
+        self.layout, self.source = "meta", source
+        self.params = read_params(source)
+        self.scheme = read_scheme(self.params.pop("quantization", None), source)
+        self.files = [TorchFile(path) for path in shard_paths(self.folder)]
+        self.holders = {name: self.files for file in self.files for name in file.shapes}
+
+    def _open_hf(self, source: Path) -> None:
+        self.layout, self.source, self.scheme = "hf", source, None
+        config = read_json(source)
+        try:
+            self.params = hf.params(config)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        names, head_dim = hf.names(self.params["n_layers"]), self.params["dim"] // self.params["n_heads"]
+        files = [SafetensorsFile(path, names, head_dim) for path in hf.safetensors_paths(self.folder)]
+        if config.get("tie_word_embeddings") and not any("output.weight" in file.shapes for file in files):
+            for file in files:
+                file.tie("output.weight", "tok_embeddings.weight")
+        self.files = files
+        self.holders = {name: [file] for file in files for name in file.shapes}
+
+    def vocab_size(self) -> int:
+        """The number of rows of the output matrix; 0 if the files lack it."""
+        files = self.holders.get("output.weight", [])
+        return sum(file.shapes["output.weight"][0] for file in files if "output.weight" in file.shapes)
+
+    def args(self, n_words: int) -> ModelArgs:
+        """The model's shape, with the vocabulary of a tokenizer of `n_words` pieces. ValueError or FileNotFoundError if
+        the files do not fit it."""
+        try:
+            args = ModelArgs(**self.params)
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from error
+        if args.vocab_size not in (-1, n_words):
+            given = f"{self.source}: vocab_size {args.vocab_size}"
+            raise ValueError(f"{given} differs from the tokenizer's {n_words} pieces")
+        [rows, *_] = self.files[0].shapes.get("layers.0.attention.wq.weight") or [args.dim]
+        present, saved = len(self.files), args.dim // max(rows, 1)
+        if self.layout == "meta" and present < saved:
+            lacking = listed(f"consolidated.{i:02d}.pth" for i in range(present, saved))
+            raise FileNotFoundError(f"{self.folder} has {present} of {saved} shards; download {lacking}")
+        if (size := self.vocab_size()) not in (0, n_words):
+            raise ValueError(f"the tokenizer has {n_words} pieces and the weights in {self.folder} {size}: not a pair")
+        args = dataclasses.replace(args, vocab_size=n_words)
+        self.check(args)
+        return args
+
+    def check(self, args: ModelArgs) -> None:
+        """Compare the files with the model's shape. ValueError names every tensor of a file that is missing,
+        unexpected, misshapen, of a dtype that cannot be read, or not of one dtype in all shards."""
+        stored = self.stored(args)
+        for file in self.files:
+            problems = self._problems(file, stored)
+            if found := [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]:
+                raise ValueError(f"{file.path} does not fit {self.source.name}: {'; '.join(found)}")
+        if missing := [name for name in stored if name not in self.holders]:
+            raise ValueError(f"{self.folder} does not fit {self.source.name}: missing: {listed(missing)}")
+        norms = [file.read("norm.weight", 0, 0, args.dim) for file in self.holders["norm.weight"]]
+        for file, norm in zip(self.files, norms, strict=False):
+            if not torch.equal(norm, norms[0]):  # every shard of a model has the same norms
+                raise ValueError(f"{file.path} and {self.files[0].path.name} are shards of different models")
+        if self.layout == "meta":
+            rows = [file.read("layers.0.attention.wq.weight", 0, 0, 1) for file in self.files]
+            for file, row in zip(self.files[1:], rows[1:], strict=True):
+                if torch.equal(row, rows[0]) and row.any():
+                    raise ValueError(f"{file.path} and {self.files[0].path.name} are the same shard")
+
+    def _problems(self, file: TorchFile | SafetensorsFile, stored: Stored) -> dict[str, list[str]]:
+        """The tensors of a file that do not fit, by what is wrong with them."""
+        first = self.files[0]
+        # A shard has a slice of every weight; a file of Hugging Face's has those that are in no other.
+        expected = [name for name in stored if self.layout == "meta" or self.holders.get(name) == [file]]
+        fit = {name: self.slice_shapes(name, stored[name][0]) for name in expected if name in file.shapes}
+        return {
+            "missing": [name for name in expected if name not in file.shapes],
+            "unexpected": [name for name in file.shapes if name not in stored],
+            "misshapen": [
+                f"{name} {file.shapes[name]} instead of {allowed[0]}"
+                for name, allowed in fit.items()
+                if file.shapes[name] not in allowed
+            ],
+            "of a dtype that cannot be read": [
+                f"{name} {dtype}"
+                for name, dtype in file.dtypes.items()
+                if dtype not in stored.get(name, ((), READABLE))[1]
+            ],
+            f"of another dtype than in {first.path.name}": [
+                f"{name} {dtype}" for name, dtype in file.dtypes.items() if first.dtypes.get(name, dtype) != dtype
+            ],
+        }
+
+    def stored(self, args: ModelArgs) -> Stored:
+        """The tensors that the files must hold: names, whole shapes, and the dtypes that they may have."""
+        found: dict[str, tuple[tuple[int, ...], set[torch.dtype]]] = {}
+        for name, shape in shapes(args).items():
+            if self.scheme and is_matrix(name):
+                found |= {key: (s, {dtype}) for key, (s, dtype) in self.scheme.stored(name, shape).items()}
+            else:
+                found[name] = (shape, READABLE)
+        return found
+
+    def slice_shapes(self, name: str, whole: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shapes that a file's slice of a weight may have. Embeddings are split by columns in Llama 2's files and
+        by rows in Llama 3's."""
+        shards, dim = len(self.holders[name]), shard_dim(name)
+        if dim is None:
+            return [whole]
+        dims = [d for d in ((1, 0) if "tok_embeddings" in name else (dim,)) if whole[d] % shards == 0] or [dim]
+        fit = [tuple(size // shards if i == dim else size for i, size in enumerate(whole)) for dim in dims]
+        first = self.holders[name][0].shapes.get(name)
+        return [first] if first in fit else fit  # all shards in the same way
+
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds every weight that is not quantized."""
+        found = {
+            dtype
+            for file in self.files
+            for name, dtype in file.dtypes.items()
+            if dtype in READABLE and name.endswith(".weight")
+        }
+        return functools.reduce(torch.promote_types, found)
+
+    def scheme_for(self, quantize: str | None, group_size: int) -> Scheme | None:
+        """The scheme to load in: the one asked for, or the one that the weights were saved in. ValueError if these
+        differ."""
+        asked = scheme(quantize, group_size)
+        if asked and self.scheme and asked != self.scheme:
+            raise ValueError(f"{self.folder} is quantized already, to {self.scheme}; it cannot become {asked}")
+        return self.scheme or asked
+
+    def release(self) -> None:
+        """Let what was read no longer count as memory of this process; see `File.release`."""
+        for file in self.files:
+            file.release()
+
+    def read(
+        self,
+        name: str,
+        shape: Sequence[int],
+        begin: int,
+        end: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a weight whose whole shape is `shape`.
+        On a CPU, a slice that lies in one file in this dtype stays a view of the file and is not copied; any other is
+        copied to `out`, or to a new tensor."""
+        files, dim = self.holders[name], shard_dim(name)
+        if dim is None:
+            parts, dim = [files[0].read(name, 0, begin, end - begin)], 0
+        elif len(files) > 1 and files[0].shapes[name][dim] == shape[dim]:  # split along the other dimension
+            parts, dim = [file.read(name, dim, begin, end - begin) for file in files], 1 - dim
+        else:
+            plan = slices(shape[dim], len(files), begin, end)
+            parts = [files[part.shard].read(name, dim, part.begin, part.length) for part in plan]
+        final = parts[0].dtype == dtype and torch.device(device).type == "cpu"
+        if len(parts) == 1 and final and parts[0].is_contiguous():
+            return parts[0]
+        lengths = [part.shape[dim] for part in parts]
+        if out is None:
+            whole = [sum(lengths) if i == dim else size for i, size in enumerate(parts[0].shape)]
+            out = torch.empty(whole, dtype=dtype, device=device)
+        for target, part in zip(out.split(lengths, dim), parts, strict=True):
+            target.copy_(part)
+        for file in files:
+            file.release()
+        return out

@@ -1,0 +1,104 @@
+"""A checkpoint -> a rank's tensors, each allocated once in its final place and dtype."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..model import ModelArgs
+from ..parallel import empty, rank, world_size
+from ..quantization import Quantized, Rows, Scheme, kernel, quantize, stack
+from .plan import fused_groups, is_matrix, rank_range, shapes, shard_dim
+
+
+class Weights(Protocol):
+    """What `load` reads from: a Checkpoint, or a stand-in for one."""
+
+    scheme: Scheme | None
+
+    def dtype(self) -> torch.dtype: ...
+
+    def release(self) -> None: ...
+
+    def read(
+        self,
+        name: str,
+        shape: Sequence[int],
+        begin: int,
+        end: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        out: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+def load(
+    model: nn.Module,
+    weights: Weights,
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype,
+    scheme: Scheme | None = None,
+    compiled: bool = False,
+) -> None:
+    """Give `model`, whose parameters may be on the meta device, this rank's slices of the weights, each in its final
+    place and dtype: allocated once, or a view of the file where that is the same. With a scheme the matrices are
+    quantized one by one, or read as they were saved in that scheme."""
+    whole, final = shapes(args), {}
+    local = {name: weight.shape for name, weight in model.named_parameters()}
+    ranges = {name: rank_range(name, whole[name][shard_dim(name) or 0], args, rank(), world_size()) for name in local}
+    total = sum(shape.numel() for shape in local.values())
+    hidden = None if rank() == 0 else True  # None: a bar on a terminal only
+    with tqdm(desc="loading", total=total, unit="weights", unit_scale=True, disable=hidden, leave=False) as bar:
+        for names in fused_groups(local):
+            rows = [local[name][0] for name in names]
+            if scheme and is_matrix(names[0]):
+                parts = [read_quantized(weights, name, whole[name], *ranges[name], scheme) for name in names]
+                matrix = kernel(stack(parts) if len(parts) > 1 else parts[0], device, compiled)
+                for name, size, end in zip(names, rows, itertools.accumulate(rows), strict=True):
+                    layer = model.get_submodule(name.removesuffix(".weight"))
+                    del layer.weight
+                    layer.weight = matrix if len(names) == 1 else Rows(matrix, end - size, end)  # type: ignore[assignment]
+                del parts
+                weights.release()
+            else:
+                fused = empty((sum(rows), *local[names[0]][1:]), dtype, device)
+                for name, out in zip(names, fused.split(rows), strict=True):
+                    final[name] = weights.read(name, whole[name], *ranges[name], dtype, device, out)
+            bar.update(sum(local[name].numel() for name in names))
+    model.load_state_dict(final, strict=True, assign=True)
+
+
+def read_quantized(
+    weights: Weights,
+    name: str,
+    shape: tuple[int, ...],
+    begin: int,
+    end: int,
+    scheme: Scheme,
+    search: bool = False,
+) -> Quantized:
+    """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a matrix whose whole shape is `shape`: as it
+    was saved in the scheme, or quantized here, a few rows at a time."""
+    dim = shard_dim(name) or 0
+    if weights.scheme:
+        found = []
+        for key, (stored, dtype) in weights.scheme.stored(name, shape).items():
+            first, last = (
+                (0, stored[0]) if shard_dim(key) is None else (n * stored[dim] / shape[dim] for n in (begin, end))
+            )
+            if first % 1 or last % 1:
+                raise ValueError(f"{key} {stored} cannot be divided so: its groups are too large for so many ranks")
+            found.append(weights.read(key, stored, int(first), int(last), dtype))
+        return Quantized(*found)
+    # int8 has one scale for a whole row, on however many ranks the row lies.
+    first, last = (0, shape[1]) if dim == 1 and scheme.bits == 8 else (begin, end)
+    part = [last - first if i == dim else n for i, n in enumerate(shape)]
+    matrix = weights.read(name, shape, first, last, weights.dtype(), "cpu", torch.empty(part, dtype=weights.dtype()))
+    rounded = stack([quantize(rows, scheme, search) for rows in matrix.split(256)])
+    return rounded if (first, last) == (begin, end) else rounded._replace(q=rounded.q[:, begin:end])

@@ -1,0 +1,54 @@
+"""Paths that a caller gives, and the JSON files of a checkpoint: checked, and named when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+
+def check_path(value: Any, name: str, kind: Literal["file", "folder"]) -> Path:
+    """`value` as the path of an existing file or folder. FileNotFoundError or ValueError otherwise, which name the
+    argument `name`."""
+    if not isinstance(value, (str, os.PathLike)):  # a flag without a value arrives as True
+        raise ValueError(f"{name} is {value!r}; it must be the path of a {kind}")
+    path = Path(value)
+    if str(value) and (path.is_dir() if kind == "folder" else path.is_file()):
+        return path
+    # A command of several lines pasted on one turns its backslash, line end and "--flag" into the word " --flag".
+    if str(value) != str(value).strip() or str(value).startswith("--") or not str(value):
+        raise ValueError(
+            f"{name} is {str(value)!r}, which looks like a flag and not like the path of a {kind}; "
+            "remove the backslashes of a command that was pasted on one line"
+        )
+    raise FileNotFoundError(f"{name} {path} is not an existing {kind}")
+
+
+def find_tokenizer(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str] | None) -> Path:
+    """The tokenizer's file: `tokenizer_path` if given, else tokenizer.model in the checkpoint's folder or one folder
+    up. FileNotFoundError if there is none."""
+    if tokenizer_path is not None:
+        return check_path(tokenizer_path, "tokenizer_path", "file")
+    folders = dict.fromkeys([ckpt_dir, ckpt_dir.absolute().parent, ckpt_dir.resolve().parent])
+    for folder in folders:
+        if (path := folder / "tokenizer.model").is_file():
+            return path
+    raise FileNotFoundError(f"no tokenizer.model in {' or '.join(map(str, folders))}; give tokenizer_path")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. ValueError names a file that holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__} and not an object of keys and values")
+    return content
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names for an error message."""
+    return ", ".join(map(str, names))

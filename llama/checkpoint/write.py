@@ -1,0 +1,118 @@
+"""Writing a checkpoint: shards, the list of their md5 sums, and a folder that gets its name when it is complete."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import shard_dim
+
+LOCK = ".lock"  # a file in a folder that is being written, locked by the process that writes it
+
+
+def split(state: Mapping[str, Tensor], mp: int) -> list[dict[str, Tensor]]:
+    """The shards of a whole model for `mp` ranks."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(mp)]
+    for name, tensor in state.items():
+        dim = shard_dim(name)
+        if dim is not None and tensor.shape[dim] % mp:
+            raise ValueError(f"{name} {tuple(tensor.shape)} cannot be divided into {mp} shards along dimension {dim}")
+        for part, shard in zip(parts, [tensor] * mp if dim is None else tensor.chunk(mp, dim), strict=True):
+            part[name] = shard
+    return parts
+
+
+def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: Mapping[str, Any], mp: int = 1) -> None:
+    """Write a whole model as a checkpoint of `mp` shards in Meta's layout, with params.json and checklist.chk."""
+    folder, parts = Path(ckpt_dir), split(state, mp)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
+    names = ["params.json"]
+    for i, part in enumerate(parts):
+        names.append(f"consolidated.{i:02d}.pth")
+        # clone: a view would take its whole storage with it into the file. Renamed when complete: a model that is in
+        # use may be a view of the file of that name.
+        new = folder / f".{names[-1]}.partial"
+        torch.save({name: tensor.clone().contiguous() for name, tensor in part.items()}, new)
+        new.replace(folder / names[-1])
+    write_checklist(folder / "checklist.chk", [folder / name for name in names])
+
+
+def write_checklist(path: Path, files: Iterable[Path], progress: Callable[[int], object] = lambda size: None) -> None:
+    """The md5 sums of files in the same folder, in the format of md5sum; `progress` as for `digest`."""
+    lines = [f"{digest(file, 'md5', progress)}  {file.name}\n" for file in files]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def digest(path: Path, kind: str, progress: Callable[[int], object] = lambda size: None) -> str:
+    """The md5 or sha256 sum of a file, read in blocks; `progress` is called with the size of each."""
+    sum = hashlib.new(kind, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            sum.update(block)
+            progress(len(block))
+    return sum.hexdigest()
+
+
+def write_json(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def blank_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A new file of tensors with these shapes and dtypes, whose values are not read, and its tensors, mapped: writing
+    to them writes to the disk."""
+    with torch.serialization.skip_data():
+        torch.save(dict(tensors), path)
+    if hasattr(os, "posix_fallocate"):  # otherwise a full disk would end the process in the middle of a copy
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        return torch.load(path, mmap=True, weights_only=True)
+
+
+def check_new(target: Path) -> None:
+    """FileExistsError for a path that exists."""
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} exists; nothing is overwritten, so give the name of a new folder")
+
+
+@contextmanager
+def new_folder(target: Path, size: int) -> Iterator[Path]:
+    """A folder for `size` bytes that gets the name `target` at the end of the block, and is removed when the block
+    fails. Until then it is `.NAME.partial` beside it. What a killed run left there is removed; a folder that is not of
+    a conversion, or that another process fills, is not touched."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(target.parent).free) < size:
+        raise OSError(f"{target} needs {size:,} bytes and its disk has {free:,} free")
+    folder = target.parent / f".{target.name}.partial"
+    lock = folder / LOCK
+    if folder.exists() and not lock.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is in the way; it is not of a conversion, so move or remove it")
+    folder.mkdir(exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError as error:
+            raise FileExistsError(f"{target} is being written by another process") from error
+        try:
+            check_new(target)  # another process may have finished it just now
+            for old in folder.iterdir():
+                if old != lock:
+                    old.unlink()
+            yield folder
+            folder.rename(target)
+            (target / LOCK).unlink()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
