@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llama import Dialog, Llama, parallel, script
+from llama import Dialog, Llama, parallel
+from llama.cli import script
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "small-chat"
 

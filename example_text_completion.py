@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama import Llama, parallel, script
+from llama import Llama, parallel
+from llama.cli import script
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "small"
 

@@ -24,7 +24,8 @@ from unittest import mock
 import fire
 import torch
 
-from llama import Chat, Llama, ModelArgs, bench, engine, parallel
+from llama import Chat, Llama, ModelArgs, engine, parallel
+from llama.cli import measure as bench
 from llama.engine import Row, prefill, steps
 from llama.sampling import Sampler, Sampling
 

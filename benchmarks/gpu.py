@@ -19,9 +19,10 @@ from unittest import mock
 import fire
 import torch
 
-from llama import ModelArgs, bench, engine, parallel
-from llama.bench import SHAPES, Case, RandomWeights
+from llama import ModelArgs, engine, parallel
 from llama.checkpoint import available, footprint
+from llama.cli import measure as bench
+from llama.cli.measure import SHAPES, Case, RandomWeights
 from llama.quantization import Scheme, scheme
 
 CASES = {

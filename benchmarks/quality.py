@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama import Llama, ModelArgs, Tokenizer, Transformer, bench, parallel
+from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
+from llama.cli import measure
 from llama.quantization import Scheme, dequantize, quantize
 
 ROOT = Path(__file__).parent.parent
@@ -80,13 +81,13 @@ def main(rows: int = 256, shape: str = "1.1B") -> None:
 @torch.inference_mode()
 def divergence(shape: str) -> None:
     """Of 128 random tokens, with random weights."""
-    args = ModelArgs(**bench.SHAPES[shape], vocab_size=32000, max_batch_size=1, max_seq_len=128)
+    args = ModelArgs(**measure.SHAPES[shape], vocab_size=32000, max_batch_size=1, max_seq_len=128)
     tokens = torch.randint(3, 32000, (1, 128))
     exact: Tensor | None = None
     print(f"{shape}, random weights, nearest, as computed")
     for scheme, compiled in ((None, False), *((scheme, False) for scheme in SCHEMES), (Scheme(4, 64), True)):
         torch.manual_seed(0)
-        model = bench.loaded(bench.RandomWeights(CPU), args, CPU, torch.float32, scheme, compiled)
+        model = measure.loaded(measure.RandomWeights(CPU), args, CPU, torch.float32, scheme, compiled)
         logits = model(tokens)[0].double()
         if exact is None:
             exact = logits

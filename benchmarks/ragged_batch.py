@@ -17,8 +17,10 @@ from pathlib import Path
 
 import fire
 import torch
+from peers import llama_cpp_decoder
 
-from llama import ModelArgs, bench, parallel, peers
+from llama import ModelArgs, parallel
+from llama.cli import measure
 from llama.engine import Row, steps
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -33,10 +35,10 @@ def main(threads: int = 2, repeats: int = 5, compile: bool = False) -> None:
     torch.manual_seed(0)
     parallel.init_model_parallel()
     args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, max_batch_size=4, max_seq_len=512)
-    source = peers.Source(bench.RandomWeights(CPU), args, CPU, torch.float32)
-    model = bench.loaded(*source, compile=compile)
+    source = measure.Source(measure.RandomWeights(CPU), args, CPU, torch.float32)
+    model = measure.loaded(*source, compile=compile)
     theirs = hugging_face(args, model.state_dict())
-    decode = peers.llama_cpp_decoder(source)
+    decode = llama_cpp_decoder(source)
     prompts = [torch.randint(3, 32000, (length,)).tolist() for length in LENGTHS]
 
     def ours() -> list[list[int]]:

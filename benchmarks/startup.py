@@ -19,8 +19,8 @@ import fire
 import torch
 
 from llama import ModelArgs
-from llama.bench import SHAPES
 from llama.checkpoint import shapes, shard_dim
+from llama.cli.measure import SHAPES
 
 ROOT = Path(__file__).parent.parent
 

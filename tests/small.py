@@ -13,7 +13,8 @@ import fire
 import pytest
 import torch
 
-from llama import ModelArgs, Transformer, checkpoint, parallel, script
+from llama import ModelArgs, Transformer, checkpoint, parallel
+from llama.cli import script
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models"

@@ -1,23 +1,30 @@
-"""python -m llama bench: the arithmetic by hand, and that it runs. Nothing here is timed."""
+"""python -m llama bench and benchmarks/: the arithmetic by hand, and that they run. Nothing here is timed."""
 
-import importlib.util
+import importlib
 import json
 import re
 import shutil
+import sys
 from unittest import mock
 
 import pytest
 import torch
 from small import MODELS, ROOT, in_process, needs_cpp, random_model
 
-from llama import ModelArgs, __main__, bench, decode, peers
+from llama import ModelArgs, decode
+from llama.cli import measure
+from llama.cli.bench import bench
 from llama.quantization import scheme
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import compare
+import peers
 
 CPU = torch.device("cpu")
 
 
 def command(*flags):
-    return in_process(__main__.bench, "--repeats", 1, "--tokens", 3, "--device", "cpu", *flags)
+    return in_process(bench, "--repeats", 1, "--tokens", 3, "--device", "cpu", *flags)
 
 
 def test_work_of_a_small_model_worked_out_by_hand():
@@ -26,11 +33,11 @@ def test_work_of_a_small_model_worked_out_by_hand():
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 21  # wq; wk, wv; wo; w1, w2, w3
     head = 10 * 8
     # Two rows decode 4 tokens after 6: on average 8 positions are seen, each a key and a value of 4 numbers.
-    nbytes, operations = bench.work(model, bench.Case(batch=2, prompt=6, tokens=4))
+    nbytes, operations = measure.work(model, measure.Case(batch=2, prompt=6, tokens=4))
     assert nbytes == 4 * (layer + head) + 4 * 2 * 2 * 8 * 4
     assert operations == 2 * 2 * (layer + head) + 2 * (4 * 8 * 8)
     # A prompt of 6: logits of its last token alone; each token looks at 3 others on average.
-    _, operations = bench.work(model, bench.Case(batch=1, prompt=6, tokens=1))
+    _, operations = measure.work(model, measure.Case(batch=1, prompt=6, tokens=1))
     assert operations == 2 * (6 * layer + head) + 6 * (4 * 8 * 3)
 
 
@@ -40,11 +47,12 @@ def test_a_peer_takes_the_same_steps(peer, kv_heads):
     pytest.importorskip("llama_cpp" if peer == "llama.cpp" else "transformers")
     if peer == "transformers-compiled" and (kv_heads == 8 or not shutil.which("g++")):
         pytest.skip("takes a compiler, and its time")
-    shape = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": kv_heads, "multiple_of": 32, "norm_eps": 1e-3}
+    layers = 1 if peer == "transformers-compiled" else 2  # compiling takes 20 seconds for each
+    shape = {"dim": 256, "n_layers": layers, "n_heads": 8, "n_kv_heads": kv_heads, "multiple_of": 32, "norm_eps": 1e-3}
     args = ModelArgs(**shape, vocab_size=128, max_batch_size=2, max_seq_len=32)
-    source = peers.Source(bench.RandomWeights(CPU), args, CPU, torch.float32)
+    source = measure.Source(measure.RandomWeights(CPU), args, CPU, torch.float32)
     ids = torch.randint(3, 128, (2, 5), generator=torch.Generator().manual_seed(0))
-    mine = [[gain.tokens[0].id for gain in step] for step in bench.ours(bench.loaded(*source))(ids, 12)]
+    mine = [[gain.tokens[0].id for gain in step] for step in measure.ours(measure.loaded(*source))(ids, 12)]
     theirs = [torch.tensor(step).flatten().tolist() for step in peers.PEERS[peer](source)(ids, 12)]
     assert mine == theirs
     assert len(mine) == 12
@@ -52,7 +60,7 @@ def test_a_peer_takes_the_same_steps(peer, kv_heads):
 
 def test_a_random_model_has_its_dtype_and_cache():
     args = ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=32, max_batch_size=2, max_seq_len=16)
-    model = bench.loaded(bench.RandomWeights(CPU), args, CPU, torch.bfloat16)
+    model = measure.loaded(measure.RandomWeights(CPU), args, CPU, torch.bfloat16)
     assert {t.dtype for t in [*model.parameters(), *model.buffers()]} == {torch.bfloat16}
     assert model.layers[0].attention.cache.kv.shape == (2, 8, 16, 16)
     assert model.layers[0].attention.wq.weight.float().std() == pytest.approx(0.02, rel=0.1)
@@ -83,7 +91,6 @@ def test_the_command_ends_with_json():
     ("flags", "message"),
     [
         (["--shape", "8B"], "shape is '8B'; it must be one of 110M, 1.1B, 7B, 13B, 70B"),
-        (["--compare", "vllm"], "compare names vllm; known are transformers"),
         (["--batches", "0"], "batches is 0; it must be of numbers from 1 on"),
         (["--prompts", "a"], "prompts is 'a'"),
         (["--tokens", "1"], "tokens is 1; it must be of numbers from 2 on"),
@@ -99,14 +106,21 @@ def test_bad_flags_are_named(flags, message):
     assert done.stdout == ""
 
 
+def test_compare_measures_other_libraries(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "ours again", lambda source: measure.ours(measure.loaded(*source)))
+    flags = ("--prompts", 16, "--batches", 1, "--repeats", 1, "--tokens", 3, "--device", "cpu", "--dtype", "float32")
+    done = in_process(compare.main, "ours again", "--ckpt_dir", MODELS / "small", *flags)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(done.stdout.splitlines()[-1])["cases"]
+    assert all(case["ratios"]["ours again"] > 0 and len(case["tokens_per_second"]) == 2 for case in cases.values())
+    assert "there is no vllm; known are transformers" in in_process(compare.main, "vllm").stderr
+
+
 def test_the_gpus_benchmark_measures_what_it_says(monkeypatch):
     """On a CPU, with a small shape in place of 7B: what runs for minutes on a GPU must not fail there on a name."""
-    path = ROOT / "benchmarks" / "gpu.py"
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
-    gpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu)
-    monkeypatch.setitem(bench.SHAPES, "7B", {"dim": 64, "n_layers": 1, "n_heads": 4})
-    monkeypatch.setitem(gpu.CASES, "7B", [bench.Case(1, 16, 1), bench.Case(1, 8, 4)])
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setitem(measure.SHAPES, "7B", {"dim": 64, "n_layers": 1, "n_heads": 4})
+    monkeypatch.setitem(gpu.CASES, "7B", [measure.Case(1, 16, 1), measure.Case(1, 8, 4)])
     found = gpu.measure("7B", None, CPU)
     assert found["plain_tokens_per_second"] > 0
     assert gpu.measure("7B", scheme("int4"), CPU)["quantize"] == "int4 in groups of 64"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from small import GQA, MODELS, SHAPES, needs_cpp, random_model, relative_error
 
-from llama import Llama, ModelArgs, bench, decode, engine, fused, layers, parallel, quantization
+from llama import Llama, ModelArgs, decode, engine, fused, layers, parallel, quantization
+from llama.cli import measure as bench
 from llama.decode import Captured, Flat, Native, captured, decoder, fastest, pieces
 
 CPU = torch.device("cpu")

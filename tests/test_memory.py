@@ -11,8 +11,9 @@ import pytest
 import torch
 from small import GQA, MODELS, PUBLISHED, ROOT, TOKENIZER, in_process, random_model, save_random
 
-from llama import Llama, ModelArgs, __main__, checkpoint
+from llama import Llama, ModelArgs, checkpoint
 from llama.checkpoint import memory, shapes
+from llama.cli.inspect import inspect as command
 
 SEVENTY = PUBLISHED["70B"]
 
@@ -60,7 +61,7 @@ def test_the_check_can_be_overridden(tmp_path, monkeypatch):
 
 
 def inspect(*flags):
-    return in_process(__main__.inspect, *flags)
+    return in_process(command, *flags)
 
 
 def test_inspect_tells_what_there_is_and_what_to_run():

@@ -10,7 +10,8 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
-from llama import parallel, script
+from llama import parallel
+from llama.cli import script
 
 
 @pytest.mark.parametrize("device", ["abc", "cuda:99", "meta", 3.5])

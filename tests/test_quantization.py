@@ -25,8 +25,11 @@ from small import (
     save_random,
 )
 
-from llama import Llama, __main__, bench, checkpoint, cpp, quantization
+from llama import Llama, checkpoint, cpp, quantization
 from llama.checkpoint import memory
+from llama.cli import measure as bench
+from llama.cli.convert import convert
+from llama.cli.inspect import inspect
 from llama.layers import linear
 from llama.parallel import cpu_has
 from llama.quantization import Plain, Quantized, Scheme, dequantize, kernel, quantize, scheme
@@ -213,21 +216,21 @@ def test_a_checkpoint_that_was_quantized_is_what_is_quantized_when_loaded(folder
     kind = f"int{scheme.bits}"
     flags = ("--quantize", kind, "--group_size", scheme.group or 64, "--nosearch", "--tokenizer_path", TOKENIZER)
     for mp in (1, 2) if scheme.group < 128 else (1,):  # half of wo's 128 columns are no group of 128
-        done = in_process(__main__.convert, folder, tmp_path / f"{mp}", "--mp", mp, *flags)
+        done = in_process(convert, folder, tmp_path / f"{mp}", "--mp", mp, *flags)
         assert done.returncode == 0, done.stderr
         loaded = build(tmp_path / f"{mp}")
         assert torch.equal(logits(loaded.model), logits(build(folder, kind, scheme.group or 64).model))
     assert json.loads((tmp_path / "1" / "params.json").read_text())["quantization"] == scheme.params()
-    told = in_process(__main__.inspect, tmp_path / "1", "--device", "cpu", "--verify", "--tokenizer_path", TOKENIZER)
+    told = in_process(inspect, tmp_path / "1", "--device", "cpu", "--verify", "--tokenizer_path", TOKENIZER)
     assert f"in {scheme}" in told.stdout
-    back = in_process(__main__.convert, tmp_path / f"{mp}", tmp_path / "back", "--tokenizer_path", TOKENIZER)
+    back = in_process(convert, tmp_path / f"{mp}", tmp_path / "back", "--tokenizer_path", TOKENIZER)
     assert back.returncode == 0, back.stderr
     assert torch.equal(logits(build(tmp_path / "back").model), logits(loaded.model))  # 2 shards -> 1, still quantized
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_folder_of_hugging_face_is_quantized_when_loaded(folder, kind, tmp_path):
-    in_process(__main__.convert, folder, tmp_path / "hf", "--to", "hf", "--tokenizer_path", TOKENIZER)
+    in_process(convert, folder, tmp_path / "hf", "--to", "hf", "--tokenizer_path", TOKENIZER)
     assert torch.equal(logits(build(tmp_path / "hf", kind).model), logits(build(folder, kind).model))
 
 
@@ -244,17 +247,17 @@ def test_ranks_share_a_quantized_model(ranks, folder, tmp_path, world_size, kind
     path = folder
     if saved:
         path, flags = tmp_path / "saved", ("--nosearch", "--group_size", 32, "--tokenizer_path", TOKENIZER)
-        assert not in_process(__main__.convert, folder, path, "--quantize", kind, *flags).returncode
+        assert not in_process(convert, folder, path, "--quantize", kind, *flags).returncode
     for found, _ in ranks(world_size).run(on_ranks, path, None if saved else kind):
         assert relative_error(found, expected) < 0.04  # each rank rounds activations of its own
 
 
 def test_groups_that_ranks_cannot_divide_are_named(ranks, folder, tmp_path):
     path, flags = tmp_path / "coarse", ("--quantize", "int4", "--group_size", 128, "--tokenizer_path", TOKENIZER)
-    assert not in_process(__main__.convert, folder, path, *flags).returncode
+    assert not in_process(convert, folder, path, *flags).returncode
     for _, error in ranks(2).outcomes(on_ranks, path, None):
         assert error[0] == "ValueError" and "groups are too large for so many ranks" in error[1]
-    done = in_process(__main__.convert, folder, tmp_path / "two", *flags, "--mp", 2)
+    done = in_process(convert, folder, tmp_path / "two", *flags, "--mp", 2)
     assert "wo.scales (128, 1) cannot be divided into mp 2 shards" in done.stderr
 
 
@@ -274,10 +277,10 @@ def test_bad_schemes_are_named(folder, options, message):
 
 def test_a_quantized_checkpoint_is_of_one_scheme(folder, tmp_path):
     flags = ("--nosearch", "--tokenizer_path", TOKENIZER)
-    in_process(__main__.convert, folder, tmp_path / "q", "--quantize", "int8", *flags)
+    in_process(convert, folder, tmp_path / "q", "--quantize", "int8", *flags)
     with pytest.raises(ValueError, match="is quantized already, to int8; it cannot become int4 in groups of 64"):
         build(tmp_path / "q", "int4")
-    done = in_process(__main__.convert, tmp_path / "q", tmp_path / "hf", "--to", "hf", *flags)
+    done = in_process(convert, tmp_path / "q", tmp_path / "hf", "--to", "hf", *flags)
     assert "Hugging Face's layout has no place for int8" in done.stderr
     edit_params(tmp_path / "q", quantization={"bits": 5})
     with pytest.raises(ValueError, match=r"params.json: quantization is \{'bits': 5\}"):

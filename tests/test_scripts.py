@@ -18,7 +18,7 @@ import torch
 from ranks import free_port
 from small import GQA, MODELS, ROOT, TOKENIZER, edit_params, save_random
 
-from llama import script
+from llama.cli import script
 
 TEXT, CHAT = ROOT / "example_text_completion.py", ROOT / "example_chat_completion.py"
 MANY = {"dim": 256, "n_layers": 16, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32}  # slow enough to be interrupted
@@ -170,7 +170,8 @@ def test_an_exception_in_the_loop_of_one_rank_ends_the_job_with_one_line(tmp_pat
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from llama import Llama, engine, parallel, script
+from llama import Llama, engine, parallel
+from llama.cli import script
 with script.readable_errors():
     llama = Llama.build({str(tmp_path / "model")!r}, {str(TOKENIZER)!r}, 64, device="cpu")
     if parallel.rank() == 1:
@@ -197,7 +198,8 @@ def test_a_killed_rank_ends_the_job(tmp_path, victim):
     script.write_text(f"""
 import os, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-from llama import Llama, parallel, script
+from llama import Llama, parallel
+from llama.cli import script
 with script.readable_errors():
     llama = Llama.build({str(tmp_path / "model")!r}, {str(TOKENIZER)!r}, 2048, 1, device="cpu")
     llama.tokenizer.eos_id = -1
@@ -255,3 +257,10 @@ def test_an_allocator_without_thresholds_is_left_alone(monkeypatch):
     """Not every system's is glibc's."""
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     script.keep_memory()
+
+
+def test_the_previous_release_had_script_elsewhere():
+    code = "from llama.script import run, readable_errors; from llama import script; print(script.run is run)"
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "True\n"
+    assert "llama.script is now llama.cli.script" in done.stderr

@@ -1,87 +1,102 @@
-"""The plan of docs/design.md, held against the code."""
+"""The map in docs/design.md, compared with the code: it exists once, and this reads it."""
 
 import ast
+import graphlib
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
-from small import ROOT
+from small import MODELS, ROOT
 
-# Which rooms of llama/ a room may know.
-MAY_IMPORT = {
-    "tokenizer": set(),
-    "sampling": set(),
-    "parallel": set(),
-    "layers": {"cpp", "parallel"},
-    "model": {"layers", "parallel"},
-    "decode": {"cpp", "fused", "layers", "model", "parallel"},
-    "files": {"hf"},
-    "fused": set(),
-    "cpp": {"parallel"},
-    "lookup": set(),
-    "text": {"tokenizer"},
-    "options": {"sampling"},
-    "quantization": {"cpp", "fused", "parallel"},
-    "checkpoint": {"files", "hf", "model", "parallel", "quantization"},
-    "chat": {"tokenizer"},
-    "hf": set(),
-    "script": {"parallel"},
-    "memory": {"checkpoint", "model", "quantization"},
-    "convert": {"checkpoint", "hf", "model", "quantization", "tokenizer"},
-    "bench": {"checkpoint", "engine", "layers", "model", "parallel", "quantization"},
-    "peers": {"bench", "checkpoint", "hf", "model", "quantization"},
-    "__main__": {
-        "bench",
-        "checkpoint",
-        "convert",
-        "generation",
-        "memory",
-        "model",
-        "parallel",
-        "peers",
-        "quantization",
-        "score",
-        "script",
-        "terminal",
-        "tokenizer",
-    },
-    "engine": {"cpp", "decode", "lookup", "model", "parallel", "sampling"},
-    "generation": {
-        "chat",
-        "checkpoint",
-        "engine",
-        "memory",
-        "model",
-        "options",
-        "parallel",
-        "score",
-        "stream",
-        "text",
-        "tokenizer",
-    },
-    "score": {"decode", "engine", "model"},
-    "session": {"chat", "generation", "options", "parallel", "stream"},
-    "terminal": {"generation", "parallel", "session"},
-    "stream": {"chat", "parallel"},
-    "__init__": {"chat", "generation", "model", "session", "stream", "tokenizer"},
-}
+PACKAGE = ROOT / "llama"
+TOO_LONG = {"engine", "generation"}  # more than 400 lines, or with a function of more than 60
+FILES = sorted(PACKAGE.rglob("*.py"))
+# What the core runs without: packages above the engine, and backends other than the plain one.
+OPTIONAL = ("cli", "server", "evaluation", "backends/cpu*", "backends/cuda*", "__main__.py", "script.py")
 
 
-def imported_rooms(path):
-    rooms = set()
+def module(path):
+    """llama/checkpoint/plan.py -> checkpoint/plan; a package's __init__.py -> the package's name."""
+    name = path.relative_to(PACKAGE).with_suffix("").as_posix()
+    return name.removesuffix("/__init__")
+
+
+def design():
+    """Module -> the modules that it may import, from the rows | `module` | what it is | `module`, `.sibling` |"""
+    rows = re.findall(r"^\| `(\S+?)` \| .* \|(.*)\|$", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
+    return {
+        name: {name.split("/")[0] + "/" + found[1:] if found[0] == "." else found
+               for found in re.findall(r"`(\S+?)`", imports)}
+        for name, imports in rows
+    }  # fmt: skip
+
+
+def imported(path):
+    """The modules of this package that a file imports, wherever in the file."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("llama")):
-            module = (node.module or "").removeprefix("llama").strip(".")
-            rooms |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "llama"):
+            base = path.parents[node.level - 1] if node.level else ROOT
+            base = base.joinpath(*(node.module or "").split("."))
+            for alias in node.names:
+                target = base / alias.name
+                target = target if target.is_dir() or target.with_suffix(".py").exists() else base
+                found.add(module(target if target != PACKAGE else PACKAGE / "__init__"))
         elif isinstance(node, ast.Import):
-            rooms |= {name.name.split(".")[1] for name in node.names if name.name.startswith("llama.")}
-    return rooms
+            found |= {"/".join(alias.name.split(".")[1:]) for alias in node.names if alias.name.startswith("llama.")}
+    return found - {module(path)}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "llama").glob("*.py")), ids=lambda path: path.stem)
-def test_imports_run_one_way(path):
-    assert path.stem in MAY_IMPORT, f"a new room: {path.name}; add it here and to docs/design.md"
-    assert imported_rooms(path) <= MAY_IMPORT[path.stem]
+def allowed(name, rows):
+    """Whether a module, or the package that it is in, is in the row."""
+    return name in rows or name.split("/")[0] in rows
+
+
+def test_the_map_has_every_module_and_no_other():
+    assert set(design()) == {module(path) for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_imports_are_those_of_the_map(path):
+    may = design()[module(path)]
+    assert {name for name in imported(path) if not allowed(name, may)} == set()
+
+
+def test_imports_go_one_way():
+    """Of modules, and of packages as a whole: a package's __init__.py, which only gathers names, apart."""
+    graph = {module(path): {name for name in imported(path) if "/" in name or (PACKAGE / f"{name}.py").exists()}
+             for path in FILES if path.name != "__init__.py"}  # fmt: skip
+    graphlib.TopologicalSorter(graph).prepare()
+    packages = {}
+    for path in FILES:
+        top = module(path).split("/")[0]
+        packages.setdefault(top, set()).update(name.split("/")[0] for name in imported(path))
+    graphlib.TopologicalSorter({name: found - {name} for name, found in packages.items()}).prepare()
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if module(path) not in TOO_LONG], ids=module)
+def test_files_and_functions_are_short(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 400
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_the_core_stands_alone(tmp_path):
+    """A copy without the commands, and without the backends other than the plain one, generates text."""
+    shutil.copytree(PACKAGE, tmp_path / "llama", ignore=shutil.ignore_patterns("__pycache__"))
+    for pattern in OPTIONAL:
+        for path in (tmp_path / "llama").glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    code = f"""if True:
+        from llama import Llama
+        llama = Llama.build({str(MODELS / "small")!r}, device="cpu", dtype="float32")
+        print(llama.text_completion(["The opposite of hot is"], temperature=0, stop=".")[0]["generation"])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.stdout.strip() == "cold", done.stderr
 
 
 def test_the_public_names():

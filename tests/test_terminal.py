@@ -10,8 +10,9 @@ import pexpect
 import pytest
 from small import GQA, MODELS, in_process, save_random
 
-import llama.__main__ as commands
 from llama import Llama
+from llama.cli.chat import chat
+from llama.cli.perplexity import perplexity as command
 from llama.score import perplexity
 
 CHAT = [sys.executable, "-m", "llama", "chat"]
@@ -126,14 +127,14 @@ def test_perplexity(tmp_path, tokenizer):
     text = tmp_path / "text"
     text.write_text("The sun was warm and the fox was red. 🙂 " * 5)
     flags = ("--file", text, "--ckpt_dir", tmp_path, "--tokenizer_path", MODELS / "tokenizer.model", "--window", 32)
-    found = in_process(commands.perplexity, *flags, "--device", "cpu")
+    found = in_process(command, *flags, "--device", "cpu")
     ids = tokenizer.encode(text.read_text(), bos=True, eos=False)
     llama = Llama.build(tmp_path, MODELS / "tokenizer.model", 32, 4, device="cpu")
     expected, count = perplexity(llama.model, ids, 32, 16)
     assert found.stdout == f"perplexity {expected:.4f} of {count:,} tokens, in windows of 32 every 16\n"
-    assert "stride 32; they must be whole" in in_process(commands.perplexity, *flags, "--stride", 32).stderr
+    assert "stride 32; they must be whole" in in_process(command, *flags, "--stride", 32).stderr
     text.write_text("")
-    assert "is empty" in in_process(commands.perplexity, *flags).stderr
+    assert "is empty" in in_process(command, *flags).stderr
 
 
 def test_commands_by_pipe(monkeypatch, tmp_path):
@@ -158,7 +159,7 @@ def test_commands_by_pipe(monkeypatch, tmp_path):
         *["Tell me a story about Tom."] * 3,
     ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    out = in_process(commands.chat, *MODEL[:-2], "--max_seq_len", 96, "--dtype", "float32").stdout
+    out = in_process(chat, *MODEL[:-2], "--max_seq_len", 96, "--dtype", "float32").stdout
     for told in (
         HELLO,
         "min_p 0.1",

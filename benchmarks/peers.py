@@ -1,7 +1,7 @@
-"""Other libraries at the same work on the same weights, for `bench`: Hugging Face's transformers and llama.cpp.
+"""Other libraries on the same weights, for compare.py: Hugging Face's transformers and llama.cpp.
 
-Each is a function of what ours was loaded from -> `Run`. transformers has no part in quantization and computes with the
-weights as they were; llama.cpp rounds them itself, to q8_0 or q4_0. Needs the extra `bench`.
+Each is a function of a model's source -> `Run`. With a quantization scheme, transformers still computes with the
+unquantized weights, and llama.cpp quantizes them itself, to q8_0 or q4_0. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .bench import Run
-from .checkpoint import Weights, hf, shapes, shard_dim
-from .model import ModelArgs
-from .quantization import Scheme
+from llama.checkpoint import hf, shapes, shard_dim
+from llama.cli.measure import Run, Source
 
 GGUF_NAMES = {
     "tok_embeddings": "token_embd",
@@ -37,19 +35,10 @@ GGUF_NAMES = {
 }
 
 
-class Source(NamedTuple):
-    """What a model was loaded from, and as what."""
-
-    weights: Weights
-    args: ModelArgs
-    device: torch.device
-    dtype: torch.dtype
-    scheme: Scheme | None = None
-
-    def read(self, name: str) -> Tensor:
-        """A whole weight, unquantized."""
-        shape = shapes(self.args)[name]
-        return self.weights.read(name, shape, 0, shape[shard_dim(name) or 0], self.dtype, self.device)
+def whole(source: Source, name: str) -> Tensor:
+    """A whole weight, unquantized."""
+    shape = shapes(source.args)[name]
+    return source.weights.read(name, shape, 0, shape[shard_dim(name) or 0], source.dtype, source.device)
 
 
 def transformers_model(source: Source) -> Any:
@@ -62,10 +51,10 @@ def transformers_model(source: Source) -> Any:
         model = transformers.LlamaForCausalLM(config)
     state = {}
     for name, theirs in hf.names(args.n_layers).items():
-        weight = source.read(name)
+        weight = whole(source, name)
         state[theirs] = hf.to_halves(weight, args.head_dim) if hf.is_permuted(name) else weight
     model.load_state_dict(state, assign=True)
-    with source.device:  # its frequencies are no weights and were made on the meta device too
+    with source.device:  # its frequencies are not in the state dict, and are on the meta device still
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
 
@@ -86,17 +75,17 @@ def transformers_eager(source: Source) -> Run:
 
 
 def transformers_compiled(source: Source) -> Run:
-    """Compiled, with a static cache; once for each shape, before anything is measured."""
+    """Compiled, with a static cache: once for each shape, in the warm-up."""
     import torch._dynamo.config
     from transformers import StaticCache
 
     model, caches = transformers_model(source), {}
-    torch._dynamo.config.recompile_limit = 100  # of shapes; beyond it would run uncompiled
+    torch._dynamo.config.recompile_limit = 100  # shapes; those beyond would run uncompiled
     forward = torch.compile(model.forward, dynamic=False)
 
     @torch.inference_mode()
     def run(ids: Tensor, tokens: int) -> Iterator[object]:
-        ids = ids.to(source.device).clone()  # of this mode, as those that follow are: no compiling twice
+        ids = ids.to(source.device).clone()  # an inference tensor, as the next steps have: compiled once
         B, T = ids.shape
         if (B, T) not in caches:
             caches[B, T] = StaticCache(config=model.config, max_cache_len=source.args.max_seq_len)
@@ -111,13 +100,13 @@ def transformers_compiled(source: Source) -> Run:
     return run
 
 
-# What llama.cpp is given and gives: row -> where its tokens begin, and they; the likeliest id after each row's last.
+# What llama.cpp decodes: row -> the position of its first token, and its tokens.
 Rows = Mapping[int, tuple[int, list[int]]]
 
 
 def llama_cpp_decoder(source: Source) -> Callable[[Rows], list[int]]:
-    """llama.cpp, with as many threads, its own cache of float16 and its own rounding. When row 0 begins anew it forgets
-    all of them."""
+    """llama.cpp, with as many threads, a cache of float16 and its own rounding: rows -> the argmax after each row's
+    last token. All rows are dropped when row 0 starts at position 0."""
     import llama_cpp as lib
     import numpy as np
 
@@ -169,14 +158,14 @@ def llama_cpp(source: Source) -> Run:
 
 
 def write_gguf(source: Source, path: Path) -> Path:
-    """llama.cpp's file of the model; its vocabulary has numbers for texts."""
+    """llama.cpp's file of the model. The texts of its vocabulary are numbers."""
     import gguf
 
     args = source.args
-    kinds = gguf.GGMLQuantizationType
-    kind = kinds.F32 if source.dtype == torch.float32 else kinds.F16
+    types = gguf.GGMLQuantizationType
+    dtype = types.F32 if source.dtype == torch.float32 else types.F16
     if source.scheme:
-        kind = kinds.Q8_0 if source.scheme.bits == 8 else kinds.Q4_0
+        dtype = types.Q8_0 if source.scheme.bits == 8 else types.Q4_0
     file = gguf.GGUFWriter(path, "llama")
     file.add_context_length(4096)
     file.add_embedding_length(args.dim)
@@ -197,11 +186,11 @@ def write_gguf(source: Source, path: Path) -> Path:
             name.removesuffix(".weight").replace("layers.", "").split(".", 1) if "layers" in name else [name[:-7]]
         )
         theirs = ".".join([*(f"blk.{i}" for i in layer), GGUF_NAMES[stem], "weight"])
-        values = source.read(name).float().cpu().numpy()
+        values = whole(source, name).float().cpu().numpy()
         if values.ndim == 1:
             file.add_tensor(theirs, values)
         else:
-            file.add_tensor(theirs, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            file.add_tensor(theirs, gguf.quants.quantize(values, dtype), raw_dtype=dtype)
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()

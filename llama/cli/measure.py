@@ -1,11 +1,9 @@
-"""python -m llama bench: how fast a model prefills and decodes here, as a fraction of what this machine can do, and
-beside other libraries on the same weights.
+"""Tokens per second, of this library and others, as a fraction of what the machine can do.
 
-The limits are measured in turn with what they limit, as others who use the machine change them. The share of the limit
-that was measured once, at the start, is told beside it.
-Decoding reads every weight once a step, and the cache: bytes over seconds over the bandwidth of reading memory is its
-MBU, model bandwidth utilization. Prefill multiplies every weight by every token: operations over seconds over the rate
-of a large matrix product is its MFU, model FLOPs utilization.
+MBU, model bandwidth utilization, of decoding: a step reads every weight and the KV cache; bytes / seconds / bandwidth.
+MFU, model FLOPs utilization, of prefill: each token is multiplied by every weight; operations / seconds / the rate of a
+large matmul. Both limits are measured in turn with what they limit, because others use the machine too; the fraction of
+the limit that was measured at the start is printed beside it.
 """
 
 from __future__ import annotations
@@ -23,14 +21,15 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import parallel
-from .checkpoint import Weights, load, shard_dim
-from .engine import Row, steps
-from .layers import ColumnParallelLinear, RowParallelLinear, linear
-from .model import ModelArgs, Transformer
-from .quantization import Scheme
+from .. import parallel
+from ..checkpoint import Weights, load, shard_dim
+from ..engine import Row, steps
+from ..layers import ColumnParallelLinear, RowParallelLinear
+from ..model import ModelArgs, Transformer
+from ..quantization import Scheme
 
 SHAPES: dict[str, dict[str, Any]] = {
     "110M": {"dim": 768, "n_layers": 12, "n_heads": 12},
@@ -46,12 +45,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "ffn_dim_multiplier": 1.3,
     },
 }
-# A library at work: prompts (B, T) and a number of tokens -> an iterator that ends a step when it has B more tokens.
+# A library: prompts (B, T) and a number of new tokens -> an iterator that yields when each row has one more token.
 Run = Callable[[Tensor, int], Iterator[object]]
 
 
 class Case(NamedTuple):
-    """`batch` prompts of `prompt` tokens; with `tokens` above 1 the steps after the first are what is measured."""
+    """`batch` prompts of `prompt` tokens. With one new token, prefill is measured; with more, the steps after it."""
 
     batch: int
     prompt: int
@@ -61,8 +60,14 @@ class Case(NamedTuple):
         return f"prefill {self.prompt}" if self.tokens == 1 else f"decode, batch {self.batch}"
 
 
+def fitting(args: ModelArgs, cases: list[Case]) -> ModelArgs:
+    """The same model with a cache for the largest of the cases."""
+    longest = max(case.prompt + case.tokens for case in cases)
+    return replace(args, max_seq_len=longest, max_batch_size=max(case.batch for case in cases))
+
+
 class RandomWeights:
-    """What `load` reads of a checkpoint that there is not: random numbers, made on the device; each time the same."""
+    """A stand-in for a checkpoint: random numbers, made on the device, the same each time."""
 
     def __init__(self, device: torch.device, scheme: Scheme | None = None) -> None:
         self.device, self.scheme = device, scheme
@@ -88,12 +93,22 @@ class RandomWeights:
             out = torch.empty(part, dtype=dtype, device=self.device)
         generator = torch.Generator(out.device).manual_seed(zlib.crc32(f"{name} {begin}".encode()))
         if not name.endswith(".weight") or "norm" in name:
-            kinds = {"scale": 0.02 / 74, "scales": 0.02 / 4.6, "zeros": 8, "weight": 1}  # of deviation 0.02 all in all
-            return out.fill_(kinds[name.split(".")[-1]])
+            values = {"scale": 0.02 / 74, "scales": 0.02 / 4.6, "zeros": 8, "weight": 1}  # matrices of deviation 0.02
+            return out.fill_(values[name.split(".")[-1]])
         if not dtype.is_floating_point:
-            low, beyond = (-127, 128) if dtype == torch.int8 else (0, 256)
-            return out.random_(low, beyond, generator=generator)
+            low, high = (-127, 128) if dtype == torch.int8 else (0, 256)
+            return out.random_(low, high, generator=generator)
         return nn.init.normal_(out, std=0.02, generator=generator)
+
+
+class Source(NamedTuple):
+    """What a model is loaded from, and as what."""
+
+    weights: Weights
+    args: ModelArgs
+    device: torch.device
+    dtype: torch.dtype
+    scheme: Scheme | None = None
 
 
 def loaded(
@@ -113,30 +128,26 @@ def loaded(
     return model.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is measured
-
-
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """The least time of several runs after a first: a limit is what the machine can do at its best."""
-    taken = []
+    """The least time of several runs after a warm-up: a limit is what the machine can do at its best."""
+    times = []
     for _ in range(repeats + 1):
         synchronize(device)
         began = time.perf_counter()
         work()
         synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return min(taken[1:])
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
-# A limit: measures, with so many repeats, what the machine can do in a second.
+# A limit: number of repeats -> what the machine can do in a second.
 Limit = Callable[[int], float]
-USE = {"bandwidth": "MBU", "matrix_rate": "MFU"}  # the limits, and what a share of each is called
+USE = {"bandwidth": "MBU", "matrix_rate": "MFU"}  # the limits, and the name of the fraction of each
 
 
 def bandwidth(device: torch.device) -> Limit:
@@ -146,28 +157,35 @@ def bandwidth(device: torch.device) -> Limit:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> Limit:
-    """Operations of a product of two square matrices, by PyTorch or by what is faster here: two for each multiplication
-    with its addition."""
-    size = 2048 if device.type == "cpu" else 8192
+    """Operations of a matmul of two square matrices, two for each multiply-add, by the faster of PyTorch's two ways.
+    The size doubles until a matmul takes 20 ms, which is soon on a CPU without instructions for the dtype."""
+    size, largest = 256, 2048 if device.type == "cpu" else 8192
+    multiply = square_matmul(size, device, dtype)
+    while size < largest and seconds(multiply, device, 1) < 0.02:
+        size *= 2
+        multiply = square_matmul(size, device, dtype)
+    return lambda repeats: 2 * size**3 / seconds(multiply, device, repeats)
+
+
+def square_matmul(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    ways: list[Callable[[], Tensor]] = [lambda: a @ b, lambda: linear(a, b)]
-    best = min(ways, key=lambda way: seconds(way, device))
-    return lambda repeats: 2 * size**3 / seconds(best, device, repeats)
+    ways: list[Callable[[], Tensor]] = [lambda: a @ b, lambda: F.linear(a, b)]
+    return min(ways, key=lambda way: seconds(way, device, 1))
 
 
 def clock(run: Run, case: Case, vocab_size: int, device: torch.device) -> float:
-    """Seconds of prefill and first token, or the median of the steps after it."""
+    """Seconds of prefill with the first token, or the median of the steps after it."""
     ids = torch.randint(3, vocab_size, (case.batch, case.prompt), generator=torch.Generator().manual_seed(0))
-    taken, began = [], time.perf_counter()
+    times, began = [], time.perf_counter()
     for _ in run(ids, case.tokens):
         synchronize(device)
-        taken.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - began)
         began = time.perf_counter()
-    return taken[0] if case.tokens == 1 else statistics.median(taken[1:])
+    return times[0] if case.tokens == 1 else statistics.median(times[1:])
 
 
 def work(model: Transformer, case: Case) -> tuple[float, float]:
-    """(bytes, operations) that this rank's part of the model cannot do without in a case: one step, or the prefill."""
+    """The least (bytes, operations) of this rank in a case: of one step, or of the prefill."""
     linear = (ColumnParallelLinear, RowParallelLinear)
     matrices = [module.weight for module in model.modules() if isinstance(module, linear)]
     size = sum(math.prod(weight.shape) for weight in matrices)
@@ -184,10 +202,6 @@ def work(model: Transformer, case: Case) -> tuple[float, float]:
     return nbytes, 2 * rows * (queries * (size - head) + head) + attention
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Who is measured
-
-
 def ours(model: Transformer) -> Run:
     def run(ids: Tensor, tokens: int) -> Iterator[object]:
         return steps(model, [Row(prompt, len(prompt) + tokens) for prompt in ids.tolist()])
@@ -195,14 +209,11 @@ def ours(model: Transformer) -> Run:
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-
-
 def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[str, Run], facts: dict[str, Any]) -> None:
-    """Measure every case `repeats` times, ours and each peer in turn, and print a table, with JSON as the last line."""
+    """Measure every case `repeats` times, this library and each peer in turn. Print a table, and JSON as the last
+    line: `facts` and what was measured."""
     weight = model.norm.weight
-    device, vocab_size = weight.device, model.vocab_size
+    device = weight.device
     runs = {"llama": ours(model), **peers}
     limits = {"bandwidth": bandwidth(device), "matrix_rate": matrix_rate(device, weight.dtype)}
     facts = {**facts, **machine(device), **{name: limit(5) for name, limit in limits.items()}, "cases": {}}
@@ -211,46 +222,56 @@ def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[st
     print(f"It reads {facts['bandwidth'] / 1e9:,.1f} GB/s and multiplies {facts['matrix_rate'] / 1e9:,.0f} GFLOP/s; "
           f"tokens/s: median (min - max) of {repeats}")  # fmt: skip
     for case in cases:
-        for run in runs.values():
-            clock(run, case, vocab_size, device)  # the first is slower
-        taken: dict[str, list[float]] = {name: [] for name in runs}
-        possible: dict[str, list[float]] = {name: [] for name in limits}
-        for _ in range(repeats):
-            for name, limit in limits.items():
-                possible[name].append(limit(3))
-            for name, run in runs.items():
-                taken[name].append(clock(run, case, vocab_size, device))
-        count = case.batch * (case.prompt if case.tokens == 1 else 1)
-        rates = {name: sorted(count / t for t in times) for name, times in taken.items()}
-        needed = dict(zip(limits, work(model, case), strict=True))
-        shares = {
-            name: statistics.median(
-                needed[name] / t / most for t, most in zip(taken["llama"], possible[name], strict=True)
-            )
-            for name in limits
-        }
-        used: dict[str, Any] = {USE[name]: share for name, share in shares.items()}
-        which = "matrix_rate" if case.tokens == 1 else "bandwidth"
-        kind, of_first = USE[which], needed[which] / statistics.median(taken["llama"]) / facts[which]
-        ratios = {
-            peer: statistics.median(b / a for a, b in zip(taken["llama"], taken[peer], strict=True)) for peer in peers
-        }
-        told = [
-            f"{name} {statistics.median(rate):,.1f} ({rate[0]:,.1f} - {rate[-1]:,.1f})" for name, rate in rates.items()
-        ]
-        told += [f"{ratio:.2f} x {peer}" for peer, ratio in ratios.items()]
-        print(
-            f"{case!s:>17}: {kind} {used[kind]:.2f} ({of_first:.2f} of the first limit); {'; '.join(told)}", flush=True
-        )
-        used[f"{kind}_of_first_limit"] = of_first
-        facts["cases"][str(case)] = {"tokens_per_second": rates, **used, "ratios": ratios}
+        facts["cases"][str(case)] = measure_case(model, case, repeats, runs, limits, facts)
     facts["peak_bytes"] = peak(device)
-    first = facts["cases"].get(str(cases[0]), {}).get("tokens_per_second", {}).get("llama")
-    if first and cases[0].tokens == 1:
-        facts["first_token_s"] = cases[0].prompt / statistics.median(first)
+    if cases[0].tokens == 1:
+        rates = facts["cases"][str(cases[0])]["tokens_per_second"]["llama"]
+        facts["first_token_s"] = cases[0].prompt / statistics.median(rates)
         print(f"{'first token':>17}: {facts['first_token_s']:.3f} s after {cases[0].prompt} tokens")
     print(f"{'load':>17}: {facts['load_s']:.2f} s; peak memory {facts['peak_bytes'] / 1e9:.2f} GB")
     print(json.dumps(facts))
+
+
+def measure_case(
+    model: Transformer,
+    case: Case,
+    repeats: int,
+    runs: Mapping[str, Run],
+    limits: Mapping[str, Limit],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """One case, its line printed: rates of each library, this library's MBU and MFU, and ratios to the peers."""
+    device = model.norm.weight.device
+    for run in runs.values():
+        clock(run, case, model.vocab_size, device)  # warm-up
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    possible: dict[str, list[float]] = {name: [] for name in limits}
+    for _ in range(repeats):
+        for name, limit in limits.items():
+            possible[name].append(limit(3))
+        for name, run in runs.items():
+            times[name].append(clock(run, case, model.vocab_size, device))
+    mine = times["llama"]
+    count = case.batch * (case.prompt if case.tokens == 1 else 1)
+    rates = {name: sorted(count / t for t in taken) for name, taken in times.items()}
+    needed = dict(zip(limits, work(model, case), strict=True))
+    used: dict[str, Any] = {
+        USE[name]: statistics.median(needed[name] / t / most for t, most in zip(mine, possible[name], strict=True))
+        for name in limits
+    }
+    limiting = "matrix_rate" if case.tokens == 1 else "bandwidth"
+    use, of_first = USE[limiting], needed[limiting] / statistics.median(mine) / facts[limiting]
+    ratios = {
+        name: statistics.median(b / a for a, b in zip(mine, taken, strict=True))
+        for name, taken in times.items()
+        if name != "llama"
+    }
+    cells = [
+        f"{name} {statistics.median(rate):,.1f} ({rate[0]:,.1f} - {rate[-1]:,.1f})" for name, rate in rates.items()
+    ]
+    cells += [f"{ratio:.2f} x {name}" for name, ratio in ratios.items()]
+    print(f"{case!s:>17}: {use} {used[use]:.2f} ({of_first:.2f} of the first limit); {'; '.join(cells)}", flush=True)
+    return {"tokens_per_second": rates, **used, f"{use}_of_first_limit": of_first, "ratios": ratios}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -260,7 +281,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes in use so far: on a GPU, or of the whole process, peers included."""
+    """Bytes of the peak of memory so far: of a GPU, or of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

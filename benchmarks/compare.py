@@ -1,0 +1,32 @@
+"""This library and others on the same weights, measured in turn.
+
+    python benchmarks/compare.py transformers transformers-compiled llama.cpp --shape 110M --dtype float32
+
+Takes the flags of `python -m llama bench`. Needs the extra `bench`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peers import PEERS
+
+from llama import parallel
+from llama.cli import script
+from llama.cli.bench import prepare
+
+
+def main(*peers: str, **flags: Any) -> None:
+    """Measure this library and PEERS; flags as of `python -m llama bench`."""
+    if unknown := [peer for peer in peers if peer not in PEERS]:
+        raise ValueError(f"there is no {', '.join(map(str, unknown))}; known are {', '.join(PEERS)}")
+    job = prepare(**flags)
+    if peers and parallel.world_size() > 1:
+        raise ValueError("other libraries are measured on one rank only")
+    if peers and job.source.weights.scheme and flags.get("ckpt_dir"):
+        raise ValueError(f"{flags['ckpt_dir']} is quantized already, which no other library reads")
+    job.run({peer: PEERS[peer](job.source) for peer in peers})
+
+
+if __name__ == "__main__":
+    script.run(main)

@@ -1,0 +1,104 @@
+"""python -m llama bench: tokens per second of this library, beside what the machine can do."""
+
+from __future__ import annotations
+
+import functools
+import time
+from contextlib import nullcontext, redirect_stdout
+from typing import Any
+
+import torch
+
+from .. import parallel
+from ..checkpoint import Checkpoint, Weights, available, check_path, find_tokenizer, footprint, shortage
+from ..model import ModelArgs, Transformer
+from ..quantization import scheme
+from ..tokenizer import Tokenizer
+from . import measure
+
+
+def prepare(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    shape: str = "110M",
+    dtype: str | None = None,
+    device: str | None = None,
+    batches: int | tuple[int, ...] = (1, 8, 32),
+    prompts: int | tuple[int, ...] = (128, 512, 2048),
+    tokens: int = 32,
+    repeats: int = 5,
+    quantize: str | None = None,
+    group_size: int = 64,
+    compile: bool = False,
+) -> Job:
+    """Measure tokens per second, and the fraction of what the machine can do.
+
+    Args:
+        ckpt_dir: a checkpoint in either layout; by default random weights of `shape`
+        tokenizer_path: tokenizer.model of the checkpoint; by default the one in ckpt_dir or one folder up
+        shape: 110M, 1.1B, 7B, 13B or 70B
+        dtype: bfloat16, float16 or float32; by default as Llama.build chooses, for a shape of bfloat16 weights
+        device: cuda, mps or cpu; by default the first of them that is available
+        batches: batch sizes to decode, one or several numbers
+        prompts: lengths of prompts to prefill, one or several numbers
+        tokens: new tokens to decode, after a prompt of 128
+        repeats: number of measurements of each
+        quantize: int8 or int4
+        group_size: columns of a group of int4: 32, 64 or 128
+        compile: matmuls and decoding on a CPU in C++
+    """
+    many = {"batches": batches, "prompts": prompts, "tokens": tokens, "repeats": repeats}
+    sizes = {name: [value] if isinstance(value, int) else [*value] for name, value in many.items()}
+    for name, values in sizes.items():
+        least = 2 if name == "tokens" else 1
+        if not all(type(value) is int and value >= least for value in values):
+            raise ValueError(f"{name} is {many[name]!r}; it must be of numbers from {least} on")
+    if shape not in measure.SHAPES:
+        raise ValueError(f"shape is {shape!r}; it must be one of {', '.join(measure.SHAPES)}")
+    parallel.init_model_parallel()
+    target = parallel.choose_device(device)
+    parallel.use(target)
+    cases = [measure.Case(1, length, 1) for length in sizes["prompts"]]
+    cases += [measure.Case(batch, 128, tokens) for batch in sizes["batches"]]
+    args = ModelArgs(**measure.SHAPES[shape], vocab_size=32000)
+    rounding = scheme(quantize, group_size)
+    weights: Weights = measure.RandomWeights(target, rounding)
+    saved = torch.bfloat16
+    if ckpt_dir is not None:
+        folder = check_path(ckpt_dir, "ckpt_dir", "folder")
+        weights = checkpoint = Checkpoint(folder)
+        args = checkpoint.args(Tokenizer(find_tokenizer(folder, tokenizer_path)).n_words)
+        rounding, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()
+    args = measure.fitting(args, cases)
+    source = measure.Source(weights, args, target, parallel.choose_dtype(dtype, target, saved), rounding)
+    ranks = parallel.world_size()
+    if problem := shortage(footprint(args, ranks, source.dtype, rounding), available(target), target, ranks):
+        raise MemoryError(problem)
+    return Job(source, compile, cases, repeats, str(ckpt_dir or shape))
+
+
+class Job:
+    """What is measured: a model from a source, in several cases."""
+
+    def __init__(self, source: measure.Source, compile: bool, cases: list[measure.Case], repeats: int, name: str):
+        self.source, self.compile, self.cases, self.repeats, self.name = source, compile, cases, repeats, name
+
+    def run(self, peers: dict[str, measure.Run] | None = None) -> None:
+        """Load the model, measure it, in turn with other libraries if any, and print the table."""
+        began = time.perf_counter()
+        model: Transformer = measure.loaded(*self.source, compile=self.compile)
+        measure.synchronize(self.source.device)
+        facts: dict[str, Any] = {
+            "model": self.name,
+            "dtype": str(self.source.dtype).removeprefix("torch."),
+            "quantize": self.source.scheme and str(self.source.scheme),
+            "compile": self.compile,
+            "load_s": time.perf_counter() - began,
+        }
+        with redirect_stdout(None) if parallel.rank() else nullcontext():
+            measure.bench(model, self.cases, self.repeats, peers or {}, facts)
+
+
+@functools.wraps(prepare)  # the same flags
+def bench(*args: Any, **flags: Any) -> None:
+    prepare(*args, **flags).run()

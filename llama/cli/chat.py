@@ -1,0 +1,132 @@
+"""python -m llama chat: a conversation in a terminal, on any number of ranks. Rank 0 reads and writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from ast import literal_eval
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from .. import parallel
+from ..generation import Llama
+from ..session import Chat
+from .terminal import next_line, terminal
+
+HELP = """\
+/reset              forget the conversation
+/system TEXT        begin anew with these instructions; without a text, with none
+/set NAME VALUE     set an option, such as /set temperature 0.2; without a name, show all
+/save FILE          write the conversation to a file
+/load FILE          continue a saved conversation
+/help               show this
+A line that ends with \\ goes on in the next one. Ctrl-C stops an answer, Ctrl-D ends."""
+
+
+def chat(
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    system: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_gen_len: int | None = None,
+    max_seq_len: int = 2048,
+    seed: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    group_size: int = 64,
+    prompt_lookup: int = 0,
+    compile: bool = False,
+) -> None:
+    """Talk to a chat model in the terminal, or pipe one prompt a line into it; /help lists its commands.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.*.pth, or of config.json and *.safetensors
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir or one folder up
+        system: instructions that begin the conversation
+        temperature: 0 for greedy decoding
+        top_p: sample from the smallest set of tokens with this probability
+        max_gen_len: tokens of an answer, at most
+        max_seq_len: tokens of the conversation that the model sees, at most
+        seed: of the random numbers; the same seed gives the same answers
+        device: cuda, mps or cpu; by default the first of them that is available
+        dtype: bfloat16, float16 or float32; by default as Llama.build chooses
+        quantize: int8 or int4
+        group_size: columns of a group of int4: 32, 64 or 128
+        prompt_lookup: draft tokens a step from the conversation itself; faster where answers repeat it
+        compile: faster on a CPU, above all with quantized weights; g++ takes twenty seconds the first time
+    """
+    options = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size, "compile": compile}
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, **options)  # type: ignore[arg-type]
+    sampling = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "prompt_lookup": prompt_lookup}
+    converse(llama, system, **sampling)
+
+
+def converse(llama: Llama, system: str | None, **options: Any) -> None:
+    """Answer each line that the user writes, until there are no more."""
+    chat = Chat(llama, system, **options)
+    with terminal() as (read, interrupted, tty):
+        say("Ask something, or /help.\n" if tty else "")
+        while (line := next_line(read)) is not None:
+            try:
+                if line.startswith("/"):
+                    chat = command(chat, line)
+                elif line.strip():
+                    answer(chat, line, interrupted)
+            except (ValueError, TypeError, OSError, parallel.RankError) as error:
+                say(f"error: {' '.join(str(error).split())}\n")
+
+
+def say(text: str) -> None:
+    if parallel.rank() == 0:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def answer(chat: Chat, text: str, interrupted: Callable[[], bool]) -> None:
+    dropped = chat.dropped
+    with chat.stream(text) as stream:
+        for event in stream:
+            say(event.text)
+            if parallel.rank() == 0 and interrupted():
+                say(" ...")
+                break  # closing the stream stops the other ranks too
+    say("\n")
+    if chat.dropped > dropped:
+        say(f"(the conversation is too long: its {chat.dropped - dropped} oldest messages are forgotten)\n")
+
+
+def command(chat: Chat, line: str) -> Chat:
+    """Execute a line that begins with /, on every rank; rank 0 alone reads and writes files. Returns the conversation
+    that goes on."""
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if name == "/reset":
+        system = chat.dialog[:1] if chat.dialog and chat.dialog[0]["role"] == "system" else []
+        return Chat(chat.llama, dialog=system, **chat.options)
+    if name == "/system":
+        return Chat(chat.llama, rest or None, **chat.options)
+    if name == "/save" and rest:
+        parallel.ask_first_rank(Path(rest).write_bytes, json.dumps(chat.dialog, indent=1, ensure_ascii=False).encode())
+        say(f"saved to {rest}\n")
+    elif name == "/load" and rest:
+        text = parallel.ask_first_rank(Path(rest).read_bytes)
+        try:
+            loaded = Chat(chat.llama, dialog=json.loads(text), **chat.options)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{rest}: {error}") from error
+        say(f"{len(loaded.dialog)} messages\n")
+        return loaded
+    elif name == "/set":
+        option, _, value = rest.partition(" ")
+        if option:
+            with suppress(ValueError, SyntaxError):
+                value = literal_eval(value)
+            chat.set(**{option: value})
+        say("".join(f"{name} {value}\n" for name, value in chat.options.items() if value is not None))
+    else:
+        say(HELP + "\n")
+    return chat

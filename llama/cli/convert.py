@@ -1,0 +1,42 @@
+"""python -m llama convert: a checkpoint in another layout, number of shards or dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fire.decorators import SetParseFns
+
+from .. import parallel
+from ..checkpoint import check_path, find_tokenizer
+from ..checkpoint import convert as checkpoint_convert
+
+
+@SetParseFns(dst=str)  # or a folder named 2024_01 would become 202401
+def convert(
+    src: str,
+    dst: str,
+    to: str = "meta",
+    mp: int = 1,
+    dtype: str | None = None,
+    tokenizer_path: str | None = None,
+    quantize: str | None = None,
+    group_size: int = 64,
+    search: bool = True,
+) -> None:
+    """Write the checkpoint in SRC, in either layout, to the new folder DST.
+
+    Args:
+        src: folder of params.json and consolidated.*.pth, or of config.json and *.safetensors
+        dst: the new folder; it gets its name when it is complete
+        to: meta or hf, the layout to write
+        mp: number of shards, for meta
+        dtype: bfloat16, float16 or float32; by default as in src
+        tokenizer_path: tokenizer.model; by default the one in src or one folder up
+        quantize: int8 or int4, for meta: the matrices are stored quantized, and loaded as they are stored
+        group_size: columns of a group of int4: 32, 64 or 128
+        search: search for the best range of each int4 group, which takes ten times as long as rounding
+    """
+    folder = check_path(src, "src", "folder")
+    asked = None if dtype is None else parallel.as_dtype(dtype)
+    tokenizer = find_tokenizer(folder, tokenizer_path)
+    checkpoint_convert.convert(folder, Path(str(dst)), to, mp, asked, tokenizer, quantize, group_size, search)

@@ -1,0 +1,148 @@
+"""python -m llama inspect: what a checkpoint is, whether it fits here, and whether its files are sound."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from shlex import quote
+
+import torch
+from tqdm import tqdm
+
+from .. import parallel
+from ..checkpoint import (
+    Checkpoint,
+    available,
+    check_path,
+    digest,
+    divides,
+    find_tokenizer,
+    footprint,
+    shapes,
+    shortage,
+)
+from ..model import ModelArgs
+from ..quantization import Scheme
+from ..tokenizer import Tokenizer
+
+SUMS = ("*.chk", "*.md5", "*.sha256", "*SUMS")  # names of files that list check sums
+DIGESTS = {32: "md5", 64: "sha256"}  # by the number of hex digits
+LAYOUTS = {"meta": "Meta's", "hf": "Hugging Face's"}
+
+
+def inspect(
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    world_size: int | None = None,
+    dtype: str | None = None,
+    max_seq_len: int = 512,
+    max_batch_size: int = 4,
+    device: str | None = None,
+    verify: bool = False,
+    quantize: str | None = None,
+    group_size: int = 64,
+) -> None:
+    """Print what a checkpoint is, what it needs and how to run it, from headers alone.
+
+    Args:
+        ckpt_dir: folder of params.json and consolidated.*.pth, or of config.json and *.safetensors
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir or one folder up
+        world_size: number of ranks; by default the fewest on which it fits
+        dtype: bfloat16, float16 or float32; by default as Llama.build chooses
+        max_seq_len: tokens of prompt and answer together, at most
+        max_batch_size: prompts in a batch, at most
+        device: cuda, mps or cpu; by default the first of them that is available
+        verify: read every file and compare it with the md5 or sha256 sums in the folder and beside the tokenizer
+        quantize: int8 or int4, to print what it needs when loaded so
+        group_size: columns of a group of int4: 32, 64 or 128
+    """
+    folder = check_path(ckpt_dir, "ckpt_dir", "folder")
+    checkpoint = Checkpoint(folder)
+    tokenizer, missing = None, ""
+    try:
+        tokenizer = find_tokenizer(folder, tokenizer_path)
+    except FileNotFoundError as error:
+        missing = f"missing: {error}"
+    args = checkpoint.args(checkpoint.vocab_size() if tokenizer is None else Tokenizer(tokenizer).n_words)
+    args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    target = parallel.choose_device(device)
+    chosen = parallel.choose_dtype(dtype, target, checkpoint.dtype())
+    rows = describe(checkpoint, args) | {"tokenizer": tokenizer or missing}
+    rows |= fit(args, world_size, chosen, checkpoint.scheme_for(quantize, group_size), target)
+    rows["run"] = (
+        f"torchrun --nproc_per_node {rows.pop('ranks')} example_text_completion.py --ckpt_dir {quote(str(folder))} "
+        f"--tokenizer_path {quote(str(tokenizer or 'TOKENIZER.MODEL'))} "
+        f"--max_seq_len {max_seq_len} --max_batch_size {max_batch_size}"
+    )
+    for title, value in rows.items():
+        print(f"{title:>10}: {value}")
+    if verify:
+        lists = {file for pattern in SUMS for file in folder.glob(pattern)}
+        lists |= {*(tokenizer or folder / "tokenizer.model").parent.glob("tokenizer_checklist.chk")}
+        if not lists:
+            raise FileNotFoundError(f"no list of sums to verify in {folder}: none of {', '.join(SUMS)}")
+        verify_sums(sorted(lists), [file.path for file in checkpoint.files])
+
+
+def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
+    """What the headers say of a checkpoint."""
+    return {
+        "layout": LAYOUTS[checkpoint.layout],
+        "parameters": f"{sum(math.prod(shape) for shape in shapes(args).values()):,}",
+        "model": f"{args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.kv_heads} key-value), "
+        f"FFN {args.ffn_hidden}, vocabulary {args.vocab_size}",
+        "files": f"{len(checkpoint.files)}, in {checkpoint.scheme or dtype_name(checkpoint.dtype())}",
+    }
+
+
+def fit(
+    args: ModelArgs, world_size: int | None, dtype: torch.dtype, scheme: Scheme | None, device: torch.device
+) -> dict[str, object]:
+    """On how many ranks a model runs here, by default the fewest on which it fits, and what each needs. ValueError for
+    a `world_size` that does not divide the model."""
+    possible = [n for n in (1, 2, 4, 8) if divides(args, n)]
+    if world_size is not None:
+        if type(world_size) is not int or world_size < 1 or not divides(args, world_size):
+            allowed = ", ".join(map(str, possible))
+            raise ValueError(f"world_size {world_size!r} does not divide the model; {allowed} do")
+        possible = [world_size]
+    free = available(device)
+    each = {n: free // n if device.type == "cpu" else free for n in possible}  # ranks on a CPU share its memory
+    needed = {n: footprint(args, n, dtype, scheme) for n in possible}
+    problems = {n: shortage(needed[n], each[n], device, n) for n in possible}
+    ranks = next((n for n in possible if problems[n] is None), possible[-1])
+    return {
+        "each rank": f"{needed[ranks]} in {scheme or dtype_name(dtype)}, "
+        f"{args.max_batch_size} x {args.max_seq_len} positions, {ranks} rank(s)",
+        "here": f"{device} with {each[ranks] / 1e9:.2f} GB free for each rank",
+        "fits": problems[ranks] or "yes",
+        "ranks": ranks,
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def verify_sums(lists: Sequence[Path], needed: Sequence[Path]) -> None:
+    """Compare the files that `lists` name with their md5 or sha256 sums. ValueError names the files that are missing,
+    differ, or are `needed` and in no list, and a line that is of neither format."""
+    expected = []
+    for path in lists:
+        for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
+            if not (match := re.fullmatch(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{64}) [ *]?(.+)", line.strip())):
+                raise ValueError(f"{path}: {line!r} is no line of md5sum or sha256sum")
+            expected.append((path.parent / match[2].strip(), match[1].lower()))
+    missing = [file for file, _ in expected if not file.is_file()]
+    present = [(file, sum) for file, sum in expected if file not in missing]
+    total = sum(file.stat().st_size for file, _ in present)
+    with tqdm(desc="verifying", total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        wrong = [file for file, sum in present if digest(file, DIGESTS[len(sum)], bar.update) != sum]
+    unlisted = [file for file in needed if file not in [listed for listed, _ in expected]]
+    problems = {"missing": missing, "other than their sums say": wrong, "in no list of sums": unlisted}
+    if found := [f"{problem}: {', '.join(map(str, files))}" for problem, files in problems.items() if files]:
+        raise ValueError(f"{'; '.join(found)}; download again")
+    print(f"{'verified':>10}: {', '.join(file.name for file, _ in present)}")

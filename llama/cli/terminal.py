@@ -1,0 +1,127 @@
+"""Lines from the first rank's terminal or pipe, for all ranks, and Ctrl-C while an answer is written."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .. import parallel
+
+KEEP_ALIVE = 60  # seconds after which ranks that wait for a line get a message, so that their wait does not time out
+
+
+def next_line(read: Callable[[], str | None]) -> str | None:
+    """The next line of the first rank, on all ranks; None at the end."""
+    waiting = True
+    line: str | None = None
+    while waiting:
+        line, waiting = parallel.broadcast_object(_read_or_wait(read))
+    return line
+
+
+_reading: list[Any] = []
+
+
+def _read_or_wait(read: Callable[[], str | None]) -> tuple[str | None, bool]:
+    """(line, False), or (None, True) after KEEP_ALIVE seconds without one."""
+    if parallel.rank() > 0:
+        return None, True
+    if parallel.world_size() == 1:
+        return read(), False
+    if not _reading:  # in a thread, so that this one can speak to the other ranks
+        lines: list[str | None] = []
+        thread = threading.Thread(target=lambda: lines.append(read()), daemon=True)
+        thread.start()
+        _reading[:] = [thread, lines]
+    thread, lines = _reading
+    thread.join(KEEP_ALIVE)
+    if thread.is_alive():
+        return None, True
+    _reading.clear()
+    return (lines[0] if lines else None), False
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool], bool]]:
+    """A function that reads a line, one that says whether Ctrl-C was pressed since, and whether stdin is a terminal.
+
+    Ctrl-C sends no signal here, because torchrun would end the job: it is read as a character like any other.
+    """
+    if parallel.rank() > 0 or not sys.stdin.isatty():
+        yield _piped, lambda: False, False
+        return
+    import termios
+
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    raw = termios.tcgetattr(fd)
+    raw[3] &= ~(termios.ISIG | termios.ICANON | termios.ECHO)
+    cooked = termios.tcgetattr(fd)
+    cooked[3] &= ~termios.ISIG
+    read = _line_editor() or _cooked(lambda: termios.tcsetattr(fd, termios.TCSANOW, cooked))
+
+    def interrupted() -> bool:
+        termios.tcsetattr(fd, termios.TCSANOW, raw)
+        while select.select([fd], [], [], 0)[0]:
+            keys = os.read(fd, 1024)
+            if not keys or b"\x03" in keys:
+                return bool(keys)
+        return False
+
+    def lines() -> str | None:
+        try:
+            return _joined(read)
+        finally:
+            termios.tcsetattr(fd, termios.TCSANOW, raw)
+
+    try:
+        yield lines, interrupted, True
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def _piped() -> str | None:
+    """One prompt a line."""
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def _joined(read: Callable[[str], str]) -> str | None:
+    """One or several lines, all but the last ending with a backslash. Ctrl-C discards what was typed."""
+    lines: list[str] = []
+    while True:
+        try:
+            line = read("  " if lines else "> ")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            line = "\x03"
+        if "\x03" in line:
+            lines = []
+        elif line.endswith("\\"):
+            lines.append(line[:-1])
+        else:
+            return "\n".join([*lines, line])
+
+
+def _line_editor() -> Callable[[str], str] | None:
+    """prompt_toolkit's line editor, with history, if it is installed. It sets the terminal's modes itself."""
+    try:
+        from prompt_toolkit import PromptSession
+    except ImportError:
+        return None
+    session: Any = PromptSession()
+    return lambda prompt: str(session.prompt(prompt))
+
+
+def _cooked(set_terminal: Callable[[], None]) -> Callable[[str], str]:
+    def read(prompt: str) -> str:
+        set_terminal()
+        return input(prompt)
+
+    return read
