@@ -13,14 +13,15 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama": ["py.typed", "*.cpp"]},
+    package_data={"": ["py.typed", "*.cpp"]},
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
         "test": [
             *("pytest", "pytest-cov", "hypothesis", "pexpect", "ruff", "mypy"),
-            *("transformers", "numpy", "prompt_toolkit"),
+            *("transformers", "numpy", "prompt_toolkit", "setuptools"),
         ],
         "chat": ["prompt_toolkit"],
+        "dev": ["pre-commit"],
         "bench": ["transformers", "llama-cpp-python", "gguf", "numpy"],
     },
 )
