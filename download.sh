@@ -142,7 +142,7 @@ transfer() {
 
 size_of() { if [[ -e $1 ]]; then wc -c < "$1"; else echo 0; fi; }
 
-# fetch PATH FILE CHECK...: makes FILE what lies under PATH on the server; "CHECK... FILE" tells whether it is right.
+# fetch PATH FILE CHECK...: makes FILE what lies under PATH on the server; "CHECK... FILE" succeeds if it is right.
 fetch() {
   local path=$1 file=$2 part=$2.part before restarted=no
   shift 2
@@ -154,7 +154,7 @@ fetch() {
     [[ -e $part ]] || mv "$file" "$part" # perhaps only its end is missing
     rm -f "$file"
   fi
-  # Without an md5 sum nobody could tell whether two pieces belong together: such a (small) file is fetched in one.
+  # Without an md5 sum two parts could be of different files: such a (small) file is fetched in one.
   if [[ $1 != has_md5 ]] || is_page "$part"; then rm -f "$part"; fi
 
   while :; do

@@ -67,8 +67,8 @@ def main(
     Args:
         ckpt_dir: folder of params.json and consolidated.*.pth; the bundled chat model by default
         tokenizer_path: tokenizer.model; by default the one in ckpt_dir or one folder up
-        temperature: 0 takes the likeliest token, higher is more varied
-        top_p: draw from the likeliest tokens that together have this probability
+        temperature: 0 for greedy decoding, higher is more varied
+        top_p: sample from the smallest set of tokens with this probability
         max_seq_len: tokens of dialog and answer together, at most
         max_batch_size: dialogs that are answered at a time
         max_gen_len: tokens of an answer, at most; by default all that max_seq_len leaves

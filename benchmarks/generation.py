@@ -49,7 +49,7 @@ def seconds(work: Callable[[], object], repeats: int) -> list[float]:
     return taken[1:]
 
 
-def told(name: str, taken: list[float]) -> str:
+def summary(name: str, taken: list[float]) -> str:
     return f"{name} {statistics.median(taken) * 1e3:.2f} ms ({min(taken) * 1e3:.2f} - {max(taken) * 1e3:.2f})"
 
 
@@ -69,14 +69,14 @@ def sampler(repeats: int) -> None:
             next(run, None)
             times.append(time.perf_counter() - began)
         step = statistics.median(times[1:-1])
-        print(f"sampler, batch {B}: {told('a decode step takes', times[1:-1])}")
+        print(f"sampler, batch {B}: {summary('a decode step takes', times[1:-1])}")
         for peak in (0.0, 8.0):  # as flat as random weights make it, and as peaked as trained ones do
             logits = torch.randn(B, 32000) + peak * (torch.rand(B, 32000) < 0.001)
             for name, settings in kinds.items():
                 choose = Sampler([settings] * B, prompts, 32000, CPU)
                 taken = seconds(lambda: choose.saw(choose(logits, [0] * B), torch.ones(B).bool()), 5 * repeats)  # noqa: B023
                 share = statistics.median(taken) / step
-                print(f"  {'peaked' if peak else 'flat'}, {told(name, taken)}: {share:.1%} of the step")
+                print(f"  {'peaked' if peak else 'flat'}, {summary(name, taken)}: {share:.1%} of the step")
 
 
 def prefix(repeats: int) -> None:
@@ -90,7 +90,7 @@ def prefix(repeats: int) -> None:
                 with mock.patch.object(engine, "WORTH_SHARING", least):
                     taken[name] += seconds(lambda: prefill(model, prompts), 1)
     ratio = statistics.median(b / a for a, b in zip(taken["shared"][1:], taken["apart"][1:], strict=True))
-    print(f"prefix: {'; '.join(told(name, times[1:]) for name, times in taken.items())}; ratio {ratio:.2f}")
+    print(f"prefix: {'; '.join(summary(name, times[1:]) for name, times in taken.items())}; ratio {ratio:.2f}")
 
 
 def lookup(repeats: int) -> None:
@@ -138,7 +138,7 @@ def chat(repeats: int) -> None:
             for _event in stream:
                 pass
     ratio = statistics.median(b / a for a, b in zip(first[1], first[19], strict=True))
-    print(f"chat, first token: {told('turn 2', first[1])}; {told('turn 20', first[19])}; ratio {ratio:.2f}")
+    print(f"chat, first token: {summary('turn 2', first[1])}; {summary('turn 20', first[19])}; ratio {ratio:.2f}")
 
 
 def memory(requests: int = 1000, dtype: str | None = None) -> None:

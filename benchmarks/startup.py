@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_headers(folder: Path, params: dict[str, Any], vocab_size: int, mp: int) -> None:
-    """A checkpoint whose files have every header and no data: sparse, so that 138 GB take no room."""
+    """A checkpoint whose files have every header and no data: sparse, so that 138 GB take no space."""
     (folder / "params.json").write_text(json.dumps({**params, "norm_eps": 1e-5, "vocab_size": -1}))
     whole = shapes(ModelArgs(**params, vocab_size=vocab_size))
     with torch.serialization.skip_data():
