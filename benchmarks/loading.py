@@ -54,14 +54,14 @@ def quantize(folder: Path) -> None:
 
 
 def one(who: str, folder: str, dtype: str) -> None:
-    """Load once and print what it took."""
+    """Load once and print time and memory."""
     if dtype != "int4":
         from transformers import LlamaForCausalLM
 
-    kind = getattr(torch, "float32" if dtype == "int4" else dtype)
+    final = getattr(torch, "float32" if dtype == "int4" else dtype)
     for new in (torch.empty, parallel.empty):  # a virtual machine gets memory when it first touches it
-        new((PARAMETERS * kind.itemsize,), dtype=torch.uint8).fill_(1)
-    Path("/proc/self/clear_refs").write_text("5")  # what counts as the peak begins here
+        new((PARAMETERS * final.itemsize,), dtype=torch.uint8).fill_(1)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     if who == "ours":
         parallel.init_model_parallel()
         began = time.perf_counter()
@@ -69,11 +69,11 @@ def one(who: str, folder: str, dtype: str) -> None:
         args = checkpoint.args(VOCAB)
         with torch.device("meta"):
             model = Transformer(ModelArgs(**{**args.__dict__, "max_batch_size": 0}))
-        load(model, checkpoint, args, torch.device("cpu"), kind, checkpoint.scheme)
+        load(model, checkpoint, args, torch.device("cpu"), final, checkpoint.scheme)
     else:
         began = time.perf_counter()
-        model = LlamaForCausalLM.from_pretrained(Path(folder) / "hf", dtype=kind)
-    # Every page is looked at: what is merely mapped would be read only then.
+        model = LlamaForCausalLM.from_pretrained(Path(folder) / "hf", dtype=final)
+    # Every page is read: a mapped one would be read only then.
     total = sum(float(weight.detach().view(-1)[::1024].float().sum()) for weight in model.parameters())
     seconds = time.perf_counter() - began
     weights: list[Any] = [getattr(module, "weight", None) for module in model.modules()]
@@ -83,15 +83,15 @@ def one(who: str, folder: str, dtype: str) -> None:
 
 
 def main(repeats: int = 3, folder: str | None = None) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        prepare(Path(place))
-        quantize(Path(place))
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        prepare(Path(root))
+        quantize(Path(root))
         print(f"torch {torch.__version__}; {repeats} repeats in turn; medians")
         for dtype in ("bfloat16", "float32", "int4"):
             runs: dict[str, list[dict[str, float]]] = {"ours": []} if dtype == "int4" else {"ours": [], "hf": []}
             for i in range(repeats + 1):
                 for who, results in runs.items():
-                    command = [sys.executable, __file__, "one", who, place, dtype]
+                    command = [sys.executable, __file__, "one", who, root, dtype]
                     done = subprocess.run(command, check=True, capture_output=True, text=True)
                     if i > 0:  # the first round fills the page cache
                         results.append(json.loads(done.stdout.splitlines()[-1]))
@@ -102,7 +102,7 @@ def main(repeats: int = 3, folder: str | None = None) -> None:
                 print(f"{dtype:>9} {who:>5}: {seconds:.2f} s, peak {peak / 1e9:.2f} GB ({own / 1e9:.2f} GB of weights; "
                       f"x 1.10 + 300 MB = {bound / 1e9:.2f} GB)")  # fmt: skip
             if dtype == "int4":
-                size = sum(file.stat().st_size for file in (Path(place) / "int4").iterdir())
+                size = sum(file.stat().st_size for file in (Path(root) / "int4").iterdir())
                 print(f"{dtype:>9} on disk: {size / 1e9:.3f} GB")
                 continue
             pairs = zip(runs["ours"], runs["hf"], strict=True)

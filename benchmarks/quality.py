@@ -42,7 +42,7 @@ def perplexity(model: Transformer, data: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def round_weights(model: Transformer, scheme: Scheme, search: bool) -> None:
-    """Put what the rounded numbers say in place of each matrix, in float32: rounding of weights alone."""
+    """Replace each matrix by its rounded values, in float32: rounding of weights alone."""
     for name, weight in model.named_parameters():
         if weight.dim() == 2 and "tok_embeddings" not in name:
             weight.copy_(dequantize(quantize(weight, scheme, search)))

@@ -117,7 +117,7 @@ def test_compare_measures_other_libraries(monkeypatch):
 
 
 def test_the_gpus_benchmark_measures_what_it_says(monkeypatch):
-    """On a CPU, with a small shape in place of 7B: what runs for minutes on a GPU must not fail there on a name."""
+    """On a CPU, with a small shape instead of 7B: what runs for minutes on a GPU must not fail there on a name."""
     gpu = importlib.import_module("gpu")
     monkeypatch.setitem(measure.SHAPES, "7B", {"dim": 64, "n_layers": 1, "n_heads": 4})
     monkeypatch.setitem(gpu.CASES, "7B", [measure.Case(1, 16, 1), measure.Case(1, 8, 4)])

@@ -143,10 +143,10 @@ def test_torchs_older_file_format_is_read(folder):
 def test_the_tokenizer_is_found_beside_the_weights_or_one_folder_up(folder):
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model in .*model or .*; give tokenizer_path"):
         build(folder, tokenizer_path=None)
-    for place in (folder.parent, folder):
-        shutil.copy(TOKENIZER, place)
+    for path in (folder.parent, folder):
+        shutil.copy(TOKENIZER, path)
         assert build(folder, tokenizer_path=None).tokenizer.n_words == 1024
-        (place / "tokenizer.model").unlink()
+        (path / "tokenizer.model").unlink()
 
 
 @pytest.mark.parametrize("shape", ["MHA", "GQA"])
@@ -258,8 +258,8 @@ def test_a_shard_with_any_damaged_byte_is_read_or_named(folder, zipped):
     path = folder / "consolidated.00.pth"
     torch.save({"norm.weight": torch.ones(4)}, path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
-    for place in range(0, len(whole), 7):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+    for i in range(0, len(whole), 7):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x55]) + whole[i + 1 :])
         try:
             files.read_shard(path)
         except ValueError as error:
@@ -339,13 +339,13 @@ def test_ranks_that_build_differently_are_named(ranks, tmp_path, other):
     same = {"dtype": "float32"}
     for _, error in ranks(2).outcomes(_build_by_rank, tmp_path, [same, {**same, **other}]):
         assert error[0] == "ValueError"
-        told = "the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size): "
-        assert told + "[('cpu', torch.float32" in error[1]
+        message = "the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size): "
+        assert message + "[('cpu', torch.float32" in error[1]
     ranks(2).run(_build, tmp_path, same)
 
 
 def test_shards_of_different_models_are_named(tmp_path):
-    """They fit each other in everything but what they say."""
+    """They fit each other in everything but their values."""
     save_random(tmp_path, mp=2)
     save_random(tmp_path / "other", mp=2, seed=1)
     shutil.copy(tmp_path / "other" / "consolidated.01.pth", tmp_path)

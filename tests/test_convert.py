@@ -97,13 +97,13 @@ def test_auto_tokenizer_gives_the_same_ids(tmp_path):
     run(MODELS / "small-chat", tmp_path / "hf", "hf", 1, None, TOKENIZER)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     ours = SentencePieceProcessor(model_file=str(TOKENIZER))
-    draw = random.Random(0)
+    rng = random.Random(0)
     words = ["the", "fox", "was", "happy", "There", "opposite", "[INST]", "[/INST]", "<<SYS>>", "small,", "12", "3 + 4"]
     words += ["thanks!", "🙂", "你好", "مرحبا", "e\u0301", "naïve", "<0x41>"]
     spaces = [" ", "", "  ", "\t", "\n", " \n", "▁"]
     lines = ["", " ", "   ", "\n", *words]
     for _ in range(2000):
-        lines.append("".join(draw.choice(spaces) + draw.choice(words) for _ in range(draw.randrange(1, 9))))
+        lines.append("".join(rng.choice(spaces) + rng.choice(words) for _ in range(rng.randrange(1, 9))))
     for line in lines:
         ids = theirs(line)["input_ids"]
         assert ids == [1, *ours.encode(line)], repr(line)
@@ -165,7 +165,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 @pytest.mark.parametrize("to", ["meta", "hf"])
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, to):
-    """On a small file system, first with the size known beforehand, then as if something else had taken its room."""
+    """On a small file system, first with the size known beforehand, then as if something else had filled it."""
     save_random(tmp_path / "from", {**GQA, "n_layers": 2})
     small = tmp_path / "disk"
     small.mkdir()
@@ -197,11 +197,11 @@ def _slow_convert(source, target):
 def test_killed_twenty_times_and_run_again(tmp_path):
     """There is a whole result or none."""
     state = save_random(tmp_path / "from", mp=4)
-    draw, finished, halfway = random.Random(0), 0, 0
+    rng, finished, halfway = random.Random(0), 0, 0
     for _ in range(20):
         process = context.Process(target=_slow_convert, args=(tmp_path / "from", tmp_path / "to"))
         process.start()
-        process.join(draw.uniform(0.0, 0.8))
+        process.join(rng.uniform(0.0, 0.8))
         process.kill()
         process.join()
         halfway += (tmp_path / ".to.partial" / "consolidated.00.pth").exists()

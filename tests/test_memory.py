@@ -1,4 +1,4 @@
-"""What a model takes, told beforehand; and the command that tells it."""
+"""The estimate of the memory that a model needs, and the command that prints it."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def inspect(*flags):
     return in_process(command, *flags)
 
 
-def test_inspect_tells_what_there_is_and_what_to_run():
+def test_inspect_prints_what_there_is_and_what_to_run():
     done = inspect(MODELS / "small-chat", "--world_size", 2, "--dtype", "float32", "--device", "cpu", "--verify")
     assert done.returncode == 0, done.stderr
     for words in ("Meta's", "1,049,728", "(2 key-value)", "2, in bfloat16", "2 rank(s)", "in float32", "fits: yes"):
@@ -131,7 +131,7 @@ def test_inspect_does_without_a_tokenizer_and_counts_shards(tmp_path):
     assert "has 3 of 4 shards; download consolidated.03.pth" in done.stderr
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell the peak of memory")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not report the peak of memory")
 def test_inspect_of_70b_reads_headers_alone(tmp_path):
     """Eight sparse shards of 17 GB take 400 MB at most. benchmarks/startup.py measures the time."""
     args = ModelArgs(**SEVENTY, vocab_size=1024)
@@ -145,10 +145,10 @@ def test_inspect_of_70b_reads_headers_alone(tmp_path):
     (tmp_path / "params.json").write_text(json.dumps({**SEVENTY, "norm_eps": 1e-5, "vocab_size": -1}))
     code = """
 import runpy, torch
-def tell(): print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
-tell()
+def peak(): print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+peak()
 runpy.run_module("llama", run_name="__main__")
-tell()
+peak()
 """
     command = [sys.executable, "-c", code, "inspect", str(tmp_path), "--tokenizer_path", str(TOKENIZER)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)

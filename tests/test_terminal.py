@@ -160,7 +160,7 @@ def test_commands_by_pipe(monkeypatch, tmp_path):
     ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     out = in_process(chat, *MODEL[:-2], "--max_seq_len", 96, "--dtype", "float32").stdout
-    for told in (
+    for text in (
         HELLO,
         "min_p 0.1",
         "error: there is no option 'top_q'",
@@ -173,4 +173,4 @@ def test_commands_by_pipe(monkeypatch, tmp_path):
         "Ctrl-D ends",
         "oldest messages are forgotten",
     ):
-        assert told in out
+        assert text in out

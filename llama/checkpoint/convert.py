@@ -83,7 +83,7 @@ def convert(
     stored = [entry for tensors in job.stored().items() for entry in tensors[1].items()]
     if to == "meta":
         check_divides(dict(stored), mp)
-    size = sum(torch.Size(shape).numel() * kind.itemsize for _, (shape, kind) in stored)
+    size = sum(torch.Size(shape).numel() * element.itemsize for _, (shape, element) in stored)
     with new_folder(target, size) as folder, tqdm(total=2 * size, unit="B", unit_scale=True, disable=None) as bar:
         shutil.copy(tokenizer_path, folder / "tokenizer.model")
         if to == "meta":
