@@ -43,7 +43,10 @@ def test_work_of_a_small_model_worked_out_by_hand():
 
 @pytest.mark.parametrize("kv_heads", [8, 4])
 @pytest.mark.parametrize("peer", peers.PEERS)
-def test_a_peer_takes_the_same_steps(peer, kv_heads):
+def test_a_peer_takes_the_same_steps(peer, kv_heads, tmp_path, monkeypatch):
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
+    )  # a shared one may hold code for another instruction set
     pytest.importorskip("llama_cpp" if peer == "llama.cpp" else "transformers")
     if peer == "transformers-compiled" and (kv_heads == 8 or not shutil.which("g++")):
         pytest.skip("takes a compiler, and its time")

@@ -169,12 +169,14 @@ def test_few_rows_by_eight_bits_read_what_onednn_has_packed(rows, monkeypatch):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_row_of_a_batch_is_computed_as_it_would_be_alone(compiled):
-    """Were the activations of a batch scaled together, a large row would blur its neighbours."""
+    """Were the activations of a batch scaled together, a large row would blur its neighbours. A row may differ by the
+    rounding of its own sums, which is relative to its largest output: the order of a sum depends on the number of rows."""
+    torch.manual_seed(0)
     for which in SCHEMES:
         multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled).product(5)
         x = torch.randn(5, 128) * torch.tensor([[1.0], [100.0], [0.01], [1.0], [1e4]])
         together, alone = multiply(x), torch.cat([multiply(row[None]) for row in x])
-        assert torch.allclose(together, alone, rtol=1e-5, atol=1e-6)
+        assert ((together - alone).abs().amax(-1) <= 1e-5 * alone.abs().amax(-1)).all()
 
 
 def build(folder, quantize=None, group_size=64, **options):

@@ -346,8 +346,9 @@ def test_the_first_rank_judges_for_all(ranks, tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_lookup_changes_no_token(bundled, temperature):
+def test_lookup_changes_no_token(temperature):
     """Also with penalties, which count what was accepted and nothing else, with stops, and where contexts fill up."""
+    bundled = Llama.build(MODELS / "small-chat", max_seq_len=128, max_batch_size=4, device="cpu", dtype="float32")
     story = "Tom had a red ball. Tom had a red ball. Tom had a"
     prompts = [bundled.tokenizer.encode(text, bos=True, eos=False) for text in (story, "Once", story[:30])]
     for options in ({}, {"repetition_penalty": 1.2, "frequency_penalty": 0.1}, {"stop": "ball", "min_gen_len": 20}):
