@@ -170,7 +170,7 @@ def test_few_rows_by_eight_bits_read_what_onednn_has_packed(rows, monkeypatch):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_row_of_a_batch_is_computed_as_it_would_be_alone(compiled):
     """Were the activations of a batch scaled together, a large row would blur its neighbours. A row may differ by the
-    rounding of its own sums, which is relative to its largest output: the order of a sum depends on the number of rows."""
+    rounding of its sums, whose order depends on the number of rows: relative to the row's largest output."""
     torch.manual_seed(0)
     for which in SCHEMES:
         multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled).product(5)
