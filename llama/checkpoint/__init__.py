@@ -14,36 +14,11 @@ from .plan import SHARD_DIM, Slice, divides, is_matrix, rank_range, shapes, shar
 from .write import digest, save, split, write_checklist
 
 __all__ = [
-    "KNOWN",
-    "REQUIRED",
-    "SHARD_DIM",
-    "Checkpoint",
-    "Footprint",
-    "Slice",
-    "Weights",
-    "available",
-    "check_path",
-    "digest",
-    "divides",
-    "find_tokenizer",
-    "footprint",
-    "is_matrix",
-    "load",
-    "rank_range",
-    "read_json",
-    "read_params",
-    "read_quantized",
-    "read_scheme",
-    "safetensors_paths",
-    "save",
-    "shapes",
-    "shard_dim",
-    "shard_paths",
-    "shortage",
-    "slices",
-    "split",
-    "write_checklist",
-]
+    "KNOWN", "REQUIRED", "SHARD_DIM", "Checkpoint", "Footprint", "Slice", "Weights", "available", "check_path",
+    "digest", "divides", "find_tokenizer", "footprint", "is_matrix", "load", "rank_range", "read_json",
+    "read_params", "read_quantized", "read_scheme", "safetensors_paths", "save", "shapes", "shard_dim",
+    "shard_paths", "shortage", "slices", "split", "write_checklist",
+]  # fmt: skip
 # Names of the previous release, which go with the next one.
 RENAMED = {"Piece": "Slice", "pieces": "slices", "share": "rank_range", "products": "fused_groups", "JOINED": "FUSED"}
 

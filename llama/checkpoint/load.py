@@ -75,13 +75,7 @@ def load(
 
 
 def read_quantized(
-    weights: Weights,
-    name: str,
-    shape: tuple[int, ...],
-    begin: int,
-    end: int,
-    scheme: Scheme,
-    search: bool = False,
+    weights: Weights, name: str, shape: tuple[int, ...], begin: int, end: int, scheme: Scheme, search: bool = False
 ) -> Quantized:
     """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a matrix whose whole shape is `shape`: as it
     was saved in the scheme, or quantized here, a few rows at a time."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from contextlib import nullcontext, redirect_stdout
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,11 +77,14 @@ def prepare(
     return Job(source, compile, cases, repeats, str(ckpt_dir or shape))
 
 
-class Job:
+class Job(NamedTuple):
     """What is measured: a model from a source, in several cases."""
 
-    def __init__(self, source: measure.Source, compile: bool, cases: list[measure.Case], repeats: int, name: str):
-        self.source, self.compile, self.cases, self.repeats, self.name = source, compile, cases, repeats, name
+    source: measure.Source
+    compile: bool
+    cases: list[measure.Case]
+    repeats: int
+    name: str
 
     def run(self, peers: dict[str, measure.Run] | None = None) -> None:
         """Load the model, measure it, in turn with other libraries if any, and print the table."""

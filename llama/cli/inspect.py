@@ -13,17 +13,7 @@ import torch
 from tqdm import tqdm
 
 from .. import parallel
-from ..checkpoint import (
-    Checkpoint,
-    available,
-    check_path,
-    digest,
-    divides,
-    find_tokenizer,
-    footprint,
-    shapes,
-    shortage,
-)
+from ..checkpoint import Checkpoint, available, check_path, digest, divides, find_tokenizer, footprint, shapes, shortage
 from ..model import ModelArgs
 from ..quantization import Scheme
 from ..tokenizer import Tokenizer

@@ -233,12 +233,7 @@ def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[st
 
 
 def measure_case(
-    model: Transformer,
-    case: Case,
-    repeats: int,
-    runs: Mapping[str, Run],
-    limits: Mapping[str, Limit],
-    facts: Mapping[str, Any],
+    model: Transformer, case: Case, repeats: int, runs: dict[str, Run], limits: dict[str, Limit], facts: dict[str, Any]
 ) -> dict[str, Any]:
     """One case, its line printed: rates of each library, this library's MBU and MFU, and ratios to the peers."""
     device = model.norm.weight.device
