@@ -6,7 +6,7 @@
 #                                       or from PRESIGNED_URL and MODEL_SIZE; TARGET_FOLDER says where to (default: .)
 #
 # A file is fetched as NAME.part and gets its real name only when it has proved right, so a file under its real name is
-# whole. Stop whenever you like: the next run checks what is there and goes on. Meta's LICENSE and USE_POLICY.md go into
+# whole. Stop whenever you like: the next run checks the files that exist and continues. Meta's LICENSE and USE_POLICY.md go into
 # each model's own folder, where they cannot overwrite those of the project that this script lies in.
 
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started as "sh download.sh"
@@ -110,7 +110,7 @@ noting_pid() { "$BASH" -c 'echo $$ > "$0" && exec "$@"' "$@"; }
 
 command_line() { if [[ -d /proc/$1 ]]; then tr '\0' ' ' < "/proc/$1/cmdline"; else ps -ww -p "$1" -o args=; fi; }
 
-# A script that is killed outright leaves its curl or wget behind, which goes on writing to the part of file $1: beside
+# A script that is killed outright leaves its curl or wget behind, which keeps writing to the part of file $1: beside
 # ours, or even after it has been checked and renamed. The process is that one if its command line names the part.
 stop_leftover() {
   local pid
@@ -148,9 +148,9 @@ fetch() {
   shift 2
   stop_leftover "$file"
   if [[ -e $file ]]; then
-    say "$path: checking the file that is here"
+    say "$path: checking the existing file"
     "$@" "$file" && return
-    say "$path: the file that is here is not right, or not whole"
+    say "$path: the existing file is damaged or incomplete"
     [[ -e $part ]] || mv "$file" "$part" # perhaps only its end is missing
     rm -f "$file"
   fi
@@ -159,12 +159,12 @@ fetch() {
 
   while :; do
     before=$(size_of "$part")
-    if ((before > 0)); then say "$path: going on after $((before)) bytes"; else say "$path: downloading"; fi
+    if ((before > 0)); then say "$path: continuing after $((before)) bytes"; else say "$path: downloading"; fi
     transfer "$path" "$file"
 
     if is_page "$part"; then
       rm -f "$part"
-      die "$path: the server sent a web page in place of the file; it was thrown away.
+      die "$path: the server sent a web page instead of the file; it was deleted.
 Either the link is wrong or expired, or a proxy or a login page of your network stands in between.
 $HOW_TO_COPY
 If that does not help, request a new link at $REQUEST_PAGE"
@@ -173,7 +173,7 @@ If that does not help, request a new link at $REQUEST_PAGE"
 A link is good for 24 hours and for a limited number of downloads; then request a new one at
 $REQUEST_PAGE
 If it is new, it was perhaps not copied whole. $HOW_TO_COPY
-Nothing is lost: run this again with the new link, and it goes on where it stopped."
+Nothing is lost: run this again with the new link, and it continues where it stopped."
     elif ((code == 0)) || [[ $status == 416 && $before -gt 0 ]]; then # 416: there is nothing after the part
       if "$@" "$part"; then
         mv -f "$part" "$file"
@@ -182,20 +182,20 @@ Nothing is lost: run this again with the new link, and it goes on where it stopp
       rm -f "$part" # never emptied: a download that outlived its killed script may still be writing to it
       # A part that lay here may have been the damaged piece, so once it is worth trying without it.
       if ((before == 0)) || [[ $restarted == yes ]]; then
-        die "$path: what arrived is damaged (it fails its check) and was thrown away. Run this again.
-If that happens every time, remove the .chk file beside it, which then is fetched anew too."
+        die "$path: the download is damaged (it fails its check) and was deleted. Run this again.
+If that happens every time, remove the .chk file beside it, which is then downloaded again too."
       fi
       restarted=yes
-      say "$path: the pieces do not make the right file; starting over"
+      say "$path: the parts fail the check; starting over"
     elif [[ $tool-$code-$restarted == curl-33-no ]]; then
       rm -f "$part"
       restarted=yes
-      say "$path: the server cannot go on in the middle; starting over"
+      say "$path: the server cannot continue a download; starting over"
     elif (($(size_of "$part") > before && code < 128)); then # not by a signal
       say "$path: the connection broke"
     else
       die "$path: could not be downloaded (HTTP status ${status:-none}, $tool ended with $code).
-Check the network and the free disk space. What has arrived is kept: run this again to go on."
+Check the network and the free disk space. What has arrived is kept: run this again to continue."
     fi
   done
 }
@@ -229,7 +229,7 @@ main() {
   elif [[ -n ${MODEL_SIZE+set} ]]; then
     models=$MODEL_SIZE
   elif ! read -r -p "Models, as in 7B,13B-chat (of $MODELS; empty: all): " models && [[ -z $models ]]; then
-    die "no models were named, and nobody is there to ask. Give them as the second argument: $MODELS"
+    die "no models were named, and stdin is not a terminal to ask on. Give them as the second argument: $MODELS"
   fi
   folders=$(folders_of "$models")
   for folder in ${folders:-?}; do

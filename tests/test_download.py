@@ -291,7 +291,7 @@ def test_a_whole_part_is_only_checked(user: User) -> None:
 
 
 @pytest.mark.parametrize("rubbish", [b"x" * 1000, b"x" * 1_000_000], ids=["short", "too long"])
-def test_a_damaged_part_is_thrown_away(user: User, rubbish: bytes) -> None:
+def test_a_damaged_part_is_deleted(user: User, rubbish: bytes) -> None:
     user.put_all_but(SHARD)
     user.put(f"{SHARD}.part", rubbish)
     assert_complete(user, user.download())
