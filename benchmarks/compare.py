@@ -7,6 +7,7 @@ Takes the flags of `python -m llama bench`. Needs the extra `bench`.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from peers import PEERS
@@ -20,6 +21,9 @@ def main(*peers: str, **flags: Any) -> None:
     """Measure this library and PEERS; flags as of `python -m llama bench`."""
     if unknown := [peer for peer in peers if peer not in PEERS]:
         raise ValueError(f"there is no {', '.join(map(str, unknown))}; known are {', '.join(PEERS)}")
+    known = signature(prepare).parameters
+    if other := [flag for flag in flags if flag not in known]:
+        raise ValueError(f"there is no flag {', '.join(other)}; known are {', '.join(known)}")
     job = prepare(**flags)
     if peers and parallel.world_size() > 1:
         raise ValueError("other libraries are measured on one rank only")

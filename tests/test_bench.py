@@ -117,6 +117,7 @@ def test_compare_measures_other_libraries(monkeypatch):
     cases = json.loads(done.stdout.splitlines()[-1])["cases"]
     assert all(case["ratios"]["ours again"] > 0 and len(case["tokens_per_second"]) == 2 for case in cases.values())
     assert "there is no vllm; known are transformers" in in_process(compare.main, "vllm").stderr
+    assert "there is no flag batch; known are ckpt_dir" in in_process(compare.main, "--batch", 1).stderr
 
 
 def test_the_gpus_benchmark_measures_what_it_says(monkeypatch):
