@@ -33,10 +33,12 @@ def design():
     }  # fmt: skip
 
 
-def imported(path):
-    """The modules of this package that a file imports, wherever in the file."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path, types=True):
+    """The modules of this package that a file imports, wherever in the file; without those for type checkers alone."""
+    found, tree = set(), ast.parse(path.read_text())
+    if not types:
+        tree.body = [node for node in tree.body if "TYPE_CHECKING" not in ast.unparse(node).split("\n")[0]]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "llama"):
             base = path.parents[node.level - 1] if node.level else ROOT
             base = base.joinpath(*(node.module or "").split("."))
@@ -66,13 +68,13 @@ def test_imports_are_those_of_the_map(path):
 
 def test_imports_go_one_way():
     """Of modules, and of packages as a whole: a package's __init__.py, which only gathers names, apart."""
-    graph = {module(path): {name for name in imported(path) if "/" in name or (PACKAGE / f"{name}.py").exists()}
+    graph = {module(path): {name for name in imported(path, types=False) if "/" in name or (PACKAGE / f"{name}.py").exists()}
              for path in FILES if path.name != "__init__.py"}  # fmt: skip
     graphlib.TopologicalSorter(graph).prepare()
     packages = {}
     for path in FILES:
         top = module(path).split("/")[0]
-        packages.setdefault(top, set()).update(name.split("/")[0] for name in imported(path))
+        packages.setdefault(top, set()).update(name.split("/")[0] for name in imported(path, types=False))
     graphlib.TopologicalSorter({name: found - {name} for name, found in packages.items()}).prepare()
 
 
