@@ -68,8 +68,8 @@ def test_imports_are_those_of_the_map(path):
 
 def test_imports_go_one_way():
     """Of modules, and of packages as a whole: a package's __init__.py, which only gathers names, apart."""
-    graph = {module(path): {name for name in imported(path, types=False) if "/" in name or (PACKAGE / f"{name}.py").exists()}
-             for path in FILES if path.name != "__init__.py"}  # fmt: skip
+    files = {module(path): path for path in FILES if path.name != "__init__.py"}
+    graph = {name: imported(path, types=False) & files.keys() for name, path in files.items()}
     graphlib.TopologicalSorter(graph).prepare()
     packages = {}
     for path in FILES:
