@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from . import bench as benchmark
 from . import parallel, script
+from .backends.quantized import Scheme, scheme
 from .checkpoint import Checkpoint, Weights, check_path, digest, find_tokenizer, shapes
 from .convert import convert as write
 from .generation import Llama
 from .memory import available, footprint, shortage
 from .model import ModelArgs
 from .peers import PEERS, Source
-from .quantization import Scheme, scheme
-from .score import perplexity as sliding
+from .scoring import perplexity as sliding
 from .terminal import converse
 from .tokenizer import Tokenizer
 

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
+from .backends.quantized import Scheme
 from .checkpoint import Weights, load, shard_dim
-from .engine import Row, steps
-from .layers import ColumnParallelLinear, RowParallelLinear, linear
+from .engine import Engine
+from .layers import ColumnParallelLinear, RowParallelLinear
 from .model import ModelArgs, Transformer
-from .quantization import Scheme
+from .request import Request
 
 SHAPES: dict[str, dict[str, Any]] = {
     "110M": {"dim": 768, "n_layers": 12, "n_heads": 12},
@@ -108,7 +109,6 @@ def loaded(
         model = Transformer(replace(args, max_batch_size=0))
     load(model, weights, args, device, dtype, scheme, compile)
     model.params = args
-    model.compiled = compile
     model.allocate_cache()
     return model.eval().requires_grad_(False)
 
@@ -150,9 +150,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> Limit:
     with its addition."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    ways: list[Callable[[], Tensor]] = [lambda: a @ b, lambda: linear(a, b)]
-    best = min(ways, key=lambda way: seconds(way, device))
-    return lambda repeats: 2 * size**3 / seconds(best, device, repeats)
+    return lambda repeats: 2 * size**3 / seconds(lambda: a @ b, device, repeats)
 
 
 def clock(run: Run, case: Case, vocab_size: int, device: torch.device) -> float:
@@ -188,9 +186,13 @@ def work(model: Transformer, case: Case) -> tuple[float, float]:
 # Who is measured
 
 
-def ours(model: Transformer) -> Run:
-    def run(ids: Tensor, tokens: int) -> Iterator[object]:
-        return steps(model, [Row(prompt, len(prompt) + tokens) for prompt in ids.tolist()])
+def ours(model: Transformer, compile: bool = False) -> Run:
+    engine = Engine.of(model, compile)
+
+    def run(ids: Tensor, tokens: int) -> Iterator[list[int]]:
+        engine.forget()  # or what the last run has left would be a prefix
+        for step in engine.run([Request(prompt, len(prompt) + tokens) for prompt in ids.tolist()]):
+            yield [id for out in step for id in out.tokens]
 
     return run
 
@@ -203,7 +205,7 @@ def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[st
     """Measure every case `repeats` times, ours and each peer in turn, and print a table, with JSON as the last line."""
     weight = model.norm.weight
     device, vocab_size = weight.device, model.vocab_size
-    runs = {"llama": ours(model), **peers}
+    runs = {"llama": ours(model, bool(facts.get("compile"))), **peers}
     limits = {"bandwidth": bandwidth(device), "matrix_rate": matrix_rate(device, weight.dtype)}
     facts = {**facts, **machine(device), **{name: limit(5) for name, limit in limits.items()}, "cases": {}}
     print(f"{facts['model']} in {facts['quantize'] or facts['dtype']} on {facts['device']}, "

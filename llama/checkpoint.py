@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import hf
+from .backends.quantized import Quantized, Rows, Scheme, kernel, quantize, scheme, stack
 from .files import READABLE, SafetensorsFile, TorchFile
 from .model import ModelArgs
 from .parallel import empty, rank, world_size
-from .quantization import Quantized, Rows, Scheme, kernel, quantize, scheme, stack
 
 # Along which dimension the ranks' parts of a weight lie. The key is the last name before ".weight".
 SHARD_DIM: dict[str, int | None] = {
@@ -419,7 +419,9 @@ def load(
     total = sum(shape.numel() for shape in mine.values())
     quiet = None if rank() == 0 else True  # None: only on a terminal
     with tqdm(desc="loading", total=total, unit="weights", unit_scale=True, disable=quiet, leave=False) as bar:
-        for names in products(mine):
+        # cpu.cpp multiplies by several matrices at once; other kernels of quantized matrices have one each.
+        apart = scheme is not None and not (compiled and world_size() == 1)
+        for names in [[name] for name in mine] if apart else products(mine):
             rows = [mine[name][0] for name in names]
             ranges = {
                 name: share(name, whole[name][shard_dim(name) or 0], args, rank(), world_size()) for name in names

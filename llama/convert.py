@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import hf
+from .backends.quantized import Scheme
 from .checkpoint import Checkpoint, is_matrix, read_quantized, shapes, shard_dim, write_checklist
 from .model import ModelArgs
-from .quantization import Scheme
 from .tokenizer import Tokenizer
 
 Stored = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # names of tensors, their shapes and dtypes

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
+from .backends.quantized import Scheme
 from .checkpoint import is_matrix, shapes, shard_dim, share
 from .model import ModelArgs
-from .quantization import Scheme
 
 
 class Footprint(NamedTuple):

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from . import hf
+from .backends.quantized import Scheme
 from .bench import Run
 from .checkpoint import Weights, shapes, shard_dim
 from .model import ModelArgs
-from .quantization import Scheme
 
 GGUF_NAMES = {
     "tok_embeddings": "token_embd",

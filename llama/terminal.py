@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from . import parallel
+from .conversation import Chat
 from .generation import Llama
-from .session import Chat
 
 HELP = """\
 /reset              forget the conversation
