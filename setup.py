@@ -12,8 +12,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["llama"],
-    package_data={"llama": ["py.typed", "*.cpp"]},
+    packages=["llama", "llama.backends"],
+    package_data={"llama": ["py.typed"], "llama.backends": ["*.cpp"]},
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
         "test": [

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer, bench, parallel
-from llama.quantization import Scheme, dequantize, quantize
+from llama.backends.quantized import Scheme, dequantize, quantize
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

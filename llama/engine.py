@@ -282,6 +282,9 @@ class Engine:
     def _read(self, current: Pass) -> list[StepOutput]:
         """Wait for what a pass has sampled, and give it to the requests."""
         values, outputs, at = current.read(), [], 0
+        if world_size() > 1 and values[-1]:
+            gone = broadcast_object([request.id for request in self._known() if request.cancelled])
+            self._drop([request for request in self._known() if request.id in gone])
         M = len(current.ids)
         chances = current.logprobs() if current.logprobs else [math.nan] * M
         for row in current.rows:
@@ -298,9 +301,6 @@ class Engine:
                 self._leave(request)
             if taken or request.finish:
                 outputs.append(request.emit(taken, chances[where][: len(taken)] if request.logprobs else []))
-        if world_size() > 1 and values[-1]:
-            gone = broadcast_object([request.id for request in self._known() if request.cancelled])
-            self._drop([request for request in self._known() if request.id in gone])
         return outputs
 
     def _take(self, row: Row, ids: Sequence[int], finite: Sequence[int]) -> bool:
@@ -350,9 +350,8 @@ class Engine:
         for slot in self.slots:
             slot.tokens = []
             if request := slot.request:
-                request.error = RuntimeError(
-                    f"a pass that it shared with others failed: {type(error).__name__}: {error}"
-                )
+                what = f"{type(error).__name__}: {error}"
+                request.error = RuntimeError(f"a pass shared with another call failed: {what}")
                 request.finish = "error"
                 self._leave(request)
                 request.emit()

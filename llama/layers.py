@@ -22,7 +22,7 @@ from .parallel import all_gather, all_reduce, divide
 def linear(x: Tensor, weight: Any) -> Tensor:
     """x (..., in) times the transpose of a weight (out, in) -> (..., out)."""
     if not isinstance(weight, Tensor):
-        return weight(x)
+        return weight(x) if x.numel() else x.new_empty(*x.shape[:-1], weight.shape[0])
     if x.device.type == "cpu" and x.dtype != torch.float32:
         return in_few_shapes(partial(F.linear, weight=weight), x)
     return F.linear(x, weight)

@@ -201,7 +201,7 @@ class Int8OneDNN(Plain):
         del self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        return in_few_shapes(self.rounded, x) if x.numel() else x.new_empty(*x.shape[:-1], self.shape[0])
+        return in_few_shapes(self.rounded, x)
 
     def rounded(self, x: Tensor) -> Tensor:
         rows = x.float()
