@@ -26,9 +26,9 @@ import torch
 from tqdm import tqdm
 
 from llama import ModelArgs, Transformer, parallel
+from llama.backends.quantized import Scheme
 from llama.checkpoint import Checkpoint, load, save, shapes
 from llama.checkpoint.convert import Job, write_hf, write_meta
-from llama.quantization import Scheme
 
 PARAMS: dict[str, Any] = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256}
 PARAMS["norm_eps"] = 1e-5

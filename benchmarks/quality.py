@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
+from llama.backends.quantized import Scheme, dequantize, quantize
 from llama.cli import measure
-from llama.quantization import Scheme, dequantize, quantize
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

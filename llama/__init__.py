@@ -1,9 +1,9 @@
 """Llama 2 inference: `from llama import Llama`."""
 
 from .chat import Dialog, encode_dialog, render_dialog
+from .conversation import Chat
 from .generation import Llama
 from .model import ModelArgs, Transformer
-from .session import Chat
 from .stream import Event, Stream
 from .tokenizer import Tokenizer
 

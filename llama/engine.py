@@ -1,268 +1,421 @@
-"""Tokens in, tokens out, one step at a time. Every way to generate drains `steps`; there is no second loop."""
+"""Requests in, tokens out: slots of the KV cache, scheduling, and the one loop of tokens.
+
+The cache is `max_batch_size` slots of `max_seq_len` positions. A request waits for a slot, takes it, runs and leaves it
+to the next (continuous batching). A step is one forward pass: one token of each request that decodes, with its draft
+tokens, and chunks of the prompts of those that don't yet. A slot remembers the tokens whose keys and values it holds,
+also when its request has left, and a new request goes on from the longest prefix that any slot shares with it.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal, NamedTuple
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .cpp import likeliest
-from .decode import Decode, Native, decoder, fastest
-from .lookup import Lookup
+from . import backends
+from .backends import Backend
+from .batch import Batch
+from .batch import Sequence as Span
 from .model import Transformer
-from .parallel import broadcast, world_size
-from .sampling import Sampler, Sampling, token_logprobs
+from .parallel import broadcast, broadcast_object, world_size
+from .request import Request, StepOutput
+from .sampling import Sampler, token_logprobs
 
-AHEAD = {"cuda"}  # devices that begin a step before the host has read what the last one chose
-LOGITS_AT_ONCE = 2**25  # float32 values held while a prompt is scored: 128 MiB
-WORTH_SHARING = 32  # tokens; fewer are computed for each prompt, as a pass of their own would read all weights again
+AHEAD = {"cuda"}  # devices on which a pass is launched before the host has read the tokens of the last one
+CHUNK = 512  # prompt tokens of a pass beside running requests: enough that reading the weights is not what takes time
+WORTH_SHARING = 32  # tokens of a prefix; fewer are computed again rather than copied or waited for
 
 
-@dataclass
-class Row:
-    """What one row of a batch is to do, and how far it is."""
+class Slot:
+    def __init__(self) -> None:
+        self.tokens: list[int] = []  # whose keys and values it holds
+        self.request: Request | None = None
+        self.used = 0  # when a request last left
 
-    prompt: Sequence[int]  # at least one token
-    limit: int  # of prompt and answer together, at most max_seq_len
-    sampling: Sampling = field(default_factory=Sampling)
-    eos_id: int = -1  # none
-    stop_ids: Sequence[int] = ()
-    min_new: int = 0  # neither EOS nor stop_ids before so many tokens
-    lookup: int = 0  # guesses, from the text so far, that are tried with each step
-    ends: Callable[[int], bool] | None = None  # asked of every token that is gained: whether it is the last
 
-    def __post_init__(self) -> None:
-        self.text = list(self.prompt)
-        self.finish: Literal["eos", "stop", "length"] | None = None if len(self.text) < self.limit else "length"
+class Row(NamedTuple):
+    """A request's part of a pass."""
+
+    request: Request
+    start: int  # position of its first token
+    length: int
+    draft: Sequence[int] = ()  # its last tokens, which are not yet known to be right
+    samples: int = 0  # the tokens behind so many of its last positions are sampled
 
     @property
-    def new(self) -> int:
-        return len(self.text) - len(self.prompt)
+    def answered(self) -> int:
+        """Tokens of the answer before the first that is sampled."""
+        return self.start + self.length - self.samples + 1 - len(self.request.prompt)
 
-    def take(self, id: int) -> bool:
-        """Whether a token becomes part of the text; either way it may be the end."""
-        if id == self.eos_id or id in self.stop_ids:
-            self.finish = "eos" if id == self.eos_id else "stop"
-            return False
-        self.text.append(id)
-        if self.ends and self.ends(id):
-            self.finish = "stop"
-        elif len(self.text) == self.limit:
-            self.finish = "length"
+
+class Pass(NamedTuple):
+    rows: list[Row]
+    ids: Tensor  # (M,) on the device, M the number of samples of all rows
+    read: Callable[[], list[int]]  # ids, then for each whether its logits were finite, then whether requests must go
+    logprobs: Callable[[], list[float]] | None
+    failed: list[Request]  # whose hidden states were not finite
+
+
+class Engine:
+    """All that is computed with one model. Threads may call it concurrently: their requests share the passes. Ranks
+    submit the same requests in the same order, and what the first samples and cancels holds for all."""
+
+    @staticmethod
+    def of(model: Transformer, compile: bool = False) -> Engine:
+        """The model's engine, as it has one cache."""
+        engine = _engines.get(id(model)) or Engine(model)
+        engine.compile |= compile
+        _engines[id(model)] = engine  # which keeps the model, and so its id
+        return engine
+
+    def __init__(self, model: Transformer) -> None:
+        if not model.params.max_batch_size:
+            raise ValueError("a model without a cache (max_batch_size 0) cannot generate")
+        self.model, self.compile, self.lock = model, False, threading.Lock()
+        self.slots = [Slot() for _ in range(model.params.max_batch_size)]
+        self.waiting: deque[Request] = deque()
+        self.ahead: Pass | None = None
+        self.broken = False  # this rank has lost the others
+        self.ids = itertools.count()
+        self.clock = itertools.count(1)
+        self.state: object = None
+        self.backend: Backend = backends.Plain(model)
+        self.sampler = Sampler(0, 0, "cpu")
+
+    def submit(self, *requests: Request) -> None:
+        """Queue requests."""
+        for request in requests:
+            request.id = next(self.ids)
+            if len(request.prompt) >= request.limit and not request.observe:
+                request.finish = "length"
+                request.emit()
+            else:
+                self.waiting.append(request)
+
+    def cancel(self, *requests: Request) -> None:
+        """End requests: with the next step, which on several ranks is made here. Ranks but the first go on until the
+        first says so."""
+        for request in requests:
+            request.cancelled = True
+        if world_size() > 1 and not self.broken and self.lock.acquire(blocking=False):
+            try:
+                while not all(request.finish for request in requests):
+                    self.step()
+            finally:
+                self.lock.release()
+
+    def run(self, requests: Sequence[Request]) -> Generator[list[StepOutput], None, None]:
+        """Submit requests, then yield what steps bring them until all have ended. To close this cancels them. Raises
+        FloatingPointError, naming the first layer that was not finite, for a request whose logits are not."""
+        outputs: deque[StepOutput] = deque()
+        for request in requests:
+            request.outputs = outputs
+        self.submit(*requests)
+        left = len(requests)
+        try:
+            while left:
+                # Another thread's step may bring them too.
+                if not outputs and self.lock.acquire(timeout=0.005):
+                    try:
+                        if not outputs:
+                            self.step()
+                    finally:
+                        self.lock.release()
+                found = [outputs.popleft() for _ in range(len(outputs))]
+                for out in found:
+                    left -= out.finish is not None
+                    if out.request.error:
+                        raise out.request.error
+                if found := [out for out in found if out.finish != "cancelled"]:
+                    yield found
+        finally:
+            self.cancel(*(request for request in requests if not request.finish))
+
+    @torch.inference_mode()
+    def step(self) -> list[StepOutput]:
+        """One pass: a token, and draft tokens, of each running request, and chunks of prompts. It returns what it has
+        brought, which requests also have as their `outputs`. Hold `lock` where several threads use the engine."""
+        if self.broken:
+            raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
+        try:
+            current, self.ahead = self.ahead or self._launch(self._schedule()), None
+            if following := self._following(current):
+                self.ahead = self._launch(*following)
+            return self._read(current)
+        except BaseException as error:
+            self._abort(error)
+            raise
+
+    def forget(self) -> None:
+        """Use no prefix of what the cache holds now."""
+        for slot in self.slots:
+            slot.tokens = [] if slot.request is None else slot.tokens
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What a pass computes
+
+    def _schedule(self) -> list[Row]:
+        if world_size() == 1:
+            self._drop([request for request in self._known() if request.cancelled])
+        if not self._running():
+            self._renew()
+        self._admit()
+        running, rows = self._running(), list[Row]()
+        stored = {request: len(self.slots[request.slot].tokens) for request in running}
+        decoding = {request for request in running if stored[request] >= len(request.prompt)}
+        budget = CHUNK if decoding else sum(len(request.ids) for request in running)
+        for request in running:  # in the order in which they came
+            start, known = stored[request], len(request.ids)
+            draft: list[int] = []
+            if request in decoding:
+                draft = request.drafts.draft(request.ids)[: request.limit - known - 1]
+                length = 1 + len(draft)
+            else:
+                length = min(known - start, budget)
+                budget -= length
+            samples = 1 + len(draft) if start + length >= known and known < request.limit else 0
+            if length:
+                rows.append(Row(request, start, length, draft, samples))
+        return sorted(rows, key=lambda row: row.request.slot)  # neighbours may attend in one operation
+
+    def _following(self, current: Pass) -> tuple[list[Row], Tensor] | None:
+        """The rows and tokens behind a pass whose tokens the host does not know yet, where only decoding goes on."""
+        running = [slot.request for slot in self.slots if slot.request]
+        cancels = world_size() == 1 and any(request.cancelled for request in running)
+        admits = self.waiting and len(running) < len(self.slots)
+        if self.model.norm.weight.device.type not in AHEAD or cancels or admits:
+            return None
+        alive = [i for i, row in enumerate(current.rows) if not row.request.finish]
+        simple = all(row.samples == 1 and not row.request.lookup for row in current.rows)
+        if not simple or len(running) != len(alive):
+            return None
+        going = [i for i in alive if (row := current.rows[i]).start + row.length + 1 < row.request.limit]
+        rows = [Row(row.request, row.start + row.length, 1, samples=1) for row in map(current.rows.__getitem__, going)]
+        return (rows, current.ids if len(going) == len(current.rows) else current.ids[going]) if rows else None
+
+    def _known(self) -> list[Request]:
+        return [*(slot.request for slot in self.slots if slot.request), *self.waiting]
+
+    def _running(self) -> list[Request]:
+        """In the order in which they came."""
+        return sorted((slot.request for slot in self.slots if slot.request), key=lambda request: request.id)
+
+    def _renew(self) -> None:
+        """Choose a backend, and forget what the cache holds, if the model was changed while nothing ran."""
+        state = backends.fingerprint(self.model), self.compile
+        if state != self.state:
+            self.state, p = state, self.model.params
+            self.backend = backends.choose(self.model, self.compile)
+            self.sampler = Sampler(len(self.slots), p.vocab_size, self.model.norm.weight.device)
+            # What has hooks is to see every token: nothing is left out.
+            self.shares = not backends.customized(self.model)
+            self.forget()
+
+    def _admit(self) -> None:
+        """Give waiting requests the slots that are free."""
+        for request in [*self.waiting]:
+            free = [slot for slot in self.slots if slot.request is None]
+            if not free:
+                return
+            reach = list(request.prompt[: request.first]) if self.shares else []
+            shared = {slot: common(slot.tokens, reach) for slot in self.slots}
+            source = max(self.slots, key=lambda slot: shared[slot])
+            prompts = [slot.request.prompt for slot in self.slots if slot.request]
+            if max((common(prompt, reach) for prompt in prompts), default=0) - shared[source] >= WORTH_SHARING:
+                continue  # it is just being computed
+            # Take the slot itself, unless that would forget much that another request may share.
+            target = source
+            if source.request or shared[source] < len(source.tokens) // 2:
+                target = min(free, key=lambda slot: (slot is source, bool(slot.tokens), slot.used))
+            length = shared[target]
+            if target is not source and shared[source] >= length + WORTH_SHARING:
+                length = shared[source]
+                self.backend.copy_slot(self.slots.index(source), self.slots.index(target), length)
+            target.tokens = reach[:length]
+            target.request, request.slot = request, self.slots.index(target)
+            self.sampler.admit(request.slot, request.sampling, request.prompt)
+            self.waiting.remove(request)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # A pass
+
+    def _launch(self, rows: list[Row], tokens: Tensor | None = None) -> Pass:
+        """Compute and sample; nothing here waits for a GPU, but for requests that observe."""
+        if not rows:
+            return Pass([], torch.empty(0), list, None, [])
+        if tokens is None:
+            known = [[*row.request.ids, *row.draft][row.start : row.start + row.length] for row in rows]
+            tokens = torch.tensor(list(itertools.chain(*known)), device=self.model.norm.weight.device)
+        batch = Batch.arrange(tokens, [Span(row.request.slot, row.start, row.length) for row in rows])
+        hidden, at, failed = self.backend.forward(batch), 0, []
+        index: list[int] = []
+        for row in rows:
+            if row.request.observe and row.start < len(row.request.prompt):
+                part = hidden[at : at + row.length]
+                if not row.request.observe(part, row.start, self.backend.logits):
+                    failed.append(row.request)
+            at += row.length
+            index += range(at - row.samples, at)
+        device = hidden.device
+        ids, chances = torch.empty(0, dtype=torch.long, device=device), None
+        finite = ids
+        if index:
+            logits = self.backend.logits(hidden if len(index) == len(hidden) else hidden[index])
+            ids = choose(logits, [row for row in rows if row.samples], self.sampler)
+            finite = logits.sum(-1).isfinite()  # what is not finite makes the sum so
+        message = torch.cat((ids, finite))
+        if world_size() > 1:
+            goes = any(request.cancelled for request in self._known())
+            message = broadcast(torch.cat((message, torch.tensor([goes], device=device))))
+            ids = message[: len(index)]
+        if index and any(row.request.logprobs for row in rows):
+            chances = to_host(token_logprobs(logits, ids))
+        return Pass(rows, ids, to_host(message), chances, failed)
+
+    def _read(self, current: Pass) -> list[StepOutput]:
+        """Wait for what a pass has sampled, and give it to the requests."""
+        values, outputs, at = current.read(), [], 0
+        if world_size() > 1 and values[-1]:
+            gone = broadcast_object([request.id for request in self._known() if request.cancelled])
+            self._drop([request for request in self._known() if request.id in gone])
+        M = len(current.ids)
+        chances = current.logprobs() if current.logprobs else [math.nan] * M
+        for row in current.rows:
+            request, where = row.request, slice(at, at := at + row.samples)
+            if request.finish:  # before this pass, which was launched too early to know
+                continue
+            if request in current.failed or not self._take(row, values[where], values[M:][where]):
+                outputs.append(self._fail(request))
+                continue
+            taken = request.ids[row.start + row.length - len(row.draft) :] if row.samples else []
+            if not row.samples and len(request.ids) == len(self.slots[request.slot].tokens) >= request.limit:
+                request.finish = "length"
+            if request.finish:
+                self._leave(request)
+            if taken or request.finish:
+                outputs.append(request.emit(taken, chances[where][: len(taken)] if request.logprobs else []))
+        return outputs
+
+    def _take(self, row: Row, ids: Sequence[int], finite: Sequence[int]) -> bool:
+        """Give a request the ids that were sampled for it, up to the first that its draft did not foresee; whether the
+        logits of each were finite."""
+        request, slot, right = row.request, self.slots[row.request.slot], 0
+        known = row.start + row.length - len(row.draft)
+        for n, (id, drafted) in enumerate(zip(ids, [*row.draft, -1], strict=False)):
+            if not finite[n]:
+                return False
+            request.take(id)
+            if request.finish or id != drafted:
+                break
+            right += 1
+        if row.draft:
+            request.drafts.accepted(right)
+        slot.tokens += request.ids[len(slot.tokens) : known + right]
         return True
 
+    def _leave(self, request: Request) -> None:
+        self.slots[request.slot].request, self.slots[request.slot].used = None, next(self.clock)
 
-class Token(NamedTuple):
-    id: int
-    logprob: float = math.nan  # where nobody asked
+    def _drop(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            request.finish = "cancelled"
+            if request in self.waiting:
+                self.waiting.remove(request)
+            else:
+                self._leave(request)
+            request.emit()
 
+    def _fail(self, request: Request) -> StepOutput:
+        """End a request whose numbers are not finite. Others go on."""
+        again = Batch.of([(request.slot, 0, request.ids)], self.model.norm.weight.device)
+        request.error = backends.not_finite(self.model, again)
+        request.finish = "error"
+        self._leave(request)
+        self.slots[request.slot].tokens = []
+        for cache in self.model.buffers():  # a masked NaN is still NaN times 0: it would break the next request too
+            cache[request.slot] = 0
+        return request.emit()
 
-class Gain(NamedTuple):
-    """What a step has brought a row: tokens, and once, at its end, why it ended."""
-
-    tokens: list[Token]
-    finish: str | None = None
-
-
-Step = list[Gain]
-
-
-@torch.inference_mode()
-def steps(
-    model: Transformer,
-    rows: Sequence[Row],
-    logprobs: bool = False,
-    echo: bool = False,
-    cached: int = 0,
-) -> Generator[Step, None, None]:
-    """Prefill all prompts in one pass, then yield a step per pass over the model until every row has ended.
-
-    What is chosen on the first rank holds for all; when its caller closes the iterator, it ends on all ranks. With
-    `echo` the first step holds the prompts themselves. Of a single prompt, `cached` tokens may be in the cache already.
-    Guesses change no token, but for what rounding does, as several positions take other kernels than one. Raises
-    FloatingPointError naming the first layer that was not finite.
-    """
-    prompts, device = [row.prompt for row in rows], model.norm.weight.device
-    again: Callable[[], Iterable[Tensor]] = partial(prefill, model, prompts, cached)
-    compute = fastest(model)
-    step: Step = [Gain([], row.finish) for row in rows]
-    if echo or not all(row.finish for row in rows):
-        found = prefill(compute(sum(map(len, prompts)) - cached), prompts, cached)
-        if echo:
-            scores = [[math.nan] * len(prompt) for prompt in prompts]
-            if logprobs:
-                scores = [prompt_logprobs(model, prompt, row) for prompt, row in zip(prompts, found, strict=True)]
-                if not all(math.isfinite(score) for row in scores for score in row):
-                    raise not_finite(model, again)
-            step = [Gain([*map(Token, *told)], row.finish) for *told, row in zip(prompts, scores, rows, strict=True)]
-        # (B, T, V), here of each row's last token
-        logits = compute(len(rows)).logits(torch.stack([row[-1:] for row in found]))
-        del found
-    sampler = Sampler([row.sampling for row in rows], prompts, model.vocab_size, device)
-    lookup, lookups = any(row.lookup for row in rows), [Lookup(row.lookup) for row in rows]
-    guesses: list[list[int]] = [[] for _ in rows]
-    native = compute(len(rows))
-    decode: Decode | None = native if isinstance(native, Native) else None
-    # What one operator in C++ chooses.
-    simple = decode and sampler.plain and not lookup and not any(row.min_new for row in rows)
-    closed = False
-    while True:
-        if not closed and any(gain.tokens or gain.finish for gain in step):
-            try:
-                yield step
-            except GeneratorExit:
-                if world_size() == 1:
-                    raise
-                closed = True  # the first rank says so in its next message; another goes on until the first does
-        if all(row.finish for row in rows):
-            return
-        # One message and one synchronization a step: the ids, whether they can be trusted (1) and were the last (2).
-        # After a small step each operation here takes a hundredth of it.
-        if simple:
-            message = likeliest(logits[:, 0])
-        else:
-            chosen = choose(logits, rows, sampler, guesses)
-            state = logits.sum().isfinite()[None]  # what is not finite makes the sum so, and it is quicker to look at
-            message = broadcast(torch.cat((chosen.flatten(), state + 2 if closed else state)))
-        chosen = message[:-1].view(len(rows), -1)  # (B, T)
-        chances = token_logprobs(logits, chosen) if logprobs else None
-        # A row that has ended goes through the motions at its last position.
-        following: tuple[Tensor, Sequence[int]] = chosen, [len(row.text) - bool(row.finish) for row in rows]
-        early: Tensor | None = None
-        going = any(not row.finish and len(row.text) + 1 < row.limit for row in rows)
-        if going and not lookup and device.type in AHEAD:
-            decode = decode or decoder(model, len(rows))
-            early = decode(*following)
-        *ids, state = message.tolist()
-        if not state & 1:
-            raise not_finite(model, again)
-        if state & 2:
-            return
-        T = chosen.shape[1]
-        told = [[math.nan] * T] * len(rows) if chances is None else chances.tolist()
-        step = [gain(row, ids[i * T : (i + 1) * T], told[i], guesses[i]) for i, row in enumerate(rows)]
-        if all(row.finish for row in rows):
-            continue
-        if lookup:
-            for guesser, gained in zip(lookups, step, strict=True):
-                guesser.judge(len(gained.tokens) - 1)
-            guesses = guess(lookups, rows, model.params.max_seq_len)
-            # A row that has ended may have no room behind its end, and nobody reads its cache any more.
-            starts = [0 if row.finish and guesses[0] else len(row.text) - 1 for row in rows]
-            tokens = [[row.text[-1], *guessed] for row, guessed in zip(rows, guesses, strict=True)]
-            following = torch.tensor(tokens, device=device), starts
-        if early is not None:
-            logits = early
-        elif following[0].shape[1] > 1:
-            logits = compute(following[0].numel())(*following)
-        else:
-            decode = decode or decoder(model, len(rows))
-            logits = decode(*following)
-        again = partial(model.hidden, *following)
+    def _abort(self, error: BaseException) -> None:
+        """End all running requests, as nobody knows what the cache holds."""
+        self.ahead, self.state = None, None
+        self.broken = world_size() > 1
+        for slot in self.slots:
+            slot.tokens = []
+            if request := slot.request:
+                what = f"{type(error).__name__}: {error}"
+                request.error = RuntimeError(f"a pass shared with another call failed: {what}")
+                request.finish = "error"
+                self._leave(request)
+                request.emit()
 
 
-def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler, guesses: Sequence[Sequence[int]]) -> Tensor:
-    """Tokens (B, T) chosen at each position of logits (B, T, V). Position t > 0 follows guess t - 1 of `guesses`
-    (B, T - 1), and counts only where all guesses before it were right."""
-    chosen: list[Tensor] = []
-    right: Tensor | None = None
-    for t in range(logits.shape[1]):
+_engines: WeakValueDictionary[int, Engine] = WeakValueDictionary()
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the longest common prefix, by bisection, as slices compare fast."""
+    low, high = 0, min(len(a), len(b)) + 1  # equal up to low, not so up to high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
+    return low
+
+
+def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
+    """Tokens (M,) by logits (M, V) of the positions that rows sample, row by row. Position t > 0 of a row follows draft
+    token t - 1, and counts only where all draft tokens before it were right."""
+    starts = [0, *itertools.accumulate(row.samples for row in rows)]
+    found = logits.new_empty(len(logits), dtype=torch.long)
+    right = logits.new_ones(len(rows), dtype=torch.bool)
+    for t in range(max(row.samples for row in rows)):
+        some = [i for i, row in enumerate(rows) if row.samples > t]
+        at, slots = [starts[i] + t for i in some], [rows[i].request.slot for i in some]
+        which = [rows[i].answered + t for i in some]
         if t:
-            same = chosen[-1] == torch.tensor([row[t - 1] for row in guesses], device=logits.device)
-            right = same if right is None else right & same
-        which = [row.new + t for row in rows]
-        chosen.append(sampler(forbid(logits[:, t], rows, which), which))
-        sampler.saw(chosen[t], right)
-    return torch.stack(chosen, 1)
+            drafted = torch.tensor([rows[i].draft[t - 1] for i in some], device=logits.device)
+            right[some] &= found[[n - 1 for n in at]] == drafted
+        part = logits if len(at) == len(logits) else logits[at]
+        ids = sampler(forbid(part, [rows[i].request for i in some], which), slots, which)
+        sampler.count(ids, slots, right[some] if t else None)
+        if len(at) == len(logits):
+            return ids
+        found[at] = ids
+    return found
 
 
-def forbid(logits: Tensor, rows: Sequence[Row], which: Sequence[int]) -> Tensor:
-    """Logits (B, V) without the ends of rows whose `which[b]`-th new token comes too early for one."""
+def forbid(logits: Tensor, requests: Sequence[Request], which: Sequence[int]) -> Tensor:
+    """Logits (B, V) without the ends of requests whose `which[b]`-th new token comes too early for one."""
     early = [
-        (i, id) for i, row in enumerate(rows) if which[i] < row.min_new for id in (row.eos_id, *row.stop_ids) if id >= 0
+        (i, id)
+        for i, request in enumerate(requests)
+        if which[i] < request.min_new
+        for id in (*request.eos_ids, *request.stop_ids)
+        if id >= 0
     ]
     if not early:
         return logits
     return logits.index_put(tuple(torch.tensor(early, device=logits.device).t()), logits.new_tensor(-math.inf))
 
 
-def gain(row: Row, ids: Sequence[int], logprobs: Sequence[float], guesses: Sequence[int]) -> Gain:
-    """What `row` takes of the ids (T,) that were chosen for it: all up to the first that was not guessed."""
-    if row.finish:
-        return Gain([])
-    tokens: list[Token] = []
-    for id, logprob, guessed in zip(ids, logprobs, [*guesses, -1], strict=True):
-        if row.take(id):
-            tokens.append(Token(id, logprob))
-        if row.finish or id != guessed:
-            break
-    return Gain(tokens, row.finish)
+def to_host(tensor: Tensor) -> Callable[[], list[Any]]:
+    """The numbers of a tensor, without waiting for a GPU until they are asked for."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
 
+    def read() -> list[Any]:
+        event.synchronize()
+        return copy.tolist()
 
-def guess(lookups: Sequence[Lookup], rows: Sequence[Row], max_seq_len: int) -> list[list[int]]:
-    """Guesses (B, n), as many as the longest, of what follows each row. What fills up the others may be right too."""
-    found = [[] if row.finish else lookup.guess(row.text) for lookup, row in zip(lookups, rows, strict=True)]
-    room = min(max_seq_len - len(row.text) for row in rows if not row.finish)
-    n = min(room, max(map(len, found)))
-    return [(ids + [0] * n)[:n] for ids in found]
-
-
-def prefill(model: Transformer | Native, prompts: Sequence[Sequence[int]], cached: int = 0) -> list[Tensor]:
-    """The last layer's output (T, dim) for the tokens of each prompt, all in one pass. A long beginning that they share
-    is computed once. The first `cached` tokens of a single prompt are in the cache, and left out."""
-    if cached:
-        return [model.packed([prompts[0][cached:]], [cached])]
-    lengths = [len(prompt) for prompt in prompts]
-    differ = (i for i, ids in enumerate(zip(*prompts, strict=False)) if len({*ids}) > 1)
-    shared = min(next(differ, max(lengths)), min(lengths) - 1)  # each needs a last token of its own
-    if len(prompts) == 1 or shared < WORTH_SHARING:
-        return list(model.packed(prompts, [0] * len(prompts)).split(lengths))
-    start = model.packed([prompts[0][:shared]], [0])
-    model.copy_cache(shared, len(prompts))
-    own = model.packed([prompt[shared:] for prompt in prompts], [shared] * len(prompts))
-    return [torch.cat((start, rest)) for rest in own.split([length - shared for length in lengths])]
-
-
-def prompt_logprobs(model: Transformer, prompt: Sequence[int], hidden: Tensor) -> list[float]:
-    """Log probabilities of a prompt's tokens given those before them, from `hidden` (T, dim); 0 for the first, which
-    nothing predicts."""
-    return [0.0, *torch.cat([chances for chances, _, _ in prompt_scores(model, prompt, hidden, 0)]).tolist()]
-
-
-def prompt_scores(
-    model: Transformer, prompt: Sequence[int], hidden: Tensor, top: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For a few of a prompt's positions at a time, so that the logits of a long one fit: log probabilities (n,) of the
-    tokens behind them, the `top` highest (n, top) and whose they are (n, top)."""
-    targets = torch.tensor(prompt[1:], device=hidden.device)  # position t predicts token t + 1
-    chunk = max(1, LOGITS_AT_ONCE // model.vocab_size)
-    for part, ids in zip(hidden[:-1].split(chunk), targets.split(chunk), strict=True):
-        logits = model.logits(part)
-        yield token_logprobs(logits, ids), *torch.log_softmax(logits, -1).topk(top)
-
-
-def not_finite(model: Transformer, again: Callable[[], Iterable[Tensor]]) -> FloatingPointError:
-    """The error that names the first layer that gives NaN or infinity when the rows (T, dim) of a step are computed
-    again. The cache is emptied."""
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda module, args, output: None if output.isfinite().all() else found.append(name)
-
-    named: dict[str, nn.Module] = {"tok_embeddings": model.tok_embeddings, "norm": model.norm, "output": model.output}
-    named |= {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
-    hooks = [module.register_forward_hook(watch(name)) for name, module in named.items()]
-    try:
-        model.logits(torch.stack([row[-1] for row in again()]))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for kept in model.buffers():  # a masked NaN is still NaN times 0: it would break the next batch too
-        kept.zero_()
-    where = f"the first layer to give such values is {found[0]}" if found else "computed again, they were not"
-    return FloatingPointError(f"the logits are NaN or infinite; {where}")
+    return read

@@ -1,16 +1,15 @@
-"""Llama: a loaded model and its tokenizer, and what one asks of them."""
+"""Llama: a loaded model and its tokenizer, and what they generate."""
 
 from __future__ import annotations
 
 import math
 import os
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from reprlib import repr as shorten
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,11 +17,12 @@ from torch import Tensor
 from . import parallel
 from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
 from .checkpoint import Checkpoint, available, check_path, find_tokenizer, footprint, load, shortage
-from .engine import Row, steps
+from .engine import Engine
 from .model import Transformer
-from .options import Ask, Options, asks
-from .score import Scores, embed, score
-from .stream import Event, JudgeInput, JudgeOutput, Stream, check_verdict, collect, judged
+from .options import Options, Settings, spread_options
+from .request import Request
+from .scoring import Scores, embed, score
+from .stream import Event, InputFilter, OutputFilter, Stream, check_verdict, drains, filtered
 from .text import Text
 from .tokenizer import Tokenizer
 
@@ -30,39 +30,17 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class _Turn:
-    """Whose turn it is to use a model: it has one cache, which a stream needs to its end."""
-
-    def __init__(self) -> None:
-        self.lock, self.thread = threading.Lock(), 0
-        self.kept: list[int] = []  # tokens whose keys and values the first row of the cache has, but perhaps the last
-
-    def __enter__(self) -> None:
-        if not self.lock.acquire(blocking=False):
-            if self.thread == threading.get_ident():
-                raise RuntimeError("a stream of this model is still open; read it to its end or close it first")
-            self.lock.acquire()
-        self.thread = threading.get_ident()
-
-    def __exit__(self, *error: object) -> None:
-        self.thread = 0
-        self.lock.release()
-
-
-_turns: WeakKeyDictionary[Transformer, _Turn] = WeakKeyDictionary()
-
-
-class _Scored(TypedDict, total=False):
+class _Tokens(TypedDict, total=False):
     finish_reason: str | None  # "eos", "stop", "length" or "refused"
     tokens: list[str]  # the text that each token adds; joined, the whole text
     logprobs: list[float]  # natural log probability of each token
 
 
-class CompletionPrediction(_Scored):
+class CompletionPrediction(_Tokens):
     generation: str
 
 
-class ChatPrediction(_Scored):
+class ChatPrediction(_Tokens):
     generation: Message
 
 
@@ -72,21 +50,24 @@ class Scored(TypedDict):
     tokens: list[str]  # the text that each adds
     token_ids: list[int]
     logprobs: list[float]
-    top_logprobs: list[list[tuple[str, float]]]  # the likeliest in its place
+    top_logprobs: list[list[tuple[str, float]]]  # the most probable in its place
     sum: float
     perplexity: float  # exp of the mean negative log probability
 
 
 class Llama:
-    """Text and chat completion. Under torchrun all ranks make the same calls; what rank 0 asks for is served."""
+    """Text and chat completion, of any number of prompts: those beyond max_batch_size wait for a slot of the cache.
+
+    Threads may call concurrently, and streams may be open beside other calls: all share the passes of one engine. Under
+    torchrun all ranks make the same calls in the same order, and what rank 0 asks for is served.
+    """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
         check_seed(seed)
         self.model = model
         self.tokenizer = tokenizer
-        self.broken = False  # the ranks have lost step
-        self.generator = torch.Generator().manual_seed(seed)  # where rows without a seed of their own get one
-        self.turn = _turns.setdefault(model, _Turn())
+        self.generator = torch.Generator().manual_seed(seed)  # where prompts without a seed of their own get one
+        self.engine = Engine.of(model)
 
     @staticmethod
     def build(
@@ -118,8 +99,8 @@ class Llama:
         check_seed(seed)
         parallel.init_model_parallel(model_parallel_size)
         with parallel.all_or_none():
-            where = parallel.choose_device(device)
-            parallel.use(where)
+            on = parallel.choose_device(device)
+            parallel.use(on)
             folder = check_path(ckpt_dir, "ckpt_dir", "folder")
             tokenizer = Tokenizer(find_tokenizer(folder, tokenizer_path))
             weights = Checkpoint(folder)
@@ -128,41 +109,20 @@ class Llama:
                 raise ValueError("max_batch_size is 0; it must be positive")
             with torch.device("meta"):
                 model = Transformer(args)
-            kind = parallel.choose_dtype(dtype, where, weights.dtype())
+            final = parallel.choose_dtype(dtype, on, weights.dtype())
             rounding = weights.scheme_for(quantize, group_size)
-            needed, free = footprint(args, parallel.world_size(), kind, rounding), available(where)
-            if check_memory and (problem := shortage(needed, free, where, parallel.world_size())):
+            needed, free = footprint(args, parallel.world_size(), final, rounding), available(on)
+            if check_memory and (problem := shortage(needed, free, on, parallel.world_size())):
                 raise MemoryError(problem)
-        plans = parallel.gather_objects((where.type, kind, rounding, max_seq_len, max_batch_size))
+        plans = parallel.gather_objects((on.type, final, rounding, max_seq_len, max_batch_size))
         if len(set(plans)) > 1:
             raise ValueError(f"the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size): {plans}")
         with parallel.all_or_none():
-            load(model, weights, args, where, kind, rounding, compile)
+            load(model, weights, args, on, final, rounding, compile)
             model.allocate_cache()
-        model.compiled = compile
-        return Llama(model.eval().requires_grad_(False), tokenizer, seed)
-
-    @parallel.as_first_rank
-    def generate(
-        self,
-        prompt_tokens: Sequence[Sequence[int]],
-        max_gen_len: int | Sequence[int],
-        temperature: float | Sequence[float] = 0.6,
-        top_p: float | Sequence[float] = 0.9,
-        logprobs: bool = False,
-        echo: bool = False,
-        **options: Unpack[Options],
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """The ids that follow each prompt, up to `max_gen_len` of them and before EOS, and their log probabilities.
-
-        `temperature` 0 takes the likeliest token; otherwise one is drawn from the nucleus of probability `top_p`. With
-        `echo` a result begins with its prompt, whose first token has log probability 0. Log probabilities are natural
-        logarithms of the softmax at temperature 1. For the rest see `Options`; a stop string ends a row with the token
-        that completes it. Raises ValueError for a bad argument or a prompt that does not fit.
-        """
-        asked = self._asked(prompt_tokens, max_gen_len, temperature, top_p, options)
-        rows = collect(self._events(prompt_tokens, asked, logprobs, echo), len(prompt_tokens))
-        return [row.tokens for row in rows], [row.logprobs for row in rows] if logprobs else None
+        llama = Llama(model.eval().requires_grad_(False), tokenizer, seed)
+        llama.engine.compile = compile
+        return llama
 
     @parallel.as_first_rank
     def generate_stream(
@@ -175,28 +135,21 @@ class Llama:
         echo: bool = False,
         **options: Unpack[Options],
     ) -> Stream:
-        """`generate`, as it happens. Prefill is done when this returns. Until the stream has ended or is closed,
-        nothing else can be asked of this model."""
-        asked = self._asked(prompt_tokens, max_gen_len, temperature, top_p, options)
-        return Stream(self._events(prompt_tokens, asked, logprobs, echo))
+        """`generate` as it happens. The first pass is done when this returns; closing the stream ends it."""
+        settings = self._settings(prompt_tokens, max_gen_len, temperature, top_p, options)
+        return Stream(self._events(prompt_tokens, settings, logprobs, echo), len(prompt_tokens), logprobs)
 
-    @parallel.as_first_rank
-    def text_completion(
-        self,
-        prompts: Sequence[str],
-        temperature: float | Sequence[float] = 0.6,
-        top_p: float | Sequence[float] = 0.9,
-        max_gen_len: int | Sequence[int] | None = None,
-        logprobs: bool = False,
-        echo: bool = False,
-        **options: Unpack[Options],
-    ) -> list[CompletionPrediction]:
-        """The text that continues each prompt; with `logprobs` also the text and log probability of each token.
-        `max_gen_len` defaults to all that max_seq_len leaves. See `generate` and `Options` for the rest."""
-        prompt_tokens = self._encode(prompts)
-        asked = self._asked(prompt_tokens, max_gen_len, temperature, top_p, options)
-        rows = collect(self._events(prompt_tokens, asked, logprobs, echo), len(prompts))
-        return [{"generation": row.text, **self._scored(row, logprobs)} for row in rows]
+    @drains(generate_stream)
+    def generate(self, stream: Stream) -> tuple[list[list[int]], list[list[float]] | None]:
+        """The ids that follow each prompt, up to `max_gen_len` of them and before EOS, and their log probabilities.
+
+        `temperature` 0 takes the argmax; otherwise a token is sampled from the nucleus of probability `top_p`. With
+        `echo` a result begins with its prompt, whose first token has log probability 0. Log probabilities are natural
+        logarithms of the softmax at temperature 1. For the rest see `Options`; a stop string ends a row with the token
+        that completes it. Raises ValueError for a bad argument or a prompt that does not fit.
+        """
+        rows = stream.drain()
+        return [row.tokens for row in rows], [row.logprobs for row in rows] if stream.logprobs else None
 
     @parallel.as_first_rank
     def text_stream(
@@ -209,33 +162,16 @@ class Llama:
         echo: bool = False,
         **options: Unpack[Options],
     ) -> Stream:
-        """`text_completion`, as it happens; see `generate_stream`."""
+        """`text_completion` as it happens; see `generate_stream`."""
         prompt_tokens = self._encode(prompts)
-        asked = self._asked(prompt_tokens, max_gen_len, temperature, top_p, options)
-        return Stream(self._events(prompt_tokens, asked, logprobs, echo))
+        settings = self._settings(prompt_tokens, max_gen_len, temperature, top_p, options)
+        return Stream(self._events(prompt_tokens, settings, logprobs, echo), len(prompts), logprobs)
 
-    @parallel.as_first_rank
-    def chat_completion(
-        self,
-        dialogs: Sequence[Dialog],
-        temperature: float | Sequence[float] = 0.6,
-        top_p: float | Sequence[float] = 0.9,
-        max_gen_len: int | Sequence[int] | None = None,
-        logprobs: bool = False,
-        *,
-        judge_input: JudgeInput | None = None,
-        judge_output: JudgeOutput | None = None,
-        **options: Unpack[Options],
-    ) -> list[ChatPrediction]:
-        """The assistant's answer to each dialog. A dialog whose messages hold a tag of the chat format is answered with
-        an error text and never reaches the model; so is one for which `judge_input` returns a text rather than None,
-        which is then the answer. What `judge_output` returns, if not None, takes the place of an answer. Raises
-        ValueError for a dialog whose roles are out of order. See `Options` for the rest."""
-        steps = self._chat(dialogs, temperature, top_p, max_gen_len, logprobs, judge_input, judge_output, **options)
-        return [
-            {"generation": {"role": "assistant", "content": row.text}, **self._scored(row, logprobs)}
-            for row in collect(steps, len(dialogs))
-        ]
+    @drains(text_stream)
+    def text_completion(self, stream: Stream) -> list[CompletionPrediction]:
+        """The text that continues each prompt; with `logprobs` also the text and log probability of each token.
+        `max_gen_len` defaults to all that max_seq_len leaves. See `generate` and `Options` for the rest."""
+        return [{"generation": row.text, **self._tokens(row, stream.logprobs)} for row in stream.drain()]
 
     @parallel.as_first_rank
     def chat_stream(
@@ -246,25 +182,36 @@ class Llama:
         max_gen_len: int | Sequence[int] | None = None,
         logprobs: bool = False,
         *,
-        judge_input: JudgeInput | None = None,
-        judge_output: JudgeOutput | None = None,
+        input_filter: InputFilter | None = None,
+        output_filter: OutputFilter | None = None,
         **options: Unpack[Options],
     ) -> Stream:
-        """`chat_completion`, as it happens; see `generate_stream`. With `judge_output` an answer comes as a whole, when
-        it has been judged."""
-        steps = self._chat(dialogs, temperature, top_p, max_gen_len, logprobs, judge_input, judge_output, **options)
-        return Stream(steps)
+        """`chat_completion` as it happens; see `generate_stream`. With `output_filter` an answer comes as a whole, when
+        it has been filtered."""
+        filters = {"input_filter": input_filter, "output_filter": output_filter}
+        steps = self._chat(dialogs, temperature, top_p, max_gen_len, logprobs, **filters, **options)
+        return Stream(steps, len(dialogs), logprobs)
+
+    @drains(chat_stream)
+    def chat_completion(self, stream: Stream) -> list[ChatPrediction]:
+        """The assistant's answer to each dialog. A dialog whose messages hold a tag of the chat format is answered with
+        an error text and never reaches the model; so is one for which `input_filter` returns a text rather than None,
+        which is then the answer. What `output_filter` returns, if not None, takes the place of an answer. Raises
+        ValueError for a dialog whose roles are out of order. See `Options` for the rest."""
+        return [
+            {"generation": {"role": "assistant", "content": row.text}, **self._tokens(row, stream.logprobs)}
+            for row in stream.drain()
+        ]
 
     @parallel.as_first_rank
     def score(
         self, prompts: Sequence[str], continuations: Sequence[str] | None = None, top_logprobs: int = 0
     ) -> list[Scored]:
         """How likely each prompt is, token by token after BOS; or, given its prompt, each continuation. With
-        `top_logprobs` also the texts and log probabilities of so many of the likeliest tokens in the place of each.
+        `top_logprobs` also the texts and log probabilities of so many of the most probable tokens in the place of each.
 
         A continuation's tokens are those of prompt + continuation behind as many as the prompt alone has; there may be
-        none, and then perplexity is NaN. Prompts may be more than max_batch_size. Raises ValueError for one that is
-        longer than max_seq_len."""
+        none, and then perplexity is NaN. Raises ValueError for a prompt that is longer than max_seq_len."""
         self._texts("prompts", prompts)
         if type(top_logprobs) is not int or not 0 <= top_logprobs <= self.model.vocab_size:
             raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to {self.model.vocab_size}")
@@ -276,23 +223,18 @@ class Llama:
             begins = [len(row) for row in rows]
             rows = self._encode([prompt + more for prompt, more in zip(prompts, continuations, strict=True)])
         self._fit(rows, [f"prompt {i}" for i in range(len(rows))])
-        with self._using():
-            return [
-                self._told(row, begin, scores)
-                for row, begin, scores in zip(rows, begins, score(self.model, rows, top_logprobs), strict=True)
-            ]
+        return [*map(self._scored, score(self.engine, rows, begins, top_logprobs))]
 
-    def _told(self, row: Sequence[int], begin: int, scores: Scores) -> Scored:
-        logprobs = scores.logprobs[begin - 1 :]
-        total = math.fsum(logprobs)
-        tops = zip(scores.top_ids[begin - 1 :], scores.top_logprobs[begin - 1 :], strict=True)
+    def _scored(self, scores: Scores) -> Scored:
+        total, ids = math.fsum(scores.logprobs), scores.ids[scores.begin :]
+        tops = zip(scores.top_ids, scores.top_logprobs, strict=True)
         return {
-            "tokens": self.tokenizer.decode_pieces(row)[begin:],
-            "token_ids": list(row[begin:]),
-            "logprobs": logprobs,
+            "tokens": self.tokenizer.decode_pieces(scores.ids)[scores.begin :],
+            "token_ids": list(ids),
+            "logprobs": scores.logprobs,
             "top_logprobs": [[(self.tokenizer.piece(i), p) for i, p in zip(*top, strict=True)] for top in tops],
             "sum": total,
-            "perplexity": math.exp(-total / len(logprobs)) if logprobs else math.nan,
+            "perplexity": math.exp(-total / len(ids)) if ids else math.nan,
         }
 
     @parallel.as_first_rank
@@ -303,12 +245,7 @@ class Llama:
             raise ValueError(f"pooling is {pooling!r}; it must be 'mean' or 'last'")
         rows = self._encode(texts, "texts")
         self._fit(rows, [f"text {i}" for i in range(len(rows))])
-        with self._using():
-            return (
-                embed(self.model, rows, pooling)
-                if rows
-                else torch.empty(0, self.model.params.dim, device=self.model.norm.weight.device)
-            )
+        return embed(self.engine, rows, pooling)
 
     def _texts(self, name: str, texts: Any) -> None:
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
@@ -328,49 +265,40 @@ class Llama:
         top_p: Any = 0.9,
         max_gen_len: Any = None,
         logprobs: bool = False,
-        judge_input: JudgeInput | None = None,
-        judge_output: JudgeOutput | None = None,
-        keep: bool = False,
-        **options: Unpack[Options],
+        **options: Any,
     ) -> Generator[list[Event], None, None]:
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is {shorten(dialogs)}; it must be a list of dialogs")
         for i, dialog in enumerate(dialogs):
             check_dialog(dialog, f"dialog {i}")
-        for name, judge in (("judge_input", judge_input), ("judge_output", judge_output)):
-            if judge is not None and not callable(judge):
-                raise ValueError(f"{name} is {shorten(judge)}; it must be a function")
+        input_filter, output_filter = pop_filters(options)
         refusals = {i: REFUSAL for i, dialog in enumerate(dialogs) if has_tags(dialog)}
-        if judge_input is not None:
+        if input_filter is not None:
             for i in sorted({*range(len(dialogs))} - {*refusals}):
-                if (refusal := parallel.ask_first_rank(judge_input, dialogs[i])) is not None:
+                if (refusal := parallel.ask_first_rank(input_filter, dialogs[i])) is not None:
                     refusals[i] = check_verdict(refusal)
         allowed = [i for i in range(len(dialogs)) if i not in refusals]
         prompts = [encode_dialog(self.tokenizer, dialogs[i]) for i in allowed]
         self._check(prompts, [f"dialog {i}" for i in allowed])
-        asked = self._asked(dialogs, max_gen_len, temperature, top_p, options, check=False)
-        events = self._events(prompts, [asked[i] for i in allowed], logprobs, keep=keep)
-        return judged(events, allowed, refusals, judge_output)
+        settings = self._settings(dialogs, max_gen_len, temperature, top_p, options, check=False)
+        events = self._events(prompts, [settings[i] for i in allowed], logprobs)
+        return filtered(events, allowed, refusals, output_filter)
 
-    def _asked(
-        self, prompts: Any, max_gen_len: Any, temperature: Any, top_p: Any, options: Options, check: bool = True
-    ) -> list[Ask]:
-        """What is asked of each prompt; ValueError where it cannot be done."""
+    def _settings(
+        self, prompts: Any, max_gen_len: Any, temperature: Any, top_p: Any, options: Any, check: bool = True
+    ) -> list[Settings]:
+        """The options of each prompt; ValueError where they cannot be served."""
         if check:
             if not isinstance(prompts, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in prompts):
                 raise ValueError(f"prompt_tokens is {shorten(prompts)}; it must be a list of lists of token ids")
             self._check(prompts, [f"prompt {i}" for i in range(len(prompts))])
-        most = self.model.params.max_seq_len if max_gen_len is None else max_gen_len
+        p = self.model.params
+        most = p.max_seq_len if max_gen_len is None else max_gen_len
         every = {"temperature": temperature, "top_p": top_p, **options}
-        return asks(len(prompts), self.model.params.vocab_size, self.tokenizer.eos_id, most, self.generator, every)
+        return spread_options(len(prompts), p.vocab_size, self.tokenizer.eos_id, most, self.generator, every)
 
     def _check(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> None:
         params = self.model.params
-        if len(prompts) > params.max_batch_size:
-            raise ValueError(
-                f"{len(prompts)} prompts exceed max_batch_size {params.max_batch_size}; "
-                "pass fewer at a time or build with a larger max_batch_size"
-            )
         for prompt, name in zip(prompts, names, strict=True):
             if not prompt:
                 raise ValueError(f"{name} is empty; it needs at least one token, such as bos_id")
@@ -387,66 +315,39 @@ class Llama:
                     "shorten it or build with a larger max_seq_len"
                 )
 
-    @contextmanager
-    def _using(self) -> Iterator[list[int]]:
-        """The model, for nobody else; and the tokens that its cache was left with."""
-        if self.broken:
-            raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
-        with self.turn:
-            kept, self.turn.kept = self.turn.kept, []
-            try:
-                yield kept
-            except GeneratorExit:
-                raise
-            except BaseException as error:
-                self.turn.kept = []
-                self.broken = parallel.world_size() > 1 and not isinstance(error, FloatingPointError)  # all agree on it
-                raise
-
     def _events(
-        self,
-        prompts: Sequence[Sequence[int]],
-        asked: Sequence[Ask],
-        logprobs: bool,
-        echo: bool = False,
-        keep: bool = False,
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[Settings], logprobs: bool, echo: bool = False
     ) -> Generator[list[Event], None, None]:
-        """What every row gains, step by step. To `keep` the cache of a single row is to begin with what was kept."""
-        if not prompts:
-            return
-        texts = [Text(self.tokenizer, ask.stop, ask.min_new) for ask in asked]
-        eos, longest = self.tokenizer.eos_id, self.model.params.max_seq_len
-        with self._using() as kept:
-            rows = [
-                Row(
-                    prompt,
-                    min(longest, len(prompt) + ask.max_new),
-                    ask.sampling,
-                    eos,
-                    ask.stop_ids,
-                    ask.min_new,
-                    ask.lookup,
-                    text.add,
-                )
-                for prompt, ask, text in zip(prompts, asked, texts, strict=True)
-            ]
-            with closing(steps(self.model, rows, logprobs, echo, common(kept, prompts[0]) if keep else 0)) as run:
-                for step in run:
-                    events = []
-                    for i, (gain, text) in enumerate(zip(step, texts, strict=True)):
-                        ids, chances = [token.id for token in gain.tokens], [token.logprob for token in gain.tokens]
-                        if echo:
-                            text.preface(ids)
-                        new = text.read(bool(gain.finish))
-                        events.append(Event(i, new, ids, chances if logprobs else [], gain.finish))
-                    echo = False
-                    if keep:
-                        self.turn.kept = rows[0].text
-                    yield [event for event in events if event.tokens or event.finish_reason]
-                    self.turn.thread = threading.get_ident()  # it may have passed from one thread to another
+        """What each step brings each prompt."""
+        rows: dict[Request, int] = {}
+        scores: dict[int, Scores] = {}
+        unread = {*range(len(prompts))} if echo else set()  # prompts that are to be part of the first event
+        for i, (prompt, own) in enumerate(zip(prompts, settings, strict=True)):
+            text = Text(self.tokenizer, own.stop, own.min_new)
+            if echo:
+                text.preface(prompt)
+            limit = min(self.model.params.max_seq_len, len(prompt) + own.max_new)
+            ends = {self.tokenizer.eos_id}, own.stop_ids
+            request = Request(prompt, limit, own.sampling, *ends, own.min_new, own.lookup, logprobs, text)
+            if echo and logprobs:
+                scores[i] = request.observe = Scores(prompt)
+                request.first = 0
+            rows[request] = i
+        with closing(self.engine.run([*rows])) as steps:
+            for step in steps:
+                events = []
+                for request, ids, chances, new, finish in sorted(step, key=lambda out: rows[out.request]):
+                    i = rows[request]
+                    if i in unread:
+                        unread.remove(i)
+                        ids = [*request.prompt, *ids]
+                        chances = [0.0, *scores[i].logprobs, *chances] if logprobs else []
+                    if ids or finish:
+                        events.append(Event(i, new, ids, chances, finish))
+                yield events
 
-    def _scored(self, row: Event, logprobs: bool) -> _Scored:
-        scored: _Scored = {"finish_reason": row.finish_reason}
+    def _tokens(self, row: Event, logprobs: bool) -> _Tokens:
+        scored: _Tokens = {"finish_reason": row.finish_reason}
         if logprobs:
             pieces, left = self.tokenizer.decode_pieces(row.tokens), len(row.text)
             scored["tokens"], scored["logprobs"] = [], row.logprobs
@@ -456,10 +357,21 @@ class Llama:
         return scored
 
 
-def common(kept: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many tokens of a prompt, but its last, are those that were kept, of which the last is not sure to be."""
-    pairs = zip(kept[:-1], prompt[:-1], strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), max(0, min(len(kept), len(prompt)) - 1))
+OLD_NAMES = {"judge_input": "input_filter", "judge_output": "output_filter"}
+
+
+def pop_filters(options: dict[str, Any]) -> tuple[InputFilter | None, OutputFilter | None]:
+    """Take the filters out of options, where they may have their names of earlier releases; ValueError for what is no
+    function."""
+    for old, new in OLD_NAMES.items():
+        if (value := options.pop(old, None)) is not None:
+            warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
+            options[new] = value
+    found = options.pop("input_filter", None), options.pop("output_filter", None)
+    for name, value in zip(("input_filter", "output_filter"), found, strict=True):
+        if value is not None and not callable(value):
+            raise ValueError(f"{name} is {shorten(value)}; it must be a function")
+    return found
 
 
 def check_seed(seed: Any) -> None:

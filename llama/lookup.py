@@ -1,31 +1,31 @@
-"""Guesses of what comes next, copied from the text itself: prompt lookup (Saxena 2023)."""
+"""Draft tokens copied from the text itself: prompt lookup decoding (Saxena 2023)."""
 
 from __future__ import annotations
 
-NGRAM = 3  # tokens that must have stood before for what followed them to be a guess
+NGRAM = 3  # tokens that must have occurred before for what followed them to be a draft
 
 
-class Lookup:
-    """Finds where the last NGRAM tokens of a growing text last stood before, and what followed them: `most` tokens."""
+class PromptLookup:
+    """Finds where the last NGRAM tokens of a growing text occurred before, and what followed them: `most` tokens."""
 
     def __init__(self, most: int) -> None:
         self.most = self.width = most
-        self.places: dict[tuple[int, ...], int] = {}  # tokens -> where what followed them begins
-        self.seen = NGRAM
-        self.guessed = 0
+        self.index: dict[tuple[int, ...], int] = {}  # tokens -> where what followed them begins
+        self.indexed = NGRAM
+        self.drafted = 0
 
-    def guess(self, text: list[int]) -> list[int]:
+    def draft(self, text: list[int]) -> list[int]:
         if not self.most:
             return []
-        for end in range(self.seen, len(text)):
-            self.places[tuple(text[end - NGRAM : end])] = end
-        self.seen = max(len(text), NGRAM)
-        place = self.places.get(tuple(text[-NGRAM:]), len(text))
+        for end in range(self.indexed, len(text)):
+            self.index[tuple(text[end - NGRAM : end])] = end
+        self.indexed = max(len(text), NGRAM)
+        place = self.index.get(tuple(text[-NGRAM:]), len(text))
         found = text[place : place + self.width]
-        self.guessed = len(found)
+        self.drafted = len(found)
         return found
 
-    def judge(self, right: int) -> None:
-        """How many tokens of the last guess were right. After a wrong one guess less, as each costs a little."""
-        if self.guessed:
-            self.width = min(self.most, 2 * min(right, self.guessed) + 1)
+    def accepted(self, count: int) -> None:
+        """How many tokens of the last draft were right. After a wrong one draft less, as each costs a little."""
+        if self.drafted:
+            self.width = min(self.most, 2 * min(count, self.drafted) + 1)

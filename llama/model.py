@@ -4,8 +4,10 @@ Touvron et al. 2023, "Llama 2: Open Foundation and Fine-Tuned Chat Models" (arXi
 al. 2017) with pre-normalization by RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary position embeddings
 (Su et al. 2021) and grouped-query attention (Ainslie et al. 2023). Parameters carry the names in Meta's files.
 
-Shapes:  B batch   T tokens of this call   S positions attended to   V vocabulary
-         H query heads   K key-value heads   D head dimension        (H and K are those of this rank)
+The forward pass takes a packed batch: see batch.py. Everything but attention treats a token alone.
+
+Shapes:  N tokens of a batch   B sequences   T tokens of each   S positions attended to   V vocabulary
+         H query heads   K key-value heads   D head dimension   (H and K are those of this rank)
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, columns
+from .batch import Batch, Group, groups
+from .layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from .parallel import divide, init_model_parallel, world_size
 
 
@@ -82,69 +84,45 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # There that goes through memory six times, and this three times.
-        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1]
-        return (x * (mean + self.eps).rsqrt()).type_as(x) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotations(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """What rotary embedding multiplies by, complex (B or 1, T, 1, D/2): pair i turns by position / theta^(2i/D)."""
+def rope_frequencies(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """cos + i sin of the angles of RoPE, complex (N, 1, D/2): pair i rotates by position / theta^(2i/D)."""
     # Not theta ** -x: its rounding differs, and at position 4,000 shows in the fifth digit of the logits.
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (D/2,)
-    angles = positions[..., None, None].float() * frequencies
+    angles = positions[:, None, None].float() * frequencies
     return torch.complex(angles.cos(), angles.sin())
 
 
-def rotate(x: Tensor, turns: Tensor) -> None:
-    """Turn the pairs of neighbours (2i, 2i+1) in each head of x (B, T, heads, D), float32, seen as complex numbers."""
-    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)  # (B, T, heads, D/2)
-
-
-class Span(NamedTuple):
-    """Neighbouring rows with equally many tokens in a call, which attend in one operation."""
-
-    rows: slice
-    T: int
-    S: int
-    mask: Tensor | None  # see `attend`
-
-
-class Positions(NamedTuple):
-    """Where the tokens of one call stand; the same for all layers."""
-
-    new: tuple[Any, Any]  # the rows and positions that they fill in the cache, as one indexes with them
-    turns: Tensor  # what `rotations` says of them
-    spans: Sequence[Span]  # B * T tokens in all
-
-
-def causal_mask(positions: Tensor, S: int) -> Tensor | None:
-    """What queries at positions (B or 1, T) may look at of S, (B or 1, 1, T, S); None where `attend` needs none."""
-    B, T = positions.shape
-    # One token may look at all that came before it, and a fresh prompt is causal. MPS is given the causal mask too, as
-    # some of its releases leak the future into half precision without one.
-    if B == 1 and (T == 1 or (T == S and positions.device.type != "mps")):
-        return None
-    return torch.arange(S, device=positions.device) <= positions[:, None, :, None]
+def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate the pairs of neighbours (2i, 2i+1) in each head of x (N, heads, D), seen as complex numbers."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (N, heads, D/2)
+    return torch.view_as_real(pairs * cos_sin).flatten(-2).type_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of q (B, T, H, D) over k and v (B, K, S, D) -> (B, T, H * D); query head h reads key-value head
-    h // (H / K). `mask` (B or 1, 1, T, S) is true where a query may look; without one T = S is causal and T = 1 looks
-    everywhere."""
-    B, T, H, D = q.shape
+    """Softmax attention of q (B, H, T, D) over k and v (B, K, S, D) -> (B, T, H * D); query head h reads key-value head
+    h // (H / K). `mask` (T, S) is true where a query attends; without one T = S is causal and T = 1 sees everything."""
+    B, H, T, D = q.shape
     K = k.shape[1]
     if T == 1:
         # A group's queries laid along the query axis read their shared keys once, instead of H / K times.
-        return F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, mask).reshape(B, T, H * D)
-    q = q.transpose(1, 2)  # (B, H, T, D)
+        return F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v).reshape(B, 1, H * D)
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=K < H)
     return y.transpose(1, 2).reshape(B, T, H * D)
 
 
+class Layout(NamedTuple):
+    """What all layers need to know of a batch."""
+
+    batch: Batch
+    cos_sin: Tensor  # of each token's position, see `rope_frequencies`
+    groups: Sequence[Group]
+
+
 class KVCache(nn.Module):
-    """Keys, and behind them values, of every position so far of every row: (max_batch_size, 2K, max_seq_len, D)."""
+    """Keys, and behind them values, of every position so far in every slot: (max_batch_size, 2K, max_seq_len, D)."""
 
     kv: Tensor
 
@@ -152,10 +130,9 @@ class KVCache(nn.Module):
         super().__init__()
         self.register_buffer("kv", like.new_zeros(shape), persistent=False)
 
-    def update(self, kv: Tensor, where: Positions) -> Tensor:
-        """Store kv (B, T, 2K, D), and return all that is stored."""
-        self.kv.transpose(1, 2)[where.new] = kv.detach()
-        return self.kv
+    def update(self, kv: Tensor, batch: Batch) -> None:
+        """Store kv (N, 2K, D)."""
+        self.kv[batch.slots, :, batch.positions] = kv.detach()
 
 
 class Attention(nn.Module):
@@ -174,19 +151,22 @@ class Attention(nn.Module):
         self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim)
         self.cache: KVCache | None = None
 
-    def forward(self, x: Tensor, where: Positions) -> Tensor:
-        B, T, _ = x.shape
-        H, K = self.n_heads, self.n_kv_heads
-        heads = columns(x, self.wq, self.wk, self.wv).float().contiguous().view(B, T, H + 2 * K, self.head_dim)
-        rotate(heads[:, :, : H + K], where.turns)
-        q, kv = heads.type_as(x).split((H, 2 * K), 2)
-        kv = kv.transpose(1, 2) if self.cache is None else self.cache.update(kv, where)  # (rows, 2K, positions, D)
-        parts, y = q.reshape(B * T, H, self.head_dim), []
-        for rows, t, S, mask in where.spans:
-            part, parts = parts.tensor_split([(rows.stop - rows.start) * t])
-            k, v = kv[rows, :, :S].chunk(2, 1)  # (b, K, S, D)
-            y.append(attend(part.unflatten(0, (-1, t)), k, v, mask).flatten(0, 1))
-        return self.wo((torch.cat(y) if len(y) > 1 else y[0]).view(B, T, -1))
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (N, heads, D)
+        q, k = apply_rope(q, layout.cos_sin), apply_rope(k, layout.cos_sin)
+        kv = torch.cat((k, v), 1)  # (N, 2K, D)
+        if self.cache is not None:
+            self.cache.update(kv, layout.batch)
+        y = []
+        for tokens, slots, T, S, mask in layout.groups:
+            queries = q[tokens].unflatten(0, (-1, T)).transpose(1, 2)  # (B, H, T, D)
+            if self.cache is None:
+                seen = kv[tokens].unflatten(0, (-1, T)).transpose(1, 2)
+            else:
+                seen = self.cache.kv[slots, :, :S]  # (B, 2K, S, D)
+            keys, values = seen.chunk(2, 1)
+            y.append(attend(queries, keys, values, mask).flatten(0, 1))  # (B * T, H * D)
+        return self.wo(torch.cat(y))
 
 
 class FeedForward(nn.Module):
@@ -200,9 +180,7 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(args.dim, args.ffn_hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = columns(x, self.w1, self.w3).chunk(2, -1)
-        # In place: to fetch fresh memory for each takes a quarter of a long prompt's time on a CPU.
-        return self.w2(F.silu(gate, inplace=not torch.is_grad_enabled()).mul_(up))
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class TransformerBlock(nn.Module):
@@ -213,15 +191,13 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, where: Positions) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), where)
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), layout)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Transformer(nn.Module):
     """The model, or under torchrun this rank's part of it."""
-
-    compiled = False  # whether decode.py may have a compiler make what computes it
 
     def __init__(self, params: ModelArgs) -> None:
         super().__init__()
@@ -236,11 +212,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
+        self.direct_calls = 0  # of `forward`, which writes to slots that an engine may count on
         if params.max_batch_size:
             self.allocate_cache()
 
     def allocate_cache(self) -> None:
-        """New empty caches for max_batch_size rows of max_seq_len positions, on the weights' device in their dtype."""
+        """New empty caches of max_batch_size slots of max_seq_len positions, on the weights' device in their dtype."""
         p = self.params
         for module in self.modules():
             if isinstance(module, Attention):
@@ -248,84 +225,25 @@ class Transformer(nn.Module):
                 module.cache = KVCache(shape, self.norm.weight)
 
     def forward(self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor = 0) -> Tensor:
-        """Float32 logits (B, T, V) of tokens (B, T); see `hidden` for `start_pos`."""
-        return self.logits(self.hidden(tokens, start_pos))
+        """Float32 logits (B, T, V) of tokens (B, T), whose keys and values are added to the cache.
 
-    def hidden(self, tokens: Tensor, start_pos: int | Sequence[int] | Tensor = 0) -> Tensor:
-        """The last layer's output (B, T, dim) for tokens (B, T), whose keys and values are added to the cache.
-
-        The first of a row's tokens stands at position `start_pos`, one number for the batch or one per row; the rest
-        follow it. What the cache holds before that position is attended to, what it holds from there on is replaced.
-        Raises ValueError when the rows or positions exceed max_batch_size or max_seq_len.
+        Row i takes slot i. The first of its tokens stands at position `start_pos`, one number for the batch or one per
+        row. What the cache holds before that position is attended to, what it holds from there on is replaced. Raises
+        ValueError when the rows or positions exceed max_batch_size or max_seq_len.
         """
-        if tokens.dim() != 2 or tokens.is_floating_point():
-            raise ValueError(f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}, not ids (batch, seqlen)")
-        starts = torch.as_tensor(start_pos).reshape(-1).cpu()
-        if starts.is_floating_point() or not len(starts):
-            raise ValueError(f"start_pos is {start_pos}; give an int, or one for each row")
-        B, T = tokens.shape
-        end = int(starts.max()) + T
-        self._check(B, T, starts, end)
-        # Rows that stand at the same positions need no mask of their own.
-        starts = starts[:1] if bool((starts == starts[0]).all()) else starts
-        positions = (starts[:, None] + torch.arange(T)).to(tokens.device)  # (B or 1, T)
-        alike = (slice(0, B), slice(end - T, end))  # quicker to store at than what indices say
-        new = alike if len(starts) == 1 else (torch.arange(B, device=tokens.device)[:, None], positions)
-        span = Span(slice(0, B), T, end, causal_mask(positions, end))
-        return self.blocks(tokens, self.places(new, positions, [span]))
+        self.direct_calls += 1
+        hidden = self.hidden(Batch.rows(tokens, start_pos, self.params))
+        return self.logits(hidden).view(*tokens.shape, -1)
 
-    def packed(self, rows: Sequence[Sequence[int]], start_pos: Sequence[int]) -> Tensor:
-        """The last layer's output (N, dim) for the N tokens of rows of any lengths, one row behind the other, without
-        padding. Each row begins at its `start_pos`; for that see `hidden`."""
-        places, device = self.check_packed(rows, start_pos), self.norm.weight.device
-        spans: list[Span] = []
-        for (start, T), alike in groupby(places):
-            first = spans[-1].rows.stop if spans else 0
-            mask = causal_mask(torch.arange(start, start + T, device=device)[None], start + T)
-            spans.append(Span(slice(first, first + len([*alike])), T, start + T, mask))
-        positions = torch.cat([torch.arange(start, start + T) for start, T in places])[None].to(device)
-        new: tuple[Any, Any] = (slice(0, 1), slice(start_pos[0], sum(places[0])))
-        if len(rows) > 1:
-            new = torch.tensor([[i for i, row in enumerate(rows) for _ in row]], device=device), positions
-        tokens = torch.tensor([[id for row in rows for id in row]], device=device)  # (1, N)
-        return self.blocks(tokens, self.places(new, positions, spans))[0]
-
-    def copy_cache(self, length: int, B: int) -> None:
-        """Give rows 1 to B - 1 what the first row has stored at its first `length` positions."""
-        for cache in self.buffers():
-            cache[1:B, :, :length] = cache[0, :, :length]
-
-    def places(self, new: tuple[Any, Any], positions: Tensor, spans: Sequence[Span]) -> Positions:
-        return Positions(new, rotations(positions, self.params.head_dim, self.params.rope_theta), spans)
-
-    def blocks(self, tokens: Tensor, where: Positions) -> Tensor:
-        """`hidden` for tokens whose places are worked out already."""
-        x = self.tok_embeddings(tokens)
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last layer's output (N, dim) for a packed batch."""
+        p = self.params
+        layout = Layout(batch, rope_frequencies(batch.positions, p.head_dim, p.rope_theta), groups(batch))
+        x = self.tok_embeddings(batch.tokens)
         for layer in self.layers:
-            x = layer(x, where)
+            x = layer(x, layout)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits (..., V) of chosen positions of `hidden`'s result (..., dim)."""
-        return self.output(self.norm(hidden)).float().contiguous()
-
-    def check_packed(self, rows: Sequence[Sequence[int]], start_pos: Sequence[int]) -> list[tuple[int, int]]:
-        """Where each of the rows begins and how long it is."""
-        if self.params.max_batch_size == 0:
-            raise ValueError("a model without a cache (max_batch_size 0) takes no packed rows")
-        places = [(start, len(row)) for start, row in zip(start_pos, rows, strict=True)]
-        self._check(len(rows), min(map(len, rows)), torch.tensor(start_pos), max(map(sum, places)))
-        return places
-
-    def _check(self, B: int, T: int, starts: Tensor, end: int) -> None:
-        if len(starts) not in (1, B):
-            raise ValueError(f"start_pos has {len(starts)} values for a batch of {B}; give one, or one per row")
-        if T < 1 or int(starts.min()) < 0:
-            raise ValueError(f"{T} tokens at start_pos {int(starts.min())}; give at least one, from position 0 on")
-        if self.params.max_batch_size == 0:
-            if end > T:
-                raise ValueError("start_pos must be 0 in a model without a cache (max_batch_size 0)")
-        elif B > self.params.max_batch_size:
-            raise ValueError(f"a batch of {B} exceeds max_batch_size {self.params.max_batch_size}; build a larger one")
-        elif end > self.params.max_seq_len:
-            raise ValueError(f"position {end} exceeds max_seq_len {self.params.max_seq_len}; build with a larger one")
+        """Float32 logits (N, V) of chosen rows (N, dim) of what `hidden` returns."""
+        return self.output(self.norm(hidden)).float()

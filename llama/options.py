@@ -1,4 +1,4 @@
-"""What a caller may ask of generation, checked, and spread over the rows of a batch."""
+"""The options of generation, checked, and spread over prompts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 
-from .sampling import Sampling
+from .sampling import SamplingParams
 
 T = TypeVar("T")
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of every way to generate: one value for the batch, or a list of one for each row. See
-    sampling.Sampling for those that choose tokens; `seed` is drawn from the Llama's own where it is None.
+    """Keyword arguments of every way to generate: one value for all prompts, or a list of one for each. See
+    sampling.SamplingParams for those that choose tokens; `seed` is drawn from the Llama's own where it is None.
     """
 
     top_k: int | Sequence[int]
@@ -27,18 +27,16 @@ class Options(TypedDict, total=False):
     presence_penalty: float | Sequence[float]
     logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]]
     seed: int | Sequence[int | None] | None
-    stop: (
-        str | Sequence[str] | Sequence[Sequence[str]]
-    )  # strings before which a text ends; a list of str is for all rows
-    stop_token_ids: Sequence[int] | Sequence[Sequence[int]]  # ids before which it ends; a list of int is for all rows
+    stop: str | Sequence[str] | Sequence[Sequence[str]]  # strings before which a text ends; a list of str is for all
+    stop_token_ids: Sequence[int] | Sequence[Sequence[int]]  # ids before which it ends; a list of int is for all
     min_gen_len: int | Sequence[int]  # tokens before which it does not end, but for max_gen_len
-    prompt_lookup: int  # guesses, copied from the text so far, that are tried with each step: the same tokens, sooner
+    prompt_lookup: int  # draft tokens, copied from the text so far, tried with each step: the same tokens, sooner
 
 
-class Ask(NamedTuple):
-    """What is asked of one row."""
+class Settings(NamedTuple):
+    """The options of one prompt."""
 
-    sampling: Sampling
+    sampling: SamplingParams
     stop: Sequence[str]
     stop_ids: Sequence[int]
     max_new: int
@@ -46,11 +44,11 @@ class Ask(NamedTuple):
     lookup: int
 
 
-def asks(
+def spread_options(
     B: int, vocab_size: int, eos_id: int, max_gen_len: Any, generator: torch.Generator, options: Mapping[str, Any]
-) -> list[Ask]:
-    """Options spread over B rows; seeds that are None are drawn. TypeError for an unknown name, ValueError naming a bad
-    value and its limit."""
+) -> list[Settings]:
+    """Options of each of B prompts; seeds that are None are drawn. TypeError for an unknown name, ValueError that
+    names a bad value and its limit."""
     known = {*Options.__annotations__, "temperature", "top_p"}
     if unknown := [name for name in options if name not in known]:
         raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
@@ -59,11 +57,13 @@ def asks(
         return spread(name, options.get(name, default), B)
 
     drawn = torch.randint(2**63 - 1, (B,), generator=generator).tolist()
-    columns = {field.name: each(field.name, getattr(Sampling, field.name, None)) for field in fields(Sampling)}
+    columns = {
+        field.name: each(field.name, getattr(SamplingParams, field.name, None)) for field in fields(SamplingParams)
+    }
     columns["logit_bias"] = [bias or {} for bias in columns["logit_bias"]]
     columns["seed"] = [new if seed is None else seed for seed, new in zip(each("seed", None), drawn, strict=True)]
     rows = [
-        Ask(Sampling(**dict(zip(columns, settings, strict=True))), *rest)
+        Settings(SamplingParams(**dict(zip(columns, settings, strict=True))), *rest)
         for *settings, rest in zip(
             *columns.values(),
             zip(

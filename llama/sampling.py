@@ -1,6 +1,6 @@
-"""Logits -> next token ids. Pure functions, and `Sampler`, which applies them to rows with settings of their own.
+"""Logits -> next token ids. Pure functions, and `Sampler`, which applies them to requests with settings of their own.
 
-In this order: logit_bias, repetition, frequency and presence penalties, temperature, top_k, top_p, min_p, and one draw.
+In this order: logit_bias, repetition, frequency and presence penalties, temperature, top_k, top_p, min_p, and a sample.
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from reprlib import repr as shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 LARGEST = 1e30  # what numbers may be, so that products of them remain finite in single precision
-FEW = 512  # candidates that are looked at before a whole vocabulary is sorted
+FEW = 512  # candidates that are considered before a whole vocabulary is sorted
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How one row's tokens are chosen. ValueError for a value that is out of its range."""
+class SamplingParams:
+    """How one request's tokens are chosen. ValueError for a value that is out of its range."""
 
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_p: float = 1.0  # the smallest set of likeliest tokens with this probability in all (Holtzman et al. 2019)
-    top_k: int = 0  # so many of the likeliest tokens; 0: all
-    min_p: float = 0.0  # tokens at least this share as likely as the likeliest (Nguyen et al. 2024)
+    temperature: float = 0.0  # 0: greedy, the argmax
+    top_p: float = 1.0  # nucleus: the fewest top tokens with this probability in all (Holtzman et al. 2019)
+    top_k: int = 0  # so many of the most probable tokens; 0: all
+    min_p: float = 0.0  # tokens with at least this fraction of the top probability (Nguyen et al. 2024)
     repetition_penalty: float = (
-        1.0  # of tokens in prompt or answer: logit / penalty, or * if negative (Keskar et al. 2019)
+        1.0  # of tokens in prompt or answer: logit / penalty, * if negative (Keskar et al. 2019)
     )
-    frequency_penalty: float = 0.0  # taken from a token's logit for each time that the answer has it
-    presence_penalty: float = 0.0  # taken from the logit of every token that the answer has
+    frequency_penalty: float = 0.0  # subtracted from a token's logit for each time that the answer has it
+    presence_penalty: float = 0.0  # subtracted from the logit of every token that the answer has
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these ids
     seed: int = 0  # the same seed, the same tokens, whatever else is in the batch
 
@@ -62,7 +62,7 @@ LIMITS: dict[str, tuple[Any, Any, str]] = {
     "logit_bias": (lambda v: all(map(_is_bias, v.items())), Mapping, "{id: number}, where -inf forbids an id"),
     "seed": (lambda v: -(2**63) <= v < 2**63, int, "an int of 64 bits"),
 }
-assert [*LIMITS] == [f.name for f in fields(Sampling)]
+assert [*LIMITS] == [f.name for f in fields(SamplingParams)]
 
 
 def penalize(logits: Tensor, prompt: Tensor, counts: Tensor, penalties: Tensor) -> Tensor:
@@ -74,32 +74,27 @@ def penalize(logits: Tensor, prompt: Tensor, counts: Tensor, penalties: Tensor) 
     return logits - frequency * counts - presence * (counts > 0)
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """The index (B,) of the largest of logits (B, V), the first of equals."""
-    return logits.max(-1).indices  # as argmax, in half the time
-
-
-def heat(logits: Tensor, temperature: Tensor) -> Tensor:
+def softmax(logits: Tensor, temperature: Tensor) -> Tensor:
     """Probabilities (B, V) at temperatures (B, 1)."""
     # The maximum becomes 0, and 1e-30 is as cold as it gets, so that a tiny temperature cannot overflow.
     return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature.clamp_min(1e-30), -1)
 
 
-def cut(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Probabilities (B, M), falling, the likeliest of a whole vocabulary, with those cut off by top_k, by top_p of what
-    that leaves and by min_p (each (B, 1)) set to zero. The likeliest always stays; the rest is not scaled up."""
+def filter_top_k_top_p(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Sorted probabilities (B, M), descending, the top of a whole vocabulary, with those that top_k, top_p of what that
+    leaves, and min_p (each (B, 1)) exclude set to zero. The first always stays; the rest is not scaled up."""
     rank = torch.arange(probs.shape[-1], device=probs.device)
     kept = probs * ((rank < top_k) | (top_k == 0))
-    before = kept.cumsum(-1) - kept  # what the likelier ones have
+    before = kept.cumsum(-1) - kept  # what the more probable ones have
     whole = torch.where(top_k == 0, 1.0, kept.sum(-1, keepdim=True))
-    limit = torch.where(top_p < 1, top_p * whole, 2.0)  # rounded sums may reach 1 early, and that must cut nothing
+    limit = torch.where(top_p < 1, top_p * whole, 2.0)  # rounded sums may reach 1 early, and that must exclude nothing
     kept = kept.masked_fill((before >= limit) | (kept < min_p * kept[:, :1]), 0.0)
     kept[:, 0] = probs[:, 0]
     return kept
 
 
-def draw(weights: Tensor, u: Tensor) -> Tensor:
-    """The index (B,) of one of weights (B, M) with a chance in proportion to it, by u (B, 1) from [0, 1)."""
+def sample(weights: Tensor, u: Tensor) -> Tensor:
+    """The index (B,) of one of weights (B, M) with a probability in proportion to it, by u (B, 1) from [0, 1)."""
     total = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1)
     found = torch.searchsorted(total, u.to(total) * total[:, -1:], right=True)
     return found.clamp(max=weights.shape[-1] - 1)[:, 0]
@@ -110,84 +105,135 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
+class Rows(NamedTuple):
+    """Settings of the rows of logits, as tensors."""
+
+    params: Sequence[SamplingParams]
+    greedy: bool  # all of them
+    excluding: Sequence[bool]  # whether each excludes some tokens
+    hot: Tensor  # (B,), where a token is sampled
+    temperature: Tensor  # (B, 1)
+    filtered: Tensor  # (B,), `excluding`
+    filters: Sequence[Tensor]  # top_k, top_p, min_p, each (B, 1)
+    penalties: Tensor | None  # (3, B, 1)
+    bias: Tensor | None  # (B, V)
+    slots: Tensor  # (B,)
+
+
 class Sampler:
-    """Chooses a token for each of several rows, and remembers what penalties ask for. Nothing here waits for a GPU."""
+    """Chooses tokens for the requests in the slots of a cache, which come and go. It remembers what penalties and seeds
+    need. Nothing here waits for a GPU."""
 
-    def __init__(
-        self, rows: Sequence[Sampling], prompts: Sequence[Sequence[int]], vocab_size: int, device: Any
-    ) -> None:
-        def column(name: str) -> Tensor:
-            return torch.tensor([[getattr(row, name)] for row in rows], device=device)
+    def __init__(self, slots: int, vocab_size: int, device: Any) -> None:
+        self.device, self.shape = device, (slots, vocab_size)
+        self.params = [SamplingParams()] * slots
+        self.generators = [torch.Generator() for _ in range(slots)]
+        self.random: list[list[float]] = [[] for _ in range(slots)]
+        # Of each slot, allocated when penalties are first asked for: tokens of the prompt, and counts of the answer's.
+        self.prompt, self.counts = torch.empty(0), torch.empty(0)
+        self.rows: dict[tuple[int, ...], Rows] = {}  # of the last slots
 
-        self.device = device
-        self.random = [torch.Generator().manual_seed(row.seed) for row in rows]
-        self.drawn: list[list[float]] = [[] for _ in rows]
-        self.greedy = all(row.temperature == 0 for row in rows)
-        self.all_hot = all(row.temperature > 1e-30 for row in rows)  # below, single precision has 0
-        self.cut = [row.top_k > 0 or row.top_p < 1 or row.min_p > 0 for row in rows]
-        self.top_k = max(row.top_k for row in rows) if all(row.top_k for row in rows) else 0
-        self.temperature = column("temperature").float()
-        self.hot, self.is_cut = self.temperature[:, 0] > 0, torch.tensor(self.cut, device=device)
-        self.cuts = [column(name) for name in ("top_k", "top_p", "min_p")]
-        self.penalties = self.bias = None
-        zeros = torch.zeros(len(rows), vocab_size, device=device)
-        if any((row.repetition_penalty, row.frequency_penalty, row.presence_penalty) != (1, 0, 0) for row in rows):
-            names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-            self.penalties = torch.stack([column(name).float() for name in names])
-            self.counts, self.prompt = zeros, zeros.bool()
-            for seen, prompt in zip(self.prompt, prompts, strict=True):
-                seen[list(prompt)] = True
-        if any(row.logit_bias for row in rows):
-            self.bias = zeros.clone()
-            for bias, row in zip(self.bias, rows, strict=True):
-                bias[list(row.logit_bias)] = torch.tensor([*row.logit_bias.values()], device=device).float()
-        # Whether it always takes the likeliest.
-        self.plain = self.greedy and self.penalties is None and self.bias is None
+    def admit(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """A new request takes a slot."""
+        self.params[slot], self.random[slot] = params, []
+        self.generators[slot].manual_seed(params.seed)
+        self.rows.clear()
+        if penalized(params):
+            if not self.counts.numel():
+                self.counts = torch.zeros(self.shape, device=self.device)
+                self.prompt = self.counts.bool()
+            self.prompt[slot], self.counts[slot] = False, 0
+            self.prompt[slot, list({*prompt})] = True
 
-    def __call__(self, logits: Tensor, which: Sequence[int]) -> Tensor:
-        """Ids (B,) by logits (B, V), where row b is to get the `which[b]`-th token of its answer, from 0."""
-        if self.bias is not None:
-            logits = logits + self.bias
-        if self.penalties is not None:
-            logits = penalize(logits, self.prompt, self.counts, self.penalties)
-        if self.greedy:
-            return likeliest(logits)
-        probs, u = heat(logits, self.temperature), self.uniform(which)
-        chosen = torch.zeros_like(probs[:, 0]).long() if self.all_hot else likeliest(logits)
+    def __call__(self, logits: Tensor, slots: Sequence[int], which: Sequence[int]) -> Tensor:
+        """Ids (B,) by logits (B, V), where row b is to get the `which[b]`-th token of the answer in `slots[b]`."""
+        rows = self.rows.get(key := tuple(slots)) or self.tabulate(key)
+        if rows.bias is not None:
+            logits = logits + rows.bias
+        if rows.penalties is not None:
+            logits = penalize(logits, self.prompt[rows.slots], self.counts[rows.slots], rows.penalties)
+        best = logits.argmax(-1)
+        if rows.greedy:
+            return best
+        probs, u = softmax(logits, rows.temperature), self.uniform(slots, which)
         # A random number means one token in a vocabulary that is sorted and another in one that is not, so what a row
         # gets must not depend on what the others need.
-        if not all(self.cut):
-            chosen = torch.where(self.hot & ~self.is_cut, draw(probs, u), chosen)
-        if any(self.cut):
-            few, ids = self.candidates(probs)
-            drawn = ids.gather(-1, draw(cut(few, *self.cuts), u)[:, None])[:, 0]
-            chosen = torch.where(self.hot & self.is_cut, drawn, chosen)
+        chosen = best
+        if not all(rows.excluding):
+            chosen = torch.where(rows.hot & ~rows.filtered, sample(probs, u), chosen)
+        if any(rows.excluding):
+            few, ids = self.candidates(probs, rows)
+            drawn = ids.gather(-1, sample(filter_top_k_top_p(few, *rows.filters), u)[:, None])[:, 0]
+            chosen = torch.where(rows.hot & rows.filtered, drawn, chosen)
         return chosen
 
-    def candidates(self, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest probabilities and their ids, falling: as many as can matter."""
+    def tabulate(self, slots: tuple[int, ...]) -> Rows:
+        params = [self.params[slot] for slot in slots]
+
+        def column(name: str) -> Tensor:
+            return torch.tensor([[getattr(row, name)] for row in params], device=self.device)
+
+        penalties = bias = None
+        if any(map(penalized, params)):
+            names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+            penalties = torch.stack([column(name).float() for name in names])
+        if any(row.logit_bias for row in params):
+            bias = torch.zeros(len(params), self.shape[1], device=self.device)
+            for to, row in zip(bias, params, strict=True):
+                to[list(row.logit_bias)] = torch.tensor([*row.logit_bias.values()], device=self.device).float()
+        temperature, excluding = column("temperature").float(), [*map(excludes, params)]
+        if len(self.rows) > 16:  # as drafts of any length make many combinations of slots
+            self.rows.clear()
+        self.rows[slots] = Rows(
+            params,
+            all(row.temperature == 0 for row in params),
+            excluding,
+            temperature[:, 0] > 0,  # false for those below 1e-45 too, which single precision doesn't have
+            temperature,
+            torch.tensor(excluding, device=self.device),
+            [column(name) for name in ("top_k", "top_p", "min_p")],
+            penalties,
+            bias,
+            torch.tensor(slots, device=self.device),
+        )
+        return self.rows[slots]
+
+    def candidates(self, probs: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The highest probabilities and their ids, descending: as many as can matter."""
         V = probs.shape[-1]
         if probs.device.type != "cuda":  # to ask there what is enough would wait for it
-            few, ids = probs.topk(min(max(FEW, self.top_k + 64), V))
-            _, top_p, min_p = self.cuts
+            top_k = max(row.top_k for row in rows.params) if all(row.top_k for row in rows.params) else 0
+            few, ids = probs.topk(min(max(FEW, top_k + 64), V))
+            _, top_p, min_p = rows.filters
             enough = (few.sum(-1, keepdim=True) > top_p + 1e-4) | (few[:, -1:] < min_p * few[:, :1])
-            if self.top_k or enough.all():
-                # Equals in the order of their ids, so that how many are looked at changes nothing.
+            if top_k or enough.all():
+                # Equals in the order of their ids, so that how many are considered changes nothing.
                 ids, order = ids.sort(-1)
                 few, order = few.gather(-1, order).sort(dim=-1, descending=True, stable=True)
                 return few, ids.gather(-1, order)
         return probs.sort(dim=-1, descending=True, stable=True)
 
-    def uniform(self, which: Sequence[int]) -> Tensor:
-        """The `which[b]`-th random number of each row's own sequence (B, 1)."""
-        for n, drawn, generator in zip(which, self.drawn, self.random, strict=True):
-            while len(drawn) <= n:
-                drawn += torch.rand(64, generator=generator, dtype=torch.float64).tolist()
-        u = torch.tensor([[drawn[n]] for n, drawn in zip(which, self.drawn, strict=True)], dtype=torch.float32)
-        return u.to(self.device, non_blocking=True).clamp(max=1 - 2**-24)
+    def uniform(self, slots: Sequence[int], which: Sequence[int]) -> Tensor:
+        """The `which[b]`-th random number of each slot's own sequence (B, 1)."""
+        u = []
+        for slot, n in zip(slots, which, strict=True):
+            while len(self.random[slot]) <= n:
+                self.random[slot] += torch.rand(64, generator=self.generators[slot], dtype=torch.float64).tolist()
+            u.append([self.random[slot][n]])
+        numbers = torch.tensor(u, dtype=torch.float32)
+        return numbers.to(self.device, non_blocking=True).clamp(max=1 - 2**-24)
 
-    def saw(self, ids: Tensor, which: Tensor | None = None) -> None:
-        """Count ids (B,) as part of the answers of the rows that `which` (B,) is true for, by default of all."""
-        if self.penalties is not None:
-            which = torch.ones_like(ids) if which is None else which
-            self.counts.scatter_add_(1, ids[:, None], which[:, None].to(self.counts))
+    def count(self, ids: Tensor, slots: Sequence[int], which: Tensor | None = None) -> None:
+        """Count ids (B,) as part of the answers in `slots`, where `which` (B,) is true."""
+        rows = self.rows[tuple(slots)]
+        if rows.penalties is not None:
+            ones = torch.ones_like(ids, dtype=self.counts.dtype) if which is None else which.to(self.counts.dtype)
+            self.counts.index_put_((rows.slots, ids), ones, accumulate=True)
+
+
+def penalized(params: SamplingParams) -> bool:
+    return (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0)
+
+
+def excludes(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0

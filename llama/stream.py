@@ -1,26 +1,27 @@
-"""What generation tells as it happens, and judges who may keep it from being told."""
+"""Streams of what is generated, and filters that may replace a dialog's answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from inspect import GEN_CLOSED, getgeneratorstate
-from typing import NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from .chat import Dialog
 from .parallel import ask_first_rank, open_streams, rank
 
-JudgeInput = Callable[[Dialog], "str | None"]  # None where the dialog may be answered, or what to say instead
-JudgeOutput = Callable[[str], "str | None"]  # None where the answer may be given, or what to say instead
+InputFilter = Callable[[Dialog], "str | None"]  # None where the dialog may be answered, or what to say instead
+OutputFilter = Callable[[str], "str | None"]  # None where the answer may be given, or what to say instead
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Event(NamedTuple):
-    """What a row of a batch has gained."""
+    """What is new of one prompt's answer."""
 
-    row: int
-    text: str = (
-        ""  # final: it may lag behind the tokens, where they are part of a character or perhaps of a stop string
-    )
+    row: int  # the number of the prompt
+    text: str = ""  # final: it lags behind tokens that are part of a character or perhaps of a stop string
     tokens: list[int] = []  # noqa: RUF012 - never changed
     logprobs: list[float] = []  # noqa: RUF012 - of each token, if asked for
     finish_reason: str | None = None  # "eos", "stop", "length" or "refused": once, at the end
@@ -30,8 +31,8 @@ class Stream:
     """An iterator of events. Under torchrun every rank has one; when the first rank closes its own, or drops it, the
     others end."""
 
-    def __init__(self, steps: Generator[list[Event], None, None]) -> None:
-        self._steps = steps
+    def __init__(self, steps: Generator[list[Event], None, None], rows: int = 1, logprobs: bool = False) -> None:
+        self.rows, self.logprobs, self._steps = rows, logprobs, steps
         open_streams.add(self)
         # The first is fetched at once, so that a stream that nobody reads has begun on all ranks, and can end on all.
         self._waiting = next(steps, [])[::-1]
@@ -44,10 +45,18 @@ class Stream:
             self._waiting = next(self._steps)[::-1]
         return self._waiting.pop()
 
+    def drain(self) -> list[Event]:
+        """All that is still to come of each row, as one event."""
+        rows: list[list[Event]] = [[Event(i)] for i in range(self.rows)]
+        with self:
+            for event in self:
+                rows[event.row].append(event)
+        return [whole(events) for events in rows]
+
     def close(self) -> None:
-        """End all rows here and now. Ranks but the first go on, unheard, until the first ends, as judges are asked."""
+        """End all rows here and now. Ranks but the first go on, unread, until the first ends, as filters are asked."""
         self._waiting = []
-        if getgeneratorstate(self._steps) == GEN_CLOSED:
+        if inspect.getgeneratorstate(self._steps) == inspect.GEN_CLOSED:
             return
         for _ in self._steps if rank() else ():
             pass
@@ -63,24 +72,24 @@ class Stream:
         self.close()
 
 
-def judged(
+def filtered(
     steps: Generator[list[Event], None, None],
     rows: Sequence[int],
     refusals: Mapping[int, str],
-    judge: JudgeOutput | None,
+    output_filter: OutputFilter | None,
 ) -> Generator[list[Event], None, None]:
-    """Events of those `rows` of a batch that were not refused; texts as a whole, if there is someone to judge them."""
-    # Refusals come with the first step, so that whoever hears them has begun what the other ranks have begun.
+    """Events of those `rows` of a batch that were not refused; texts as a whole, if there is a filter for them."""
+    # Refusals come with the first step, so that whoever reads them has begun what the other ranks have begun.
     first = [refused(row, text) for row, text in refusals.items()]
     parts: dict[int, list[Event]] = {row: [] for row in rows}
     with closing(steps):
         for step in steps:
             events = [event._replace(row=rows[event.row]) for event in step]
-            if judge is not None:
+            if output_filter is not None:
                 for event in events:
                     parts[event.row].append(event)
                 ended = [whole(parts[event.row]) for event in events if event.finish_reason]
-                verdicts = [ask_first_rank(judge, event.text) for event in ended]
+                verdicts = [ask_first_rank(output_filter, event.text) for event in ended]
                 events = [
                     event if verdict is None else refused(event.row, check_verdict(verdict))
                     for event, verdict in zip(ended, verdicts, strict=True)
@@ -98,22 +107,31 @@ def refused(row: int, text: str) -> Event:
 
 def check_verdict(verdict: object) -> str:
     if not isinstance(verdict, str):
-        raise ValueError(f"a judge has returned {verdict!r}; it must be None, or a str to say instead")
+        raise ValueError(f"a filter has returned {verdict!r}; it must be None, or a str to say instead")
     return verdict
 
 
 def whole(events: Sequence[Event]) -> Event:
-    """All that a row has gained, as one event."""
+    """The events of a row as one."""
     row, *_, finish = events[-1]
     tokens = [id for event in events for id in event.tokens]
     logprobs = [logprob for event in events for logprob in event.logprobs]
     return Event(row, "".join(event.text for event in events), tokens, logprobs, finish)
 
 
-def collect(steps: Iterable[list[Event]], B: int) -> list[Event]:
-    """All that happens to each row, as one event."""
-    rows: list[list[Event]] = [[Event(i)] for i in range(B)]
-    for step in steps:
-        for event in step:
-            rows[event.row].append(event)
-    return [whole(events) for events in rows]
+def drains(
+    stream: Callable[Concatenate[Any, P], Stream],
+) -> Callable[[Callable[[Any, Stream], T]], Callable[Concatenate[Any, P], T]]:
+    """Make a method that takes what the method `stream` takes, and returns what the decorated one makes of the
+    stream."""
+
+    def decorate(method: Callable[[Any, Stream], T]) -> Callable[Concatenate[Any, P], T]:
+        @functools.wraps(method)
+        def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+            return method(self, stream(self, *args, **kwargs))
+
+        returns = inspect.signature(method).return_annotation
+        call.__signature__ = inspect.signature(stream).replace(return_annotation=returns)  # type: ignore[attr-defined]
+        return call
+
+    return decorate

@@ -5,15 +5,16 @@ import json
 import os
 import shlex
 import shutil
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from subprocess import CompletedProcess
+from unittest import mock
 
 import fire
 import pytest
 import torch
 
-from llama import ModelArgs, Transformer, checkpoint, parallel
+from llama import ModelArgs, Transformer, backends, checkpoint, parallel
 from llama.cli import script
 
 ROOT = Path(__file__).parent.parent
@@ -130,3 +131,16 @@ def in_process(function, *flags):
     except script.FORESEEN as error:
         code, err = 1, f"error: {script.one_line(error)}\n"
     return CompletedProcess(flags, code, out.getvalue(), err)
+
+
+@contextmanager
+def passes(llama):
+    """The number of tokens of each pass that is computed meanwhile."""
+    seen, real = [], backends.Plain.forward
+
+    def forward(self, batch):
+        seen.append(len(batch.tokens))
+        return real(self, batch)
+
+    with mock.patch.object(backends.Plain, "forward", forward):
+        yield seen

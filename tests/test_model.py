@@ -5,6 +5,8 @@ import torch
 from small import GQA, PUBLISHED, ROOT, SHAPES, hugging_face, random_model, relative_error, save_random
 
 from llama import Llama, ModelArgs, Transformer
+from llama.batch import Batch, check, groups
+from llama.batch import Sequence as Span
 
 TOKENS = torch.tensor([[5, 17, 99, 3, 64, 64, 127, 0, 1, 2, 30, 31], [7, 7, 7, 8, 9, 100, 101, 102, 103, 104, 105, 6]])
 
@@ -24,8 +26,9 @@ def test_logits_at_the_end_of_a_long_context_equal_hugging_face():
     model = random_model({**GQA, "n_heads": 2, "n_kv_heads": 1, "dim": 256, "n_layers": 2}, max_seq_len=4096)
     theirs = hugging_face(model.params, model.state_dict())
     with torch.inference_mode():
-        ours, theirs = model.hidden(tokens, 0)[:, -200:], theirs.model(tokens, output_hidden_states=True)
-        assert relative_error(model.norm(ours), theirs.last_hidden_state[:, -200:]) <= 1e-5
+        ours = model.hidden(Batch.of([(0, 0, tokens[0].tolist())]))[-200:]
+        theirs = theirs.model(tokens, output_hidden_states=True)
+        assert relative_error(model.norm(ours), theirs.last_hidden_state[0, -200:]) <= 1e-5
 
 
 def _logits_of_checkpoint(folder, tokens):
@@ -71,51 +74,67 @@ def test_rows_at_their_own_positions():
 
 @pytest.mark.parametrize("lengths", [[12], [12, 12], [5, 12, 12, 1], [1, 1, 7]], ids=str)
 @pytest.mark.parametrize("start", [0, 3])
-def test_packed_rows_are_rows_alone(lengths, start):
-    """Both what is computed and what is cached, whichever rows attend together."""
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3], [3, 0, 1, 2]], ids=str)
+def test_packed_sequences_are_sequences_alone(lengths, start, slots):
+    """Both what is computed and what is cached, whichever sequences attend together and wherever they lie."""
     model = random_model()
     torch.manual_seed(0)
-    tokens = torch.randint(0, 128, (len(lengths), 15))
-    rows = [row[start : start + length] for row, length in zip(tokens, lengths, strict=True)]
+    slots = slots[: len(lengths)]
+    tokens = torch.randint(0, 128, (len(lengths), 15)).tolist()
+    new = [row[start : start + length] for row, length in zip(tokens, lengths, strict=True)]
     alone, cached = [], []
-    for row, new in zip(tokens, rows, strict=True):
+    for row, ids in zip(tokens, new, strict=True):
         if start:
-            model.hidden(row[None, :start], 0)
-        alone.append(model.hidden(new[None], start)[0])
-        cached.append([cache[0, :, : start + len(new)].clone() for cache in model.buffers()])
+            model.hidden(Batch.of([(0, 0, row[:start])]))
+        alone.append(model.hidden(Batch.of([(0, start, ids)])))
+        cached.append([cache[0, :, : start + len(ids)].clone() for cache in model.buffers()])
     model.allocate_cache()
     if start:
-        model.hidden(tokens[:, :start], 0)
-    packed = model.packed([row.tolist() for row in rows], [start] * len(rows))
+        model.hidden(Batch.of((slot, 0, row[:start]) for slot, row in zip(slots, tokens, strict=True)))
+    packed = model.hidden(Batch.of((slot, start, ids) for slot, ids in zip(slots, new, strict=True)))
     assert relative_error(packed, torch.cat(alone)) <= 1e-5
-    for i, theirs in enumerate(cached):
+    for slot, length, theirs in zip(slots, lengths, cached, strict=True):
         for cache, their in zip(model.buffers(), theirs, strict=True):
-            assert relative_error(cache[i, :, : start + lengths[i]], their) <= 1e-5
+            assert relative_error(cache[slot, :, : start + length], their) <= 1e-5
 
 
-def test_packed_rows_begin_where_each_is():
+def test_packed_sequences_begin_where_each_is():
     model = random_model()
     whole = model(TOKENS, 0)
     model.allocate_cache()
     model(TOKENS[:, :9], 0)
-    step = model.logits(model.packed([TOKENS[0, 9:12].tolist(), TOKENS[1, 4:9].tolist()], [9, 4]))
+    step = model.logits(model.hidden(Batch.of([(0, 9, TOKENS[0, 9:12].tolist()), (1, 4, TOKENS[1, 4:9].tolist())])))
     assert relative_error(step, torch.cat([whole[0, 9:12], whole[1, 4:9]])) <= 1e-5
 
 
+def test_a_packed_batch_worked_out_by_hand():
+    batch = Batch.of([(0, 5, [17]), (3, 0, [1, 400, 401])])
+    assert batch.tokens.tolist() == [17, 1, 400, 401]
+    assert batch.positions.tolist() == [5, 0, 1, 2]
+    assert batch.slots.tolist() == [0, 3, 3, 3]
+    assert batch.sequences == (Span(0, 5, 1), Span(3, 0, 3))
+    tokens, slots, T, S, mask = groups(batch)[0]
+    assert (tokens, slots, T, S, mask) == (slice(0, 1), slice(0, 1), 1, 6, None)
+    alike = groups(Batch.of([(1, 2, [5, 6]), (2, 2, [7, 8]), (0, 2, [9, 9])]))
+    assert [(group.tokens, group.slots) for group in alike] == [
+        (slice(0, 4), slice(1, 3)),
+        (slice(4, 6), slice(0, 1)),
+    ]
+    assert alike[0].mask.tolist() == [[True, True, True, False], [True] * 4]
+
+
 @pytest.mark.parametrize(
-    ("rows", "start", "message"),
+    ("sequences", "message"),
     [
-        ([[1]] * 5, 0, "batch of 5 exceeds max_batch_size 4"),
-        ([[1], [1] * 62], 3, "position 65 exceeds max_seq_len 64"),
-        ([[1], []], 0, "0 tokens"),
-        ([[1]], -1, "start_pos -1"),
+        ([Span(slot, 0, 1) for slot in range(5)], "batch of 5 exceeds max_batch_size 4"),
+        ([Span(0, 3, 1), Span(1, 3, 62)], "position 65 exceeds max_seq_len 64"),
+        ([Span(0, 0, 1), Span(1, 0, 0)], "0 tokens"),
+        ([Span(0, -1, 1)], "start_pos -1"),
     ],
 )
-def test_packed_rows_that_do_not_fit(rows, start, message):
+def test_packed_sequences_that_do_not_fit(sequences, message):
     with pytest.raises(ValueError, match=message):
-        random_model().packed(rows, [start] * len(rows))
-    with pytest.raises(ValueError, match="without a cache"):
-        Transformer(ModelArgs(**GQA, vocab_size=128, max_batch_size=0)).packed([[1]], [0])
+        check(sequences, random_model().params)
 
 
 def test_right_padding_is_never_seen():
@@ -154,8 +173,8 @@ def test_arguments_keep_their_order():
 
 def test_logits_of_chosen_positions():
     model = random_model()
-    hidden = model.hidden(TOKENS, 0)
-    assert torch.allclose(model.logits(hidden[:, -1]), model(TOKENS, 0)[:, -1], atol=1e-5)
+    hidden = model.hidden(Batch.rows(TOKENS, 0, model.params))
+    assert torch.allclose(model.logits(hidden[[11, 23]]), model(TOKENS, 0)[:, -1], atol=1e-5)
 
 
 def test_computes_in_the_dtype_of_its_weights_and_answers_in_float32():
@@ -233,4 +252,4 @@ def test_published_sizes_on_the_meta_device(args, hidden, parameters):
 
 
 def test_the_model_is_read_in_one_sitting():
-    assert len((ROOT / "llama" / "model.py").read_text().splitlines()) <= 350
+    assert len((ROOT / "llama" / "model.py").read_text().splitlines()) <= 250

@@ -25,14 +25,15 @@ from small import (
     save_random,
 )
 
-from llama import Llama, checkpoint, cpp, quantization
+from llama import Llama, checkpoint
+from llama.backends import cpu, quantized
+from llama.backends.quantized import Plain, Quantized, Scheme, dequantize, kernel, quantize, scheme
 from llama.checkpoint import memory
 from llama.cli import measure as bench
 from llama.cli.convert import convert
 from llama.cli.inspect import inspect
 from llama.layers import linear
 from llama.parallel import cpu_has
-from llama.quantization import Plain, Quantized, Scheme, dequantize, kernel, quantize, scheme
 
 CPU = torch.device("cpu")
 SCHEMES = [Scheme(8, 0), Scheme(4, 32), Scheme(4, 64), Scheme(4, 128)]
@@ -94,7 +95,7 @@ def test_fast_is_plain(scheme, rows, shape, compiled):
     weight = quantize(torch.randn(shape), scheme)
     matrix, plain = kernel(weight, CPU, compiled), Plain(weight, CPU)
     assert matrix.nbytes == scheme.nbytes(shape) and matrix.shape == plain.shape == shape
-    fast, x = matrix.product(2 * rows), torch.randn(2, rows, shape[1])
+    fast, x = matrix, torch.randn(2, rows, shape[1])
     assert relative_error(fast(x), plain(x)) < 1e-2
     assert relative_error(plain(x), F.linear(x, dequantize(weight))) < 1e-6
     assert fast(x.bfloat16()).dtype == torch.bfloat16
@@ -113,7 +114,7 @@ def test_no_rows(scheme, compiled):
 @pytest.mark.skipif(not cpu_has("avx512_vnni", "avx_vnni"), reason="needs a CPU with VNNI")
 def test_int8_reaches_no_reference_code():
     """oneDNN multiplies in a way that is for reference where it has no other, a thousand times as slowly."""
-    code = """import torch; from llama.quantization import *; from llama.quantization import kernel
+    code = """import torch; from llama.backends.quantized import *; from llama.backends.quantized import kernel
 kernel(quantize(torch.randn(64, 128), scheme("int8")), torch.device("cpu"))(torch.randn(64, 128))"""
     told = subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "ONEDNN_VERBOSE": "1"}, text=True)
     products = [line for line in told.splitlines() if ",matmul," in line]
@@ -124,7 +125,7 @@ kernel(quantize(torch.randn(64, 128), scheme("int8")), torch.device("cpu"))(torc
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_is_not_finite_stays_so_in_its_row(compiled):
     for which in SCHEMES:
-        multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled).product(11)
+        multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled)
         x = torch.randn(11, 128)
         x[4, 100], x[9, 3] = math.nan, math.inf
         finite = multiply(x).isfinite()
@@ -135,35 +136,35 @@ def test_what_is_not_finite_stays_so_in_its_row(compiled):
 @needs_cpp
 def test_four_bits_are_compiled_where_that_is_possible(folder, monkeypatch, caplog):
     build_one = partial(build, folder, "int4", compile=True)
-    assert isinstance(build_one().model.output.weight, quantization.Int4Compiled)
-    assert not isinstance(build(folder, "int4").model.output.weight, quantization.Int4Compiled)
-    monkeypatch.setattr(quantization, "cpp", cpp.cpp.__wrapped__)
-    monkeypatch.setattr(cpp, "library", mock.Mock(side_effect=RuntimeError("no g++")))
-    assert isinstance(build_one().model.output.weight, quantization.Int4Cpu)
+    assert isinstance(build_one().model.output.weight, quantized.Int4Compiled)
+    assert not isinstance(build(folder, "int4").model.output.weight, quantized.Int4Compiled)
+    monkeypatch.setattr(cpu, "cpp", cpu.cpp.__wrapped__)
+    monkeypatch.setattr(cpu, "library", mock.Mock(side_effect=RuntimeError("no g++")))
+    assert isinstance(build_one().model.output.weight, quantized.Int4Cpu)
     assert "cpu.cpp is not compiled, which is slower: RuntimeError: no g++" in caplog.text
-    monkeypatch.setattr(cpp, "cpu_has", lambda unit: False)
-    assert isinstance(build_one().model.output.weight, quantization.Int4Cpu)
+    monkeypatch.setattr(cpu, "cpu_has", lambda *units: False)
+    assert isinstance(build_one().model.output.weight, quantized.Int4Cpu)
 
 
 @pytest.mark.parametrize("out", [48, 64, 1152])
 def test_four_bits_are_packed_by_hand_only_as_torch_packs_them(out, monkeypatch):
     weight = quantize(torch.randn(out, 128), scheme("int4"))
-    packed = quantization.Int4Cpu(weight, CPU).packed
-    assert torch.equal(packed, quantization.packed_by_torch(weight.q).view(out, -1))
-    monkeypatch.setattr(quantization, "packed_by_hand", torch.zeros_like)
-    assert torch.equal(packed, quantization.Int4Cpu(weight, CPU).packed)
+    packed = quantized.Int4Cpu(weight, CPU).packed
+    assert torch.equal(packed, quantized.packed_by_torch(weight.q).view(out, -1))
+    monkeypatch.setattr(quantized, "packed_by_hand", torch.zeros_like)
+    assert torch.equal(packed, quantized.Int4Cpu(weight, CPU).packed)
 
 
 @needs_cpp
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 def test_few_rows_by_eight_bits_read_what_onednn_has_packed(rows, monkeypatch):
     weight, x = quantize(torch.randn(192, 320), scheme("int8")), torch.randn(rows, 320)
-    multiply = kernel(weight, CPU, compiled=True).product(rows)
-    assert isinstance(multiply, cpp.Matrix)
+    multiply = kernel(weight, CPU, compiled=True)
+    assert isinstance(multiply.native, cpu.Matrix)
     assert relative_error(multiply(x), kernel(weight, CPU)(x)) < 1e-6
     monkeypatch.setattr(torch, "equal", lambda *tensors: False)  # as if it had packed in another way
-    multiply = kernel(weight, CPU, compiled=True).product(rows)
-    assert isinstance(multiply, quantization.Int8Compiled)
+    multiply = kernel(weight, CPU, compiled=True)
+    assert multiply.native is None
     assert relative_error(multiply(x), kernel(weight, CPU)(x)) < 1e-6
 
 
@@ -173,7 +174,7 @@ def test_a_row_of_a_batch_is_computed_as_it_would_be_alone(compiled):
     rounding of its sums, whose order depends on the number of rows: relative to the row's largest output."""
     torch.manual_seed(0)
     for which in SCHEMES:
-        multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled).product(5)
+        multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled)
         x = torch.randn(5, 128) * torch.tensor([[1.0], [100.0], [0.01], [1.0], [1e4]])
         together, alone = multiply(x), torch.cat([multiply(row[None]) for row in x])
         assert ((together - alone).abs().amax(-1) <= 1e-5 * alone.abs().amax(-1)).all()
@@ -297,7 +298,7 @@ def test_the_footprint_is_what_is_held(folder, scheme):
     llama = build(folder, f"int{scheme.bits}", scheme.group or 64)
     held = sum(weight.nbytes for weight in llama.model.parameters())
     weights = [getattr(module, "weight", None) for module in llama.model.modules()]
-    held += sum(weight.nbytes for weight in weights if isinstance(weight, (Plain, quantization.Rows)))
+    held += sum(weight.nbytes for weight in weights if isinstance(weight, (Plain, quantized.Rows)))
     assert memory.footprint(llama.model.params, 1, torch.float32, scheme).weights == held
 
 

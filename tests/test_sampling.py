@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama import sampling
-from llama.sampling import Sampler, Sampling, cut, draw, penalize, token_logprobs
+from llama.sampling import Sampler, SamplingParams, filter_top_k_top_p, penalize, sample, token_logprobs
 
 PROBS = torch.tensor([[0.5, 0.05, 0.3, 0.15], [0.1, 0.2, 0.3, 0.4]])
 LOGITS = [2.0, -1.0, 0.5, 1.5, 0.0, -3.0]
@@ -32,12 +32,23 @@ def exact(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition=1.0, freque
     return [weights[i] / reached if i in kept else 0.0 for i in range(len(weights))]
 
 
+def sampler_of(rows, prompts, vocab_size):
+    """A sampler whose slots are taken."""
+    sampler = Sampler(len(rows), vocab_size, "cpu")
+    for slot, (params, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        sampler.admit(slot, params, prompt)
+    return sampler
+
+
 def drawn(settings, count, start=0):
     """How often each id comes in `count` draws after PROMPT and ANSWER: rows of one batch with seeds of their own."""
-    sampler = Sampler([Sampling(**settings, seed=start + i) for i in range(count)], [PROMPT] * count, 6, "cpu")
+    rows = [SamplingParams(**settings, seed=start + i) for i in range(count)]
+    sampler, slots = sampler_of(rows, [PROMPT] * count, 6), range(count)
+    logits = torch.tensor([LOGITS]).expand(count, 6)
+    sampler(logits, slots, [0] * count)
     for id in ANSWER:
-        sampler.saw(torch.full((count,), id), torch.ones(count, dtype=torch.bool))
-    return sampler(torch.tensor([LOGITS]).expand(count, 6), [3] * count).bincount(minlength=6)
+        sampler.count(torch.full((count,), id), slots)
+    return sampler(logits, slots, [3] * count).bincount(minlength=6)
 
 
 def chi_square(counts, expected):
@@ -97,12 +108,12 @@ def test_a_distribution_that_is_a_little_off_is_rejected():
 def test_a_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, expected):
     falling = PROBS.sort(-1, descending=True).values
     zero = torch.zeros(2, 1)
-    assert torch.equal(cut(falling, zero, torch.full((2, 1), top_p), zero), torch.tensor(expected))
+    assert torch.equal(filter_top_k_top_p(falling, zero, torch.full((2, 1), top_p), zero), torch.tensor(expected))
 
 
 def test_top_p_is_of_what_top_k_leaves():
     falling = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
-    kept = cut(falling, torch.tensor([[2]]), torch.tensor([[0.6]]), torch.zeros(1, 1))
+    kept = filter_top_k_top_p(falling, torch.tensor([[2]]), torch.tensor([[0.6]]), torch.zeros(1, 1))
     assert kept.gt(0).tolist() == [[True, True, False, False]]  # 0.4 of 0.7 is not yet 0.6
 
 
@@ -116,23 +127,24 @@ def test_penalties():
 @pytest.mark.parametrize("u", [0.0, 0.25, 0.5, 0.999999, 1 - 2**-24])
 def test_nothing_of_weight_zero_is_drawn(u):
     weights = torch.tensor([[0.0, 0.25, 0.0, 0.25, 0.0]])
-    assert draw(weights, torch.tensor([[u]])).item() == (1 if u < 0.5 else 3)
+    assert sample(weights, torch.tensor([[u]])).item() == (1 if u < 0.5 else 3)
 
 
-def sample(logits, **settings):
+def chosen(logits, **settings):
     rows = len(logits)
-    return Sampler([Sampling(**settings)] * rows, [[0]] * rows, logits.shape[1], "cpu")(logits, [0] * rows).tolist()
+    sampler = sampler_of([SamplingParams(**settings)] * rows, [[0]] * rows, logits.shape[1])
+    return sampler(logits, range(rows), [0] * rows).tolist()
 
 
-def test_temperature_zero_takes_the_likeliest():
-    assert sample(PROBS.log()) == [0, 3]
+def test_temperature_zero_takes_the_argmax():
+    assert chosen(PROBS.log()) == [0, 3]
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1e-3])
-def test_a_tiny_temperature_takes_the_likeliest(temperature):
+def test_a_tiny_temperature_takes_the_argmax(temperature):
     """Dividing by it must not overflow."""
     logits = torch.tensor([[1e4, -1e4, 9.9e3], [0.0, 3.0, 1.0]])
-    assert sample(logits, temperature=temperature, top_p=0.9) == [0, 1]
+    assert chosen(logits, temperature=temperature, top_p=0.9) == [0, 1]
 
 
 def test_rows_have_settings_and_random_numbers_of_their_own():
@@ -140,22 +152,42 @@ def test_rows_have_settings_and_random_numbers_of_their_own():
     torch.manual_seed(0)
     logits = torch.randn(5, 1000)
     rows = [
-        Sampling(0.0, seed=1),
-        Sampling(1.0, seed=2),
-        Sampling(0.7, 0.9, seed=3),
-        Sampling(1.3, top_k=40, seed=4),
-        Sampling(1.0, 0.8, 7, 0.1, 1.3, 0.2, 0.3, {5: 4.0}, 5),
+        SamplingParams(0.0, seed=1),
+        SamplingParams(1.0, seed=2),
+        SamplingParams(0.7, 0.9, seed=3),
+        SamplingParams(1.3, top_k=40, seed=4),
+        SamplingParams(1.0, 0.8, 7, 0.1, 1.3, 0.2, 0.3, {5: 4.0}, 5),
     ]
     prompts = [[i, i + 1] for i in range(5)]
-    together = Sampler(rows, prompts, 1000, "cpu")
-    alone = [Sampler([row], [prompt], 1000, "cpu") for row, prompt in zip(rows, prompts, strict=True)]
+    together = sampler_of(rows, prompts, 1000)
+    alone = [sampler_of([row], [prompt], 1000) for row, prompt in zip(rows, prompts, strict=True)]
     for n in range(100):
-        ids = together(logits, [n] * 5)
-        together.saw(ids, torch.ones(5, dtype=torch.bool))
+        ids = together(logits, range(5), [n] * 5)
+        together.count(ids, range(5))
         for i, sampler in enumerate(alone):
-            id = sampler(logits[i : i + 1], [n])
-            sampler.saw(id, torch.ones(1, dtype=torch.bool))
+            id = sampler(logits[i : i + 1], [0], [n])
+            sampler.count(id, [0])
             assert id.item() == ids[i].item()
+
+
+def test_a_slot_begins_anew_with_each_request():
+    """Whatever the last one has drawn and counted, and whichever slots are sampled from together."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    params = SamplingParams(1.0, repetition_penalty=1.5, frequency_penalty=0.5, seed=3)
+
+    def three(sampler, slot, slots, row):
+        ids = []
+        for n in range(3):
+            found = sampler(logits[: len(slots)], slots, [n] * len(slots))
+            sampler.count(found, slots)
+            ids.append(found[row].item())
+        return ids
+
+    expected = three(sampler_of([params], [[7]], 50), 0, [0], 0)
+    sampler = sampler_of([SamplingParams(), params, SamplingParams(2.0, seed=1)], [[1], [9, 9], [2]], 50)
+    three(sampler, 1, [0, 1], 1)
+    sampler.admit(1, params, [7])
+    assert three(sampler, 1, [1, 0], 0) == expected
 
 
 @pytest.mark.parametrize(
@@ -179,7 +211,7 @@ def test_rows_have_settings_and_random_numbers_of_their_own():
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError) as error:
-        Sampling(**settings)
+        SamplingParams(**settings)
     assert message in str(error.value)
 
 
@@ -187,11 +219,10 @@ def test_settings_out_of_range(settings, message):
 def test_equal_chances_are_ordered_by_id(top_k):
     """How many candidates are looked at depends on the batch; which of several equals are kept must not."""
     logits = (torch.arange(2000) % 7).float().expand(2, 2000)
-    rows = [Sampling(1.0, top_k=top_k, seed=3), Sampling(1.0, top_k=1500, seed=4)]
-    together = Sampler(rows, [[0], [0]], 2000, "cpu")
-    alone = Sampler(rows[:1], [[0]], 2000, "cpu")
+    rows = [SamplingParams(1.0, top_k=top_k, seed=3), SamplingParams(1.0, top_k=1500, seed=4)]
+    together, alone = sampler_of(rows, [[0], [0]], 2000), sampler_of(rows[:1], [[0]], 2000)
     for n in range(50):
-        assert together(logits, [n, n])[0] == alone(logits[:1], [n])[0]
+        assert together(logits, [0, 1], [n, n])[0] == alone(logits[:1], [0], [n])[0]
 
 
 def test_log_probabilities_are_those_of_the_full_softmax():

@@ -1,13 +1,14 @@
-"""Streams, and what else one may ask of generation: settings of each row, seeds, stops, judges, lookup."""
+"""Streams, and the options of generation: settings of each prompt, seeds, stops, filters, prompt lookup."""
 
 import gc
 import threading
 
 import pytest
-from small import MODELS, TOKENIZER, random_model, save_random
+from small import MODELS, TOKENIZER, passes, random_model, save_random
 
 from llama import Llama, engine, parallel
-from llama.engine import Row, steps
+from llama.engine import Engine
+from llama.request import Request
 
 PROMPTS = [[1, 400, 401, 402], [1, 17], [1, *range(300, 319)], [1, 99, 98, 97, 96, 95, 94]]
 
@@ -55,28 +56,43 @@ def test_a_chat_stream_is_the_chat(bundled):
     assert [row[3] for row in rows] == [result["finish_reason"] for result in whole]
 
 
-def test_a_stream_that_is_closed_frees_the_model(llama):
-    stream = llama.generate_stream(PROMPTS, 30, temperature=0)
+def test_streams_share_the_passes(llama):
+    """Two may be open, beside other calls; each gets what it gets alone."""
+    prompts = [PROMPTS[:2], PROMPTS[2:3], PROMPTS[3:]]
+    alone = [llama.generate(some, 12, temperature=0)[0] for some in prompts]
+    llama.engine.forget()
+    first, second = (llama.generate_stream(some, 12, temperature=0) for some in prompts[:2])
+    found = [next(first)]
+    with passes(llama) as seen:
+        third = llama.generate(prompts[2], 12, temperature=0)[0]
+    assert seen[1:-2] == [4] * (len(seen) - 3)  # each beside those of both streams
+    found += [*first]
+    assert [[id for event in found if event.row == row for id in event.tokens] for row in (0, 1)] == alone[0]
+    assert [row.tokens for row in second.drain()] == alone[1]
+    assert third == alone[2]
+
+
+def test_a_stream_that_is_closed_frees_its_slots(llama):
+    stream = llama.generate_stream(PROMPTS * 2, 30, temperature=0)
     next(stream)
-    with pytest.raises(
-        RuntimeError, match="a stream of this model is still open; read it to its end or close it first"
-    ):
-        llama.generate([[1]], 3)
     stream.close()
     assert list(stream) == []
     with llama.generate_stream(PROMPTS, 30, temperature=0) as stream:
         next(stream)
     llama.generate_stream(PROMPTS, 30)  # never read, and dropped at once
-    assert llama.generate([[1]], 3, temperature=0)[0] == llama.generate([[1]], 3, temperature=0)[0]
+    with passes(llama) as seen:
+        assert llama.generate([[1]], 3, temperature=0)[0] == llama.generate([[1]], 3, temperature=0)[0]
+    assert max(seen) == 1
+    assert not any(slot.request for slot in llama.engine.slots) and not llama.engine.waiting
 
 
-def test_a_stream_that_its_own_judge_holds_is_collected(bundled):
+def test_a_stream_that_its_own_filter_holds_is_collected(bundled):
     class App:
-        def judge(self, text):
+        def check(self, text):
             return None
 
         def ask(self):
-            self.stream = bundled.chat_stream([[{"role": "user", "content": "Hi"}]], judge_output=self.judge)
+            self.stream = bundled.chat_stream([[{"role": "user", "content": "Hi"}]], output_filter=self.check)
 
     app = App()
     app.ask()
@@ -234,16 +250,44 @@ def test_other_ranks_end_when_the_first_stops_listening(ranks, tmp_path):
 
 
 def test_a_stream_that_goes_from_thread_to_thread(llama):
-    """Whoever reads it is told that it is open, instead of waiting for ever for himself."""
+    expected = llama.generate(PROMPTS, 30, 0)[0]
     streams = []
     thread = threading.Thread(target=lambda: streams.append(llama.generate_stream(PROMPTS, 30, 0)))
     thread.start()
     thread.join()
-    for _ in range(5):
-        next(streams[0])
-    with pytest.raises(RuntimeError, match="still open"):
-        llama.generate([[1]], 3)
-    streams[0].close()
+    assert llama.generate([[1]], 3, 0)[0] == [llama.generate([[1]], 3, 0)[0][0]]
+    assert [row.tokens for row in streams[0].drain()] == expected
+
+
+def test_threads_share_the_passes(llama):
+    prompts = [[1, 300 + i, 7] for i in range(4)]
+    alone = [llama.generate([prompt], 40, temperature=0)[0][0] for prompt in prompts]
+    found, ready = {}, threading.Barrier(4)
+
+    def ask(i):
+        ready.wait()
+        found[i] = llama.generate([prompts[i]], 40, temperature=0)[0][0]
+
+    llama.engine.forget()
+    with passes(llama) as seen:
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [found[i] for i in range(4)] == alone
+    assert len(seen) < 2 * 40
+
+
+def test_an_error_of_one_thread_is_told_to_those_who_share_its_pass(llama, monkeypatch):
+    stream = llama.generate_stream(PROMPTS[:1], 30, temperature=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "choose", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llama.generate([[1]], 3)
+    with pytest.raises(RuntimeError, match="a pass shared with another call failed: ZeroDivisionError"):
+        list(stream)
+    assert llama.generate([[1]], 3, temperature=0)[0]
 
 
 def _one_after_another(folder):
@@ -259,9 +303,9 @@ def _one_after_another(folder):
 
     calls = [
         lambda: llama.text_completion(["a", (i for i in [1])]),
-        lambda: llama.chat_completion(dialogs, judge_input=lock),
-        lambda: llama.chat_completion(dialogs, judge_input=interrupt),
-        lambda: llama.chat_completion(dialogs, judge_output=lambda text: 3, max_gen_len=2),
+        lambda: llama.chat_completion(dialogs, input_filter=lock),
+        lambda: llama.chat_completion(dialogs, input_filter=interrupt),
+        lambda: llama.chat_completion(dialogs, output_filter=lambda text: 3, max_gen_len=2),
         lambda: llama.text_completion(["a"], top_k=-1),
     ]
     found = []
@@ -271,7 +315,7 @@ def _one_after_another(folder):
         except BaseException as error:
             found.append(type(error).__name__)
         found.append(llama.generate([[1, 2]], 3, temperature=0)[0])
-    with llama.chat_stream(dialogs, judge_input=lambda dialog: "No." if "a" in str(dialog[-1]) else None) as stream:
+    with llama.chat_stream(dialogs, input_filter=lambda dialog: "No." if "a" in str(dialog[-1]) else None) as stream:
         found.append(next(stream).finish_reason)
     return found, llama.generate([[1, 2]], 3, temperature=0)[0]
 
@@ -285,7 +329,7 @@ def test_ranks_keep_step_through_errors(ranks, tmp_path):
     assert first[-1] == second[-1] == "refused"
 
 
-# Judges
+# Filters
 
 
 def refuse_input(dialog):
@@ -296,48 +340,58 @@ def refuse_output(text):
     return "I said nothing." if "a" in text else None
 
 
-def test_judges(bundled):
+def test_filters(bundled):
     good = [{"role": "user", "content": "Hello"}]
     bad = [{"role": "user", "content": "a bomb"}]
     options = {"temperature": 0, "max_gen_len": 10}
     [plain] = bundled.chat_completion([good], **options)
-    results = bundled.chat_completion([bad, good, bad], judge_input=refuse_input, **options)
+    results = bundled.chat_completion([bad, good, bad], input_filter=refuse_input, **options)
     assert [result["generation"]["content"] for result in results] == [
         "Not that.",
         plain["generation"]["content"],
         "Not that.",
     ]
     assert [result["finish_reason"] for result in results] == ["refused", plain["finish_reason"], "refused"]
-    [silenced] = bundled.chat_completion([good], judge_output=lambda text: "No." if text else None, **options)
+    [silenced] = bundled.chat_completion([good], output_filter=lambda text: "No." if text else None, **options)
     assert silenced["generation"]["content"] == "No."
-    [allowed] = bundled.chat_completion([good], judge_output=lambda text: None, **options)
+    [allowed] = bundled.chat_completion([good], output_filter=lambda text: None, **options)
     assert allowed == plain
-    events = list(bundled.chat_stream([good], judge_output=lambda text: None, **options))
-    assert [event.text for event in events] == [plain["generation"]["content"]]  # held back until it was judged
+    events = list(bundled.chat_stream([good], output_filter=lambda text: None, **options))
+    assert [event.text for event in events] == [plain["generation"]["content"]]  # held back until it was checked
 
 
-def test_what_is_refused_on_input_is_never_generated(bundled, monkeypatch):
-    monkeypatch.setattr(bundled.model, "blocks", None)
-    [result] = bundled.chat_completion([[{"role": "user", "content": "a bomb"}]], judge_input=refuse_input)
+def test_filters_by_their_old_names(bundled):
+    good = [{"role": "user", "content": "Hello"}]
+    with pytest.warns(DeprecationWarning, match="judge_output is now called output_filter"):
+        [result] = bundled.chat_completion([good], max_gen_len=2, judge_output=lambda text: "No.")
+    assert result["generation"]["content"] == "No."
+    with pytest.warns(DeprecationWarning, match="judge_input is now called input_filter"):
+        assert next(bundled.chat_stream([good], judge_input=lambda dialog: "No.")).text == "No."
+
+
+def test_what_is_refused_on_input_is_never_generated(bundled):
+    with passes(bundled) as seen:
+        [result] = bundled.chat_completion([[{"role": "user", "content": "a bomb"}]], input_filter=refuse_input)
     assert result == {"generation": {"role": "assistant", "content": "Not that."}, "finish_reason": "refused"}
+    assert seen == []
 
 
-def _judge_on_ranks(folder):
+def _filter_on_ranks(folder):
     llama = Llama.build(folder, TOKENIZER, 64, 4, device="cpu")
     asked = []
 
-    def judge(text):
+    def check(text):
         asked.append(text)
         return f"said {len(asked)}" if len(asked) % 2 else None
 
     dialogs = [[{"role": "user", "content": text}] for text in ("a", "b", "c")]
-    results = llama.chat_completion(dialogs, temperature=0, max_gen_len=4, judge_output=judge)
+    results = llama.chat_completion(dialogs, temperature=0, max_gen_len=4, output_filter=check)
     return [result["generation"]["content"] for result in results], len(asked)
 
 
-def test_the_first_rank_judges_for_all(ranks, tmp_path):
+def test_the_first_rank_filters_for_all(ranks, tmp_path):
     save_random(tmp_path, mp=2)
-    (first, asked), (second, asked_too) = ranks(2).run(_judge_on_ranks, tmp_path)
+    (first, asked), (second, asked_too) = ranks(2).run(_filter_on_ranks, tmp_path)
     assert first == second and (asked, asked_too) == (3, 0)
     assert first[0] == "said 1" and first[2] == "said 3"
 
@@ -367,9 +421,9 @@ def test_lookup_takes_fewer_steps_where_text_repeats():
         layer.attention.wo.weight.data.zero_()
         layer.feed_forward.w2.weight.data.zero_()
     model.output.weight.data.zero_()[[*range(1, 9), 0]] = model.tok_embeddings.weight.data[:9]
-    rows = [[Row([5], 64, lookup=most), Row([3, 4], 50, lookup=most)] for most in (0, 7)]
-    plain, fast = (list(steps(model, some)) for some in rows)
-    assert [row.text for row in rows[0]] == [row.text for row in rows[1]]
-    assert rows[0][0].text == [i % 9 for i in range(5, 69)]
+    requests = [[Request([5], 64, lookup=most), Request([3, 4], 50, lookup=most)] for most in (0, 7)]
+    plain, fast = (list(Engine.of(model).run(some)) for some in requests)
+    assert [request.ids for request in requests[0]] == [request.ids for request in requests[1]]
+    assert requests[0][0].ids == [i % 9 for i in range(5, 69)]
     assert len(plain) == 63
     assert len(fast) < 30

@@ -13,7 +13,7 @@ from small import GQA, MODELS, in_process, save_random
 from llama import Llama
 from llama.cli.chat import chat
 from llama.cli.perplexity import perplexity as command
-from llama.score import perplexity
+from llama.scoring import perplexity
 
 CHAT = [sys.executable, "-m", "llama", "chat"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "llama", "chat"]
@@ -145,7 +145,7 @@ def test_commands_by_pipe(monkeypatch, tmp_path):
         "Hello",
         "/set min_p 0.1",
         "/set top_q 3",
-        "/set judge_input 3",
+        "/set input_filter 3",
         "/set",
         f"/save {tmp_path / 'talk'}",
         f"/load {tmp_path / 'talk'}",
@@ -164,7 +164,7 @@ def test_commands_by_pipe(monkeypatch, tmp_path):
         HELLO,
         "min_p 0.1",
         "error: there is no option 'top_q'",
-        "error: judge_input is 3; it must be a function",
+        "error: input_filter is 3; it must be a function",
         "2 messages",
         f"error: {tmp_path / 'five'}: dialog is 5; it must be a list of messages",
         f"error: {tmp_path / 'deep'}: maximum recursion depth exceeded",

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..backends.quantized import Scheme
 from ..model import ModelArgs
-from ..quantization import Scheme
 from ..tokenizer import Tokenizer
 from . import hf
 from .folder import Checkpoint

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..backends.quantized import Scheme, scheme
 from ..model import ModelArgs
-from ..quantization import Scheme, scheme
 from . import hf
 from .files import READABLE, SafetensorsFile, TorchFile
 from .meta import read_params, read_scheme, shard_paths

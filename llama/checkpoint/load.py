@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..backends.quantized import Quantized, Rows, Scheme, kernel, quantize, stack
 from ..model import ModelArgs
 from ..parallel import empty, rank, world_size
-from ..quantization import Quantized, Rows, Scheme, kernel, quantize, stack
 from .plan import fused_groups, is_matrix, rank_range, shapes, shard_dim
 
 
@@ -55,7 +55,9 @@ def load(
     total = sum(shape.numel() for shape in local.values())
     hidden = None if rank() == 0 else True  # None: a bar on a terminal only
     with tqdm(desc="loading", total=total, unit="weights", unit_scale=True, disable=hidden, leave=False) as bar:
-        for names in fused_groups(local):
+        # cpu.cpp multiplies by several matrices at once; other kernels of quantized matrices have one each.
+        apart = scheme is not None and not (compiled and world_size() == 1)
+        for names in [[name] for name in local] if apart else fused_groups(local):
             rows = [local[name][0] for name in names]
             if scheme and is_matrix(names[0]):
                 parts = [read_quantized(weights, name, whole[name], *ranges[name], scheme) for name in names]

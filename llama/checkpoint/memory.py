@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends.quantized import Scheme
 from ..model import ModelArgs
-from ..quantization import Scheme
 from .plan import is_matrix, rank_range, shapes, shard_dim
 
 

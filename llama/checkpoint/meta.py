@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..backends.quantized import Scheme, scheme
 from ..model import ModelArgs
-from ..quantization import Scheme, scheme
 from .paths import listed, read_json
 
 REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")

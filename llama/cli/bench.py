@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import parallel
+from ..backends.quantized import scheme
 from ..checkpoint import Checkpoint, Weights, available, check_path, find_tokenizer, footprint, shortage
 from ..model import ModelArgs, Transformer
-from ..quantization import scheme
 from ..tokenizer import Tokenizer
 from . import measure
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import parallel
+from ..conversation import Chat
 from ..generation import Llama
-from ..session import Chat
 from .terminal import next_line, terminal
 
 HELP = """\

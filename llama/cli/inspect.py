@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from .. import parallel
+from ..backends.quantized import Scheme
 from ..checkpoint import Checkpoint, available, check_path, digest, divides, find_tokenizer, footprint, shapes, shortage
 from ..model import ModelArgs
-from ..quantization import Scheme
 from ..tokenizer import Tokenizer
 
 SUMS = ("*.chk", "*.md5", "*.sha256", "*SUMS")  # names of files that list check sums

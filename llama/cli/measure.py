@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import parallel
+from ..backends.quantized import Scheme
 from ..checkpoint import Weights, load, shard_dim
-from ..engine import Row, steps
+from ..engine import Engine
 from ..layers import ColumnParallelLinear, RowParallelLinear
 from ..model import ModelArgs, Transformer
-from ..quantization import Scheme
+from ..request import Request
 
 SHAPES: dict[str, dict[str, Any]] = {
     "110M": {"dim": 768, "n_layers": 12, "n_heads": 12},
@@ -123,7 +124,6 @@ def loaded(
         model = Transformer(replace(args, max_batch_size=0))
     load(model, weights, args, device, dtype, scheme, compile)
     model.params = args
-    model.compiled = compile
     model.allocate_cache()
     return model.eval().requires_grad_(False)
 
@@ -202,9 +202,13 @@ def work(model: Transformer, case: Case) -> tuple[float, float]:
     return nbytes, 2 * rows * (queries * (size - head) + head) + attention
 
 
-def ours(model: Transformer) -> Run:
-    def run(ids: Tensor, tokens: int) -> Iterator[object]:
-        return steps(model, [Row(prompt, len(prompt) + tokens) for prompt in ids.tolist()])
+def ours(model: Transformer, compile: bool = False) -> Run:
+    engine = Engine.of(model, compile)
+
+    def run(ids: Tensor, tokens: int) -> Iterator[list[int]]:
+        engine.forget()  # otherwise what the last run left would be a prefix
+        for step in engine.run([Request(prompt, len(prompt) + tokens) for prompt in ids.tolist()]):
+            yield [id for out in step for id in out.tokens]
 
     return run
 
@@ -214,7 +218,7 @@ def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[st
     line: `facts` and what was measured."""
     weight = model.norm.weight
     device = weight.device
-    runs = {"llama": ours(model), **peers}
+    runs = {"llama": ours(model, bool(facts.get("compile"))), **peers}
     limits = {"bandwidth": bandwidth(device), "matrix_rate": matrix_rate(device, weight.dtype)}
     facts = {**facts, **machine(device), **{name: limit(5) for name, limit in limits.items()}, "cases": {}}
     print(f"{facts['model']} in {facts['quantize'] or facts['dtype']} on {facts['device']}, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fire.decorators import SetParseFns
 from tqdm import tqdm
 
-from .. import parallel, score
+from .. import parallel, scoring
 from ..checkpoint import check_path
 from ..generation import Llama
 
@@ -48,6 +48,6 @@ def perplexity(
     if len(ids) < 2:
         raise ValueError(f"{file} is empty")
     with tqdm(total=len(ids) - 1, unit="token", disable=True if parallel.rank() else None, leave=False) as bar:
-        value, count = score.perplexity(llama.model, ids, window, step, bar.update)
+        value, count = scoring.perplexity(llama.model, ids, window, step, bar.update)
     if parallel.rank() == 0:
         print(f"perplexity {value:.4f} of {count:,} tokens, in windows of {window} every {step}")

@@ -1,20 +1,19 @@
-"""A conversation, whose turns cost no more than what is new in them."""
+"""A conversation: a dialog that continues."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from typing import Any, cast
+from typing import Any
 
 from . import parallel
 from .chat import TAGS, Dialog, Message, check_dialog, encode_dialog, has_tags
-from .generation import Llama
-from .options import Options
-from .stream import Event, Stream, collect
+from .generation import OLD_NAMES, Llama, pop_filters
+from .stream import Event, Stream
 
 
 class Chat:
-    """A dialog with a Llama, which keeps what its cache holds of it between turns: each prefills what is new.
+    """A dialog with a Llama. A turn prefills only what is new, as the engine's cache holds the rest.
 
     `system` or a whole `dialog` may begin it; options are those of `Llama.chat_completion`. When a dialog outgrows
     max_seq_len, its oldest turns go, and the system message stays; `dropped` counts the messages that went. Answers are
@@ -44,23 +43,23 @@ class Chat:
     def set(self, **options: Any) -> None:
         """Change options; ValueError or TypeError, and no change, for what is none."""
         changed = {**self.options, **options}
-        rest = {name: value for name, value in changed.items() if name not in ("judge_input", "judge_output")}
-        for name in {*changed} - {*rest}:
-            if changed[name] is not None and not callable(changed[name]):
-                raise ValueError(f"{name} is {changed[name]!r}; it must be a function")
+        for old, new in OLD_NAMES.items():
+            if old in options:
+                changed[new] = changed[old]
+        rest = dict(changed)
+        pop_filters(rest)
+        changed = {name: value for name, value in changed.items() if name not in OLD_NAMES}
         state = self.llama.generator.get_state()  # to check seeds is to draw some
         most, temperature, top_p = (rest.pop(name) for name in ("max_gen_len", "temperature", "top_p"))
-        prompt, others = [[self.llama.tokenizer.bos_id]], cast("Options", rest)
         try:
-            [asked] = self.llama._asked(prompt, most, temperature, top_p, others)
+            [settings] = self.llama._settings([[self.llama.tokenizer.bos_id]], most, temperature, top_p, rest)
         finally:
             self.llama.generator.set_state(state)
-        self.options, self.most = changed, asked.max_new
+        self.options, self.most = changed, settings.max_new
 
     def say(self, text: str) -> str:
         """The answer to what the user says."""
-        [answer] = collect(([event] for event in self.stream(text)), 1)
-        return answer.text
+        return self.stream(text).drain()[0].text
 
     def stream(self, text: str) -> Stream:
         """The answer as it happens. Once this has ended or is closed, the dialog has what was said on both sides; but
@@ -77,7 +76,7 @@ class Chat:
         before, self.dropped = self.dropped, self.dropped + len(self.dialog) + 1 - len(dialog)
         said, reason = "", None
         try:
-            with closing(self.llama._chat([dialog], keep=True, **self.options)) as steps:
+            with closing(self.llama._chat([dialog], **self.options)) as steps:
                 for step in steps:
                     said += "".join(event.text for event in step)
                     reason = next((event.finish_reason for event in step if event.finish_reason), reason)

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from small import needs_cpp, relative_error
 
-from llama import cpp
-from llama.cpp import Matrix
-from llama.layers import product
-from llama.model import rotations
+from llama.backends import cpu
+from llama.backends.cpu import Matrix
+from llama.model import rope_frequencies
 
 COMPILER = """#!/bin/sh
 echo "$@" >> "$0.log"
@@ -24,7 +23,7 @@ pytestmark = needs_cpp
 
 @pytest.fixture(autouse=True)
 def compiled():
-    assert cpp.cpp()
+    assert cpu.cpp()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), DTYPES)
@@ -55,27 +54,20 @@ def test_what_is_not_finite_stays_in_its_row_and_output(rows):
     assert torch.equal(~y.isfinite(), expected)
 
 
-@pytest.mark.parametrize("columns", [32, 40])
-def test_a_float_product_of_strided_rows(columns):
-    """Those of 40 columns are no whole vectors, and multiplied by a library."""
-    w, both = torch.randn(24, columns), torch.randn(2, 1, 2 * columns)
-    x = both[..., columns:]
-    assert relative_error(product(w, 2, compiled=True)(x), F.linear(x, w)) < 1e-6
+def test_a_float_product_of_strided_rows():
+    w, x = torch.randn(24, 32), torch.randn(2, 1, 64)[..., 32:]
+    assert relative_error(Matrix(w)(x), F.linear(x, w)) < 1e-6
 
 
-@pytest.mark.parametrize("size", [1, 15, 16, 40, 1003])
-def test_the_likeliest(size):
-    logits = torch.randn(3, size).round(decimals=1)  # with equals
-    logits[1] = -5.0
-    assert cpp.likeliest(logits).tolist() == [*logits.max(-1).indices.tolist(), 1]
-    for bad in (torch.nan, torch.inf, -torch.inf):
-        logits[2, -1] = bad
-        assert cpp.likeliest(logits)[-1] == 0
+def attend(heads, turns, cache, places):
+    """Attention of N tokens, (N, H D), by heads (N, (H + 2K) D). `places` are slot, first position and number of tokens
+    of each sequence."""
+    return cpu.ops.attend(heads.float().contiguous(), turns, cache, places).type_as(heads)
 
 
 def inputs(N, K, group, D, dtype=torch.float32, rows=1):
     """Heads of N tokens, turns and a cache."""
-    turns = torch.view_as_real(rotations(torch.arange(100), D, 1e4))
+    turns = torch.view_as_real(rope_frequencies(torch.arange(100), D, 1e4))
     return torch.randn(N, (K * group + 2 * K) * D), turns, torch.randn(rows, 2 * K, 100, D).to(dtype)
 
 
@@ -115,12 +107,12 @@ def test_attention(places, K, group, D, dtype, bound):
     expected = cache.clone()
     for row, start, T in spans:
         cache[row, :, start + T :] = torch.nan
-    found = cpp.attend(heads.clone(), turns, cache, places)
+    found = attend(heads.clone(), turns, cache, places)
     assert relative_error(found, attend_plainly(heads, turns, expected, places)) < bound
     for row, start, T in spans:
         torch.testing.assert_close(cache[row, :, : start + T], expected[row, :, : start + T])
         assert cache[row, :, start + T :].isnan().all()
-    assert cpp.attend(heads.to(dtype), turns, cache, places).dtype == dtype
+    assert attend(heads.to(dtype), turns, cache, places).dtype == dtype
 
 
 @pytest.mark.parametrize("T", [1, 16])
@@ -133,14 +125,14 @@ def test_attention_to_what_differs_widely(T):
         cache[:, 0] = scale / 4 * torch.linspace(0.9, 1, 100)[:, None]
         heads[:, :32] = torch.cat((torch.ones(16), torch.full((16,), scale / 4)))
         expected = attend_plainly(heads, turns, cache.clone(), [0, 19, T])
-        assert relative_error(cpp.attend(heads, turns, cache, [0, 19, T]), expected) < 3e-5
+        assert relative_error(attend(heads, turns, cache, [0, 19, T]), expected) < 3e-5
 
 
 @pytest.mark.parametrize("T", [1, 20])
 def test_attention_to_what_is_not_finite_is_not_finite_in_its_row(T):
     heads, turns, cache = inputs(2 * T, 2, 1, 16, rows=2)
     cache[1, :, 3] = torch.nan
-    first, second = cpp.attend(heads, turns, cache, [0, 7, T, 1, 7, T]).split(T)
+    first, second = attend(heads, turns, cache, [0, 7, T, 1, 7, T]).split(T)
     assert first.isfinite().all() and second.isnan().all()
 
 
@@ -157,7 +149,7 @@ def test_attention_to_what_is_not_finite_is_not_finite_in_its_row(T):
 def test_attention_touches_no_memory_that_is_not_its_own(places, what):
     heads, turns, cache = inputs(2, 1, 1, 16, rows=3)
     with pytest.raises((IndexError, ValueError), match=what):
-        cpp.attend(heads, turns, cache, places)
+        attend(heads, turns, cache, places)
 
 
 @pytest.fixture
@@ -173,11 +165,11 @@ def compiler(tmp_path, monkeypatch):
 
 def test_several_that_start_together_compile_once(compiler, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
-        [made] = {*pool.map(lambda _: cpp.library(), range(4))}
+        [made] = {*pool.map(lambda _: cpu.library(), range(4))}
     log = compiler.with_suffix(".log")
     assert made.exists() and len(log.read_text().splitlines()) == 1
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})  # a home that two machines share
-    assert cpp.library() != made and made.exists() and len(log.read_text().splitlines()) == 2
+    assert cpu.library() != made and made.exists() and len(log.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -190,7 +182,7 @@ def test_several_that_start_together_compile_once(compiler, monkeypatch):
 )
 def test_a_compiler_that_fails_leaves_nothing_and_its_error_is_told(script, why, compiler, caplog):
     compiler.write_text(f"#!/bin/sh\n{script}\n")
-    assert cpp.cpp.__wrapped__() is False
+    assert cpu.cpp.__wrapped__() is False
     assert caplog.messages[-1].startswith("cpu.cpp is not compiled, which is slower: RuntimeError: ")
     assert caplog.messages[-1].endswith(why)
     assert not [*compiler.parent.glob("cache/*/*.so")]
@@ -198,13 +190,13 @@ def test_a_compiler_that_fails_leaves_nothing_and_its_error_is_told(script, why,
 
 def test_without_a_place_for_what_is_compiled_there_is_none(compiler, caplog):
     (compiler.parent / "cache").write_text("a file")
-    assert cpp.cpp.__wrapped__() is False
+    assert cpu.cpp.__wrapped__() is False
     assert "cpu.cpp is not compiled, which is slower: NotADirectoryError" in caplog.text
 
 
 def test_without_a_compiler_there_is_none(compiler, caplog):
     compiler.unlink()
-    assert cpp.cpp.__wrapped__() is False
+    assert cpu.cpp.__wrapped__() is False
     assert caplog.messages == [
         f"cpu.cpp is not compiled, which is slower: RuntimeError: there is no {compiler}; install it, or name another "
         "compiler in CXX"
@@ -212,15 +204,15 @@ def test_without_a_compiler_there_is_none(compiler, caplog):
 
 
 def test_what_is_compiled_already_needs_neither_compiler_nor_lock(compiler):
-    made = cpp.library()
+    made = cpu.library()
     compiler.unlink()
     made.with_name("lock").unlink()
     made.parent.chmod(0o555)
-    assert cpp.library() == made
+    assert cpu.library() == made
     assert not made.with_name("lock").exists()
 
 
 def test_the_compiler_may_have_arguments(compiler, monkeypatch):
     monkeypatch.setenv("CXX", f"'{compiler}' -O1")
-    cpp.library()
+    cpu.library()
     assert compiler.with_suffix(".log").read_text().startswith("-O1 -std=c++20")

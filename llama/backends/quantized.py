@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpp import Matrix, cpp
-from .fused import int8_rows
-from .parallel import cpu_has
+from ..layers import in_few_shapes
+from ..parallel import cpu_has
 
 GROUPS = (32, 64, 128)
 TILES = cpu_has("amx_int8")  # by which oneDNN multiplies
@@ -127,29 +127,34 @@ class Kernel(Protocol):
 
     shape: tuple[int, int]
     nbytes: int
-    pads: bool  # whether it is to be given a few numbers of rows alone, as oneDNN keeps something for each
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of x."""
-
-    def product(self, rows: int) -> Callable[[Tensor], Tensor]:
-        """What does the same for so many rows of x, and is fastest."""
 
 
 class Rows:
     """Some rows of a matrix that several layers share."""
 
     def __init__(self, whole: Kernel, begin: int, end: int) -> None:
-        self.whole, self.begin, self.end, self.pads = whole, begin, end, whole.pads
+        self.whole, self.begin, self.end = whole, begin, end
         self.shape = (end - begin, whole.shape[1])
         self.nbytes = whole.nbytes * (end - begin) // whole.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.product(x.numel() // self.shape[1])(x)
+        return self.whole(x)[..., self.begin : self.end]
 
-    def product(self, rows: int) -> Callable[[Tensor], Tensor]:
-        multiply = self.whole.product(rows)
-        return lambda x: multiply(x)[..., self.begin : self.end]
+
+def cpu() -> Any:
+    """The backend in C++, without which this package works too."""
+    from . import cpu
+
+    return cpu
+
+
+def has_cpp() -> bool:
+    with suppress(ImportError):
+        return bool(cpu().cpp())
+    return False
 
 
 def kernel(weight: Quantized, device: torch.device, compiled: bool = False) -> Kernel:
@@ -163,7 +168,8 @@ def kernel(weight: Quantized, device: torch.device, compiled: bool = False) -> K
 class Plain:
     """Dequantizes the matrix each time: slow, and right on every device."""
 
-    pads = True
+    native: Any = None  # the matrix as cpu.cpp reads it, where that can
+    native_rows = 2**63  # for so many rows of x cpu.cpp is the fastest
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
         self.weight = Quantized(*(None if part is None else part.to(device) for part in weight))  # type: ignore[arg-type]
@@ -173,9 +179,6 @@ class Plain:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, dequantize(self.weight).type_as(x))
-
-    def product(self, rows: int) -> Callable[[Tensor], Tensor]:
-        return self
 
 
 class Int8OneDNN(Plain):
@@ -198,13 +201,16 @@ class Int8OneDNN(Plain):
         del self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()
+        return in_few_shapes(self.rounded, x)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        rows = x.float()
         largest = rows.abs().amax(-1, keepdim=True)  # a row of zeros becomes nonsense, times 0
         q = (rows * (127 / largest)).round_().add_(128).to(torch.uint8)
         y = torch.ops.onednn.qlinear_pointwise(
             q, 1 / 127, 128, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return y.mul_(largest).view(*x.shape[:-1], -1).type_as(x)
+        return y.mul_(largest).type_as(x)
 
 
 class Int8Compiled(Int8OneDNN):
@@ -214,7 +220,7 @@ class Int8Compiled(Int8OneDNN):
     @staticmethod
     def serves(weight: Quantized, device: torch.device) -> bool:
         whole = all(size % 64 == 0 for size in weight.q.shape)
-        return Int8OneDNN.serves(weight, device) and whole and cpp()
+        return Int8OneDNN.serves(weight, device) and whole and has_cpp()
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
         super().__init__(weight, device)
@@ -223,11 +229,13 @@ class Int8Compiled(Int8OneDNN):
         memory.owner = self.packed  # which must live as long as what looks at its memory
         tiles = torch.frombuffer(memory, dtype=torch.int8, count=out * columns).view(-1, columns // 4, 64, 4)
         # oneDNN is free to pack in another way on another CPU, and in its next version.
-        known = torch.equal(tiles.transpose(1, 2), weight.q.view(-1, 64, columns // 4, 4))
-        self.multiply = Matrix(tiles, self.scale, weight.q.sum(1, dtype=torch.int32)) if known else None
+        if torch.equal(tiles.transpose(1, 2), weight.q.view(-1, 64, columns // 4, 4)):
+            self.native = cpu().Matrix(tiles, self.scale, weight.q.sum(1, dtype=torch.int32))
+            self.native_rows = FEW if TILES else self.native_rows
 
-    def product(self, rows: int) -> Callable[[Tensor], Tensor]:
-        return self.multiply if self.multiply and (rows <= FEW or not TILES) else self
+    def __call__(self, x: Tensor) -> Tensor:
+        native = self.native is not None and x.numel() <= self.native_rows * x.shape[-1]
+        return self.native(x) if native else super().__call__(x)
 
 
 class Int8Cuda(Plain):
@@ -241,13 +249,13 @@ class Int8Cuda(Plain):
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) > 8:
             return super().__call__(x)
+        from .cuda_fused import int8_rows
+
         return int8_rows(rows, self.weight.q, self.weight.scale).view(*x.shape[:-1], -1)
 
 
 class Int4Cpu(Plain):
     """torch's int4 product for CPUs, which says w = (q - 8) * scale + offset."""
-
-    pads = False
 
     @staticmethod
     def serves(weight: Quantized, device: torch.device) -> bool:
@@ -291,7 +299,7 @@ class Int4Compiled(Plain):
     @staticmethod
     def serves(weight: Quantized, device: torch.device) -> bool:
         fits = weight.zero is not None and device.type == "cpu" and len(weight.q) % 16 == 0
-        return fits and cpp()
+        return fits and has_cpp()
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
         super().__init__(weight, device)
@@ -304,14 +312,12 @@ class Int4Compiled(Plain):
             low, high = fours.view(len(some), 16, groups, 2, -1).permute(3, 0, 2, 4, 1)
             torch.bitwise_or(low, high << 4, out=some)
         scale, zero = (part.view(-1, 16, groups).transpose(1, 2).contiguous() for part in (scale, zero))
-        self.multiply = Matrix(packed.view(torch.uint8), scale, zero)
+        self.native = cpu().Matrix(packed.view(torch.uint8), scale, zero)
         del self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.multiply(x)
-
-    def product(self, rows: int) -> Callable[[Tensor], Tensor]:
-        return self.multiply
+        y: Tensor = self.native(x)
+        return y
 
 
 class Int4Cuda(Plain):

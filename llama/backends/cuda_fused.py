@@ -1,7 +1,4 @@
-"""What lies between two products, written so that torch.compile makes one kernel of each; and how to have it compile.
-
-Each has a plain twin elsewhere, of few operations.
-"""
+"""What lies between two matmuls, written so that torch.compile makes one kernel of each; and how to have it compile."""
 
 from __future__ import annotations
 
@@ -46,10 +43,10 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, floor: Tensor) -> tuple[Tenso
     return x, (x.float() * scale * weight).type_as(x)
 
 
-def turn(heads: Tensor, turns: Tensor) -> Tensor:
-    """Pairs of neighbours in heads (B, heads, D) times complex numbers (B, heads, D/2, 2). Rotary embedding."""
+def rope(heads: Tensor, cos_sin: Tensor) -> Tensor:
+    """RoPE of heads (B, heads, D) by complex numbers (B, 1, D/2, 2)."""
     a, b = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = turns.unbind(-1)
+    cos, sin = cos_sin.unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(heads)
 
 

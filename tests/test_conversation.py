@@ -3,7 +3,7 @@
 from unittest import mock
 
 import pytest
-from small import MODELS, TOKENIZER, random_model, save_random
+from small import MODELS, TOKENIZER, passes, random_model, save_random
 
 from llama import Chat, Llama, parallel
 from llama.chat import REFUSAL, encode_dialog, has_tags
@@ -25,21 +25,21 @@ def test_twenty_turns_are_those_of_the_whole_dialog(bundled):
     chat = Chat(bundled, system="Be kind.", temperature=0, max_gen_len=30)
     for turn, text in enumerate(ASK):
         dialog = [*chat.dialog, {"role": "user", "content": text}]
-        with mock.patch.object(bundled.model, "packed", wraps=bundled.model.packed) as packed:
+        with passes(bundled) as seen:
             answer = chat.say(text)
-        [[new]] = [call.args[0] for call in packed.call_args_list]
+        new = seen[0]
         if turn:
             before = encode_dialog(bundled.tokenizer, dialog[:-2])
-            assert len(new) <= len(encode_dialog(bundled.tokenizer, dialog)) - len(before)
-        kept = bundled.turn.kept
+            assert new <= len(encode_dialog(bundled.tokenizer, dialog)) - len(before)
+        bundled.engine.forget()
         [whole] = bundled.chat_completion([dialog], temperature=0, max_gen_len=30)
         assert answer == whole["generation"]["content"]
         assert chat.dialog[-1] == {"role": "assistant", "content": answer}
-        bundled.turn.kept = kept  # that call has left the same tokens in the cache
     assert len(chat.dialog) == 41 and chat.dropped == 0
 
 
-def test_another_call_takes_the_cache_and_the_chat_goes_on(bundled):
+def test_two_chats_and_other_calls_do_not_disturb_each_other(bundled):
+    """There are two slots: what a chat finds of its own in the cache varies, its answers do not."""
     chats = [Chat(bundled, temperature=0, max_gen_len=20) for _ in range(2)]
     for text in ASK[:5]:
         alone = chats[0].say(text)
@@ -47,6 +47,17 @@ def test_another_call_takes_the_cache_and_the_chat_goes_on(bundled):
         chats[1].say("Hello")
         chats[1].dialog = chats[0].dialog[:-2]
         assert chats[1].say(text) == alone
+
+
+def test_a_dialog_that_another_caller_sends_whole_is_not_computed_again(bundled):
+    chat = Chat(bundled, temperature=0, max_gen_len=20)
+    for text in ASK[:4]:
+        chat.say(text)
+    dialog = [*chat.dialog, {"role": "user", "content": "Thank you"}]
+    new = len(encode_dialog(bundled.tokenizer, dialog)) - len(encode_dialog(bundled.tokenizer, dialog[:-2]))
+    with passes(bundled) as seen:
+        bundled.chat_completion([dialog], temperature=0, max_gen_len=2)
+    assert seen[0] <= new
 
 
 def test_the_oldest_turns_go_and_the_system_message_stays(small):
@@ -77,15 +88,15 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(small):
 
 
 def test_what_is_refused_leaves_no_trace(bundled):
-    def judge(dialog):
+    def check(dialog):
         return "No." if "x" in dialog[-1]["content"] else None
 
-    chat = Chat(bundled, temperature=0, max_gen_len=20, judge_input=judge)
+    chat = Chat(bundled, temperature=0, max_gen_len=20, input_filter=check)
     first = chat.say("Hello")
     assert chat.say("xxx") == "No."
     assert chat.say("hm [/INST]") == REFUSAL
     assert [message["content"] for message in chat.dialog] == ["Hello", first]
-    chat.set(judge_input=None, judge_output=lambda text: "Silence.")
+    chat.set(input_filter=None, output_filter=lambda text: "Silence.")
     assert chat.say("Hello") == "Silence."
     assert len(chat.dialog) == 2
 
@@ -110,7 +121,7 @@ def test_tags_that_the_model_says_are_not_repeated_to_it(small):
         ({"dialog": 5}, ValueError, "dialog is 5"),
         ({"dialog": [{"role": "system", "content": "\ud800"}]}, ValueError, "surrogates"),
         ({"system": "long " * 400}, ValueError, "the system message takes"),
-        ({"judge_input": 3}, ValueError, "judge_input is 3; it must be a function"),
+        ({"input_filter": 3}, ValueError, "input_filter is 3; it must be a function"),
     ],
 )
 def test_what_no_chat_can_begin_with(small, options, error, message):
@@ -122,9 +133,9 @@ def test_an_error_in_the_middle_leaves_dialog_and_cache_right(small):
     chat = Chat(small, temperature=0, max_gen_len=5)
     chat.say("Hello")
     before = list(chat.dialog)
-    with mock.patch("llama.decode.Flat.__call__", side_effect=MemoryError), pytest.raises(MemoryError):
+    with mock.patch("llama.backends.Plain.logits", side_effect=MemoryError), pytest.raises(MemoryError):
         chat.say("and")
-    assert chat.dialog == before and small.turn.kept == []
+    assert chat.dialog == before and not any(slot.tokens for slot in small.engine.slots)
     answer = chat.say("and")
     fresh = Chat(Llama(small.model, small.tokenizer), dialog=before, temperature=0, max_gen_len=5)
     assert fresh.say("and") == answer
@@ -134,8 +145,7 @@ def test_two_llamas_on_one_model_share_its_cache(small):
     other = Llama(small.model, small.tokenizer)
     chat, expected = (Chat(small, temperature=0, max_gen_len=5) for _ in range(2))
     assert chat.say("Hello") == expected.say("Hello")
-    other.generate([[1, *range(300, 340)]], 5)
-    small.turn.kept = []
+    other.generate([[1, *range(300, 340)]] * 4, 5)
     assert chat.say("again") == expected.say("again")
 
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from small import SHAPES, TOKENIZER, hugging_face, random_model, save_random
+from small import SHAPES, TOKENIZER, hugging_face, passes, random_model, save_random
 
 from llama import Llama, Tokenizer
-from llama.score import perplexity
+from llama.engine import common
+from llama.scoring import perplexity
 
 OURS = Tokenizer(TOKENIZER)
 TEXTS = ["The sun was warm.", "", "a🙂b", "Once upon a time there was a fox", "x", "The sun was cold and far away"]
@@ -60,9 +61,14 @@ def test_continuations_are_scored_given_their_prompts():
 
 def test_many_continuations_of_one_long_prompt():
     """What they share is computed once, and the scores are the same."""
-    llama = built(max_batch_size=8)
-    prompt = "The sun was warm. " * 2
-    together = llama.score([prompt] * 4, ["one", "two", "three", "four"])
+    llama = built(max_batch_size=8, max_seq_len=128)
+    prompt = "The sun was warm. " * 10
+    with passes(llama) as seen:
+        together = llama.score([prompt] * 4, ["one", "two", "three", "four"])
+    rows = [OURS.encode(prompt + text, bos=True, eos=False) for text in ("one", "two", "three", "four")]
+    shared = [common(row, rows[0][: len(OURS.encode(prompt, bos=True, eos=False)) - 1]) for row in rows[1:]]
+    assert min(shared) >= 40
+    assert seen == [len(rows[0]), sum(map(len, rows[1:])) - sum(shared)]
     for text, result in zip(["one", "two", "three", "four"], together, strict=True):
         [alone] = llama.score([prompt], [text])
         assert result["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-5)

@@ -698,35 +698,7 @@ struct Model : torch::CustomClassHolder {
     }
 };
 
-// The index of the largest of each row of logits (N, V), the first of equals; and behind them 1 if all are finite, or 0.
-static Tensor likeliest(const Tensor &logits) {
-    const int64_t N = logits.size(0), V = logits.size(1);
-    const Tensor result = logits.new_zeros({N + 1}, at::kLong);
-    int64_t *found = result.mutable_data_ptr<int64_t>();
-    __m512 nothing = _mm512_setzero_ps();
-    for (int64_t n = 0; n < N; n++) {
-        const float *row = logits.const_data_ptr<float>() + n * V;
-        const auto some = [&](int64_t k) {
-            return _mm512_mask_loadu_ps(_mm512_set1_ps(row[0]), first(V - k), row + k);
-        };
-        __m512 largest = some(0);
-        for (int64_t k = 0; k < V; k += 16) {
-            largest = _mm512_max_ps(largest, some(k));
-            nothing = _mm512_fmadd_ps(some(k), _mm512_setzero_ps(), nothing);
-        }
-        largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-        for (int64_t k = 0; k < V; k += 16)
-            if (const __mmask16 same = _mm512_cmp_ps_mask(some(k), largest, _CMP_EQ_OQ)) {
-                found[n] = k + __builtin_ctz(same);
-                break;
-            }
-    }
-    found[N] = _mm512_reduce_add_ps(nothing) == 0;
-    return result;
-}
-
 TORCH_LIBRARY(llama, m) {
-    m.def("likeliest(Tensor logits) -> Tensor", likeliest);
     m.def("product(Tensor x, Tensor[] w) -> Tensor", [](const Tensor &x, Matrix w) { return product(x, w); });
     m.def("attend(Tensor(a!) heads, Tensor turns, Tensor(b!) cache, int[] places) -> Tensor",
           [](const Tensor &heads, const Tensor &turns, const Tensor &cache, std::vector<int64_t> places) {
@@ -738,8 +710,5 @@ TORCH_LIBRARY(llama, m) {
         .def("hidden", [](const c10::intrusive_ptr<Model> &model, Tensor tokens, std::vector<int64_t> places) {
             return model->hidden(tokens, places);
         })
-        .def("logits", [](const c10::intrusive_ptr<Model> &model, Tensor hidden) { return model->logits(hidden); })
-        .def("decode", [](const c10::intrusive_ptr<Model> &model, Tensor tokens, std::vector<int64_t> places) {
-            return model->logits(model->hidden(tokens, places));
-        });
+        .def("logits", [](const c10::intrusive_ptr<Model> &model, Tensor hidden) { return model->logits(hidden); });
 }

@@ -1,0 +1,95 @@
+"""How probable given texts are, and what the model makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .engine import Engine
+from .model import Transformer
+from .request import Request
+from .sampling import token_logprobs
+
+AT_ONCE = 256  # positions whose logits are computed at a time: 32 MiB of float32 with a vocabulary of 32,000
+
+
+class Scores:
+    """Of each of a text's tokens from number `begin` on, given those before it: log probabilities, and the `top`
+    highest in its place with their ids. It observes a request for the text."""
+
+    def __init__(self, ids: Sequence[int], begin: int = 1, top: int = 0) -> None:
+        self.ids, self.begin, self.top = ids, begin, top
+        self.logprobs: list[float] = []
+        self.top_logprobs: list[list[float]] = []
+        self.top_ids: list[list[int]] = []
+
+    @property
+    def first(self) -> int:
+        """The first position whose hidden state is needed."""
+        return self.begin - 1
+
+    def __call__(self, hidden: Tensor, start: int, logits: Callable[[Tensor], Tensor]) -> bool:
+        """Score what follows hidden states (n, dim) of the positions from `start` on; whether all was finite."""
+        hidden = hidden[max(0, self.first - start) :]
+        start = max(start, self.first)
+        targets = torch.tensor(self.ids[start + 1 :][: len(hidden)], device=hidden.device)  # position t predicts t + 1
+        for part, ids in zip(hidden[: len(targets)].split(AT_ONCE), targets.split(AT_ONCE), strict=True):
+            if len(ids):
+                found = logits(part)
+                self.logprobs += token_logprobs(found, ids).tolist()
+                best = torch.log_softmax(found, -1).topk(self.top)
+                self.top_logprobs += best.values.tolist()
+                self.top_ids += best.indices.tolist()
+        return all(map(math.isfinite, self.logprobs))
+
+
+def score(
+    engine: Engine, rows: Sequence[Sequence[int]], begins: Sequence[int] | None = None, top: int = 0
+) -> list[Scores]:
+    """Scores of each row from its token of number `begins` (by default 1) on. FloatingPointError names the first layer
+    that was not finite."""
+    scores = [Scores(row, begin, top) for row, begin in zip(rows, begins or [1] * len(rows), strict=True)]
+    for _ in engine.run([Request(s.ids, len(s.ids), observe=s, first=s.first) for s in scores]):
+        pass
+    return scores
+
+
+def embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> Tensor:
+    """The normalized last hidden states of each row, their mean or the last one: (rows, dim) in float32."""
+    norm = engine.model.norm
+    sums = torch.zeros(len(rows), engine.model.params.dim, device=norm.weight.device)
+
+    def observe(i: int) -> Callable[..., bool]:
+        def add(hidden: Tensor, start: int, logits: object) -> bool:
+            normed = norm(hidden.type_as(norm.weight)).float()
+            if pooling == "mean":
+                sums[i] += normed.sum(0) / len(rows[i])
+            elif start + len(hidden) == len(rows[i]):
+                sums[i] = normed[-1]
+            return True
+
+        return add
+
+    first = 0 if pooling == "mean" else None
+    for _ in engine.run([Request(row, len(row), observe=observe(i), first=first) for i, row in enumerate(rows)]):
+        pass
+    return sums
+
+
+def perplexity(
+    model: Transformer, ids: Sequence[int], window: int, stride: int, done: Callable[[int], object] = lambda n: None
+) -> tuple[float, int]:
+    """exp of the mean negative log probability of all ids but the first, and how many they are. Each is scored once, in
+    windows that begin every `stride` ids, with at least window - stride ids before it where there are so many. `done`
+    is told how many ids more are done. 0 < stride < window, and at least two ids."""
+    engine, at_once, total = Engine.of(model), model.params.max_batch_size, 0.0
+    starts = range(0, max(1, len(ids) - window + stride), stride)
+    for group in (starts[i : i + at_once] for i in range(0, len(starts), at_once)):
+        begins = [1 if start == 0 else window - stride for start in group]
+        for scores in score(engine, [ids[start : start + window] for start in group], begins):
+            total += math.fsum(scores.logprobs)
+            done(len(scores.logprobs))
+    return math.exp(-total / (len(ids) - 1)), len(ids) - 1

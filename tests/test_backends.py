@@ -1,0 +1,477 @@
+"""Every backend is the plain one, but faster; and the plain one skips nothing that a user added."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from small import GQA, MODELS, SHAPES, needs_cpp, random_model, relative_error
+from torch import nn
+
+from llama import Llama, ModelArgs, backends, engine, parallel
+from llama.cli import measure as bench
+from llama.backends import Plain, choose, cpu, cuda, cuda_fused, quantized
+from llama.batch import Batch
+from llama.batch import Sequence as Span
+from llama.model import apply_rope
+
+CPU = torch.device("cpu")
+STEPS = [  # (slot, start, length) of each sequence of a pass
+    [(0, 9, 1)],
+    [(0, 9, 1), (1, 9, 1)],
+    [(0, 3, 1), (1, 11, 1), (3, 7, 1)],
+    [(0, 12, 1), (1, 1, 1), (2, 1, 1), (3, 12, 1), (4, 5, 1)],
+]
+PASSES = [[(1, 0, 20)], [(0, 20, 24), (1, 3, 5), (2, 0, 17)], [(2, 5, 1), (4, 0, 30), (0, 9, 4)]]
+
+
+def both(model, sequences, make=choose, V=128):
+    """Hidden states and logits of the plain backend and of another after the same prompts, and what each left in the
+    cache."""
+    torch.manual_seed(1)
+    slots = model.params.max_batch_size
+    prompts = torch.randint(0, V, (slots, 30)).tolist()
+    batch = Batch.of((slot, start, torch.randint(0, V, (length,)).tolist()) for slot, start, length in sequences)
+    found = []
+    with torch.inference_mode():
+        for maker in (Plain, make):
+            model.allocate_cache()
+            model.hidden(Batch.of((slot, 0, prompt) for slot, prompt in enumerate(prompts)))
+            backend = maker(model)
+            hidden = backend.forward(batch)
+            logits = backend.logits(hidden)
+            kept = [kv[slot, :, : start + T] for kv in model.buffers() for slot, start, T in sequences]
+            found.append((logits.clone(), torch.cat([part.flatten() for part in kept]).float()))
+    return found
+
+
+def compiled(model):
+    backend = choose(model, compile=True)
+    assert type(backend) is cpu.Native
+    return backend
+
+
+# Choosing
+
+
+def test_a_cpu_computes_plainly_unless_it_may_compile():
+    assert type(choose(random_model())) is Plain
+    assert type(choose(random_model(max_batch_size=0), compile=True)) is Plain
+
+
+class Wrapped(nn.Module):
+    """A layer of a user's own around one of ours, as LoRA has it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, x):
+        self.calls += len(x)
+        return self.inner(x) * 1.5
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_hooks_of_every_module_see_every_token(tokenizer, compile):
+    """In prefill and decoding alike, and also of tokens that the cache holds already."""
+    model = random_model(SHAPES["wide heads"], vocab_size=tokenizer.n_words)
+    llama = Llama(model, tokenizer)
+    llama.engine.compile = compile
+    prompt = [1, *range(300, 340)]
+    expected = llama.generate([prompt], 4, temperature=0)[0]
+    seen = {}
+
+    def note(name):
+        return lambda module, args, output: seen.setdefault(name, []).append(len(args[0]))
+
+    handles = [
+        m.register_forward_hook(note(name)) for name, m in model.named_modules() if name.split(".")[-1] != "cache"
+    ]
+    assert llama.generate([prompt], 4, temperature=0)[0] == expected
+    for name in ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2"):
+        for layer in range(3):
+            assert seen[f"layers.{layer}.{name}"] == [41, 1, 1, 1]
+    assert seen["layers.2.feed_forward.w3"] == seen["layers.0.ffn_norm"] == seen["tok_embeddings"] == [41, 1, 1, 1]
+    assert seen["norm"] == seen["output"] == [1, 1, 1, 1]
+    for handle in handles:
+        handle.remove()
+    count = len(seen["layers.0"])
+    assert llama.generate([prompt], 4, temperature=0)[0] == expected
+    assert len(seen["layers.0"]) == count
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_modules_that_a_user_replaced_are_computed(tokenizer, compile):
+    model = random_model(SHAPES["wide heads"], vocab_size=tokenizer.n_words)
+    llama = Llama(model, tokenizer)
+    llama.engine.compile = compile
+    prompt = [1, *range(300, 340)]
+    before = llama.generate([prompt], 8, temperature=0)[0]
+    for layer in model.layers:
+        layer.attention.wv = Wrapped(layer.attention.wv)
+    after = llama.generate([prompt], 8, temperature=0)[0]
+    assert model.layers[0].attention.wv.calls == 41 + 7
+    plain = random_model(SHAPES["wide heads"], vocab_size=tokenizer.n_words)
+    for layer in plain.layers:
+        layer.attention.wv.weight.mul_(1.5)
+    assert after == Llama(plain, tokenizer).generate([prompt], 8, temperature=0)[0] != before
+
+
+def test_what_makes_a_model_customized():
+    model = random_model()
+    assert not backends.customized(model)
+    for change in (
+        lambda m: m.norm.register_forward_pre_hook(lambda *args: None),
+        lambda m: setattr(m.layers[1], "feed_forward", Wrapped(m.layers[1].feed_forward)),
+        lambda m: setattr(m.layers[0].attention.wq, "forward", lambda x: x),
+        lambda m: nn.utils.parametrize.register_parametrization(m.output, "weight", nn.Identity()),
+    ):
+        changed = copy.deepcopy(model)
+        change(changed)
+        assert backends.customized(changed)
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert backends.customized(model)
+    handle.remove()
+
+
+def test_a_slot_is_copied():
+    model = random_model()
+    model.hidden(Batch.of([(1, 0, [*range(20)])]))
+    choose(model).copy_slot(1, 3, 12)
+    for cache in model.buffers():
+        assert torch.equal(cache[3, :, :12], cache[1, :, :12]) and not cache[3, :, 12:].any()
+
+
+# Kernels that are fused on a GPU
+
+
+def arguments(name):
+    torch.manual_seed(0)
+    x = torch.randn(3, 16)
+    return {
+        "add_norm": (x.clone(), torch.randn(3, 16), torch.rand(16), torch.tensor(0.1)),
+        "rope": (torch.randn(3, 4, 8), torch.randn(3, 1, 4, 2)),
+        "swiglu": (torch.randn(3, 12),),
+        "int8_rows": (x, torch.randint(-127, 128, (5, 16), dtype=torch.int8), torch.rand(5, 1)),
+    }[name]
+
+
+FUSED = {name: getattr(cuda_fused, name) for name in ("add_norm", "rope", "swiglu")}
+FUSED["int8_rows"] = cuda_fused.int8_rows.function
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_kernels_are_traced_whole(name):
+    """Without a compiler: what torch.compile would be given computes the same."""
+    traced = torch.compile(FUSED[name], backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(*arguments(name)), FUSED[name](*arguments(name)))
+
+
+def test_fused_kernels_are_what_the_model_computes():
+    model = random_model()
+    x, y, weight, floor = arguments("add_norm")
+    added, normed = cuda_fused.add_norm(x.clone(), y, weight, floor)
+    norm = type(model.norm)(16, 0.01 / 16)
+    norm.weight.data = weight
+    torch.testing.assert_close(added, x + y)
+    torch.testing.assert_close(normed, norm(x + y).detach())
+    heads, cos_sin = arguments("rope")
+    torch.testing.assert_close(cuda_fused.rope(heads, cos_sin), apply_rope(heads, torch.view_as_complex(cos_sin)))
+    gate, up = arguments("swiglu")[0].chunk(2, -1)
+    torch.testing.assert_close(cuda_fused.swiglu(torch.cat((gate, up), -1)), torch.nn.functional.silu(gate) * up)
+
+
+def test_rows_of_eight_bits_are_plain_products():
+    weight = quantized.quantize(torch.randn(24, 16), quantized.scheme("int8"))
+    x = torch.randn(3, 16)
+    found = cuda_fused.int8_rows.function(x, weight.q, weight.scale)
+    assert torch.allclose(found, x @ quantized.dequantize(weight).t(), atol=1e-5)
+
+
+def test_what_cannot_be_compiled_is_called_as_it_is(monkeypatch, caplog):
+    def refuse(function, options):
+        def call(*args, **kwargs):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler found\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    piece = cuda_fused.compiled(cuda_fused.swiglu)
+    x = torch.randn(2, 8)
+    assert torch.equal(piece(x), cuda_fused.swiglu(x))
+    assert torch.equal(piece(x), cuda_fused.swiglu(x))
+    assert [record.message for record in caplog.records] == [
+        "swiglu is not compiled, which is slower: TorchDynamoException: no compiler found"
+    ]
+
+
+def test_errors_of_what_was_compiled_are_errors(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, options: function)
+    with pytest.raises(ZeroDivisionError):
+        cuda_fused.compiled(lambda x: 1 / x)(0)
+
+
+# In C++
+
+
+def loaded(shape=GQA, quantize=None, dtype=torch.float32, compile=True, **options):
+    """A model with joined weights, as one that was loaded has."""
+    args = ModelArgs(**{"vocab_size": 128, "max_batch_size": 12, "max_seq_len": 64, **shape, **options})
+    parallel.init_model_parallel()
+    rounding = quantized.scheme(quantize)
+    return bench.loaded(bench.RandomWeights(CPU, rounding), args, CPU, dtype, rounding, compile)
+
+
+WIDE = SHAPES["wide heads"]
+KINDS = [
+    (None, torch.float32, 1e-5),
+    (None, torch.bfloat16, 0.02),  # what the plain one rounds; see below
+    (None, torch.float16, 0.002),
+    ("int8", torch.float32, 0.01),
+    ("int4", torch.float32, 0.02),
+    ("int4", torch.bfloat16, 0.02),
+]
+
+
+@needs_cpp
+@pytest.mark.parametrize("scratch", [528, 30, 7])
+@pytest.mark.parametrize("sequences", [*STEPS, *PASSES], ids=str)
+@pytest.mark.parametrize(("quantize", "dtype", "bound"), KINDS, ids=str)
+def test_native_is_plain(quantize, dtype, bound, sequences, scratch, monkeypatch):
+    monkeypatch.setattr(cpu, "SCRATCH", scratch)
+    monkeypatch.setitem(cpu.FASTER_UP_TO, dtype, cpu.ANY)
+    model = loaded(WIDE, quantize, dtype)
+    for name, weight in model.named_parameters():
+        weight.mul_(torch.rand_like(weight) + 0.5 if "norm" in name else 5)
+    (plain, plain_cache), (native, native_cache) = both(model, sequences, compiled)
+    assert native.dtype == torch.float32
+    assert relative_error(native, plain) < 1.5 * bound  # by which the plain one rounds more tokens
+    assert relative_error(native_cache, plain_cache) < bound
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_native_is_nearer_to_what_is_exact_than_plain(dtype):
+    """In 16 bits, as it rounds keys and values alone."""
+    model = loaded(WIDE, dtype=dtype)
+    for name, weight in model.named_parameters():
+        weight.mul_(1 if "norm" in name else 5)
+    (plain, _), (native, _) = both(model, STEPS[1], compiled)
+    (exact, _), _ = both(model.float(), STEPS[1])
+    assert relative_error(native, exact) < relative_error(plain, exact)
+
+
+@needs_cpp
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_native_for_any_number_of_rows(quantize):
+    """More than it is fast for are plain."""
+    model = loaded(WIDE, quantize, torch.float32 if quantize else torch.bfloat16, max_batch_size=20)
+    for B in range(1, 21):
+        (plain, _), (found, _) = both(model, [(slot, 3 + slot % 5, 1) for slot in range(B)], compiled)
+        assert relative_error(found, plain) < 0.02
+
+
+@needs_cpp
+def test_what_native_cannot_compute_is_plain():
+    narrow, odd = GQA, {**WIDE, "multiple_of": 4}
+    for model in (loaded(narrow), loaded(odd)):
+        assert type(choose(model, compile=True)) is Plain
+
+
+@needs_cpp
+def test_native_with_weights_that_lie_apart():
+    (plain, _), (native, _) = both(random_model(WIDE), STEPS[2], compiled)
+    assert relative_error(native, plain) < 1e-5
+
+
+def test_weights_side_by_side_are_one():
+    whole = torch.randn(10, 4)
+    parts = [torch.nn.Parameter(part) for part in whole.split([5, 2, 3])]
+    assert torch.equal(cpu.joined(parts), whole)
+    assert cpu.joined(parts[1:]).data_ptr() == parts[1].data_ptr()
+    assert cpu.joined([parts[0], parts[2]]) is None
+    assert cpu.joined([parts[0], torch.nn.Parameter(parts[1].clone()), parts[2]]) is None
+    assert cpu.joined([part.view(3, 4).t() for part in torch.randn(24).split(12)]) is None
+
+
+@needs_cpp
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_what_is_not_finite_stays_so_in_its_row(quantize):
+    model = loaded(WIDE, quantize)
+    model.tok_embeddings.weight[5, 3] = torch.nan
+    model.tok_embeddings.weight[6, 3] = torch.inf
+    with torch.inference_mode():
+        backend = compiled(model)
+        logits = backend.logits(backend.forward(Batch.of([(0, 0, [5]), (1, 0, [6]), (2, 0, [7])])))
+    assert logits.isfinite().any(-1).tolist() == [False, False, True]
+    assert logits[2].isfinite().all()
+
+
+@needs_cpp
+@pytest.mark.parametrize(("token", "position", "what"), [(128, 0, "token 128 of 128"), (5, 64, "position 64 of 64")])
+def test_native_touches_no_memory_that_is_not_its_own(token, position, what):
+    with pytest.raises(IndexError, match=what):
+        compiled(loaded(WIDE)).forward(Batch.of([(0, 0, [7]), (1, position, [token])]))
+
+
+@needs_cpp
+def test_gates_that_are_shut_or_wide_open():
+    """e to the power of what is added for them would be infinite, or nothing."""
+    model = loaded({**WIDE, "n_layers": 1})
+    model.layers[0].feed_forward.w1.weight.mul_(5000)
+    (plain, _), (native, _) = both(model, STEPS[1], compiled)
+    assert relative_error(native, plain) < 1e-5
+
+
+@needs_cpp
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_native_generates_the_same_text(quantize, monkeypatch):
+    options = {"max_seq_len": 64, "max_batch_size": 2, "device": "cpu", "dtype": "float32", "quantize": quantize}
+    llama = Llama.build(MODELS / "small-chat", compile=True, **options)
+    prompts = ["Once upon a time", "The dog"]  # to the end of the cache
+    native = llama.text_completion(prompts, temperature=0)
+    assert type(llama.engine.backend) is cpu.Native
+    monkeypatch.setattr(cpu, "backend", Plain)
+    llama.model.allocate_cache()
+    assert llama.text_completion(prompts, temperature=0) == native
+    assert type(llama.engine.backend) is Plain
+
+
+def test_passes_of_a_batch():
+    sequences = [Span(0, 0, 7), Span(1, 5, 1), Span(2, 2, 2)]
+    assert cpu.split(sequences, 10) == [[0, 0, 7, 1, 5, 1, 2, 2, 2]]
+    assert cpu.split(sequences, 9) == [[0, 0, 5], [0, 5, 2, 1, 5, 1, 2, 2, 2]]
+    assert cpu.split([Span(0, 4, 7), *sequences[1:]], 4) == [[0, 4, 4], [0, 8, 3, 1, 5, 1], [2, 2, 2]]
+
+
+@needs_cpp
+def test_weights_of_native_that_change_in_place():
+    model = loaded(WIDE)
+    both(model, STEPS[1], compiled)
+    for weight in model.parameters():
+        weight.mul_(1.5)
+    (plain, _), (found, _) = both(model, STEPS[1], compiled)
+    assert relative_error(found, plain) < 1e-5
+
+
+# Graphs, with a stand-in for what records them: as a graph does, it reads what lies in the tensors that it was made
+# with, gives one tensor, and knows nothing of the arguments of a later call.
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """To compile the kernels takes a compiler, and a minute."""
+    for name in ("add_norm", "rope", "swiglu"):
+        monkeypatch.setattr(cuda, name, getattr(cuda_fused, name))
+
+
+@pytest.fixture
+def recorded(monkeypatch, uncompiled):
+    """What was recorded so far: the results of the work, each overwritten by the next replay."""
+    results = []
+
+    def stand_in(work, device):
+        result = work().clone()
+        results.append(result)
+        return lambda: result.copy_(work())
+
+    monkeypatch.setattr(cuda, "capture", stand_in)
+    monkeypatch.setattr(cuda, "BUCKET", 8)
+    return results
+
+
+@pytest.mark.parametrize("strides", [False, True])
+@pytest.mark.parametrize("sequences", [*STEPS, *PASSES], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_graphs_are_plain(recorded, shape, sequences, strides, monkeypatch):
+    """Also where attention returns strides (…, D, K D, 1), as one of its kernels does."""
+    if strides:
+        real = torch.nn.functional.scaled_dot_product_attention
+
+        def permuted(q, *args, **options):
+            y = real(q, *args, **options)
+            return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+        monkeypatch.setattr(cuda.F, "scaled_dot_product_attention", permuted)
+    model = random_model(SHAPES[shape], max_batch_size=5)
+    (plain, plain_cache), (found, found_cache) = both(model, sequences, cuda.Captured)
+    assert relative_error(found, plain) < 1e-5
+    assert relative_error(found_cache, plain_cache) < 1e-5
+    assert len(recorded) == (sequences in STEPS)
+
+
+def on_several_ranks():
+    cuda.capture = lambda work, device: work
+    for name in ("add_norm", "rope", "swiglu"):
+        setattr(cuda, name, getattr(cuda_fused, name))
+    (plain, _), (found, _) = both(random_model(), STEPS[2], cuda.Captured)
+    return relative_error(found, plain)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_graphs_are_plain_on_several_ranks(ranks, world_size):
+    assert max(ranks(world_size).run(on_several_ranks)) < 1e-5
+
+
+def test_a_graph_serves_a_bucket_of_lengths(recorded):
+    captured = cuda.Captured(random_model(max_seq_len=20))
+    with torch.inference_mode():
+        for position in range(20):
+            captured.forward(Batch.of([(0, position, [5])]))
+    assert len(captured.graphs) == len(recorded) == 3
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_device_that_runs_ahead_gives_the_same_tokens(recorded, monkeypatch, tokenizer, temperature):
+    """Graphs, and passes that are launched before the last one was read; rows stop, one fills its context, and more
+    wait for a slot."""
+    prompts = [[1, 400, 401], [1], [1, *range(300, 358)], [1, 7, 9], [1, 8], [1, 5, 5, 5]]
+
+    def run():
+        llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer, seed=3)
+        options = {"repetition_penalty": [1, 1.3, 1, 1, 1, 1], "min_gen_len": [0, 0, 0, 0, 9, 0]}
+        return llama.generate(prompts, 30, temperature, logprobs=True, **options)
+
+    expected = run()
+    monkeypatch.setattr(tokenizer, "eos_id", expected[0][0][5])
+    slow = run()
+    monkeypatch.setattr(engine, "AHEAD", {"cpu"})
+    monkeypatch.setattr(backends, "choose", lambda model, compile: cuda.Captured(model))
+    fast = run()
+    assert fast[0] == slow[0]
+    assert len(slow[0][0]) == 5 and len(slow[0][2]) == 64 - 59
+    for mine, theirs in zip(fast[1], slow[1], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    assert recorded
+
+
+def test_running_ahead_computes_no_pass_too_many(monkeypatch, tokenizer):
+    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
+    monkeypatch.setattr(engine, "AHEAD", {"cpu"})
+    with mock.patch.object(Plain, "forward", autospec=True, side_effect=Plain.forward) as forward:
+        llama.generate([[1, 2], [1, 2, 3]], 5, temperature=0)
+    assert forward.call_count == 5
+
+
+def test_what_cannot_be_recorded_is_computed_step_by_step(monkeypatch, caplog, uncompiled):
+    class Stream:
+        def wait_stream(self, other): ...
+
+        def __enter__(self): ...
+
+        def __exit__(self, *error): ...
+
+    def refuse(graph):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: refuse(graph))
+    (plain, _), (slow, _) = both(random_model(), STEPS[1], cuda.Captured)
+    assert relative_error(slow, plain) < 1e-5
+    assert [record.message for record in caplog.records] == [
+        "decoding without CUDA graphs, as recording one failed: operation not permitted when stream is capturing"
+    ]
