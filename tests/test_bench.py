@@ -11,7 +11,7 @@ import pytest
 import torch
 from small import MODELS, ROOT, in_process, needs_cpp, random_model
 
-from llama import ModelArgs
+from llama import Llama, ModelArgs
 from llama.backends import cpu
 from llama.backends.quantized import scheme
 from llama.cli import measure
@@ -84,7 +84,14 @@ def test_the_command_ends_with_json():
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
     assert list(facts["cases"]) == ["prefill 16", "decode, batch 1", "decode, batch 2"]
-    assert all(0 < facts["cases"][case][used] < 1.5 for case in facts["cases"] for used in ("MBU", "MFU"))
+    model = Llama.build(MODELS / "small", max_seq_len=160, max_batch_size=2, device="cpu", dtype="float32").model
+    for case in (measure.Case(1, 16, 1), measure.Case(1, 128, 3), measure.Case(2, 128, 3)):
+        found = facts["cases"][str(case)]
+        limit, use, which = ("matrix_rate", "MFU", 1) if case.tokens == 1 else ("bandwidth", "MBU", 0)
+        seconds = case.batch * (case.prompt if case.tokens == 1 else 1) / found["tokens_per_second"]["llama"][0]
+        expected = measure.work(model, case)[which] / seconds / facts[limit]
+        assert found[f"{use}_of_first_limit"] == pytest.approx(expected)
+        assert found["MBU"] > 0 < found["MFU"]
     assert facts["first_token_s"] == 16 / facts["cases"]["prefill 16"]["tokens_per_second"]["llama"][0]
     rate, most = facts["cases"]["prefill 16"], facts["matrix_rate"]
     assert 0.1 < rate["MFU"] / rate["MFU_of_first_limit"] < 10 < most
