@@ -9,10 +9,10 @@ from small import GQA, MODELS, SHAPES, needs_cpp, random_model, relative_error
 from torch import nn
 
 from llama import Llama, ModelArgs, backends, engine, parallel
-from llama.cli import measure as bench
 from llama.backends import Plain, choose, cpu, cuda, cuda_fused, quantized
 from llama.batch import Batch
 from llama.batch import Sequence as Span
+from llama.cli import measure as bench
 from llama.model import apply_rope
 
 CPU = torch.device("cpu")
