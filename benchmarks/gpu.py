@@ -1,104 +1,304 @@
-"""All that is to be known of one GPU, in one run of less than 8 minutes; nothing is downloaded, the table comes last.
+"""What one GPU reaches: decoding, prefill, sampling and memory, on random weights; nothing is downloaded.
 
-    python benchmarks/gpu.py [--budget 460]
+    python benchmarks/gpu.py [--stages a+b+...] [--out FILE] [--budget 420] --tokenizer_path TOKENIZER
 
-Random weights of 7B and 70B: decoding, prefill and their share of what the GPU can do, in bfloat16, int8 and int4;
-graphs beside plain steps. What does not fit into the GPU or the time is said to be left out.
+Each stage is a process of its own under a time limit and writes one line of JSON at once; a table of all comes last.
+TOKENIZER has 32,000 pieces, as Llama 2's.
 """
 
 from __future__ import annotations
 
-import gc
-import io
 import json
+import statistics
+import subprocess
+import sys
 import time
-from contextlib import redirect_stdout
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import fire
 import torch
+import torch.nn.functional as F
+from peers import transformers_model
 
-from llama import ModelArgs, backends, parallel
-from llama.backends.quantized import Scheme, scheme
-from llama.checkpoint import available, footprint
-from llama.cli import measure as bench
-from llama.cli.measure import SHAPES, Case, RandomWeights
+from llama import Llama, ModelArgs, Tokenizer, parallel
+from llama.backends.quantized import scheme
+from llama.checkpoint import footprint
+from llama.cli.measure import SHAPES, RandomWeights, Source, loaded
 
-CASES = {
-    "7B": [Case(1, 2048, 1), Case(1, 128, 100), Case(8, 128, 50)],
-    "7B, contexts of 512": [Case(64, 512, 50)],
-    "70B": [Case(1, 128, 40)],
-}
-RUNS: list[tuple[str, str | None]] = [
-    ("7B", None),
-    ("7B, contexts of 512", None),
-    ("7B", "int4"),
-    ("7B", "int8"),
-    ("70B", None),
-    ("70B", "int4"),
-    ("70B", "int8"),
-]
+Facts = dict[str, Any]
+DEVICE = torch.device("cuda")
 
 
-def measure(name: str, rounding: Scheme | None, device: torch.device) -> dict[str, Any] | str:
-    """What `bench` finds, or why it was not asked."""
-    cases = CASES[name]
-    room = {
-        "max_seq_len": max(case.prompt + case.tokens for case in cases),
-        "max_batch_size": max(case.batch for case in cases),
-    }
-    args = ModelArgs(**SHAPES[name.split(",")[0]], vocab_size=32000, **room)
-    needed = footprint(args, 1, torch.bfloat16, rounding)
-    if sum(needed) > available(device):
-        return f"needs {needed}"
-    began = time.perf_counter()
-    model = bench.loaded(RandomWeights(device, rounding), args, device, torch.bfloat16, rounding)
-    bench.synchronize(device)
-    facts: dict[str, Any] = {"model": name, "dtype": "bfloat16", "quantize": rounding and str(rounding)}
-    facts["load_s"] = time.perf_counter() - began
-    out = io.StringIO()
-    with redirect_stdout(out):
-        bench.bench(model, cases, 3, {}, facts)
-    found: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
-    if name == "7B" and rounding is None:
-        with mock.patch.object(backends, "choose", lambda model, compile: backends.Plain(model)):
-            model.direct_calls += 1  # so that a backend is chosen anew
-            seconds = bench.clock(bench.ours(model), cases[1], 32000, device)
-        found["plain_tokens_per_second"] = 1 / seconds
-    return found
-
-
-def main(budget: float = 460) -> None:
-    began = time.perf_counter()
+def build(
+    shape: str = "7B", quantize: str | None = None, batch: int = 1, length: int = 1024, tokenizer: str = "", **more: Any
+) -> Llama:
     parallel.init_model_parallel()
-    device = parallel.choose_device("cuda")
-    found: dict[str, dict[str, Any] | str] = {}
-    for name, quantize in RUNS:
-        title = f"{name} {quantize or 'bfloat16'}"
+    args = ModelArgs(**{**SHAPES[shape], **more}, vocab_size=32000, max_seq_len=length, max_batch_size=batch)
+    rounding = scheme(quantize)
+    began = time.perf_counter()
+    model = loaded(RandomWeights(DEVICE, rounding), args, DEVICE, torch.bfloat16, rounding)
+    torch.cuda.synchronize()
+    llama = Llama(model, Tokenizer(tokenizer))
+    llama.load_s = time.perf_counter() - began  # type: ignore[attr-defined]
+    return llama
+
+
+def seconds(work: Callable[[], object], repeats: int = 3) -> list[float]:
+    """Of each of several runs after a first."""
+    taken = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    return sorted(taken[1:])
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 32000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def step_seconds(llama: Llama, batch: int, context: int, tokens: int = 96, **options: Any) -> float:
+    """A step, by the difference of two lengths of answers, in `generate`."""
+    prompts = [prompt(context - tokens // 2, seed) for seed in range(batch)]
+    options = {"temperature": 0, **options}
+    llama.tokenizer.eos_id = -1  # random weights may choose it
+    long, short = (
+        statistics.median(seconds(lambda n=n: llama.generate(prompts, n, **options))) for n in (tokens + 8, 8)
+    )
+    return (long - short) / tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+def limits(tokenizer: str) -> Facts:
+    a = torch.empty(2**32, dtype=torch.uint8, device=DEVICE)
+    b, values = torch.empty_like(a), torch.ones(2**30, device=DEVICE)
+    x, y = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return {
+        "copy TB/s": 2 * len(a) / seconds(lambda: b.copy_(a), 5)[0] / 1e12,
+        "read TB/s": values.nbytes / seconds(values.sum, 5)[0] / 1e12,
+        "TFLOP/s": 2 * 8192**3 / seconds(lambda: x @ y, 5)[0] / 1e12,
+    }
+
+
+def decode(tokenizer: str, quantize: str | None = None, shape: str = "7B") -> Facts:
+    """Batch 1 through text_completion, short context."""
+    llama = build(shape, quantize, length=1024, tokenizer=tokenizer)
+    llama.tokenizer.eos_id = -1
+    text = llama.tokenizer.decode(prompt(100))
+
+    def answers(n: int) -> float:
+        return statistics.median(seconds(lambda: llama.text_completion([text], temperature=0, max_gen_len=n)))
+
+    short, long = answers(8), answers(264)
+    facts = {"tokens/s": 256 / (long - short), "with prefill": 264 / long, "load s": llama.load_s}  # type: ignore[attr-defined]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        llama.text_completion([text], temperature=0, max_gen_len=5)
+    rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)[:12]
+    facts["kernels"] = [
+        (row.key[:60], row.count, round(row.self_device_time_total / max(1, row.count), 1)) for row in rows
+    ]
+    return facts
+
+
+def contexts(tokenizer: str) -> Facts:
+    """Batch 1 at 4,096 positions, batch 8 at 512, prefill of 2,048, sampling."""
+    llama = build(length=4224, batch=8, tokenizer=tokenizer)
+    facts: Facts = {"4096": 1 / step_seconds(llama, 1, 4096)}
+    facts["batch 8"] = 8 / step_seconds(llama, 8, 512)
+    greedy, sampled = (step_seconds(llama, 1, 256, **o) for o in ({}, {"temperature": 0.8, "top_p": 0.9}))
+    facts["top_p costs"] = sampled / greedy - 1
+    facts["prefill 2048 ms"] = 1e3 * statistics.median(seconds(lambda: llama.generate([prompt(2048)], 1, 0), 7))
+    return facts
+
+
+def batches(tokenizer: str) -> Facts:
+    llama = build(length=640, batch=64, tokenizer=tokenizer)
+    return {"batch 64": 64 / step_seconds(llama, 64, 512, 64), "batch 16": 16 / step_seconds(llama, 16, 512, 64)}
+
+
+def serving(tokenizer: str) -> Facts:
+    """Continuous batching: 256 requests of 128 to 1,024 tokens, answers of 64 to 256, in 64 slots."""
+    llama = build(length=1280, batch=64, tokenizer=tokenizer)
+    llama.tokenizer.eos_id = -1
+    generator = torch.Generator().manual_seed(0)
+    prompts = [prompt(int(n), i) for i, n in enumerate(torch.randint(128, 1025, (256,), generator=generator))]
+    answers = torch.randint(64, 257, (256,), generator=generator).tolist()
+    llama.generate(prompts[:64], [9 - i % 2 for i in range(64)], 0)
+    for size in range(8, 65, 8):  # graphs of every size
+        llama.generate([[5, i] for i in range(size)], 4, 0)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    llama.generate(prompts, answers, 0)
+    taken = time.perf_counter() - began
+    # The least: prompts at the rate of matrices, then a step for every 64 tokens that reads the weights once, and the
+    # cache of each of its tokens.
+    weights, cache = 13.2e9, 2 * 32 * 4096 * 2
+    read = sum(n * (len(p) + n / 2) for p, n in zip(prompts, answers, strict=True)) * cache
+    least = sum(map(len, prompts)) * weights / 787e12 + (sum(answers) / 64 * weights + read) / 3.0e12
+    return {"tokens/s": sum(answers) / taken, "seconds": taken, "roofline s": least, "of the roofline": least / taken}
+
+
+def quantized(tokenizer: str, quantize: str = "int8") -> Facts:
+    llama = build(length=2176, batch=16, tokenizer=tokenizer, quantize=quantize)
+    facts: Facts = {f"batch {n}": n / step_seconds(llama, n, 256) for n in (1, 8, 16)}
+    facts["prefill 2048 ms"] = 1e3 * statistics.median(seconds(lambda: llama.generate([prompt(2048)], 1, 0), 5))
+    return facts
+
+
+def large(tokenizer: str, quantize: str = "int4") -> Facts:
+    llama = build("70B", quantize, length=512, tokenizer=tokenizer)
+    return {"batch 1": 1 / step_seconds(llama, 1, 256, 32), "load s": llama.load_s}  # type: ignore[attr-defined]
+
+
+def memory(tokenizer: str) -> Facts:
+    """Peak of the device beside what `inspect` says."""
+    llama = build(length=2048, batch=4, tokenizer=tokenizer)
+    params = llama.model.params
+    llama.generate([prompt(2040, seed) for seed in range(4)], 8, 0)
+    needed = footprint(params, 1, torch.bfloat16)
+    peak = torch.cuda.max_memory_allocated()
+    return {"peak GB": peak / 1e9, "inspect GB": sum(needed) / 1e9, "ratio": peak / sum(needed), "parts": str(needed),
+            "reserved GB": torch.cuda.max_memory_reserved() / 1e9}  # fmt: skip
+
+
+def gpt_fast(llama: Llama) -> Callable[[int], object]:
+    """A step as gpt-fast compiles it: one function of all layers, a static cache, a mask over all of it."""
+    model, p = llama.model, llama.model.params
+    D, K, H, S = p.head_dim, p.kv_heads, p.n_heads, p.max_seq_len
+    layers: Any = model.layers
+    caches = [torch.zeros(2, 1, K, S, D, device=DEVICE, dtype=torch.bfloat16) for _ in layers]
+    qkv = [torch.cat([a.wq.weight, a.wk.weight, a.wv.weight]) for a in (layer.attention for layer in layers)]
+    angles = torch.arange(S, device=DEVICE)[:, None] / p.rope_theta ** (torch.arange(0, D, 2, device=DEVICE) / D)
+    cos_sin, causal = torch.stack((angles.cos(), angles.sin()), -1), torch.ones(S, S, device=DEVICE).tril().bool()
+
+    def rope(x: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+        (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), cos_sin[pos].unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
+
+    def step(token: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+        x = F.embedding(token, model.tok_embeddings.weight)  # (1, dim)
+        for layer, cache, weight in zip(layers, caches, qkv, strict=True):
+            h = F.rms_norm(x, (p.dim,), layer.attention_norm.weight, p.norm_eps)
+            q, k, v = F.linear(h, weight).view(H + 2 * K, D).split((H, K, K))
+            cache[0, 0, :, pos] = rope(k, pos)[:, None]
+            cache[1, 0, :, pos] = v[:, None]
+            y = F.scaled_dot_product_attention(rope(q, pos)[None, :, None], *cache, causal[pos][None, None])
+            x = x + F.linear(y.view(1, -1), layer.attention.wo.weight)
+            h, w = F.rms_norm(x, (p.dim,), layer.ffn_norm.weight, p.norm_eps), layer.feed_forward
+            x = x + F.linear(F.silu(F.linear(h, w.w1.weight)) * F.linear(h, w.w3.weight), w.w2.weight)
+        h = F.rms_norm(x, (p.dim,), model.norm.weight, p.norm_eps)
+        return F.linear(h, model.output.weight).argmax(-1)
+
+    torch._inductor.config.coordinate_descent_tuning = True
+    compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+
+    @torch.inference_mode()
+    def run(tokens: int) -> object:
+        token, pos = torch.tensor([5], device=DEVICE), torch.tensor([200], device=DEVICE)
+        for _ in range(tokens):
+            token = compiled(token, pos).clone()
+            pos += 1
+        return token.item()
+
+    return run
+
+
+def peers(tokenizer: str) -> Facts:
+    """Others' steps beside ours on the same weights, of 8 layers, as they compile for minutes with 32."""
+    llama = build(length=1024, tokenizer=tokenizer, n_layers=8)
+    facts: Facts = {"ours": 1 / step_seconds(llama, 1, 256, 192)}
+    run, began = gpt_fast(llama), time.perf_counter()
+    run(4)
+    facts["gpt-fast's way compiles s"] = time.perf_counter() - began
+    short, long = (statistics.median(seconds(lambda n=n: run(n), 5)) for n in (8, 200))
+    facts["gpt-fast's way"] = 192 / (long - short)
+    print(json.dumps(facts), file=sys.stderr, flush=True)
+    weights = RandomWeights(DEVICE)
+    theirs = transformers_model(Source(weights, llama.model.params, DEVICE, torch.bfloat16))
+    ids = torch.tensor([prompt(160)], device=DEVICE)
+
+    def generate(n: int) -> object:
+        return theirs.generate(ids, do_sample=False, min_new_tokens=n, max_new_tokens=n, cache_implementation="static",
+                               pad_token_id=0)  # fmt: skip
+
+    began = time.perf_counter()
+    generate(8)
+    facts["transformers compiles s"] = time.perf_counter() - began
+    short, long = (statistics.median(seconds(lambda n=n: generate(n), 3)) for n in (8, 200))
+    facts["transformers, static cache"] = 192 / (long - short)
+    facts["ours again"] = 1 / step_seconds(llama, 1, 256, 192)
+    facts["ratios"] = [facts["ours"] / facts[name] for name in ("gpt-fast's way", "transformers, static cache")]
+    return facts
+
+
+def prefill(tokenizer: str) -> Facts:
+    """Where the time of a prompt of 2,048 goes, and prompts of new lengths."""
+    llama = build(length=2176, tokenizer=tokenizer)
+    work = lambda: llama.generate([prompt(2048)], 1, 0)  # noqa: E731
+    facts: Facts = {"ms": 1e3 * statistics.median(seconds(work, 9))}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+    rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)[:12]
+    facts["kernels ms"] = [(row.key[:50], row.count, round(row.self_device_time_total / 1e3, 2)) for row in rows]
+    facts["device ms"] = sum(row.self_device_time_total for row in profile.key_averages()) / 1e3
+    ratios = []
+    for length in (2047, 1900, 1777, 1601, 1234, 999, 801):
+        times = []
+        for _ in range(4):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            llama.generate([prompt(length)], 1, 0)
+            times.append(time.perf_counter() - began)
+        ratios.append(round(times[0] / statistics.median(times[1:]), 2))
+    facts["new length / repeated"] = ratios
+    return facts
+
+
+STAGES: dict[str, tuple[Callable[..., Facts], Facts]] = {
+    "limits": (limits, {}),
+    "decode": (decode, {}),
+    "contexts": (contexts, {}),
+    "prefill": (prefill, {}),
+    "batches": (batches, {}),
+    "serving": (serving, {}),
+    "int8": (quantized, {"quantize": "int8"}),
+    "int4": (quantized, {"quantize": "int4"}),
+    "70B int4": (large, {"quantize": "int4"}),
+    "70B int8": (large, {"quantize": "int8"}),
+    "memory": (memory, {}),
+    "peers": (peers, {}),
+}
+
+
+def main(
+    stages: str = "", out: str = "gpu.jsonl", budget: float = 420, tokenizer_path: str = "", stage: str | None = None
+) -> None:
+    if stage:
+        work, options = STAGES[stage]
+        print(json.dumps({"stage": stage, **work(tokenizer_path, **options)}))
+        return
+    began, lines = time.perf_counter(), []
+    chosen = stages.split("+") if stages else [*STAGES]
+    for name in chosen:
         left = budget - (time.perf_counter() - began)
+        command = [sys.executable, __file__, "--stage", name, "--tokenizer_path", tokenizer_path]
         try:
-            found[title] = measure(name, scheme(quantize), device) if left > 60 else "no time left"
-        except Exception as error:  # one that fails must not take the rest with it
-            found[title] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        gc.collect()
-        torch.cuda.empty_cache()
-        print(f"{time.perf_counter() - began:6.0f} s  {title}", flush=True)
-    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}; tokens/s, median (min - max) of 3")
-    for title, facts in found.items():
-        if isinstance(facts, str):
-            print(f"{title}: left out: {facts}")
-            continue
-        print(f"{title}: {facts['bandwidth'] / 1e12:.2f} TB/s, {facts['matrix_rate'] / 1e12:.0f} TFLOP/s, "
-              f"load {facts['load_s']:.1f} s, peak {facts['peak_bytes'] / 1e9:.1f} GB")  # fmt: skip
-        for case, what in facts["cases"].items():
-            rate = what["tokens_per_second"]["llama"]
-            kind = "MFU" if "prefill" in case else "MBU"
-            print(
-                f"  {case:>18}: {rate[len(rate) // 2]:,.1f} ({rate[0]:,.1f} - {rate[-1]:,.1f}), {kind} {what[kind]:.2f}"
-            )
-        if "plain_tokens_per_second" in facts:
-            print(f"  {'without graphs':>18}: {facts['plain_tokens_per_second']:,.1f}, batch 1")
+            done = subprocess.run(command, capture_output=True, text=True, timeout=max(5, min(left, 150)))
+            line = done.stdout.strip().splitlines()[-1] if done.returncode == 0 else json.dumps(
+                {"stage": name, "error": done.stderr.strip().splitlines()[-25:]})  # fmt: skip
+        except (subprocess.TimeoutExpired, IndexError) as error:
+            line = json.dumps({"stage": name, "error": str(error)[:200]})
+        lines.append(line)
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(f"{time.perf_counter() - began:6.1f} s  {line}", flush=True)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -211,8 +211,9 @@ class Engine:
         """Choose a backend, and forget what the cache holds, if the model was changed while nothing ran."""
         state = backends.fingerprint(self.model), self.compile
         if state != self.state:
-            self.state, p = state, self.model.params
+            p = self.model.params
             self.backend = backends.choose(self.model, self.compile)
+            self.state = backends.fingerprint(self.model), self.compile  # a backend may move weights
             self.sampler = Sampler(len(self.slots), p.vocab_size, self.model.norm.weight.device)
             # What has hooks is to see every token: nothing is left out.
             self.shares = not backends.customized(self.model)

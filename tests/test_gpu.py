@@ -2,9 +2,14 @@
 
 import pytest
 import torch
-from small import SHAPES, TOKENIZER, random_model, relative_error, save_random
+from small import SHAPES, TOKENIZER, hugging_face, random_model, relative_error, save_random
 
-from llama import Llama, decode, engine, quantization
+from llama import Llama, backends
+from llama.backends import choose, quantized
+from llama.backends.quantized import Scheme
+from llama.batch import Batch
+
+Cuda = pytest.importorskip("llama.backends.cuda").Cuda  # needs Triton
 
 pytestmark = pytest.mark.gpu
 
@@ -17,6 +22,26 @@ def test_logits_equal_those_of_the_cpu(shape):
     expected = random_model(SHAPES[shape])(TOKENS, 0)
     logits = random_model(SHAPES[shape]).cuda()(TOKENS.cuda(), 0)
     assert relative_error(logits.cpu(), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prompt_and_step_are_hugging_faces(dtype):
+    """Heads of 128 in groups of 2: logits of a prompt of 40 tokens and of a step behind it."""
+    shape = {"dim": 512, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 64}
+    model = random_model(shape, vocab_size=256, max_seq_len=64)
+    theirs = hugging_face(model.params, model.state_dict()).cuda()
+    ids = torch.randint(256, (1, 41), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.inference_mode():
+        exact = theirs(ids).logits[0]
+        rounded = theirs.to(dtype)(ids).logits[0].float()
+        fast = choose(model.to(dtype).cuda())
+        assert type(fast) is Cuda
+        prompt = fast.logits(fast.forward(Batch.of([(0, 0, ids[0, :40].tolist())], "cuda")))
+        step = fast.logits(fast.forward(Batch.of([(0, 40, ids[0, 40:].tolist())], "cuda")))
+    found = torch.cat((prompt, step))
+    assert relative_error(found, exact) < 1.3 * relative_error(rounded, exact) + 1e-4
+    if dtype == torch.float32:
+        assert torch.equal(found.argmax(-1), exact.argmax(-1))
 
 
 def test_chunks_and_rows_at_their_own_positions():
@@ -55,41 +80,66 @@ def test_logits_that_are_not_finite_name_the_layer(tokenizer):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_graphs_give_the_tokens_of_plain_steps(tokenizer, monkeypatch, shape):
-    llama = Llama(random_model(SHAPES[shape], vocab_size=tokenizer.n_words).cuda(), tokenizer)
+def test_graphs_give_the_tokens_of_the_plain_backend(tokenizer, monkeypatch, shape):
+    model = random_model(SHAPES[shape], vocab_size=tokenizer.n_words).cuda()
+    llama = Llama(model, tokenizer)
     fast = llama.generate(PROMPTS, 20, temperature=0, logprobs=True)
-    assert llama.model in decode._captured
-    monkeypatch.setattr(engine, "decoder", lambda model, B: model)
+    assert llama.engine.backend.graphs
+    monkeypatch.setattr(backends, "choose", lambda model, compile: backends.Plain(model))
+    model.norm.weight.mul_(1)  # written to: a backend is chosen anew
     slow = llama.generate(PROMPTS, 20, temperature=0, logprobs=True)
+    assert type(llama.engine.backend) is backends.Plain
     assert fast[0] == slow[0]
     for a, b in zip(fast[1], slow[1], strict=True):
         assert a == pytest.approx(b, abs=1e-3)
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
+def test_requests_that_come_and_go_are_each_as_alone(tokenizer):
+    """More prompts than slots, answers of different lengths, sampled: mixed passes and graphs of several sizes."""
+    llama = Llama(random_model(vocab_size=tokenizer.n_words, max_batch_size=4).cuda(), tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [[1, *torch.randint(3, 400, (2 + 5 * i % 23,), generator=generator).tolist()] for i in range(13)]
+    lengths = [3 + 7 * i % 19 for i in range(13)]
+    options = {"temperature": [0.0, 0.9] * 6 + [0.0], "top_p": 0.9, "seed": [*range(13)]}
+    together = llama.generate(prompts, lengths, **options)[0]
+    for i, prompt in enumerate(prompts):
+        alone = {name: value if isinstance(value, float) else value[i] for name, value in options.items()}
+        assert llama.generate([prompt], lengths[i], **alone)[0] == [together[i]]
+
+
+@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(4, 32), Scheme(4, 64), Scheme(4, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 70])
-def test_four_bits_are_plain_four_bits(group, rows):
-    weight = quantization.quantize(torch.randn(64, 256), quantization.Scheme(4, group))
-    fast, plain = (kind(weight, torch.device("cuda")) for kind in (quantization.kernel, quantization.Plain))
-    assert isinstance(fast, quantization.Int4Cuda)
-    x = torch.randn(rows, 256, device="cuda").bfloat16()
-    assert relative_error(fast(x).float(), plain(x).float()) < 1e-2
+def test_quantized_matmuls_are_plain_ones(scheme, dtype, rows):
+    weight = quantized.quantize(torch.randn(72, 352 if scheme.group < 64 else 384), scheme)
+    fast, plain = (kind(weight, torch.device("cuda")) for kind in (quantized.kernel, quantized.Plain))
+    assert isinstance(fast, quantized.Cuda)
+    x = torch.randn(rows, 2 * fast.shape[1], device="cuda").to(dtype)[:, : fast.shape[1]]  # not contiguous
+    exact = x.double() @ quantized.dequantize(plain.weight).double().t()
+    assert relative_error(fast(x).double(), exact) < {torch.float32: 1e-3, torch.bfloat16: 1e-2}[dtype]
 
 
-@pytest.mark.parametrize("rows", [1, 5, 70])
-def test_eight_bits_are_plain_eight_bits(rows):
-    weight = quantization.quantize(torch.randn(64, 256), quantization.scheme("int8"))
-    fast, plain = (kind(weight, torch.device("cuda")) for kind in (quantization.kernel, quantization.Plain))
-    assert isinstance(fast, quantization.Int8Cuda)
-    x = torch.randn(rows, 256, device="cuda").bfloat16()
-    assert relative_error(fast(x).float(), plain(x).float()) < 1e-2
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("slots", [1, 3, 16, 40])
+def test_a_pass_is_the_models_within_the_rounding_of_16_bits(dtype, slots):
+    """Prompts, a step of one token each, and both together, for heads of 128 and GQA."""
+    shape = {"dim": 512, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 64}
 
+    def model():
+        return random_model(shape, max_batch_size=slots, max_seq_len=300).cuda()
 
-def test_the_pieces_are_compiled(tokenizer):
-    llama = Llama(random_model(vocab_size=tokenizer.n_words).cuda(), tokenizer)
-    llama.generate(PROMPTS, 3, temperature=0)
-    for piece in decode.FUSED:
-        assert piece.call and not piece.failed
+    ways = [backends.Plain(model()), backends.Plain(model().to(dtype)), choose(model().to(dtype))]
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(128, (5 + 7 * i,), generator=generator).tolist() for i in range(slots)]
+    passes = [
+        [(slot, 0, ids) for slot, ids in enumerate(prompts)],
+        [(slot, len(ids), [9]) for slot, ids in enumerate(prompts)],
+        [(slot, len(ids) + 1, [9] * (1 + slot % 3)) for slot, ids in enumerate(prompts)],
+    ]
+    for parts in passes:
+        with torch.inference_mode():
+            exact, plain, found = (way.logits(way.forward(Batch.of(parts, "cuda"))) for way in ways)
+        assert relative_error(found, exact) < 1.3 * relative_error(plain, exact) + 1e-3
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

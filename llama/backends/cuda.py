@@ -1,113 +1,239 @@
-"""Decoding on a GPU, where launching a thousand kernels is what takes time: a pass with one token of each sequence is
-recorded as a CUDA graph, with one kernel between two matmuls. Other passes are the plain backend's."""
+"""Forward passes on a GPU.
+
+A pass with one token of each sequence, a decode step, is a CUDA graph of five Triton kernels a layer, which read every
+weight once; see cuda_kernels.py. Other passes, prefills and what mixes them with decoding, run eagerly: cuBLAS for the
+matmuls, flash attention for the prompts. The plain path that both must equal is `Transformer.hidden`.
+"""
 
 from __future__ import annotations
 
+import atexit
 import logging
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..batch import Batch
-from ..layers import linear
 from ..model import Transformer, rope_frequencies
-from ..parallel import all_gather, all_reduce
-from . import Backend, Plain, cuda_fused
+from ..parallel import all_gather, all_reduce, gather_objects, rank
+from . import cuda_kernels as kernels
+from .cuda_kernels import RESIDUAL, ROPE, SWIGLU, Matrix, Rope
 
-BUCKET = 256  # a graph serves so many lengths of the cache, and attends to the longest of them
 log = logging.getLogger(__name__)
-add_norm = cuda_fused.compiled(cuda_fused.add_norm)
-rope = cuda_fused.compiled(cuda_fused.rope)
-swiglu = cuda_fused.compiled(cuda_fused.swiglu)
+# Without cuDNN's attention, which makes a plan for every length of a prompt: that takes longer than the prompt.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Tokens, by bits of a weight, for which Triton's matmul is faster than cuBLAS's.
+FEW = {16: 16, 8: kernels.MOST, 4: kernels.MOST}
 
 
-def backend(model: Transformer) -> Backend:
-    return Captured(model)
+def backend(model: Transformer) -> Cuda:
+    return Cuda(model)
 
 
-class Captured(Plain):
-    """A graph for each number of sequences and each bucket of cache lengths, recorded when it is first needed."""
+class Layer(NamedTuple):
+    attention_norm: Tensor
+    qkv: Matrix  # wq, wk and wv, one below the other
+    wo: Matrix
+    ffn_norm: Tensor
+    w13: Matrix  # w1 and w3
+    w2: Matrix
+    cache: Tensor  # (slots, 2K, max_seq_len, D)
 
+
+class Graph(NamedTuple):
+    replay: Callable[[], object]
+    inputs: Tensor  # (3, M): tokens, positions, slots
+    hidden: Tensor
+
+
+class Cuda:
     def __init__(self, model: Transformer) -> None:
-        super().__init__(model)
-        p, device = model.params, model.norm.weight.device
-        order = torch.arange(p.max_seq_len, device=device)
-        self.order, self.cos_sin = order, torch.view_as_real(rope_frequencies(order, p.head_dim, p.rope_theta))
-        self.floor = torch.tensor(math.sqrt(p.dim * p.norm_eps), device=device)
-        self.inputs: dict[int, list[Tensor]] = {}  # of B sequences: tokens, positions, slots, which the graphs read
-        self.graphs: dict[tuple[int, int, bool], Callable[[], Tensor]] = {}
+        p = model.params
+        self.dim, self.eps, self.device = p.dim, p.norm_eps, model.norm.weight.device
+        self.embeddings, self.norm = model.tok_embeddings.weight, model.norm.weight
+        self.output = stacked(model.output)
+        self.layers = []
+        blocks: Any = model.layers
+        for block in blocks:
+            attention, ffn = block.attention, block.feed_forward
+            qkv, w13 = stacked(attention.wq, attention.wk, attention.wv), stacked(ffn.w1, ffn.w3)
+            norms = block.attention_norm.weight, block.ffn_norm.weight
+            wo, w2 = stacked(attention.wo), stacked(ffn.w2)
+            self.layers.append(Layer(norms[0], qkv, wo, norms[1], w13, w2, attention.cache.kv))
+        self.n_heads, self.kv_heads, self.head_dim = attention.n_heads, attention.n_kv_heads, p.head_dim
+        positions = torch.arange(p.max_seq_len, device=self.device)
+        self.cos_sin = torch.view_as_real(rope_frequencies(positions, p.head_dim, p.rope_theta)).contiguous()
+        self.few = FEW[self.layers[0].wo.bits]
+        self.graphs: dict[int, Graph] = {}
+        self.pool = self.stream = None  # which all graphs share
+        _open.add(self)
 
+    @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        if any(s.length > 1 for s in batch.sequences):
-            return super().forward(batch)
-        B, end = len(batch.sequences), max(s.start for s in batch.sequences) + 1
-        end = min(-(-end // BUCKET) * BUCKET, len(self.order))
-        first = [s.slot for s in batch.sequences] == [*range(B)]
-        inputs = self.inputs.setdefault(B, [torch.zeros_like(part) for part in batch[:3]])
-        for to, part in zip(inputs, batch[:3], strict=True):
-            to.copy_(part, non_blocking=True)
-        if (B, end, first) not in self.graphs:
-            self.graphs[B, end, first] = capture(partial(self.step, inputs, end, first), self.order.device)
-        return self.graphs[B, end, first]()
+        if all(sequence.length == 1 for sequence in batch.sequences):
+            return self.decode(batch)
+        with torch.cuda.device(self.device), sdpa_kernel(ATTENTION):
+            return self.hidden(batch.tokens, batch.positions, batch.slots, batch)
 
-    def step(self, inputs: Sequence[Tensor], end: int, first: bool) -> Tensor:
-        """`forward` for one token of each sequence, which attends to the first `end` positions. `first`: in the first
-        slots, whose keys and values need not be gathered."""
-        layers: Any = self.model.layers
-        tokens, positions, slots = inputs
-        B, one = len(tokens), layers[0].attention
-        H, K, D = one.n_heads, one.n_kv_heads, one.head_dim
-        cos_sin = self.cos_sin[positions]  # (B, 1, D/2, 2)
-        mask = (self.order[:end] <= positions[:, None])[:, None, None]  # (B, 1, 1, S)
-        x = all_gather(F.embedding(tokens, self.model.tok_embeddings.weight))
-        y = torch.zeros_like(x)
-        for layer in layers:
-            attention, ffn, cache = layer.attention, layer.feed_forward, layer.attention.cache.kv
-            x, h = add_norm(x, y, layer.attention_norm.weight, self.floor)
-            q, k, v = (side(h, [w.weight]).view(B, -1, D) for w in (attention.wq, attention.wk, attention.wv))
-            q, k = rope(torch.cat((q, k), 1), cos_sin).split((H, K), 1)
-            cache[slots, :, positions] = torch.cat((k, v), 1)
-            seen = (cache[:B] if first else cache[slots])[:, :, :end]
-            keys, values = seen.chunk(2, 1)  # (B, K, S, D)
-            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), keys, values, mask)
-            # reshape: some of its kernels give (B, K, H/K, D) with other strides
-            x, h = add_norm(
-                x, side(y.reshape(B, H * D), [attention.wo.weight], True), layer.ffn_norm.weight, self.floor
-            )
-            y = side(swiglu(side(h, [ffn.w1.weight, ffn.w3.weight])), [ffn.w2.weight], True)
-        return x + y
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        if len(hidden) <= FEW[self.output.bits]:
+            return all_gather(kernels.linear(hidden, self.output, norm=self.norm, eps=self.eps, dtype=torch.float32))
+        return all_gather(self.normed(hidden, self.norm, self.output).float())
 
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        for layer in self.layers:
+            layer.cache[target, :, :length] = layer.cache[source, :, :length]
 
-def side(x: Tensor, weights: Sequence[Any], reduce: bool = False) -> Tensor:
-    """x by several weights, side by side; summed over the ranks if asked."""
-    y = torch.cat([linear(x, weight) for weight in weights], -1) if len(weights) > 1 else linear(x, weights[0])
-    return all_reduce(y) if reduce else y
+    def hidden(self, tokens: Tensor, positions: Tensor, slots: Tensor, batch: Batch | None = None) -> Tensor:
+        """`forward` for one token of each sequence, or for a `batch`."""
+        few = len(tokens) <= self.few
+        rope = Rope(self.cos_sin, positions, slots, self.layers[0].cache, self.n_heads)
+        attend = Attend(self, rope, batch)
+        x = all_gather(F.embedding(tokens, self.embeddings))  # (N, dim)
+        for layer in self.layers:
+            rope = rope._replace(cache=layer.cache)
+            if few:
+                q = kernels.linear(x, layer.qkv, ROPE, layer.attention_norm, self.eps, rope=rope)
+                x = self.add(x, attend(q, rope), layer.wo, few)
+                h = kernels.linear(x, layer.w13, SWIGLU, layer.ffn_norm, self.eps)
+            else:
+                q = kernels.apply_rope(self.normed(x, layer.attention_norm, layer.qkv), rope)
+                x = self.add(x, attend(q, rope), layer.wo, few)
+                h = kernels.swiglu(self.normed(x, layer.ffn_norm, layer.w13))
+            x = self.add(x, h, layer.w2, few)
+        return x
 
+    def normed(self, x: Tensor, norm: Tensor, weight: Matrix) -> Tensor:
+        h = F.rms_norm(x, norm.shape, norm, self.eps)
+        return F.linear(h, kernels.dequantize(weight, x.dtype))
 
-def capture(work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """`work`, recorded: what is returned does the same with the same tensors, and always gives one tensor. Where it
-    cannot be recorded, `work` itself."""
-    with torch.cuda.device(device):
-        here, aside, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            work()  # libraries prepare themselves at the first call, which cannot be recorded
-        here.wait_stream(aside)
-        try:
-            # Other threads may go on with models of their own meanwhile.
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                result = work()
-        except RuntimeError as error:
-            log.warning("decoding without CUDA graphs, as recording one failed: %s", str(error).split("\n")[0])
-            return work
+    def add(self, x: Tensor, y: Tensor, weight: Matrix, few: bool) -> Tensor:
+        """x + y weightᵀ. Each rank has a part of that sum, the first one x too."""
+        if few:
+            part = kernels.linear(y, weight, RESIDUAL, residual=x) if rank() == 0 else kernels.linear(y, weight)
+        else:
+            dense = kernels.dequantize(weight, x.dtype).t()
+            part = x.addmm_(y, dense) if rank() == 0 else y @ dense
+        return all_reduce(part)
 
-    def replay() -> Tensor:
+    def decode(self, batch: Batch) -> Tensor:
+        """`forward` for one token of each sequence, by a graph for as many or a few more."""
+        N = len(batch.tokens)
+        size = N if N <= 8 else -(-N // 8) * 8
+        graph = self.graphs.get(size) or self.capture(size)
+        for to, part in zip(graph.inputs, batch[:3], strict=True):
+            to[:N].copy_(part, non_blocking=True)
+        if N < size:
+            graph.inputs[1, N:] = -1  # whose keys and values are not stored
         graph.replay()
-        return result
+        return graph.hidden[:N]
 
-    return replay
+    def capture(self, size: int) -> Graph:
+        """Record a step of `size` tokens on all ranks, or on none: NCCL waits for every rank."""
+        inputs = torch.zeros(3, size, dtype=torch.int64, device=self.device)
+        inputs[1] = -1
+        with torch.cuda.device(self.device):
+            self.stream = self.stream or torch.cuda.Stream()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            graph, here, error = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), None
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                self.hidden(*inputs)  # kernels are compiled at their first call, which cannot be recorded
+            here.wait_stream(self.stream)
+            try:
+                # Other threads may go on with models of their own meanwhile.
+                with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):
+                    hidden = self.hidden(*inputs)
+            except RuntimeError as raised:
+                error = str(raised).split("\n")[0]
+        if failed := [message for message in gather_objects(error) if message]:
+            log.warning("decoding without CUDA graphs, as recording one failed: %s", failed[0])
+            hidden = torch.empty(size, self.dim, dtype=self.norm.dtype, device=self.device)
+            self.graphs[size] = Graph(lambda: hidden.copy_(self.hidden(*inputs)), inputs, hidden)
+        else:
+            self.graphs[size] = Graph(graph.replay, inputs, hidden)
+        return self.graphs[size]
+
+
+class Attend:
+    """Attention of one pass, (N, H D) -> (N, H D): of sequences of one token together, of longer ones one by one."""
+
+    def __init__(self, backend: Cuda, rope: Rope, batch: Batch | None) -> None:
+        self.heads, self.head_dim = backend.n_heads, backend.head_dim
+        sequences = batch.sequences if batch else ()
+        starts = torch.tensor([0, *(s.length for s in sequences)]).cumsum(0).tolist()
+        self.longer = [(at, *s) for at, s in zip(starts, sequences, strict=False) if s.length > 1]
+        self.single: Tensor | None = None  # their indices; None: all
+        M = len(rope.positions)
+        if batch:
+            single = [at for at, s in zip(starts, sequences, strict=False) if s.length == 1]
+            self.single, M = torch.tensor(single, dtype=torch.int64).to(rope.positions.device), len(single)
+            self.positions, self.slots = rope.positions[self.single], rope.slots[self.single]
+        if M:
+            self.scratch = kernels.attend_scratch(M, self.heads, backend.kv_heads, self.head_dim, backend.device)
+
+    def __call__(self, q: Tensor, rope: Rope) -> Tensor:
+        if self.single is None:
+            return kernels.attend(q, rope, self.scratch)
+        if len(self.longer) == 1 and self.longer[0][3] == len(q):
+            return self.causal(q, rope, *self.longer[0][1:])
+        y = torch.empty_like(q)
+        if len(self.single):
+            one = rope._replace(positions=self.positions, slots=self.slots)
+            y[self.single] = kernels.attend(q[self.single], one, self.scratch)
+        for at, slot, start, T in self.longer:
+            y[at : at + T] = self.causal(q[at : at + T], rope, slot, start, T)
+        return y
+
+    def causal(self, q: Tensor, rope: Rope, slot: int, start: int, T: int) -> Tensor:
+        k, v = rope.cache[slot : slot + 1, :, : start + T].chunk(2, 1)  # (1, K, S, D)
+        y = causal_attention(q.view(1, T, self.heads, self.head_dim).transpose(1, 2), k, v)
+        return y.transpose(1, 2).reshape(T, -1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of queries (1, H, T, D), which are the last of S positions, over k and v (1, K, S, D)."""
+    T, S, D = q.shape[2], k.shape[2], q.shape[3]
+    if q.dtype != torch.float32 and D % 8 == 0 and D <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0):
+        # Flash attention is causal with respect to the last key, which no argument of SDPA says.
+        y: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        return y
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def stacked(*layers: Any) -> Matrix:
+    """The weights of layers, one below the other. Floats that do not lie so are moved, and the layers keep views."""
+    weights = [layer.weight for layer in layers]
+    first = weights[0]
+    if not isinstance(first, Tensor):
+        found: Matrix = (first.whole if len(weights) > 1 else first).matrix
+        return found
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    in_row = [weight.data_ptr() for weight in weights[1:]] == ends[:-1] and all(map(Tensor.is_contiguous, weights))
+    storage = first.untyped_storage()
+    if in_row and ends[-1] <= storage.data_ptr() + storage.nbytes():
+        return Matrix(first.detach().as_strided((sum(map(len, weights)), first.shape[1]), first.stride()))
+    whole = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, whole.split([*map(len, weights)]), strict=True):
+        weight.data = part
+    return Matrix(whole)
+
+
+_open: WeakSet[Cuda] = WeakSet()
+
+
+@atexit.register
+def _release() -> None:
+    """Leaving the process groups would wait for graphs that hold NCCL's communicators."""
+    for backend in [*_open]:
+        backend.graphs.clear()

@@ -12,6 +12,7 @@ in bfloat16, or compiled for a CPU with activations of 8 bits.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
@@ -159,7 +160,7 @@ def has_cpp() -> bool:
 
 def kernel(weight: Quantized, device: torch.device, compiled: bool = False) -> Kernel:
     """The fastest product that this device has for a matrix, or that can be compiled for it."""
-    for kind in (*((Int8Compiled, Int4Compiled) if compiled else ()), Int8OneDNN, Int8Cuda, Int4Cpu, Int4Cuda):
+    for kind in (*((Int8Compiled, Int4Compiled) if compiled else ()), Int8OneDNN, Int4Cpu, Cuda):
         if kind.serves(weight, device):
             return kind(weight, device)
     return Plain(weight, device)
@@ -238,22 +239,6 @@ class Int8Compiled(Int8OneDNN):
         return self.native(x) if native else super().__call__(x)
 
 
-class Int8Cuda(Plain):
-    """A few rows by a kernel that widens each number as it reads it; more, where the product is the work, plainly."""
-
-    @staticmethod
-    def serves(weight: Quantized, device: torch.device) -> bool:
-        return weight.zero is None and device.type == "cuda"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > 8:
-            return super().__call__(x)
-        from .cuda_fused import int8_rows
-
-        return int8_rows(rows, self.weight.q, self.weight.scale).view(*x.shape[:-1], -1)
-
-
 class Int4Cpu(Plain):
     """torch's int4 product for CPUs, which says w = (q - 8) * scale + offset."""
 
@@ -320,28 +305,32 @@ class Int4Compiled(Plain):
         return y
 
 
-class Int4Cuda(Plain):
-    """torch's int4 product for GPUs with bfloat16."""
+class Cuda(Plain):
+    """A few rows by a kernel that dequantizes what it reads; more by cuBLAS, of the matrix in floats."""
 
     @staticmethod
     def serves(weight: Quantized, device: torch.device) -> bool:
-        fits = len(weight.q) % 8 == 0 and weight.q.shape[1] * 2 % 128 == 0  # 8 tiles of 16 columns
-        return weight.zero is not None and device.type == "cuda" and fits
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
+        from .cuda_kernels import Matrix
+
         super().__init__(weight, device)
-        self.group = self.shape[1] // weight.scale.shape[1]
-        q = self.weight.q
-        self.packed = torch._convert_weight_to_int4pack(
-            q << 4 | q >> 4, 8
-        )  # it has the even columns in the high halves
-        self.scales = offsets(self.weight)
+        q, scale, zero = (None if part is None else part.contiguous() for part in self.weight)
+        self.matrix = Matrix(q, scale, None, 8)
+        if zero is not None:
+            half = scale.half()
+            scale = half if torch.equal(half.float(), scale.float()) else scale.float()
+            minimum = (-zero.float() * scale.float()).to(scale.dtype)
+            self.matrix = Matrix(q, scale, minimum, 4, self.shape[1] // scale.shape[1])
         del self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
-        y = torch._weight_int4pack_mm(rows, self.packed, self.group, self.scales)
-        return y.view(*x.shape[:-1], -1).type_as(x)
+        from .cuda_kernels import MOST, dequantize, linear
+
+        rows = x.reshape(-1, x.shape[-1])
+        y = linear(rows, self.matrix) if len(rows) <= MOST else F.linear(rows, dequantize(self.matrix, x.dtype))
+        return y.view(*x.shape[:-1], -1)
 
 
 def offsets(weight: Quantized) -> Tensor:
