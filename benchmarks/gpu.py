@@ -1,13 +1,15 @@
 """What one GPU reaches: decoding, prefill, sampling and memory, on random weights; nothing is downloaded.
 
-    python benchmarks/gpu.py [--stages a+b+...] [--out FILE] [--budget 420] --tokenizer_path TOKENIZER
+    python benchmarks/gpu.py [--groups "a b+c ..."] [--out FILE] [--budget 420] --tokenizer_path TOKENIZER
 
-Each stage is a process of its own under a time limit and writes one line of JSON at once; a table of all comes last.
+Each group of stages is a process of its own under a time limit; each stage writes one line of JSON.
 TOKENIZER has 32,000 pieces, as Llama 2's.
 """
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -44,7 +46,7 @@ def build(
     return llama
 
 
-def seconds(work: Callable[[], object], repeats: int = 3) -> list[float]:
+def seconds(work: Callable[[], object], repeats: int = 2) -> list[float]:
     """Of each of several runs after a first."""
     taken = []
     for _ in range(repeats + 1):
@@ -60,7 +62,15 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(3, 32000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def step_seconds(llama: Llama, batch: int, context: int, tokens: int = 96, **options: Any) -> float:
+_seeds = itertools.count(10_000)
+
+
+def fresh(length: int) -> list[int]:
+    """A prompt that no slot holds a prefix of."""
+    return prompt(length, next(_seeds))
+
+
+def step_seconds(llama: Llama, batch: int, context: int, tokens: int = 64, **options: Any) -> float:
     """A step, by the difference of two lengths of answers, in `generate`."""
     prompts = [prompt(context - tokens // 2, seed) for seed in range(batch)]
     options = {"temperature": 0, **options}
@@ -113,7 +123,7 @@ def contexts(tokenizer: str) -> Facts:
     facts["batch 8"] = 8 / step_seconds(llama, 8, 512)
     greedy, sampled = (step_seconds(llama, 1, 256, **o) for o in ({}, {"temperature": 0.8, "top_p": 0.9}))
     facts["top_p costs"] = sampled / greedy - 1
-    facts["prefill 2048 ms"] = 1e3 * statistics.median(seconds(lambda: llama.generate([prompt(2048)], 1, 0), 7))
+    facts["prefill 2048 ms"] = 1e3 * statistics.median(seconds(lambda: llama.generate([fresh(2048)], 1, 0), 7))
     return facts
 
 
@@ -129,7 +139,7 @@ def serving(tokenizer: str) -> Facts:
     generator = torch.Generator().manual_seed(0)
     prompts = [prompt(int(n), i) for i, n in enumerate(torch.randint(128, 1025, (256,), generator=generator))]
     answers = torch.randint(64, 257, (256,), generator=generator).tolist()
-    llama.generate(prompts[:64], [9 - i % 2 for i in range(64)], 0)
+    llama.generate([fresh(len(p)) for p in prompts[:64]], [9 - i % 2 for i in range(64)], 0)
     for size in range(8, 65, 8):  # graphs of every size
         llama.generate([[5, i] for i in range(size)], 4, 0)
     torch.cuda.synchronize()
@@ -147,7 +157,7 @@ def serving(tokenizer: str) -> Facts:
 def quantized(tokenizer: str, quantize: str = "int8") -> Facts:
     llama = build(length=2176, batch=16, tokenizer=tokenizer, quantize=quantize)
     facts: Facts = {f"batch {n}": n / step_seconds(llama, n, 256) for n in (1, 8, 16)}
-    facts["prefill 2048 ms"] = 1e3 * statistics.median(seconds(lambda: llama.generate([prompt(2048)], 1, 0), 5))
+    facts["prefill 2048 ms"] = 1e3 * statistics.median(seconds(lambda: llama.generate([fresh(2048)], 1, 0), 5))
     return facts
 
 
@@ -210,8 +220,8 @@ def gpt_fast(llama: Llama) -> Callable[[int], object]:
 
 
 def peers(tokenizer: str) -> Facts:
-    """Others' steps beside ours on the same weights, of 8 layers, as they compile for minutes with 32."""
-    llama = build(length=1024, tokenizer=tokenizer, n_layers=8)
+    """Others' steps beside ours on the same weights, of 2 layers, as they compile for minutes with 32."""
+    llama = build(length=1024, tokenizer=tokenizer, n_layers=2)
     facts: Facts = {"ours": 1 / step_seconds(llama, 1, 256, 192)}
     run, began = gpt_fast(llama), time.perf_counter()
     run(4)
@@ -240,7 +250,7 @@ def peers(tokenizer: str) -> Facts:
 def prefill(tokenizer: str) -> Facts:
     """Where the time of a prompt of 2,048 goes, and prompts of new lengths."""
     llama = build(length=2176, tokenizer=tokenizer)
-    work = lambda: llama.generate([prompt(2048)], 1, 0)  # noqa: E731
+    work = lambda: llama.generate([fresh(2048)], 1, 0)  # noqa: E731
     facts: Facts = {"ms": 1e3 * statistics.median(seconds(work, 9))}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
@@ -253,7 +263,7 @@ def prefill(tokenizer: str) -> Facts:
         for _ in range(4):
             torch.cuda.synchronize()
             began = time.perf_counter()
-            llama.generate([prompt(length)], 1, 0)
+            llama.generate([fresh(length)], 1, 0)
             times.append(time.perf_counter() - began)
         ratios.append(round(times[0] / statistics.median(times[1:]), 2))
     facts["new length / repeated"] = ratios
@@ -269,35 +279,47 @@ STAGES: dict[str, tuple[Callable[..., Facts], Facts]] = {
     "serving": (serving, {}),
     "int8": (quantized, {"quantize": "int8"}),
     "int4": (quantized, {"quantize": "int4"}),
-    "70B int4": (large, {"quantize": "int4"}),
-    "70B int8": (large, {"quantize": "int8"}),
+    "70B-int4": (large, {"quantize": "int4"}),
+    "70B-int8": (large, {"quantize": "int8"}),
     "memory": (memory, {}),
     "peers": (peers, {}),
 }
 
 
+def run(names: list[str], tokenizer: str) -> None:
+    """Some stages in this process."""
+    for name in names:
+        work, options = STAGES[name]
+        began = time.perf_counter()
+        try:
+            facts = work(tokenizer, **options)
+        except Exception as error:
+            facts = {"error": f"{type(error).__name__}: {error}"[:1000]}
+        print(json.dumps({"stage": name, **facts, "took s": round(time.perf_counter() - began, 1)}), flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def main(
-    stages: str = "", out: str = "gpu.jsonl", budget: float = 420, tokenizer_path: str = "", stage: str | None = None
+    groups: str = " ".join(STAGES), out: str = "gpu.jsonl", budget: float = 420, tokenizer_path: str = "", inside: bool = False
 ) -> None:
-    if stage:
-        work, options = STAGES[stage]
-        print(json.dumps({"stage": stage, **work(tokenizer_path, **options)}))
+    if inside:
+        run(groups.split("+"), tokenizer_path)
         return
-    began, lines = time.perf_counter(), []
-    chosen = stages.split("+") if stages else [*STAGES]
-    for name in chosen:
+    began = time.perf_counter()
+    for group in groups.split():
         left = budget - (time.perf_counter() - began)
-        command = [sys.executable, __file__, "--stage", name, "--tokenizer_path", tokenizer_path]
+        command = [sys.executable, __file__, "--groups", group, "--tokenizer_path", tokenizer_path, "--inside"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=max(5, min(left, 150)))
-            line = done.stdout.strip().splitlines()[-1] if done.returncode == 0 else json.dumps(
-                {"stage": name, "error": done.stderr.strip().splitlines()[-25:]})  # fmt: skip
-        except (subprocess.TimeoutExpired, IndexError) as error:
-            line = json.dumps({"stage": name, "error": str(error)[:200]})
-        lines.append(line)
+            lines, error = done.stdout, done.stderr if done.returncode else ""
+        except subprocess.TimeoutExpired as late:
+            lines, error = (late.stdout or b"").decode(), f"{late} {(late.stderr or b'').decode()[-2000:]}"
+        if error:
+            lines += json.dumps({"stage": group, "error": error.strip().splitlines()[-15:]}) + "\n"
         with open(out, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        print(f"{time.perf_counter() - began:6.1f} s  {line}", flush=True)
+            file.write(lines)
+        print(f"{time.perf_counter() - began:6.1f} s  {lines}", end="", flush=True)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
 
 

@@ -11,58 +11,114 @@ if torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, Triton's own among them
 pytest.importorskip("triton")
 
-from llama.backends.cuda import Cuda
-from llama.batch import Batch, Sequence
+from llama import Llama, backends, engine
+from llama.backends import cuda, quantized
+from llama.batch import Batch
 
 PROMPTS = [[5, 17, 99, 3], [64], [127, 0, 7, 7, 7, 8, 9, 100, 101, 102]]
+INTERPRETED = {name: SHAPES[name] for name in ("MHA", "MQA", "odd FFN")}  # it takes seconds
 
 
-def decoded(backend, batch):
-    """A decode step without a graph."""
-    return backend.hidden(*batch[:3])
+class Interpreted(cuda.Cuda):
+    """Without a graph."""
+
+    def forward(self, batch):
+        single = all(sequence.length == 1 for sequence in batch.sequences)
+        return self.hidden(*batch[:3], None if single else batch)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def both(model, parts):
+    """Logits of a pass by the plain backend and by this one, each with a cache of its own."""
+    return [way.logits(way.forward(Batch.of(parts))) for way in model]
+
+
+@pytest.mark.parametrize("shape", INTERPRETED)
 def test_prompts_and_steps_give_the_models_logits(shape):
-    """Prompts of several lengths in one pass, then steps of one sequence, of three, and of all with a longer one."""
-    plain = random_model(SHAPES[shape])
-    backend = Cuda(random_model(SHAPES[shape]))
-    batch = Batch.of([(slot, 0, ids) for slot, ids in enumerate(PROMPTS)])
-    hidden = backend.hidden(*batch[:3], batch)
-    ends = torch.tensor([len(ids) for ids in PROMPTS]).cumsum(0) - 1
-    expected = [plain(torch.tensor([ids]), 0)[0, -1] for ids in PROMPTS]
-    assert relative_error(backend.logits(hidden[ends]), torch.stack(expected)) < 1e-5
-    expected = []
-    for slot, ids in enumerate(PROMPTS):
-        step = Batch.of([(slot, len(ids), [11])])
-        expected.append(plain(torch.tensor([[*ids, 11]]), 0)[:, -1])
-        assert relative_error(backend.logits(decoded(backend, step)), expected[-1]) < 1e-5
-    steps = Batch.of([(slot, len(ids), [11]) for slot, ids in enumerate(PROMPTS)])
-    assert relative_error(backend.logits(decoded(backend, steps)), torch.cat(expected)) < 1e-5
-    mixed = Batch.of([(0, 5, [12]), (2, 8, [101, 102, 11]), (1, 1, [11])])
-    hidden = backend.hidden(*mixed[:3], mixed)
-    assert mixed.sequences[1] == Sequence(2, 8, 3)
-    longer = plain(torch.tensor([[*PROMPTS[0], 11, 12]]), 0)[:, -1]
-    expected = torch.cat([longer, expected[2], expected[1]])
-    assert relative_error(backend.logits(hidden[torch.tensor([0, 3, 4])]), expected) < 1e-5
+    """Prompts of several lengths in one pass, a step of one sequence, of all, and with a longer chunk between them."""
+    ways = backends.Plain(random_model(SHAPES[shape])), Interpreted(random_model(SHAPES[shape]))
+    passes = [
+        [(slot, 0, ids) for slot, ids in enumerate(PROMPTS)],
+        [(1, 1, [11])],
+        [(0, 4, [11]), (1, 2, [12]), (2, 10, [13])],
+        [(0, 5, [12]), (2, 8, [101, 102, 11]), (1, 3, [11])],
+    ]
+    for parts in passes:
+        plain, found = both(ways, parts)
+        assert relative_error(found, plain) < 1e-5
 
 
 def test_many_tokens_go_through_cublas():
-    plain, backend = random_model(), Cuda(random_model())
-    ids = torch.randint(128, (1, 40), generator=torch.Generator().manual_seed(0))
-    batch = Batch.of([(1, 0, ids[0].tolist())])
-    hidden = backend.hidden(*batch[:3], batch)
-    assert relative_error(backend.logits(hidden), plain(ids, 0)[0]) < 1e-5
+    ways = backends.Plain(random_model()), Interpreted(random_model())
+    plain, found = both(ways, [(1, 0, torch.randint(128, (40,), generator=torch.Generator().manual_seed(0)).tolist())])
+    assert relative_error(found, plain) < 1e-5
+    plain, found = both(ways, [(0, 0, [5]), (1, 40, [7, 8])])
+    assert relative_error(found, plain) < 1e-5
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 3, 80])
+def test_quantized_matrices(scheme, rows):
+    weight = quantized.quantize(torch.randn(40, 352, generator=torch.Generator().manual_seed(0)), quantized.scheme(scheme, 32))
+    x = torch.randn(rows, 352, generator=torch.Generator().manual_seed(1))
+    exact = x.double() @ quantized.dequantize(weight).double().t()
+    assert relative_error(quantized.Cuda(weight, torch.device("cpu"))(x).double(), exact) < 1e-3
 
 
 def test_padding_stores_nothing():
-    backend = Cuda(random_model())
+    backend = Interpreted(random_model())
     step = Batch.of([(0, 0, [5])])
-    backend.hidden(*step[:3])
+    one = backend.logits(backend.forward(step))
     before = [layer.cache.clone() for layer in backend.layers]
-    one = backend.logits(backend.hidden(*step[:3]))
     tokens, positions, slots = torch.tensor([5, 0]), torch.tensor([0, -1]), torch.tensor([0, 0])
     two = backend.logits(backend.hidden(tokens, positions, slots)[:1])
     assert relative_error(two, one) < 1e-5
     for layer, cache in zip(backend.layers, before, strict=True):
         assert relative_error(layer.cache, cache) < 1e-5
+
+
+def test_an_engine_that_launches_ahead_gives_the_plain_tokens(tokenizer, monkeypatch):
+    """More prompts than slots, so that steps and prompts share passes."""
+    prompts = [[1, 400, 401], [1], [1, *range(300, 318)], [1, 7, 9]]
+    expected = Llama(random_model(vocab_size=tokenizer.n_words, max_batch_size=2), tokenizer).generate(
+        prompts, [6, 3, 5, 4], 0
+    )
+    monkeypatch.setattr(engine, "AHEAD", {"cpu"})
+    monkeypatch.setattr(backends, "choose", lambda model, compile: Interpreted(model))
+    llama = Llama(random_model(vocab_size=tokenizer.n_words, max_batch_size=2), tokenizer)
+    assert llama.generate(prompts, [6, 3, 5, 4], 0) == expected
+    assert type(llama.engine.backend) is Interpreted
+
+
+def test_a_step_that_cannot_be_recorded_is_computed_each_time(monkeypatch, caplog):
+    class Stream:
+        def wait_stream(self, other): ...
+
+        def __enter__(self): ...
+
+        def __exit__(self, *error): ...
+
+    def refuse(*args):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": None}))
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    ways = backends.Plain(random_model()), cuda.Cuda(random_model())
+    for parts in ([(0, 0, [5])], [(0, 1, [6]), (2, 0, [7])], [(0, 2, [6])]):
+        plain, found = both(ways, parts)
+        assert relative_error(found, plain) < 1e-5
+    assert [record.message for record in caplog.records] == 2 * [
+        "decoding without CUDA graphs, as recording one failed: operation not permitted when stream is capturing"
+    ]
+
+
+def test_weights_are_laid_side_by_side_once():
+    model = random_model()
+    expected = [weight.clone() for weight in model.parameters()]
+    first = cuda.Cuda(model).layers[0].qkv.q.data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected, strict=True))
+    assert cuda.Cuda(model).layers[0].qkv.q.data_ptr() == first == model.layers[0].attention.wq.weight.data_ptr()
