@@ -26,8 +26,9 @@ import torch
 
 from llama import Chat, Llama, ModelArgs, engine, parallel
 from llama.cli import measure as bench
-from llama.engine import Row, prefill, steps
-from llama.sampling import Sampler, Sampling
+from llama.engine import Engine
+from llama.request import Request
+from llama.sampling import Sampler, SamplingParams
 
 CPU = torch.device("cpu")
 MODELS = Path(__file__).parent.parent / "models"
@@ -55,16 +56,16 @@ def summary(name: str, taken: list[float]) -> str:
 
 def sampler(repeats: int) -> None:
     kinds = {
-        "top_p 0.9": Sampling(0.6, 0.9),
-        "top_k 50": Sampling(0.8, top_k=50),
-        "no cut": Sampling(1.0),
-        "all": Sampling(0.8, 0.95, 100, 0.01, 1.1, 0.1, 0.1, {5: 1.0}),
+        "top_p 0.9": SamplingParams(0.6, 0.9),
+        "top_k 50": SamplingParams(0.8, top_k=50),
+        "no cut": SamplingParams(1.0),
+        "all": SamplingParams(0.8, 0.95, 100, 0.01, 1.1, 0.1, 0.1, {5: 1.0}),
     }
     for B in (1, 8):
         model = shaped("1.1B", B, 64)
         prompts = torch.randint(3, 32000, (B, 16)).tolist()
         times = []
-        for _ in (run := steps(model, [Row(prompt, 16 + 3 * repeats) for prompt in prompts])):
+        for _ in (run := Engine.of(model).run([Request(prompt, 16 + 3 * repeats) for prompt in prompts])):
             began = time.perf_counter()
             next(run, None)
             times.append(time.perf_counter() - began)
@@ -73,8 +74,10 @@ def sampler(repeats: int) -> None:
         for peak in (0.0, 8.0):  # as flat as random weights make it, and as peaked as trained ones do
             logits = torch.randn(B, 32000) + peak * (torch.rand(B, 32000) < 0.001)
             for name, settings in kinds.items():
-                choose = Sampler([settings] * B, prompts, 32000, CPU)
-                taken = seconds(lambda: choose.saw(choose(logits, [0] * B), torch.ones(B).bool()), 5 * repeats)  # noqa: B023
+                choose, slots = Sampler(B, 32000, CPU), range(B)
+                for slot, prompt in enumerate(prompts):
+                    choose.admit(slot, settings, prompt)
+                taken = seconds(lambda: choose.count(choose(logits, slots, [0] * B), slots), 5 * repeats)  # noqa: B023
                 share = statistics.median(taken) / step
                 print(f"  {'peaked' if peak else 'flat'}, {summary(name, taken)}: {share:.1%} of the step")
 
@@ -84,11 +87,17 @@ def prefix(repeats: int) -> None:
     shared = torch.randint(3, 32000, (400,)).tolist()
     prompts = [[*shared, *torch.randint(3, 32000, (16,)).tolist()] for _ in range(8)]
     taken: dict[str, list[float]] = {"shared": [], "apart": []}
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            for name, least in (("shared", 32), ("apart", 10**9)):
-                with mock.patch.object(engine, "WORTH_SHARING", least):
-                    taken[name] += seconds(lambda: prefill(model, prompts), 1)
+    computing = Engine.of(model)
+
+    def prefill() -> None:
+        computing.forget()
+        for _ in computing.run([Request(prompt, len(prompt) + 1) for prompt in prompts]):
+            pass
+
+    for _ in range(repeats + 1):
+        for name, least in (("shared", 32), ("apart", 10**9)):
+            with mock.patch.object(engine, "WORTH_SHARING", least):
+                taken[name] += seconds(prefill, 1)
     ratio = statistics.median(b / a for a, b in zip(taken["shared"][1:], taken["apart"][1:], strict=True))
     print(f"prefix: {'; '.join(summary(name, times[1:]) for name, times in taken.items())}; ratio {ratio:.2f}")
 
@@ -102,14 +111,14 @@ def lookup(repeats: int) -> None:
         layer.feed_forward.w2.weight.zero_()
 
     def run(most: int, start: list[int]) -> tuple[float, list[int]]:
-        row = Row(start, len(start) + 200, lookup=most)
+        request = Request(start, len(start) + 200, lookup=most)
         taken, count = [], 0
         began = time.perf_counter()
-        for [gain] in steps(model, [row]):
+        for [out] in Engine.of(model).run([request]):
             taken.append(time.perf_counter() - began)
-            count += len(gain.tokens)
+            count += len(out.tokens)
             began = time.perf_counter()
-        return (count - len(taken[:1])) / sum(taken[1:]), row.text
+        return (count - len(taken[:1])) / sum(taken[1:]), request.ids
 
     for name, circle in (("that does not repeat", 2000), ("that repeats", 50)):
         model.output.weight.zero_()

@@ -21,7 +21,8 @@ from peers import llama_cpp_decoder
 
 from llama import ModelArgs, parallel
 from llama.cli import measure
-from llama.engine import Row, steps
+from llama.engine import Engine
+from llama.request import Request
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from small import hugging_face  # type: ignore[import-not-found]
@@ -36,17 +37,18 @@ def main(threads: int = 2, repeats: int = 5, compile: bool = False) -> None:
     parallel.init_model_parallel()
     args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, max_batch_size=4, max_seq_len=512)
     source = measure.Source(measure.RandomWeights(CPU), args, CPU, torch.float32)
-    model = measure.loaded(*source, compile=compile)
+    model = measure.loaded(*source)
+    engine = Engine.of(model, compile)
     theirs = hugging_face(args, model.state_dict())
     decode = llama_cpp_decoder(source)
     prompts = [torch.randint(3, 32000, (length,)).tolist() for length in LENGTHS]
 
     def ours() -> list[list[int]]:
-        rows: list[list[int]] = [[] for _ in prompts]
-        for step in steps(model, [Row(prompt, len(prompt) + NEW) for prompt in prompts]):
-            for row, gain in zip(rows, step, strict=True):
-                row += [token.id for token in gain.tokens]
-        return rows
+        engine.forget()
+        requests = [Request(prompt, len(prompt) + NEW) for prompt in prompts]
+        for _ in engine.run(requests):
+            pass
+        return [request.ids[len(request.prompt) :] for request in requests]
 
     def hf() -> list[list[int]]:
         longest = max(LENGTHS)

@@ -25,7 +25,7 @@ from .batch import Batch
 from .batch import Sequence as Span
 from .model import Transformer
 from .parallel import broadcast, broadcast_object, world_size
-from .request import Request, StepOutput
+from .request import Request, Row, StepOutput, choose
 from .sampling import Sampler, token_logprobs
 
 AHEAD = {"cuda"}  # devices on which a pass is launched before the host has read the tokens of the last one
@@ -38,21 +38,6 @@ class Slot:
         self.tokens: list[int] = []  # whose keys and values it holds
         self.request: Request | None = None
         self.used = 0  # when a request last left
-
-
-class Row(NamedTuple):
-    """A request's part of a pass."""
-
-    request: Request
-    start: int  # position of its first token
-    length: int
-    draft: Sequence[int] = ()  # its last tokens, which are not yet known to be right
-    samples: int = 0  # the tokens behind so many of its last positions are sampled
-
-    @property
-    def answered(self) -> int:
-        """Tokens of the answer before the first that is sampled."""
-        return self.start + self.length - self.samples + 1 - len(self.request.prompt)
 
 
 class Pass(NamedTuple):
@@ -283,7 +268,7 @@ class Engine:
     def _read(self, current: Pass) -> list[StepOutput]:
         """Wait for what a pass has sampled, and give it to the requests."""
         values, outputs, at = current.read(), [], 0
-        if world_size() > 1 and values[-1]:
+        if values and world_size() > 1 and values[-1]:
             gone = broadcast_object([request.id for request in self._known() if request.cancelled])
             self._drop([request for request in self._known() if request.id in gone])
         M = len(current.ids)
@@ -368,42 +353,6 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
     return low
-
-
-def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
-    """Tokens (M,) by logits (M, V) of the positions that rows sample, row by row. Position t > 0 of a row follows draft
-    token t - 1, and counts only where all draft tokens before it were right."""
-    starts = [0, *itertools.accumulate(row.samples for row in rows)]
-    found = logits.new_empty(len(logits), dtype=torch.long)
-    right = logits.new_ones(len(rows), dtype=torch.bool)
-    for t in range(max(row.samples for row in rows)):
-        some = [i for i, row in enumerate(rows) if row.samples > t]
-        at, slots = [starts[i] + t for i in some], [rows[i].request.slot for i in some]
-        which = [rows[i].answered + t for i in some]
-        if t:
-            drafted = torch.tensor([rows[i].draft[t - 1] for i in some], device=logits.device)
-            right[some] &= found[[n - 1 for n in at]] == drafted
-        part = logits if len(at) == len(logits) else logits[at]
-        ids = sampler(forbid(part, [rows[i].request for i in some], which), slots, which)
-        sampler.count(ids, slots, right[some] if t else None)
-        if len(at) == len(logits):
-            return ids
-        found[at] = ids
-    return found
-
-
-def forbid(logits: Tensor, requests: Sequence[Request], which: Sequence[int]) -> Tensor:
-    """Logits (B, V) without the ends of requests whose `which[b]`-th new token comes too early for one."""
-    early = [
-        (i, id)
-        for i, request in enumerate(requests)
-        if which[i] < request.min_new
-        for id in (*request.eos_ids, *request.stop_ids)
-        if id >= 0
-    ]
-    if not early:
-        return logits
-    return logits.index_put(tuple(torch.tensor(early, device=logits.device).t()), logits.new_tensor(-math.inf))
 
 
 def to_host(tensor: Tensor) -> Callable[[], list[Any]]:

@@ -1,0 +1,146 @@
+"""The engine under random load: whatever happens beside a request, it gets what it gets alone."""
+
+import random
+
+import pytest
+import torch
+from small import TOKENIZER, random_model
+
+from llama import Tokenizer
+from llama.engine import Engine, common
+from llama.request import Request
+from llama.sampling import SamplingParams
+from llama.text import Text
+
+VOCABULARY, CONTEXT, SLOTS = 1024, 96, 4
+
+
+def random_prompt(chance, earlier):
+    """New, or one that goes on from another request's prompt or text."""
+    new = [chance.randrange(VOCABULARY) for _ in range(chance.randint(1, 30))]
+    if earlier and chance.random() < 0.6:
+        before = chance.choice(earlier)
+        new = [*before[: chance.randint(1, len(before))], *new]
+    return new[: CONTEXT - 1]
+
+
+def random_settings(chance, prompt):
+    """Arguments of a request, but for its stop strings."""
+    sampling = SamplingParams(
+        temperature=chance.choice([0, 0, 0.7, 1.0, 1.5]),
+        # Of few candidates: of many, neighbours are so nearly equal that rounding sorts them in another way.
+        top_p=chance.choice([1.0, 1.0, 0.2]),
+        top_k=chance.choice([0, 0, 5]),
+        repetition_penalty=chance.choice([1.0, 1.0, 1.2]),
+        frequency_penalty=chance.choice([0.0, 0.0, 0.3]),
+        seed=chance.randrange(2**32),
+    )
+    return {
+        "prompt": prompt,
+        "limit": min(CONTEXT, len(prompt) + chance.choice([0, 1, 5, 20, 40])),
+        "sampling": sampling,
+        "eos_ids": {chance.randrange(VOCABULARY) for _ in range(chance.choice([0, 1, 30]))},
+        "stop_ids": [chance.randrange(VOCABULARY)],
+        "min_new": chance.choice([0, 0, 4]),
+        "lookup": chance.choice([0, 0, 3, 7]),
+        "logprobs": chance.random() < 0.3,
+    }
+
+
+def requested(settings, stops, tokenizer):
+    return Request(**settings, text=Text(tokenizer, stops, settings["min_new"]))
+
+
+def answer(outputs):
+    """All that a request was told: tokens, text, log probabilities, why it ended."""
+    tokens = [id for out in outputs for id in out.tokens]
+    logprobs = [p for out in outputs for p in out.logprobs]
+    return tokens, "".join(out.text for out in outputs), logprobs, [out.finish for out in outputs if out.finish]
+
+
+def alone(settings, stops, tokenizer, engine):
+    engine.forget()
+    request = requested(settings, stops, tokenizer)
+    return answer([out for step in engine.run([request]) for out in step])
+
+
+def fuzz(seed, count):
+    """Submit `count` random requests at random times and cancel some; (given, expected) of each, and what is left."""
+    chance, tokenizer = random.Random(seed), Tokenizer(TOKENIZER)
+    engine, single = (
+        Engine.of(random_model(vocab_size=VOCABULARY, max_seq_len=CONTEXT, max_batch_size=SLOTS)) for _ in range(2)
+    )
+    running, earlier, found = [], [], []
+    asked = 0
+    while asked < count or any(not request.finish for request, _, _ in running):
+        for _ in range(chance.choice([0, 0, 0, 1, 1, 3, 8]) if asked < count else 0):
+            asked += 1
+            prompt = random_prompt(chance, earlier[-20:])
+            settings, stops = random_settings(chance, prompt), chance.choice([(), ("a",), ("ing", "e t")])
+            request = requested(settings, stops, tokenizer)
+            running.append((request, settings, stops))
+            engine.submit(request)
+        if running and chance.random() < 0.05:
+            request = chance.choice(running)[0]
+            if not request.finish:
+                engine.cancel(request)
+        if any(not request.finish for request, _, _ in running):
+            engine.step()
+        for request, settings, stops in [*running]:
+            if request.finish:
+                running.remove((request, settings, stops))
+                earlier.append(request.ids)
+                found.append((answer(request.outputs), alone(settings, stops, tokenizer, single)))
+    engine.step()  # drops what was cancelled last
+    left = [slot.request for slot in engine.slots if slot.request], [*engine.waiting]
+    return found, left
+
+
+def check(found, left):
+    assert left == ([], [])
+    for given, expected in found:
+        tokens, text, logprobs, finish = given
+        if finish == ["cancelled"]:
+            assert tokens == expected[0][: len(tokens)]
+            continue
+        assert (tokens, text, finish) == (expected[0], expected[1], expected[3])
+        assert logprobs == pytest.approx(expected[2], abs=1e-3)
+
+
+@pytest.fixture
+def one_thread():
+    """Two that wait for each other on a busy machine take minutes for such small passes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_random_requests_get_what_they_get_alone(monkeypatch, one_thread):
+    monkeypatch.setattr("llama.engine.WORTH_SHARING", 4)
+    monkeypatch.setattr("llama.engine.CHUNK", 8)
+    found, left = fuzz(0, 250)
+    check(found, left)
+    assert sum(given[3] == ["cancelled"] for given, _ in found) > 5
+
+
+def _on_ranks(seed, count):
+    from llama import engine
+
+    engine.WORTH_SHARING, engine.CHUNK = 4, 8
+    torch.manual_seed(0)
+    return fuzz(seed, count)
+
+
+def test_random_requests_on_two_ranks(ranks):
+    results = ranks(2).run(_on_ranks, 1, 60)
+    for found, left in results:
+        check(found, left)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 20])
+def test_the_longest_common_prefix(n):
+    for a, b in (([*range(n)], [*range(n), 50]), ([*range(n), 1, 2], [*range(n), 5]), ([*range(n)], [*range(n)])):
+        assert common(a, b) == common(b, a) == n
+    assert common([], [1]) == common([1], []) == common([2], [1]) == 0
