@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import fire
@@ -70,13 +71,14 @@ def fresh(length: int) -> list[int]:
     return prompt(length, next(_seeds))
 
 
-def step_seconds(llama: Llama, batch: int, context: int, tokens: int = 64, **options: Any) -> float:
+def step_seconds(
+    llama: Llama, batch: int, context: int, tokens: int = 64, temperature: float = 0, **options: Any
+) -> float:
     """A step, by the difference of two lengths of answers, in `generate`."""
     prompts = [prompt(context - tokens // 2, seed) for seed in range(batch)]
-    options = {"temperature": 0, **options}
     llama.tokenizer.eos_id = -1  # random weights may choose it
     long, short = (
-        statistics.median(seconds(lambda n=n: llama.generate(prompts, n, **options))) for n in (tokens + 8, 8)
+        statistics.median(seconds(partial(llama.generate, prompts, n, temperature, **options))) for n in (tokens + 8, 8)
     )
     return (long - short) / tokens
 
@@ -121,8 +123,7 @@ def contexts(tokenizer: str) -> Facts:
     llama = build(length=4224, batch=8, tokenizer=tokenizer)
     facts: Facts = {"4096": 1 / step_seconds(llama, 1, 4096)}
     facts["batch 8"] = 8 / step_seconds(llama, 8, 512)
-    greedy, sampled = (step_seconds(llama, 1, 256, **o) for o in ({}, {"temperature": 0.8, "top_p": 0.9}))
-    facts["top_p costs"] = sampled / greedy - 1
+    facts["top_p costs"] = step_seconds(llama, 1, 256, temperature=0.8, top_p=0.9) / step_seconds(llama, 1, 256) - 1
     facts["prefill 2048 ms"] = 1e3 * statistics.median(seconds(lambda: llama.generate([fresh(2048)], 1, 0), 7))
     return facts
 
@@ -198,7 +199,7 @@ def gpt_fast(llama: Llama) -> Callable[[int], object]:
             q, k, v = F.linear(h, weight).view(H + 2 * K, D).split((H, K, K))
             cache[0, 0, :, pos] = rope(k, pos)[:, None]
             cache[1, 0, :, pos] = v[:, None]
-            y = F.scaled_dot_product_attention(rope(q, pos)[None, :, None], *cache, causal[pos][None, None])
+            y = F.scaled_dot_product_attention(rope(q, pos)[None, :, None], cache[0], cache[1], causal[pos][None, None])
             x = x + F.linear(y.view(1, -1), layer.attention.wo.weight)
             h, w = F.rms_norm(x, (p.dim,), layer.ffn_norm.weight, p.norm_eps), layer.feed_forward
             x = x + F.linear(F.silu(F.linear(h, w.w1.weight)) * F.linear(h, w.w3.weight), w.w2.weight)
@@ -226,7 +227,7 @@ def peers(tokenizer: str) -> Facts:
     run, began = gpt_fast(llama), time.perf_counter()
     run(4)
     facts["gpt-fast's way compiles s"] = time.perf_counter() - began
-    short, long = (statistics.median(seconds(lambda n=n: run(n), 5)) for n in (8, 200))
+    short, long = (statistics.median(seconds(partial(run, n), 5)) for n in (8, 200))
     facts["gpt-fast's way"] = 192 / (long - short)
     print(json.dumps(facts), file=sys.stderr, flush=True)
     weights = RandomWeights(DEVICE)
@@ -240,7 +241,7 @@ def peers(tokenizer: str) -> Facts:
     began = time.perf_counter()
     generate(8)
     facts["transformers compiles s"] = time.perf_counter() - began
-    short, long = (statistics.median(seconds(lambda n=n: generate(n), 3)) for n in (8, 200))
+    short, long = (statistics.median(seconds(partial(generate, n), 3)) for n in (8, 200))
     facts["transformers, static cache"] = 192 / (long - short)
     facts["ours again"] = 1 / step_seconds(llama, 1, 256, 192)
     facts["ratios"] = [facts["ours"] / facts[name] for name in ("gpt-fast's way", "transformers, static cache")]
@@ -301,7 +302,11 @@ def run(names: list[str], tokenizer: str) -> None:
 
 
 def main(
-    groups: str = " ".join(STAGES), out: str = "gpu.jsonl", budget: float = 420, tokenizer_path: str = "", inside: bool = False
+    groups: str = " ".join(STAGES),
+    out: str = "gpu.jsonl",
+    budget: float = 420,
+    tokenizer_path: str = "",
+    inside: bool = False,
 ) -> None:
     if inside:
         run(groups.split("+"), tokenizer_path)

@@ -58,7 +58,9 @@ def test_many_tokens_go_through_cublas():
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 3, 80])
 def test_quantized_matrices(scheme, rows):
-    weight = quantized.quantize(torch.randn(40, 352, generator=torch.Generator().manual_seed(0)), quantized.scheme(scheme, 32))
+    weight = quantized.quantize(
+        torch.randn(40, 352, generator=torch.Generator().manual_seed(0)), quantized.scheme(scheme, 32)
+    )
     x = torch.randn(rows, 352, generator=torch.Generator().manual_seed(1))
     exact = x.double() @ quantized.dequantize(weight).double().t()
     assert relative_error(quantized.Cuda(weight, torch.device("cpu"))(x).double(), exact) < 1e-3

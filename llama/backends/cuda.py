@@ -1,7 +1,7 @@
 """Forward passes on a GPU.
 
 A pass with one token of each sequence, a decode step, is a CUDA graph of five Triton kernels a layer, which read every
-weight once; see cuda_kernels.py. Other passes, prefills and what mixes them with decoding, run eagerly: cuBLAS for the
+weight once. Other passes, prefills and what mixes them with decoding, run eagerly: cuBLAS for the
 matmuls, flash attention for the prompts. The plain path that both must equal is `Transformer.hidden`.
 """
 
@@ -22,6 +22,7 @@ from ..batch import Batch
 from ..model import Transformer, rope_frequencies
 from ..parallel import all_gather, all_reduce, gather_objects, rank
 from . import cuda_kernels as kernels
+from .cuda_attention import attend, attend_scratch
 from .cuda_kernels import RESIDUAL, ROPE, SWIGLU, Matrix, Rope
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ class Cuda:
         self.cos_sin = torch.view_as_real(rope_frequencies(positions, p.head_dim, p.rope_theta)).contiguous()
         self.few = FEW[self.layers[0].wo.bits]
         self.graphs: dict[int, Graph] = {}
-        self.pool = self.stream = None  # which all graphs share
+        self.pool: Any = None  # which all graphs share
+        self.stream: Any = None
         _open.add(self)
 
     @torch.inference_mode()
@@ -94,17 +96,17 @@ class Cuda:
         """`forward` for one token of each sequence, or for a `batch`."""
         few = len(tokens) <= self.few
         rope = Rope(self.cos_sin, positions, slots, self.layers[0].cache, self.n_heads)
-        attend = Attend(self, rope, batch)
+        attention = Attention(self, rope, batch)
         x = all_gather(F.embedding(tokens, self.embeddings))  # (N, dim)
         for layer in self.layers:
             rope = rope._replace(cache=layer.cache)
             if few:
                 q = kernels.linear(x, layer.qkv, ROPE, layer.attention_norm, self.eps, rope=rope)
-                x = self.add(x, attend(q, rope), layer.wo, few)
+                x = self.add(x, attention(q, rope), layer.wo, few)
                 h = kernels.linear(x, layer.w13, SWIGLU, layer.ffn_norm, self.eps)
             else:
                 q = kernels.apply_rope(self.normed(x, layer.attention_norm, layer.qkv), rope)
-                x = self.add(x, attend(q, rope), layer.wo, few)
+                x = self.add(x, attention(q, rope), layer.wo, few)
                 h = kernels.swiglu(self.normed(x, layer.ffn_norm, layer.w13))
             x = self.add(x, h, layer.w2, few)
         return x
@@ -161,7 +163,7 @@ class Cuda:
         return self.graphs[size]
 
 
-class Attend:
+class Attention:
     """Attention of one pass, (N, H D) -> (N, H D): of sequences of one token together, of longer ones one by one."""
 
     def __init__(self, backend: Cuda, rope: Rope, batch: Batch | None) -> None:
@@ -176,17 +178,17 @@ class Attend:
             self.single, M = torch.tensor(single, dtype=torch.int64).to(rope.positions.device), len(single)
             self.positions, self.slots = rope.positions[self.single], rope.slots[self.single]
         if M:
-            self.scratch = kernels.attend_scratch(M, self.heads, backend.kv_heads, self.head_dim, backend.device)
+            self.scratch = attend_scratch(M, self.heads, backend.kv_heads, self.head_dim, backend.device)
 
     def __call__(self, q: Tensor, rope: Rope) -> Tensor:
         if self.single is None:
-            return kernels.attend(q, rope, self.scratch)
+            return attend(q, rope, self.scratch)
         if len(self.longer) == 1 and self.longer[0][3] == len(q):
             return self.causal(q, rope, *self.longer[0][1:])
         y = torch.empty_like(q)
         if len(self.single):
             one = rope._replace(positions=self.positions, slots=self.slots)
-            y[self.single] = kernels.attend(q[self.single], one, self.scratch)
+            y[self.single] = attend(q[self.single], one, self.scratch)
         for at, slot, start, T in self.longer:
             y[at : at + T] = self.causal(q[at : at + T], rope, slot, start, T)
         return y

@@ -1,9 +1,8 @@
-"""Triton kernels for one decode step and for what lies between the matmuls of a prefill.
+"""Triton kernels of a decode step's matmuls, and of what lies between the matmuls of a prefill.
 
 Decoding a few tokens reads every weight once and does little with it, so a step is as fast as memory gives the weights.
 `linear` therefore fuses into the matmul whatever stands before and behind it: RMSNorm, the residual sum, SwiGLU, RoPE
-with the write to the KV cache, and the dequantization of 4- or 8-bit weights. `attend` splits each sequence's cache
-over several programs and reads the lengths from a tensor, so that one CUDA graph serves all lengths.
+with the write to the KV cache, and the dequantization of 4- or 8-bit weights.
 
 Shapes:  M tokens   N outputs   K inputs of a matmul   H query heads   KV key-value heads   D head dimension
 """
@@ -21,21 +20,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 PLAIN, RESIDUAL, SWIGLU, ROPE = (tl.constexpr(i) for i in range(4))  # what `linear` does with the result of the matmul
 
-UNSPECIALIZED = [
-    "M",
-    "HEADS",
-    "KV_HEADS",
-    "GROUP_SIZE",
-]  # small numbers, for which no kernel of their own is worth compiling
+UNSPECIALIZED = ["M", "HEADS", "KV_HEADS", "GROUP_SIZE"]  # numbers of which no single one is worth a kernel of its own
 
 
 class Matrix(NamedTuple):
-    """A weight (N, K): of floats, or w = scale * q + minimum with q of 8 bits, or of 4 bits, the even columns in the low
-    halves of the bytes. Scale and minimum (N, K / group) belong to neighbouring columns; group K is a whole row."""
+    """A weight (N, K) of floats; or of 8 bits, w = scale * q; or of 4 bits, w = scale * q + minimum."""
 
-    q: Tensor  # (N, K), or (N, K / 2) of 4 bits
-    scale: Tensor | None = None
-    minimum: Tensor | None = None
+    q: Tensor  # (N, K); of 4 bits (N, K / 2), with the even columns in the low halves of the bytes
+    scale: Tensor | None = None  # (N, 1) of 8 bits, (N, K / group) of 4
+    minimum: Tensor | None = None  # (N, K / group)
     bits: int = 16
     group: int = 0
 
@@ -140,8 +133,8 @@ def rope_and_store(
     y, m, n, out, cos_sin, positions, slots, cache, M, HEADS, KV_HEADS, S, D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of queries, keys and values y (BLOCK_M, BLOCK_N), which are tokens m and columns n: rotate queries and keys, store
-    queries (M, H D) in `out`, keys and values in the cache."""
+    """Rotate queries and keys of y (BLOCK_M, BLOCK_N), tokens m and columns n of queries, keys and values; store queries
+    (M, H D) in `out`, keys and values in the cache."""
     position = tl.load(positions + m, m < M, other=-1)[:, None]
     slot = tl.load(slots + m, m < M, other=0)[:, None]
     pair = tl.reshape(n, [BLOCK_N // 2, 2]).to(tl.int32)
@@ -228,77 +221,6 @@ def linear_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention of one token
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def attend_kernel(
-    q, out, partial, sums, count, positions, slots, cache, scale, S,
-    KV_HEADS, GROUP_SIZE, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """See `attend`. A program has the queries of one key-value head and one part of the positions; the last one of a
-    head to end joins the parts."""
-    token, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
-        gdc_wait()
-    length = tl.maximum(tl.load(positions + token), 0) + 1
-    part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
-    parts = tl.cdiv(length, part)
-    g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    of_head = token * KV_HEADS + head
-    at = (of_head * GROUP_SIZE + g)[:, None] * D + d[None, :]
-    inside = (g < GROUP_SIZE)[:, None] & (d < D)[None, :]
-    query = tl.load(q + at, inside, other=0)
-    keys = cache + ((tl.load(slots + token).to(tl.int64) * (2 * KV_HEADS)) + head) * S * D
-    values = keys + KV_HEADS.to(tl.int64) * S * D
-    top = tl.full([BLOCK_G], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    for begin in range(split * part, tl.minimum(split * part + part, length), BLOCK_S):
-        s = begin + tl.arange(0, BLOCK_S)
-        read = (s < length)[:, None] & (d < D)[None, :]
-        k = tl.load(keys + s[:, None] * D + d[None, :], read, other=0)
-        v = tl.load(values + s[:, None] * D + d[None, :], read, other=0)
-        scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where((s < length)[None, :], scores, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        top = higher
-    if PDL:
-        gdc_launch_dependents()
-    if parts == 1:
-        if split == 0:
-            tl.store(out + at, acc / total[:, None], inside)
-    elif split < parts:
-        own = (of_head * SPLITS + split) * BLOCK_G + g
-        tl.store(partial + own[:, None] * BLOCK_D + d[None, :], acc)
-        tl.store(sums + own * 2, top)
-        tl.store(sums + own * 2 + 1, total)
-        tl.debug_barrier()  # all threads have stored before one tells of it
-        if tl.atomic_add(count + of_head, 1) == parts - 1:
-            tl.debug_barrier()
-            top = tl.full([BLOCK_G], -float("inf"), tl.float32)
-            total = tl.zeros([BLOCK_G], tl.float32)
-            acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-            for i in range(parts):
-                other = (of_head * SPLITS + i) * BLOCK_G + g
-                its_top = tl.load(sums + other * 2, cache_modifier=".cg")
-                its_total = tl.load(sums + other * 2 + 1, cache_modifier=".cg")
-                its_acc = tl.load(partial + other[:, None] * BLOCK_D + d[None, :], cache_modifier=".cg")
-                higher = tl.maximum(top, its_top)
-                shrink, its = tl.exp2(top - higher), tl.exp2(its_top - higher)
-                total = total * shrink + its_total * its
-                acc = acc * shrink[:, None] + its_acc * its[:, None]
-                top = higher
-            tl.store(out + at, acc / total[:, None], inside)
-            tl.store(count + of_head, 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Between the matmuls of many tokens
 
 
@@ -347,7 +269,6 @@ PDL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 # (BLOCK_N, BLOCK_K, warps, stages) by bits of a weight, of one token and of more; benchmarks/cuda_kernels.py.
 ONE = {32: (4, 512, 4, 2), 16: (4, 1024, 4, 2), 8: (4, 1024, 4, 2), 4: (8, 1024, 4, 2)}
 MORE = {32: (16, 64, 4, 3), 16: (32, 256, 4, 4), 8: (32, 256, 4, 4), 4: (64, 128, 4, 4)}
-LOG2_E = 1.4426950408889634
 
 
 def linear(
@@ -363,9 +284,9 @@ def linear(
 ) -> Tensor:
     """x (M, K), up to `MOST` tokens, times the transposed weight (N, K), in one kernel with what is around it.
 
-    Before: RMSNorm of x by the weights `norm` (K,), of one token in the kernel. `then`: PLAIN (M, N); RESIDUAL adds `residual` (M, N); SWIGLU takes
-    a weight of w1's rows and below them w3's, (M, N / 2); ROPE takes one of wq's, wk's and wv's, stores keys and values
-    in the cache and returns the queries (M, H D).
+    Before: RMSNorm of x by the weights `norm` (K,), of one token in the kernel. `then`: PLAIN (M, N); RESIDUAL adds
+    `residual` (M, N); SWIGLU takes a weight of w1's rows and below them w3's, (M, N / 2); ROPE takes one of wq's, wk's
+    and wv's, stores keys and values in the cache and returns the queries (M, H D).
     """
     (M, K), N = x.shape, weight.shape[0]
     if M > 1 and norm is not None:  # every program would normalize all of x again
@@ -386,42 +307,6 @@ def linear(
         M, N, K, eps, rope.n_heads if rope else 0, kv_heads, rope.cache.shape[2] if rope else 0,
         D=D, BITS=bits, GROUP=weight.group, NORM=norm is not None, THEN=then, BLOCK_M=block_m, BLOCK_N=block_n,
         BLOCK_K=block_k, PDL=PDL, num_warps=warps, num_stages=stages, launch_pdl=PDL,
-    )  # fmt: skip
-    return out
-
-
-class Scratch(NamedTuple):
-    """What the programs of `attend` tell each other."""
-
-    partial: Tensor
-    sums: Tensor
-    count: Tensor
-    splits: int
-
-
-def attend_scratch(M: int, n_heads: int, kv_heads: int, D: int, device: torch.device) -> Scratch:
-    """Enough programs for every multiprocessor to have two, if there are so many positions."""
-    group, d = max(16, triton.next_power_of_2(n_heads // kv_heads)), max(16, triton.next_power_of_2(D))
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    splits = min(64, max(1, 2 * processors // (M * kv_heads)))
-    shape = (M * kv_heads * splits, group)
-    return Scratch(
-        torch.empty(*shape, d, device=device),
-        torch.empty(*shape, 2, device=device),
-        torch.zeros(M * kv_heads, dtype=torch.int32, device=device),
-        splits,
-    )
-
-
-def attend(q: Tensor, rope: Rope, scratch: Scratch, block: int = 64) -> Tensor:
-    """Softmax attention of one query of each sequence, q (M, H D), over the cache up to its position -> (M, H D)."""
-    (M, _), (_, both, S, D), H = q.shape, rope.cache.shape, rope.n_heads
-    kv_heads, out = both // 2, torch.empty_like(q)
-    attend_kernel[(M, kv_heads, scratch.splits)](
-        q, out, scratch.partial, scratch.sums, scratch.count, rope.positions, rope.slots, rope.cache,
-        LOG2_E * D**-0.5, S, kv_heads, H // kv_heads, D=D, BLOCK_G=scratch.partial.shape[1],
-        BLOCK_D=scratch.partial.shape[2], BLOCK_S=block, SPLITS=scratch.splits, PDL=PDL, num_warps=4, num_stages=2,
-        launch_pdl=PDL,
     )  # fmt: skip
     return out
 
