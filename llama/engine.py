@@ -66,6 +66,7 @@ class Engine:
         self.model, self.compile, self.lock = model, False, threading.Lock()
         self.slots = [Slot() for _ in range(model.params.max_batch_size)]
         self.waiting: deque[Request] = deque()
+        self.cancelled: deque[Request] = deque()  # on several ranks the first's count
         self.ahead: Pass | None = None
         self.broken = False  # this rank has lost the others
         self.ids = itertools.count()
@@ -87,8 +88,7 @@ class Engine:
     def cancel(self, *requests: Request) -> None:
         """End requests: with the next step, which on several ranks is made here. Ranks but the first go on until the
         first says so."""
-        for request in requests:
-            request.cancelled = True
+        self.cancelled.extend(request for request in requests if not request.finish)
         if world_size() > 1 and not self.broken and self.lock.acquire(blocking=False):
             try:
                 while not all(request.finish for request in requests):
@@ -148,7 +148,7 @@ class Engine:
 
     def _schedule(self) -> list[Row]:
         if world_size() == 1:
-            self._drop([request for request in self._known() if request.cancelled])
+            self._drop([self.cancelled.popleft() for _ in range(len(self.cancelled))])
         if not self._running():
             self._renew()
         self._admit()
@@ -173,7 +173,7 @@ class Engine:
     def _following(self, current: Pass) -> tuple[list[Row], Tensor] | None:
         """The rows and tokens behind a pass whose tokens the host does not know yet, where only decoding goes on."""
         running = [slot.request for slot in self.slots if slot.request]
-        cancels = world_size() == 1 and any(request.cancelled for request in running)
+        cancels = world_size() == 1 and self.cancelled
         admits = self.waiting and len(running) < len(self.slots)
         if self.model.norm.weight.device.type not in AHEAD or cancels or admits:
             return None
@@ -184,9 +184,6 @@ class Engine:
         going = [i for i in alive if (row := current.rows[i]).start + row.length + 1 < row.request.limit]
         rows = [Row(row.request, row.start + row.length, 1, samples=1) for row in map(current.rows.__getitem__, going)]
         return (rows, current.ids if len(going) == len(current.rows) else current.ids[going]) if rows else None
-
-    def _known(self) -> list[Request]:
-        return [*(slot.request for slot in self.slots if slot.request), *self.waiting]
 
     def _running(self) -> list[Request]:
         """In the order in which they came."""
@@ -206,7 +203,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Give waiting requests the slots that are free."""
-        for request in [*self.waiting]:
+        for request in [*self.waiting] if any(slot.request is None for slot in self.slots) else []:
             free = [slot for slot in self.slots if slot.request is None]
             if not free:
                 return
@@ -258,8 +255,7 @@ class Engine:
             finite = logits.sum(-1).isfinite()  # what is not finite makes the sum so
         message = torch.cat((ids, finite))
         if world_size() > 1:
-            goes = any(request.cancelled for request in self._known())
-            message = broadcast(torch.cat((message, torch.tensor([goes], device=device))))
+            message = broadcast(torch.cat((message, torch.tensor([len(self.cancelled) > 0], device=device))))
             ids = message[: len(index)]
         if index and any(row.request.logprobs for row in rows):
             chances = to_host(token_logprobs(logits, ids))
@@ -269,8 +265,9 @@ class Engine:
         """Wait for what a pass has sampled, and give it to the requests."""
         values, outputs, at = current.read(), [], 0
         if values and world_size() > 1 and values[-1]:
-            gone = broadcast_object([request.id for request in self._known() if request.cancelled])
-            self._drop([request for request in self._known() if request.id in gone])
+            gone = broadcast_object([request.id for request in self.cancelled])
+            self.cancelled.clear()
+            self._drop([request for request in [*self._running(), *self.waiting] if request.id in gone])
         M = len(current.ids)
         chances = current.logprobs() if current.logprobs else [math.nan] * M
         for row in current.rows:
@@ -311,6 +308,8 @@ class Engine:
 
     def _drop(self, requests: Sequence[Request]) -> None:
         for request in requests:
+            if request.finish:
+                continue
             request.finish = "cancelled"
             if request in self.waiting:
                 self.waiting.remove(request)

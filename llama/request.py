@@ -53,7 +53,6 @@ class Request:
         self.drafts = PromptLookup(self.lookup)
         self.finish: str | None = None  # "eos", "stop", "length", "cancelled" or "error"
         self.error: BaseException | None = None
-        self.cancelled = False  # asked for; on several ranks the first decides
         self.id = self.slot = -1  # set by the engine
         self.outputs: deque[StepOutput] = deque()
 

@@ -9,11 +9,10 @@ from small import GQA, MODELS, SHAPES, needs_cpp, random_model, relative_error
 from torch import nn
 
 from llama import Llama, ModelArgs, backends, engine, parallel
-from llama.backends import Plain, choose, cpu, cuda, cuda_fused, quantized
+from llama.backends import Plain, choose, cpu, quantized
 from llama.batch import Batch
 from llama.batch import Sequence as Span
 from llama.cli import measure as bench
-from llama.model import apply_rope
 
 CPU = torch.device("cpu")
 STEPS = [  # (slot, start, length) of each sequence of a pass
@@ -140,75 +139,6 @@ def test_a_slot_is_copied():
     choose(model).copy_slot(1, 3, 12)
     for cache in model.buffers():
         assert torch.equal(cache[3, :, :12], cache[1, :, :12]) and not cache[3, :, 12:].any()
-
-
-# Kernels that are fused on a GPU
-
-
-def arguments(name):
-    torch.manual_seed(0)
-    x = torch.randn(3, 16)
-    return {
-        "add_norm": (x.clone(), torch.randn(3, 16), torch.rand(16), torch.tensor(0.1)),
-        "rope": (torch.randn(3, 4, 8), torch.randn(3, 1, 4, 2)),
-        "swiglu": (torch.randn(3, 12),),
-        "int8_rows": (x, torch.randint(-127, 128, (5, 16), dtype=torch.int8), torch.rand(5, 1)),
-    }[name]
-
-
-FUSED = {name: getattr(cuda_fused, name) for name in ("add_norm", "rope", "swiglu")}
-FUSED["int8_rows"] = cuda_fused.int8_rows.function
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_fused_kernels_are_traced_whole(name):
-    """Without a compiler: what torch.compile would be given computes the same."""
-    traced = torch.compile(FUSED[name], backend="eager", fullgraph=True)
-    torch.testing.assert_close(traced(*arguments(name)), FUSED[name](*arguments(name)))
-
-
-def test_fused_kernels_are_what_the_model_computes():
-    model = random_model()
-    x, y, weight, floor = arguments("add_norm")
-    added, normed = cuda_fused.add_norm(x.clone(), y, weight, floor)
-    norm = type(model.norm)(16, 0.01 / 16)
-    norm.weight.data = weight
-    torch.testing.assert_close(added, x + y)
-    torch.testing.assert_close(normed, norm(x + y).detach())
-    heads, cos_sin = arguments("rope")
-    torch.testing.assert_close(cuda_fused.rope(heads, cos_sin), apply_rope(heads, torch.view_as_complex(cos_sin)))
-    gate, up = arguments("swiglu")[0].chunk(2, -1)
-    torch.testing.assert_close(cuda_fused.swiglu(torch.cat((gate, up), -1)), torch.nn.functional.silu(gate) * up)
-
-
-def test_rows_of_eight_bits_are_plain_products():
-    weight = quantized.quantize(torch.randn(24, 16), quantized.scheme("int8"))
-    x = torch.randn(3, 16)
-    found = cuda_fused.int8_rows.function(x, weight.q, weight.scale)
-    assert torch.allclose(found, x @ quantized.dequantize(weight).t(), atol=1e-5)
-
-
-def test_what_cannot_be_compiled_is_called_as_it_is(monkeypatch, caplog):
-    def refuse(function, options):
-        def call(*args, **kwargs):
-            raise torch._dynamo.exc.TorchDynamoException("no compiler found\nand more")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", refuse)
-    piece = cuda_fused.compiled(cuda_fused.swiglu)
-    x = torch.randn(2, 8)
-    assert torch.equal(piece(x), cuda_fused.swiglu(x))
-    assert torch.equal(piece(x), cuda_fused.swiglu(x))
-    assert [record.message for record in caplog.records] == [
-        "swiglu is not compiled, which is slower: TorchDynamoException: no compiler found"
-    ]
-
-
-def test_errors_of_what_was_compiled_are_errors(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, options: function)
-    with pytest.raises(ZeroDivisionError):
-        cuda_fused.compiled(lambda x: 1 / x)(0)
 
 
 # In C++
@@ -354,76 +284,12 @@ def test_weights_of_native_that_change_in_place():
     assert relative_error(found, plain) < 1e-5
 
 
-# Graphs, with a stand-in for what records them: as a graph does, it reads what lies in the tensors that it was made
-# with, gives one tensor, and knows nothing of the arguments of a later call.
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """To compile the kernels takes a compiler, and a minute."""
-    for name in ("add_norm", "rope", "swiglu"):
-        monkeypatch.setattr(cuda, name, getattr(cuda_fused, name))
-
-
-@pytest.fixture
-def recorded(monkeypatch, uncompiled):
-    """What was recorded so far: the results of the work, each overwritten by the next replay."""
-    results = []
-
-    def stand_in(work, device):
-        result = work().clone()
-        results.append(result)
-        return lambda: result.copy_(work())
-
-    monkeypatch.setattr(cuda, "capture", stand_in)
-    monkeypatch.setattr(cuda, "BUCKET", 8)
-    return results
-
-
-@pytest.mark.parametrize("strides", [False, True])
-@pytest.mark.parametrize("sequences", [*STEPS, *PASSES], ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_graphs_are_plain(recorded, shape, sequences, strides, monkeypatch):
-    """Also where attention returns strides (…, D, K D, 1), as one of its kernels does."""
-    if strides:
-        real = torch.nn.functional.scaled_dot_product_attention
-
-        def permuted(q, *args, **options):
-            y = real(q, *args, **options)
-            return y.transpose(1, 2).contiguous().transpose(1, 2)
-
-        monkeypatch.setattr(cuda.F, "scaled_dot_product_attention", permuted)
-    model = random_model(SHAPES[shape], max_batch_size=5)
-    (plain, plain_cache), (found, found_cache) = both(model, sequences, cuda.Captured)
-    assert relative_error(found, plain) < 1e-5
-    assert relative_error(found_cache, plain_cache) < 1e-5
-    assert len(recorded) == (sequences in STEPS)
-
-
-def on_several_ranks():
-    cuda.capture = lambda work, device: work
-    for name in ("add_norm", "rope", "swiglu"):
-        setattr(cuda, name, getattr(cuda_fused, name))
-    (plain, _), (found, _) = both(random_model(), STEPS[2], cuda.Captured)
-    return relative_error(found, plain)
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_graphs_are_plain_on_several_ranks(ranks, world_size):
-    assert max(ranks(world_size).run(on_several_ranks)) < 1e-5
-
-
-def test_a_graph_serves_a_bucket_of_lengths(recorded):
-    captured = cuda.Captured(random_model(max_seq_len=20))
-    with torch.inference_mode():
-        for position in range(20):
-            captured.forward(Batch.of([(0, position, [5])]))
-    assert len(captured.graphs) == len(recorded) == 3
+# Launching ahead
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_device_that_runs_ahead_gives_the_same_tokens(recorded, monkeypatch, tokenizer, temperature):
-    """Graphs, and passes that are launched before the last one was read; rows stop, one fills its context, and more
+def test_a_device_that_runs_ahead_gives_the_same_tokens(monkeypatch, tokenizer, temperature):
+    """Passes that are launched before the last one was read; rows stop, one fills its context, and more
     wait for a slot."""
     prompts = [[1, 400, 401], [1], [1, *range(300, 358)], [1, 7, 9], [1, 8], [1, 5, 5, 5]]
 
@@ -436,13 +302,11 @@ def test_a_device_that_runs_ahead_gives_the_same_tokens(recorded, monkeypatch, t
     monkeypatch.setattr(tokenizer, "eos_id", expected[0][0][5])
     slow = run()
     monkeypatch.setattr(engine, "AHEAD", {"cpu"})
-    monkeypatch.setattr(backends, "choose", lambda model, compile: cuda.Captured(model))
     fast = run()
     assert fast[0] == slow[0]
     assert len(slow[0][0]) == 5 and len(slow[0][2]) == 64 - 59
     for mine, theirs in zip(fast[1], slow[1], strict=True):
         assert mine == pytest.approx(theirs, abs=1e-4)
-    assert recorded
 
 
 def test_running_ahead_computes_no_pass_too_many(monkeypatch, tokenizer):
@@ -451,27 +315,3 @@ def test_running_ahead_computes_no_pass_too_many(monkeypatch, tokenizer):
     with mock.patch.object(Plain, "forward", autospec=True, side_effect=Plain.forward) as forward:
         llama.generate([[1, 2], [1, 2, 3]], 5, temperature=0)
     assert forward.call_count == 5
-
-
-def test_what_cannot_be_recorded_is_computed_step_by_step(monkeypatch, caplog, uncompiled):
-    class Stream:
-        def wait_stream(self, other): ...
-
-        def __enter__(self): ...
-
-        def __exit__(self, *error): ...
-
-    def refuse(graph):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    monkeypatch.setattr(torch.cuda, "device", lambda device: Stream())
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: refuse(graph))
-    (plain, _), (slow, _) = both(random_model(), STEPS[1], cuda.Captured)
-    assert relative_error(slow, plain) < 1e-5
-    assert [record.message for record in caplog.records] == [
-        "decoding without CUDA graphs, as recording one failed: operation not permitted when stream is capturing"
-    ]

@@ -47,7 +47,26 @@ def test_prompts_and_steps_give_the_models_logits(shape):
         assert relative_error(found, plain) < 1e-5
 
 
-def test_many_tokens_go_through_cublas():
+def on_two_ranks():
+    ways = backends.Plain(random_model()), Interpreted(random_model())
+    passes = [(0, 0, [5, 17, 99]), (1, 0, [64] * 20)], [(0, 3, [7])], [(0, 4, [7]), (1, 20, [8])]
+    return max(relative_error(found, plain) for plain, found in (both(ways, parts) for parts in passes))
+
+
+def test_ranks_share_a_pass(ranks):
+    assert max(ranks(2).run(on_two_ranks)) < 1e-5
+
+
+@pytest.mark.parametrize("strides", [False, True])
+def test_many_tokens_go_through_cublas(strides, monkeypatch):
+    """Also where attention returns strides (…, D, H D, 1), as one of its kernels does."""
+    if strides:
+        real = torch.nn.functional.scaled_dot_product_attention
+
+        def permuted(*args, **options):
+            return real(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+        monkeypatch.setattr(cuda.F, "scaled_dot_product_attention", permuted)
     ways = backends.Plain(random_model()), Interpreted(random_model())
     plain, found = both(ways, [(1, 0, torch.randint(128, (40,), generator=torch.Generator().manual_seed(0)).tolist())])
     assert relative_error(found, plain) < 1e-5
@@ -80,14 +99,14 @@ def test_padding_stores_nothing():
 
 def test_an_engine_that_launches_ahead_gives_the_plain_tokens(tokenizer, monkeypatch):
     """More prompts than slots, so that steps and prompts share passes."""
-    prompts = [[1, 400, 401], [1], [1, *range(300, 318)], [1, 7, 9]]
+    prompts, lengths = [[1, 400, 401], [1], [1, *range(300, 318)]], [4, 2, 3]
     expected = Llama(random_model(vocab_size=tokenizer.n_words, max_batch_size=2), tokenizer).generate(
-        prompts, [6, 3, 5, 4], 0
+        prompts, lengths, 0
     )
     monkeypatch.setattr(engine, "AHEAD", {"cpu"})
     monkeypatch.setattr(backends, "choose", lambda model, compile: Interpreted(model))
     llama = Llama(random_model(vocab_size=tokenizer.n_words, max_batch_size=2), tokenizer)
-    assert llama.generate(prompts, [6, 3, 5, 4], 0) == expected
+    assert llama.generate(prompts, lengths, 0) == expected
     assert type(llama.engine.backend) is Interpreted
 
 
@@ -124,3 +143,36 @@ def test_weights_are_laid_side_by_side_once():
     first = cuda.Cuda(model).layers[0].qkv.q.data_ptr()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected, strict=True))
     assert cuda.Cuda(model).layers[0].qkv.q.data_ptr() == first == model.layers[0].attention.wq.weight.data_ptr()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantized_matrices_that_several_layers_share(scheme):
+    """As they are loaded for a GPU."""
+    model = random_model(WIDE := {**SHAPES["GQA"], "dim": 128})
+    plain = random_model(WIDE)
+    for layer, same in zip(model.layers, plain.layers, strict=True):
+        for part, names in (
+            ("attention", "wq wk wv"),
+            ("attention", "wo"),
+            ("feed_forward", "w1 w3"),
+            ("feed_forward", "w2"),
+        ):
+            ours = [getattr(getattr(layer, part), name) for name in names.split()]
+            theirs = [getattr(getattr(same, part), name) for name in names.split()]
+            rounded = [quantized.quantize(linear.weight, quantized.scheme(scheme, 32)) for linear in ours]
+            whole, at = quantized.Cuda(quantized.stack(rounded), torch.device("cpu")), 0
+            for linear, other, weight in zip(ours, theirs, rounded, strict=True):
+                other.weight.copy_(quantized.dequantize(weight))
+                del linear.weight
+                end = at + len(weight.q)
+                linear.weight = quantized.Rows(whole, at, end) if len(ours) > 1 else whole
+                at = end
+    ways = backends.Plain(plain), Interpreted(model)
+    for parts in (
+        [(0, 0, [5, 17, 99]), (1, 0, [64] * 70 ** (scheme == "int8"))],
+        [(0, 3, [7])],
+        [(0, 4, [7]), (1, 1, [8])],
+    ):
+        parts = [(slot, start, ids[:60]) for slot, start, ids in parts]
+        exact, found = both(ways, parts)
+        assert relative_error(found, exact) < 1e-3

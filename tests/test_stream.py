@@ -249,6 +249,26 @@ def test_other_ranks_end_when_the_first_stops_listening(ranks, tmp_path):
     assert ids == ids_too
 
 
+def _two_at_a_time(folder):
+    """Two streams and a call beside them; the first rank closes one early."""
+    llama = Llama.build(folder, TOKENIZER, 64, 2, device="cpu")
+    first, second = (llama.generate_stream([prompt], 20, temperature=0) for prompt in PROMPTS[:2])
+    ids = [next(first).tokens[0], next(second).tokens[0]]
+    between = llama.generate([PROMPTS[3]], 5, temperature=0)[0]  # waits for a slot
+    if parallel.rank() == 0:
+        first.close()
+    else:
+        assert len(list(first)) < 20
+    ids += [id for event in second for id in event.tokens]
+    alone = [llama.generate([prompt], 20, temperature=0)[0][0] for prompt in (PROMPTS[1], PROMPTS[3])]
+    return ids[1:] == alone[0], between[0] == alone[1][:5], [bool(slot.request) for slot in llama.engine.slots]
+
+
+def test_ranks_have_several_streams(ranks, tmp_path):
+    save_random(tmp_path, mp=2)
+    assert ranks(2).run(_two_at_a_time, tmp_path) == [(True, True, [False, False])] * 2
+
+
 def test_a_stream_that_goes_from_thread_to_thread(llama):
     expected = llama.generate(PROMPTS, 30, 0)[0]
     streams = []

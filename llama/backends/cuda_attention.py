@@ -21,6 +21,26 @@ from .cuda_kernels import PDL, UNSPECIALIZED, Rope
 LOG2_E = 1.4426950408889634
 
 
+@triton.jit
+def joined(partial, sums, first, parts, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The softmax over all parts of a head, which begin at the `first`: sums of values, and of weights."""
+    g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    top = tl.full([BLOCK_G], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for i in range(parts):
+        at = (first + i) * BLOCK_G + g  # not from the L1 cache, which does not know what other programs have stored
+        its_top = tl.load(sums + at * 2, cache_modifier=".cg")
+        its_total = tl.load(sums + at * 2 + 1, cache_modifier=".cg")
+        its_acc = tl.load(partial + at[:, None] * BLOCK_D + d[None, :], cache_modifier=".cg")
+        higher = tl.maximum(top, its_top)
+        shrink, its = tl.exp2(top - higher), tl.exp2(its_top - higher)
+        total = total * shrink + its_total * its
+        acc = acc * shrink[:, None] + its_acc * its[:, None]
+        top = higher
+    return acc, total
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attend_kernel(
     q, out, partial, sums, arrived, positions, slots, cache, scale, S,
@@ -71,19 +91,7 @@ def attend_kernel(
         tl.debug_barrier()  # all threads have stored before one tells of it
         if tl.atomic_add(arrived + of_head, 1) == parts - 1:
             tl.debug_barrier()
-            top = tl.full([BLOCK_G], -float("inf"), tl.float32)
-            total = tl.zeros([BLOCK_G], tl.float32)
-            acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-            for i in range(parts):
-                other = (of_head * SPLITS + i) * BLOCK_G + g
-                its_top = tl.load(sums + other * 2, cache_modifier=".cg")
-                its_total = tl.load(sums + other * 2 + 1, cache_modifier=".cg")
-                its_acc = tl.load(partial + other[:, None] * BLOCK_D + d[None, :], cache_modifier=".cg")
-                higher = tl.maximum(top, its_top)
-                shrink, its = tl.exp2(top - higher), tl.exp2(its_top - higher)
-                total = total * shrink + its_total * its
-                acc = acc * shrink[:, None] + its_acc * its[:, None]
-                top = higher
+            acc, total = joined(partial, sums, of_head * SPLITS, parts, BLOCK_G, BLOCK_D)
             tl.store(out + at, acc / total[:, None], inside)
             tl.store(arrived + of_head, 0)
 

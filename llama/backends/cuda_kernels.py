@@ -133,8 +133,8 @@ def rope_and_store(
     y, m, n, out, cos_sin, positions, slots, cache, M, HEADS, KV_HEADS, S, D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Rotate queries and keys of y (BLOCK_M, BLOCK_N), tokens m and columns n of queries, keys and values; store queries
-    (M, H D) in `out`, keys and values in the cache."""
+    """Rotate queries and keys of y (BLOCK_M, BLOCK_N), tokens m and columns n of queries, keys and values; store
+    queries (M, H D) in `out`, keys and values in the cache."""
     position = tl.load(positions + m, m < M, other=-1)[:, None]
     slot = tl.load(slots + m, m < M, other=0)[:, None]
     pair = tl.reshape(n, [BLOCK_N // 2, 2]).to(tl.int32)
@@ -150,6 +150,15 @@ def rope_and_store(
     head = column // D - HEADS
     to = cache + ((slot.to(tl.int64) * (2 * KV_HEADS) + head) * S + position) * D + column % D
     tl.store(to, y, (token < M) & (position >= 0) & (head >= 0) & (head < 2 * KV_HEADS))
+
+
+@triton.jit
+def finished(acc, scale, rows, N, BITS: tl.constexpr, DOT: tl.constexpr):
+    """What `add_dot` or `add_product` has summed up, (tokens, rows)."""
+    y = tl.trans(acc if DOT else tl.sum(acc, 1, keep_dims=True))
+    if BITS == 8:
+        y *= tl.load(scale + rows, rows < N, other=0).to(tl.float32)[None, :]
+    return y
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -198,23 +207,17 @@ def linear_kernel(
                 acc2 = add_product(acc2, now, tile, scale, minimum, n + N, k, rows, K, BITS, GROUP, BLOCK_K)
     if PDL:
         gdc_launch_dependents()
-    y = tl.trans(acc if DOT else tl.sum(acc, 1, keep_dims=True))  # (BLOCK_M, BLOCK_N)
+    y = finished(acc, scale, n, N, BITS, DOT)  # (BLOCK_M, BLOCK_N)
     factor = tl.full([BLOCK_M, 1], 1.0, tl.float32)
     if NORM:
         factor = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / K + eps)
-    if BITS == 8:
-        y *= tl.load(scale + n, n < N, other=0).to(tl.float32)[None, :]
     y *= factor
     if THEN == SWIGLU:
-        up = tl.trans(acc2 if DOT else tl.sum(acc2, 1, keep_dims=True))
-        if BITS == 8:
-            up *= tl.load(scale + n + N, n < N, other=0).to(tl.float32)[None, :]
-        y = y * tl.sigmoid(y) * up * factor
+        y *= tl.sigmoid(y) * finished(acc2, scale, n + N, rows, BITS, DOT) * factor
     if THEN == ROPE:
         rope_and_store(y, m, n, out, cos_sin, positions, slots, cache, M, HEADS, KV_HEADS, S, D, BLOCK_M, BLOCK_N)
     else:
-        inside = (m[:, None] < M) & (n[None, :] < N)
-        at = m[:, None] * N + n[None, :]
+        at, inside = m[:, None] * N + n[None, :], (m[:, None] < M) & (n[None, :] < N)
         if THEN == RESIDUAL:
             y += tl.load(residual + at, inside, other=0).to(tl.float32)
         tl.store(out + at, y, inside)
@@ -267,7 +270,7 @@ def dequantize_kernel(
 MOST = 64  # tokens that `linear` serves; more are better multiplied by cuBLAS
 PDL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)  # programmatic dependent launch
 # (BLOCK_N, BLOCK_K, warps, stages) by bits of a weight, of one token and of more; benchmarks/cuda_kernels.py.
-ONE = {32: (4, 512, 4, 2), 16: (4, 1024, 4, 2), 8: (4, 1024, 4, 2), 4: (8, 1024, 4, 2)}
+ONE = {32: (4, 512, 4, 2), 16: (4, 1024, 4, 2), 8: (4, 1024, 4, 2), 4: (8, 1024, 2, 2)}
 MORE = {32: (16, 64, 4, 3), 16: (32, 256, 4, 4), 8: (32, 256, 4, 4), 4: (64, 128, 4, 4)}
 
 

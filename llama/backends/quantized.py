@@ -316,12 +316,12 @@ class Cuda(Plain):
         from .cuda_kernels import Matrix
 
         super().__init__(weight, device)
-        q, scale, zero = (None if part is None else part.contiguous() for part in self.weight)
+        q, scale = self.weight.q.contiguous(), self.weight.scale.contiguous()
         self.matrix = Matrix(q, scale, None, 8)
-        if zero is not None:
+        if self.weight.zero is not None:
             half = scale.half()
             scale = half if torch.equal(half.float(), scale.float()) else scale.float()
-            minimum = (-zero.float() * scale.float()).to(scale.dtype)
+            minimum = (-self.weight.zero.float() * scale.float()).to(scale.dtype)
             self.matrix = Matrix(q, scale, minimum, 4, self.shape[1] // scale.shape[1])
         del self.weight
 

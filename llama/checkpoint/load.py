@@ -55,8 +55,8 @@ def load(
     total = sum(shape.numel() for shape in local.values())
     hidden = None if rank() == 0 else True  # None: a bar on a terminal only
     with tqdm(desc="loading", total=total, unit="weights", unit_scale=True, disable=hidden, leave=False) as bar:
-        # cpu.cpp multiplies by several matrices at once; other kernels of quantized matrices have one each.
-        apart = scheme is not None and not (compiled and world_size() == 1)
+        # The fast backends multiply by several quantized matrices at once, the plain one by each.
+        apart = scheme is not None and device.type != "cuda" and not (compiled and world_size() == 1)
         for names in [[name] for name in local] if apart else fused_groups(local):
             rows = [local[name][0] for name in names]
             if scheme and is_matrix(names[0]):
