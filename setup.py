@@ -19,6 +19,7 @@ setup(
         "test": [
             *("pytest", "pytest-cov", "hypothesis", "pexpect", "ruff", "mypy"),
             *("transformers", "numpy", "prompt_toolkit", "setuptools"),
+            "triton; platform_system == 'Linux'",  # whose interpreter runs the CUDA kernels on a CPU
         ],
         "chat": ["prompt_toolkit"],
         "dev": ["pre-commit"],

@@ -1,14 +1,11 @@
 """The kernels of the CUDA backend, run by Triton's interpreter on a CPU: they give what the model gives."""
 
-import os
-
 import pytest
 import torch
 from small import SHAPES, random_model, relative_error
 
 if torch.cuda.is_available():
     pytest.skip("there the kernels run as they are: test_gpu.py", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, Triton's own among them
 pytest.importorskip("triton")
 
 from llama import Llama, backends, engine
