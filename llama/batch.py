@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     @staticmethod
     def rows(tokens: Tensor, start_pos: int | abc.Sequence[int] | Tensor, params: ModelArgs) -> Batch:
         """A batch of the rows of tokens (B, T), which take the slots from 0 on. A row begins at `start_pos`, one number
-        for all or one for each. ValueError for what the cache has no room for."""
+        for all or one for each. ValueError for what does not fit in the cache."""
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}, not ids (batch, seqlen)")
         starts = torch.as_tensor(start_pos).reshape(-1)
@@ -69,7 +69,7 @@ class Batch(NamedTuple):
 
 
 def check(sequences: abc.Sequence[Sequence], params: ModelArgs) -> None:
-    """ValueError unless the cache has room for the sequences."""
+    """ValueError unless the sequences fit in the cache."""
     for slot, start, length in sequences:
         if length < 1 or start < 0:
             raise ValueError(f"{length} tokens at start_pos {start}; give at least one, from position 0 on")

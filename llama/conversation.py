@@ -96,12 +96,12 @@ class Chat:
         self.dialog = dialog[:-1] if reason == "refused" else [*dialog, {"role": "assistant", "content": said}]
 
     def fitting(self, dialog: Sequence[Message]) -> list[Message]:
-        """A dialog without its oldest turns, where it leaves no room for an answer. If some must go, so many go that
+        """A dialog without its oldest turns, where it leaves no space for an answer. If some must go, so many go that
         half of the context is free and the next turns need not begin anew."""
-        room = self.llama.model.params.max_seq_len
-        answer = min(self.most, room // 4 if self.options["max_gen_len"] is None else room // 2)
+        space = self.llama.model.params.max_seq_len
+        answer = min(self.most, space // 4 if self.options["max_gen_len"] is None else space // 2)
         tokenizer, first = self.llama.tokenizer, int(dialog[0]["role"] == "system")
-        kept, limit = list(dialog), room - answer
+        kept, limit = list(dialog), space - answer
         while len(kept) > first + 1 and len(encode_dialog(tokenizer, kept)) > limit:
-            kept, limit = kept[:first] + kept[first + 2 :], min(limit, room // 2)
+            kept, limit = kept[:first] + kept[first + 2 :], min(limit, space // 2)
         return kept

@@ -20,8 +20,8 @@ class PromptLookup:
         for end in range(self.indexed, len(text)):
             self.index[tuple(text[end - NGRAM : end])] = end
         self.indexed = max(len(text), NGRAM)
-        place = self.index.get(tuple(text[-NGRAM:]), len(text))
-        found = text[place : place + self.width]
+        at = self.index.get(tuple(text[-NGRAM:]), len(text))
+        found = text[at : at + self.width]
         self.drafted = len(found)
         return found
 

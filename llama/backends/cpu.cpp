@@ -53,19 +53,19 @@ struct Floats {
     operator float *() const { return memory.get(); }
 };
 
-// Room for so many numbers, until it is next asked for; kept, so that it is fetched once.
-static float *desk(int64_t n) {
+// Space for so many numbers, until it is next asked for; kept, so that it is fetched once.
+static float *scratch(int64_t n) {
     static thread_local Floats kept(0);
     if (n > kept.size) kept = Floats(n);
     return kept;
 }
 
 // So many for each core, which would take longer to fetch fresh memory for each part of its work.
-struct Rooms {
+struct ThreadScratch {
     int64_t size;
     Floats all;
 
-    explicit Rooms(int64_t n) : size((n + 15) / 16 * 16), all(size * at::get_num_threads()) {}
+    explicit ThreadScratch(int64_t n) : size((n + 15) / 16 * 16), all(size * at::get_num_threads()) {}
     float *mine() const { return all + size * omp_get_thread_num(); }
 };
 
@@ -79,7 +79,7 @@ static void store(T *to, __m512 x) {
 // each core: one that is slowed down gets fewer, and memory gives long parts faster than short ones. The last are
 // quarters, so that no core waits long for another.
 template <typename Work>
-static void share(int64_t whole, int64_t unit, const Work &work, int64_t largest = INT64_MAX) {
+static void parallel_parts(int64_t whole, int64_t unit, const Work &work, int64_t largest = INT64_MAX) {
     const int cores = at::get_num_threads();
     const int64_t some = std::clamp<int64_t>(whole / unit / (4 * cores), 1, largest / unit) * unit;
     const int64_t few = std::max<int64_t>(1, some / unit / 4) * unit, many = std::max<int64_t>(0, whole / some - cores);
@@ -126,7 +126,7 @@ static void float_part(const T *w, const float *x, float *y, int64_t out, int64_
         for (int o = 0; o < O; o++) y[r * out + o] = _mm512_reduce_add_ps(total[r][o]);
 }
 
-// C neighbours, as often as a vector has room for them.
+// C neighbours, as often as fit in a vector.
 template <int C>
 static __m512 spread(const float *from) {
     return C == 2 ? (__m512)_mm512_broadcastsd_pd(_mm_load_sd((const double *)from)) : _mm512_set1_ps(*from);
@@ -174,8 +174,8 @@ static void wide_block(const float *w, const float *x, float *y, int64_t N, int6
 static void wide_product(const float *w, int64_t some, const float *x, float *y, int64_t rows, int64_t out, int64_t in) {
     const int64_t C = rows > 8 ? 1 : 2, width = (rows + 15) / 16 * 16, block = 64, deep = 1024;
     const auto panel = [&](int64_t r) { return std::min<int64_t>(48, width - r); };
-    float *beside = desk(width * in);
-    share(width, 48, [&](int64_t r, int64_t end) {
+    float *beside = scratch(width * in);
+    parallel_parts(width, 48, [&](int64_t r, int64_t end) {
         for (; r < end; r += 48) {
             const int64_t here = std::min(panel(r), rows - r);
             if (here % 16) std::fill_n(beside + r * in, panel(r) * in, 0);
@@ -186,7 +186,7 @@ static void wide_product(const float *w, int64_t some, const float *x, float *y,
                     for (int64_t row = 0; row < rows; row++) std::copy_n(x + row * in + k, 2, beside + 8 * k + 2 * row);
         }
     });
-    const Rooms parts(block * width);
+    const ThreadScratch parts(block * width);
     const auto work = [&](int64_t n, int64_t end) {
         float *part = parts.mine();
         for (; n < end; n += block) {
@@ -198,7 +198,7 @@ static void wide_product(const float *w, int64_t some, const float *x, float *y,
             at::vec::transpose_mxn<float>(part, width, y + n, out, N, rows);
         }
     };
-    share(some, 16, work, rows > 16 ? block : INT64_MAX);
+    parallel_parts(some, 16, work, rows > 16 ? block : INT64_MAX);
 }
 
 template <typename T>
@@ -210,7 +210,7 @@ static void float_product(const T *w, int64_t some, const float *x, float *y, in
                 wide_product(w, some, x + r * in, y + r * out, std::min(most, rows - r), out, in);
             return;
         }
-    share(some, 12, [&](int64_t n, int64_t end) {
+    parallel_parts(some, 12, [&](int64_t n, int64_t end) {
         for (int64_t N; n < end; n += N) {
             int64_t r = 0;
             const auto by = [&](int64_t R, int64_t O, auto part) {
@@ -275,7 +275,7 @@ using Ints = int __attribute__((vector_size(64)));
 static Ints dot(Ints sum, __m512i u, __m512i s) { return (Ints)_mm512_dpbusd_epi32((__m512i)sum, u, s); }
 
 // x in a register, where gcc would read it again for each use.
-static __m512i held(__m512i x) {
+static __m512i in_register(__m512i x) {
     asm("" : "+v"(x));
     return x;
 }
@@ -291,7 +291,7 @@ static void int8_part(const int8_t *w, const float *scale, const int32_t *sum, c
         if (fresh)
             for (int v = 0; v < 4; v++) fetch(w + 64 * v + 8192);
         __m512i some[4];
-        for (int v = 0; v < 4; v++) some[v] = held(_mm512_loadu_si512(w + 64 * v));
+        for (int v = 0; v < 4; v++) some[v] = in_register(_mm512_loadu_si512(w + 64 * v));
         for (int r = 0; r < R; r++) {
             const __m512i four = _mm512_set1_epi32(*(const int32_t *)(x[r].q + k));
             for (int v = 0; v < 4; v++) dots[r][v] = dot(dots[r][v], four, some[v]);
@@ -309,7 +309,7 @@ static void int8_product(const Matrix &w, const float *x, float *y, int64_t rows
     const int8_t *weight = w[0].const_data_ptr<int8_t>();
     const float *scale = w[1].const_data_ptr<float>();
     const int32_t *sum = w[2].const_data_ptr<int32_t>();
-    share(out / 64, 1, [&](int64_t tile, int64_t end) {
+    parallel_parts(out / 64, 1, [&](int64_t tile, int64_t end) {
         for (int64_t n = tile * 64; n < end * 64; n += 64) {
             int64_t r = 0;
             const auto by = [&](int64_t R, auto part) {
@@ -332,8 +332,8 @@ static void int4_part(const uint8_t *w, const at::BFloat16 *scale, const uint8_t
         for (int64_t t = 0; t < group / 8; t++, w += 64) {
             fetch(w + 8192);
             const __m512i both = _mm512_loadu_si512(w);
-            const __m512i low = held(_mm512_and_si512(both, half));
-            const __m512i high = held(_mm512_and_si512(_mm512_srli_epi16(both, 4), half));
+            const __m512i low = in_register(_mm512_and_si512(both, half));
+            const __m512i high = in_register(_mm512_and_si512(_mm512_srli_epi16(both, 4), half));
             for (int r = 0; r < R; r++) {
                 const int32_t *fours = (const int32_t *)(x[r].q + g * group) + t;
                 dots[r] = dot(dots[r], low, _mm512_set1_epi32(fours[0]));
@@ -358,7 +358,7 @@ static void int4_product(const Matrix &w, const float *x, float *y, int64_t rows
     const at::BFloat16 *scale = w[1].const_data_ptr<at::BFloat16>();
     for (int64_t begin = 0; begin < rows; begin += 128) {  // as many as a core's cache holds
         const int64_t stop = std::min(rows, begin + 128);
-        share(out / 16, 1, [&](int64_t tile, int64_t end) {
+        parallel_parts(out / 16, 1, [&](int64_t tile, int64_t end) {
             for (int64_t n = tile * 16; n < end * 16; n += 16) {
                 int64_t r = begin;
                 const auto by = [&](int64_t R, auto part) {
@@ -401,21 +401,21 @@ static Tensor product(const Tensor &x, Matrix w) {
 
 // Q sums, V vectors long, of values (S, D), of which each makes a share.
 template <int Q, int V, typename T>
-static void mix(const T *v, const float *shares, const float *sums, float *y, int64_t S, int64_t D) {
+static void mix(const T *v, const float *weights, const float *sums, float *y, int64_t S, int64_t D) {
     __m512 total[Q][V] = {};
     for (int64_t s = 0; s < S; s++)
         for (int part = 0; part < V; part++) {
             const __m512 value = load(v + s * D + 16 * part);
             for (int i = 0; i < Q; i++)
-                total[i][part] = _mm512_fmadd_ps(_mm512_set1_ps(shares[i * S + s]), value, total[i][part]);
+                total[i][part] = _mm512_fmadd_ps(_mm512_set1_ps(weights[i * S + s]), value, total[i][part]);
         }
     for (int i = 0; i < Q; i++)
         for (int j = 0; j < 16 * V; j++) y[i * D + j] = total[i][j / 16][j % 16] / sums[i];
 }
 
-// Q queries (D,) look at keys and values (S, D); `shares` has room for Q S numbers.
+// Q queries (D,) attend to keys and values (S, D); `weights` holds Q S numbers.
 template <int Q, typename T>
-static void look(const float *q, const T *k, const T *v, float *shares, float *y, int64_t S, int64_t D) {
+static void attend_to(const float *q, const T *k, const T *v, float *weights, float *y, int64_t S, int64_t D) {
     const float scale = 1 / std::sqrt((float)D);
     for (int64_t s = 0; s < S; s++, k += D) {
         __m512 dots[Q] = {};
@@ -424,11 +424,11 @@ static void look(const float *q, const T *k, const T *v, float *shares, float *y
             const __m512 key = load(k + d);
             for (int i = 0; i < Q; i++) dots[i] = _mm512_fmadd_ps(load(q + i * D + d), key, dots[i]);
         }
-        for (int i = 0; i < Q; i++) shares[i * S + s] = scale * _mm512_reduce_add_ps(dots[i]);
+        for (int i = 0; i < Q; i++) weights[i * S + s] = scale * _mm512_reduce_add_ps(dots[i]);
     }
     float sums[Q];
     for (int i = 0; i < Q; i++) {
-        float *share = shares + i * S;
+        float *share = weights + i * S;
         __m512 largest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
         for (int64_t s = 0; s < S; s += 16)
             largest = _mm512_max_ps(_mm512_mask_loadu_ps(largest, first(S - s), share + s), largest);
@@ -443,15 +443,15 @@ static void look(const float *q, const T *k, const T *v, float *shares, float *y
         sums[i] = _mm512_reduce_add_ps(sum);
     }
     int64_t d = 0;
-    for (; d + 64 <= D; d += 64) mix<Q, 4>(v + d, shares, sums, y + d, S, D);
-    for (; d < D; d += 16) mix<Q, 1>(v + d, shares, sums, y + d, S, D);
+    for (; d + 64 <= D; d += 64) mix<Q, 4>(v + d, weights, sums, y + d, S, D);
+    for (; d < D; d += 16) mix<Q, 1>(v + d, weights, sums, y + d, S, D);
 }
 
 // y = pairs of neighbours in x (D,) times complex numbers: rotary embedding.
 template <typename T>
-static void turn(const float *x, const float *turns, T *y, int64_t D) {
+static void apply_rope(const float *x, const float *cos_sin, T *y, int64_t D) {
     for (int64_t d = 0; d < D; d += 16) {
-        const __m512 some = load(x + d), other = _mm512_permute_ps(some, 0xB1), by = load(turns + d);  // other of a pair
+        const __m512 some = load(x + d), other = _mm512_permute_ps(some, 0xB1), by = load(cos_sin + d);  // other of a pair
         store(y + d, _mm512_fmaddsub_ps(some, _mm512_moveldup_ps(by), other * _mm512_movehdup_ps(by)));
     }
 }
@@ -471,33 +471,33 @@ static std::vector<Span> spans(const std::vector<int64_t> &places, int64_t N) {
     return found;
 }
 
-constexpr int64_t MANY = 16;  // queries for which it is worth turning round all that they look at
+constexpr int64_t MANY = 16;  // queries for which it is worth transposing all that they attend to
 
-// Heads (N, H + 2K, D): keys and values, the last 2K, are stored in the cache (rows, 2K, room, D), and queries look at
-// those up to their own position: y (N, H, D). Turns (room, D). Here for spans of few tokens.
+// Heads (N, H + 2K, D): keys and values, the last 2K, are stored in the cache (rows, 2K, length, D), and queries attend to
+// those up to their own position: y (N, H, D). cos_sin (length, D). Here for spans of few tokens.
 template <typename T>
-static void attend_few(const float *heads, const float *turns, T *kept, const std::vector<Span> &spans, float *y,
-                       int64_t H, int64_t K, int64_t room, int64_t D) {
+static void attend_few(const float *heads, const float *cos_sin, T *kept, const std::vector<Span> &spans, float *y,
+                       int64_t H, int64_t K, int64_t length, int64_t D) {
     const int64_t G = H / K, width = (H + 2 * K) * D;
-    share(spans.size() * K, 1, [&](int64_t i, int64_t stop) {
-        std::vector<float> shares, q(G * D);
+    parallel_parts(spans.size() * K, 1, [&](int64_t i, int64_t stop) {
+        std::vector<float> weights, q(G * D);
         for (; i < stop; i++) {
             const Span &span = spans[i / K];
-            T *k = kept + (span.row * 2 * K + i % K) * room * D, *v = k + K * room * D;
+            T *k = kept + (span.row * 2 * K + i % K) * length * D, *v = k + K * length * D;
             for (int64_t t = 0; t < span.T; t++) {
                 const int64_t S = span.start + t + 1, here = (S - 1) * D;
                 const float *query = heads + (span.first + t) * width + i % K * G * D;
                 const float *key = heads + (span.first + t) * width + (H + i % K) * D;
                 float *result = y + ((span.first + t) * H + i % K * G) * D;
-                turn(key, turns + here, k + here, D);
+                apply_rope(key, cos_sin + here, k + here, D);
                 for (int64_t d = 0; d < D; d += 16) store(v + here + d, load(key + K * D + d));
-                for (int64_t g = 0; g < G; g++) turn(query + g * D, turns + here, &q[g * D], D);
-                shares.resize(4 * S);
+                for (int64_t g = 0; g < G; g++) apply_rope(query + g * D, cos_sin + here, &q[g * D], D);
+                weights.resize(4 * S);
                 int64_t g = 0;
-                const auto by = [&](int64_t Q, auto look) {
-                    for (; g + Q <= G; g += Q) look(&q[g * D], k, v, shares.data(), result + g * D, S, D);
+                const auto by = [&](int64_t Q, auto attend) {
+                    for (; g + Q <= G; g += Q) attend(&q[g * D], k, v, weights.data(), result + g * D, S, D);
                 };
-                by(4, look<4, T>), by(2, look<2, T>), by(1, look<1, T>);
+                by(4, attend_to<4, T>), by(2, attend_to<2, T>), by(1, attend_to<1, T>);
             }
         }
     });
@@ -511,90 +511,90 @@ static const float *as_floats(const T *from, float *to, int64_t n) {
     return to;
 }
 
-// The same for a span of many tokens, whose queries are turned in place. For 48 of a head at a time: what they look at,
+// The same for a span of many tokens, whose queries are rotated in place. For 48 of a head at a time: what they attend to,
 // transposed, is columns of a product.
 template <typename T>
-static void attend_many(float *heads, const float *turns, T *kept, const Span &span, float *y, int64_t H, int64_t K,
-                        int64_t room, int64_t D) {
+static void attend_many(float *heads, const float *cos_sin, T *kept, const Span &span, float *y, int64_t H, int64_t K,
+                        int64_t length, int64_t D) {
     const int64_t start = span.start, many = span.T, S = start + many;
     const int64_t width = (H + 2 * K) * D, panels = (many + 47) / 48;
-    heads += span.first * width, y += span.first * H * D, kept += span.row * 2 * K * room * D;
+    heads += span.first * width, y += span.first * H * D, kept += span.row * 2 * K * length * D;
     each(many, [&](int64_t t) {
         float *row = heads + t * width;
-        const float *by = turns + (start + t) * D;
-        for (int64_t h = 0; h < H; h++) turn(row + h * D, by, row + h * D, D);
-        for (int64_t h = 0; h < K; h++) turn(row + (H + h) * D, by, kept + (h * room + start + t) * D, D);
+        const float *by = cos_sin + (start + t) * D;
+        for (int64_t h = 0; h < H; h++) apply_rope(row + h * D, by, row + h * D, D);
+        for (int64_t h = 0; h < K; h++) apply_rope(row + (H + h) * D, by, kept + (h * length + start + t) * D, D);
         for (int64_t h = K; h < 2 * K; h++)
-            for (int64_t d = 0; d < D; d += 16) store(kept + (h * room + start + t) * D + d, load(row + (H + h) * D + d));
+            for (int64_t d = 0; d < D; d += 16) store(kept + (h * length + start + t) * D + d, load(row + (H + h) * D + d));
     });
     const int64_t size = S * D;
-    float *turned = desk(3 * K * size), *copies = turned + K * size;  // values (K, D, S); keys and values (2K, S, D)
+    float *turned = scratch(3 * K * size), *copies = turned + K * size;  // values (K, D, S); keys and values (2K, S, D)
     std::vector<const float *> keys(K);
-    share(K, 1, [&](int64_t h, int64_t end) {
+    parallel_parts(K, 1, [&](int64_t h, int64_t end) {
         for (; h < end; h++) {
-            keys[h] = as_floats(kept + h * room * D, copies + h * size, size);
-            const float *values = as_floats(kept + (K + h) * room * D, copies + (K + h) * size, size);
+            keys[h] = as_floats(kept + h * length * D, copies + h * size, size);
+            const float *values = as_floats(kept + (K + h) * length * D, copies + (K + h) * size, size);
             at::vec::transpose_mxn<float>(values, D, turned + h * size, S, S, D);
         }
     });
-    const Rooms rooms((2 * D + S) * 48);
+    const ThreadScratch scratches((2 * D + S) * 48);
     const auto work = [&](int64_t i, int64_t) {
         const int64_t h = i / panels, head = h / (H / K), t = i % panels * 48, here = std::min<int64_t>(48, many - t);
         const int64_t V = (here + 15) / 16, wide = 16 * V, seen = start + t, end = seen + here;
-        float *query = rooms.mine(), *sums = query + D * wide, *shares = sums + D * wide;
+        float *query = scratches.mine(), *sums = query + D * wide, *weights = sums + D * wide;
         std::fill_n(query, D * wide, 0);
         at::vec::transpose_mxn<float>(heads + t * width + h * D, width, query, wide, here, D);
-        wide_block(keys[head], query, shares, end, D, D, 1, V, wide, false, false);
+        wide_block(keys[head], query, weights, end, D, D, 1, V, wide, false, false);
         __m512 whole[3];
         for (int64_t v = 0; v < V; v++) {
-            // Query n of this vector does not look at key seen + j for j > n.
-            const auto looks = [&](int64_t s) {
+            // Query n of this vector does not attend to key seen + j for j > n.
+            const auto visible = [&](int64_t s) {
                 const int64_t j = s - seen - 16 * v;
                 return (__mmask16)(j < 0 ? 0xFFFF : j < 16 ? 0xFFFF << j : 0);
             };
             __m512 largest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
             for (int64_t s = 0; s < end; s++)
-                largest = _mm512_mask_max_ps(largest, looks(s), largest, load(shares + s * wide + 16 * v));
+                largest = _mm512_mask_max_ps(largest, visible(s), largest, load(weights + s * wide + 16 * v));
             for (int64_t s = 0; s < end; s++) {
-                float *share = shares + s * wide + 16 * v;
+                float *share = weights + s * wide + 16 * v;
                 const at::vec::Vectorized<float> under = (load(share) - largest) * _mm512_set1_ps(1 / std::sqrt((float)D));
-                const __m512 e = _mm512_maskz_mov_ps(looks(s), under.exp_u20());
+                const __m512 e = _mm512_maskz_mov_ps(visible(s), under.exp_u20());
                 sum += e;
                 store(share, e);
             }
             whole[v] = sum;
         }
-        wide_block(turned + head * size, shares, sums, D, S, end, 1, V, wide, false, false);
+        wide_block(turned + head * size, weights, sums, D, S, end, 1, V, wide, false, false);
         for (int64_t d = 0; d < D; d++)
             for (int64_t v = 0; v < V; v++)
                 store(sums + d * wide + 16 * v, load(sums + d * wide + 16 * v) / whole[v]);
         at::vec::transpose_mxn<float>(sums, wide, y + (t * H + h) * D, H * D, D, here);
     };
-    share(H * panels, 1, work, 1);
+    parallel_parts(H * panels, 1, work, 1);
 }
 
-static void attend(float *heads, const Tensor &turns, const Tensor &cache, const std::vector<Span> &spans, float *y,
+static void attend(float *heads, const Tensor &cos_sin, const Tensor &cache, const std::vector<Span> &spans, float *y,
                    int64_t H) {
-    const int64_t K = cache.size(1) / 2, room = cache.size(2), D = cache.size(3);
+    const int64_t K = cache.size(1) / 2, length = cache.size(2), D = cache.size(3);
     std::vector<Span> few, many;
     for (const Span &span : spans) {
-        const int64_t last = span.start + span.T - 1, end = std::min(turns.size(0), room);
+        const int64_t last = span.start + span.T - 1, end = std::min(cos_sin.size(0), length);
         TORCH_CHECK_INDEX(0 <= span.row && span.row < cache.size(0), "row ", span.row, " of ", cache.size(0));
         TORCH_CHECK_INDEX(0 <= span.start && last < end, "position ", span.start < 0 ? span.start : last, " of ", end);
         (span.T < MANY ? few : many).push_back(span);
     }
-    const float *by = turns.const_data_ptr<float>();
+    const float *by = cos_sin.const_data_ptr<float>();
     by_type(cache.scalar_type(), [&](auto number) {
         auto *kept = cache.mutable_data_ptr<decltype(number)>();
-        attend_few(heads, by, kept, few, y, H, K, room, D);
-        for (const Span &span : many) attend_many(heads, by, kept, span, y, H, K, room, D);
+        attend_few(heads, by, kept, few, y, H, K, length, D);
+        for (const Span &span : many) attend_many(heads, by, kept, span, y, H, K, length, D);
     });
 }
 
-static Tensor attention(const Tensor &heads, const Tensor &turns, const Tensor &cache, const std::vector<int64_t> &places) {
+static Tensor attention(const Tensor &heads, const Tensor &cos_sin, const Tensor &cache, const std::vector<int64_t> &places) {
     const int64_t N = heads.size(0), D = cache.size(3), H = heads.size(1) / D - cache.size(1);
     Tensor y = heads.new_empty({N, H * D});
-    attend(heads.mutable_data_ptr<float>(), turns, cache, spans(places, N), y.mutable_data_ptr<float>(), H);
+    attend(heads.mutable_data_ptr<float>(), cos_sin, cache, spans(places, N), y.mutable_data_ptr<float>(), H);
     return y;
 }
 
@@ -635,19 +635,19 @@ struct Model : torch::CustomClassHolder {
         Tensor cache;
     };
 
-    Tensor embeddings, turns, norm;
+    Tensor embeddings, cos_sin, norm;
     Matrix output;
     double floor;
     std::vector<Layer> layers;
 
-    Model(Tensor embeddings, Tensor turns, Tensor norm, Matrix output, double floor)
-        : embeddings(embeddings), turns(turns), norm(norm), output(output), floor(floor) {}
+    Model(Tensor embeddings, Tensor cos_sin, Tensor norm, Matrix output, double floor)
+        : embeddings(embeddings), cos_sin(cos_sin), norm(norm), output(output), floor(floor) {}
 
     void add(Tensor attention_norm, Matrix qkv, Matrix wo, Tensor ffn_norm, Matrix w13, Matrix w2, Tensor cache) {
         layers.push_back({attention_norm, qkv, wo, ffn_norm, w13, w2, cache});
     }
 
-    // The last layer's output (N, dim) for N tokens: those of spans, one behind the other, each of which is told by the
+    // The last layer's output (N, dim) for N tokens: those of spans, one behind the other, each of which is given by the
     // row, the position and the number of its tokens.
     Tensor hidden(const Tensor &tokens, const std::vector<int64_t> &places) const {
         const int64_t N = tokens.numel(), dim = embeddings.size(1);
@@ -672,7 +672,7 @@ struct Model : torch::CustomClassHolder {
         for (const Layer &layer : layers) {
             add_norm(x, added, layer.attention_norm, floor, h, N, dim);
             multiply(layer.qkv, h, heads, N, dim);
-            attend(heads, turns, layer.cache, where, seen, H);
+            attend(heads, cos_sin, layer.cache, where, seen, H);
             multiply(layer.wo, seen, y, N, H * D);
             add_norm(x, y, layer.ffn_norm, floor, h, N, dim);
             for (int64_t r = 0; r < N; r += some) {
@@ -700,9 +700,9 @@ struct Model : torch::CustomClassHolder {
 
 TORCH_LIBRARY(llama, m) {
     m.def("product(Tensor x, Tensor[] w) -> Tensor", [](const Tensor &x, Matrix w) { return product(x, w); });
-    m.def("attend(Tensor(a!) heads, Tensor turns, Tensor(b!) cache, int[] places) -> Tensor",
-          [](const Tensor &heads, const Tensor &turns, const Tensor &cache, std::vector<int64_t> places) {
-              return attention(heads, turns, cache, places);
+    m.def("attend(Tensor(a!) heads, Tensor cos_sin, Tensor(b!) cache, int[] places) -> Tensor",
+          [](const Tensor &heads, const Tensor &cos_sin, const Tensor &cache, std::vector<int64_t> places) {
+              return attention(heads, cos_sin, cache, places);
           });
     m.class_<Model>("Model")
         .def(torch::init<Tensor, Tensor, Tensor, Matrix, double>())

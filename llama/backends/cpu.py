@@ -68,8 +68,8 @@ def library() -> Path:
             new = made.with_suffix(f".{os.getpid()}")  # a compiler whose process was killed may still be at work
             done = subprocess.run([*command, "-o", str(new)], capture_output=True, text=True, errors="replace")
             if done.returncode:
-                told = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
-                raise RuntimeError(told[0] if told else f"{compiler[0]} ended with {done.returncode}")
+                errors = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
+                raise RuntimeError(errors[0] if errors else f"{compiler[0]} ended with {done.returncode}")
             new.replace(made)
     return made
 
@@ -163,8 +163,8 @@ class Native(Plain):
         if len(batch.tokens) > self.most:
             return super().forward(batch)
         passes = split(batch.sequences, SCRATCH)
-        ids = batch.tokens.split([sum(places[2::3]) for places in passes])
-        hidden = [self.cpp.hidden(some, places) for some, places in zip(ids, passes, strict=True)]
+        ids = batch.tokens.split([sum(spans[2::3]) for spans in passes])
+        hidden = [self.cpp.hidden(some, spans) for some, spans in zip(ids, passes, strict=True)]
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -180,13 +180,13 @@ def split(sequences: Sequence[tuple[int, int, int]], most: int) -> list[list[int
     total = sum(length for _, _, length in sequences)
     size = -(-total // -(-total // most))
     passes: list[list[int]] = [[]]
-    room = size
+    left = size
     for slot, start, length in sequences:
         while length:
-            if not room:
+            if not left:
                 passes.append([])
-                room = size
-            some = min(length, room)
+                left = size
+            some = min(length, left)
             passes[-1] += (slot, start, some)
-            start, length, room = start + some, length - some, room - some
+            start, length, left = start + some, length - some, left - some
     return passes

@@ -4,7 +4,7 @@
     int4   w = scale * (q - zero)    a scale and a zero for each group of 32, 64 or 128 columns; q, zero from 0 to 15
 
 With groups of 64, -0.25 to 0.5 is cut into 15 steps of 0.05: scale 0.05, zero 5, and 0.12 is q = 7, which says 0.1.
-`dequantize` is the plain meaning. `kernel` finds what multiplies fastest here and must equal it but for rounding: int8
+`dequantize` is the plain meaning. `kernel` finds the fastest matmul here and must equal it but for rounding: int8
 rounds each token's activations to 8 bits too, which makes long prompts several times faster than float32; int4 computes
 in bfloat16, or compiled for a CPU with activations of 8 bits.
 """
@@ -28,7 +28,7 @@ from ..parallel import cpu_has
 GROUPS = (32, 64, 128)
 TILES = cpu_has("amx_int8")  # by which oneDNN multiplies
 FEW = 12  # rows by int8 that cpu.cpp has faster all the same
-SHRINK = [1 - 0.04 * i for i in range(11)]  # what a search tries: the share of a group's range that is kept
+SHRINK = [1 - 0.04 * i for i in range(11)]  # what a search tries: the fraction of a group's range that is kept
 
 
 class Scheme(NamedTuple):
@@ -185,7 +185,7 @@ class Plain:
 class Int8OneDNN(Plain):
     """oneDNN's int8 product. Rows of x are rounded to 127ths of their own largest number, so that what a row
     gives is its own affair. They are bytes without a sign: with one, what multiplies them on most CPUs takes a thousand
-    times as long. CPUs without VNNI would add such bytes up in 16 bits, where they have no room."""
+    times as long. CPUs without VNNI would add such bytes up in 16 bits, where they do not fit."""
 
     @staticmethod
     def serves(weight: Quantized, device: torch.device) -> bool:
@@ -227,7 +227,7 @@ class Int8Compiled(Int8OneDNN):
         super().__init__(weight, device)
         ops, (out, columns) = torch.ops.mkldnn, self.shape
         memory = (ctypes.c_int8 * ops._nbytes(self.packed)).from_address(ops.data_ptr(self.packed))
-        memory.owner = self.packed  # which must live as long as what looks at its memory
+        memory.owner = self.packed  # which must live as long as this view of its memory
         tiles = torch.frombuffer(memory, dtype=torch.int8, count=out * columns).view(-1, columns // 4, 64, 4)
         # oneDNN is free to pack in another way on another CPU, and in its next version.
         if torch.equal(tiles.transpose(1, 2), weight.q.view(-1, 64, columns // 4, 4)):
