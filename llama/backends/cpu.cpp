@@ -1,6 +1,6 @@
 // For CPUs that multiply bytes four at a time and add them up (AVX-512 VNNI): products y = x wᵀ of a few rows of x, as
 // fast as memory gives w, and of many, as fast as they can be computed; attention; and all layers of a model, for the
-// tokens of prompts or one more for each row. cpp.py says what each takes.
+// tokens of prompts or one more for each row. cpu.py says what each takes.
 //
 // Activations are float32. A matrix w is several tensors. Of float numbers each has some of its rows. Of int8 the first
 // has, for every 64 outputs and every 4 columns, 256 bytes: 4 of each output; then scales, and sums of the outputs'
