@@ -12,6 +12,7 @@ begins with a prompt of 3:
 from __future__ import annotations
 
 from collections import abc
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -47,8 +48,10 @@ class Batch(NamedTuple):
     @staticmethod
     def arrange(tokens: Tensor, sequences: abc.Sequence[Sequence]) -> Batch:
         """A batch of tokens (N,), which the host need not know yet, that belong to `sequences`."""
-        where = [(s.start + i, s.slot) for s in sequences for i in range(s.length)]
-        positions, slots = torch.tensor(where).view(-1, 2).t().contiguous().to(tokens.device, non_blocking=True)
+        at = [range(s.start, s.start + s.length) for s in sequences]
+        belongs = [[s.slot] * s.length for s in sequences]
+        both = torch.tensor([[*chain(*at)], [*chain(*belongs)]])
+        positions, slots = both.to(tokens.device, non_blocking=True)
         return Batch(tokens, positions, slots, tuple(sequences))
 
     @staticmethod

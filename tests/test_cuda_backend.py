@@ -13,7 +13,11 @@ from llama.backends import cuda, quantized
 from llama.batch import Batch
 
 PROMPTS = [[5, 17, 99, 3], [64], [127, 0, 7, 7, 7, 8, 9, 100, 101, 102]]
-INTERPRETED = {name: SHAPES[name] for name in ("MHA", "MQA", "odd FFN")}  # it takes seconds
+SHORT = {name: {**SHAPES[name], "n_layers": 1} for name in ("GQA", "MQA", "odd FFN")}
+# Each program takes the interpreter a millisecond, and coverage several: a few large ones.
+cuda.kernels.ONE[32], cuda.kernels.MORE[32] = (64, 512, 4, 2), (64, 64, 4, 3)
+cuda.kernels.ONE[8], cuda.kernels.MORE[8] = (64, 256, 4, 2), (64, 128, 4, 3)
+cuda.kernels.ONE[4], cuda.kernels.MORE[4] = (64, 256, 4, 2), (64, 64, 4, 3)
 
 
 class Interpreted(cuda.Cuda):
@@ -29,10 +33,10 @@ def both(model, parts):
     return [way.logits(way.forward(Batch.of(parts))) for way in model]
 
 
-@pytest.mark.parametrize("shape", INTERPRETED)
+@pytest.mark.parametrize("shape", SHORT)
 def test_prompts_and_steps_give_the_models_logits(shape):
     """Prompts of several lengths in one pass, a step of one sequence, of all, and with a longer chunk between them."""
-    ways = backends.Plain(random_model(SHAPES[shape])), Interpreted(random_model(SHAPES[shape]))
+    ways = backends.Plain(random_model(SHORT[shape])), Interpreted(random_model(SHORT[shape]))
     passes = [
         [(slot, 0, ids) for slot, ids in enumerate(PROMPTS)],
         [(1, 1, [11])],
@@ -45,7 +49,7 @@ def test_prompts_and_steps_give_the_models_logits(shape):
 
 
 def on_two_ranks():
-    ways = backends.Plain(random_model()), Interpreted(random_model())
+    ways = backends.Plain(random_model(SHORT["GQA"])), Interpreted(random_model(SHORT["GQA"]))
     passes = [(0, 0, [5, 17, 99]), (1, 0, [64] * 20)], [(0, 3, [7])], [(0, 4, [7]), (1, 20, [8])]
     return max(relative_error(found, plain) for plain, found in (both(ways, parts) for parts in passes))
 
@@ -64,7 +68,7 @@ def test_many_tokens_go_through_cublas(strides, monkeypatch):
             return real(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
 
         monkeypatch.setattr(cuda.F, "scaled_dot_product_attention", permuted)
-    ways = backends.Plain(random_model()), Interpreted(random_model())
+    ways = backends.Plain(random_model(SHORT["GQA"])), Interpreted(random_model(SHORT["GQA"]))
     plain, found = both(ways, [(1, 0, torch.randint(128, (40,), generator=torch.Generator().manual_seed(0)).tolist())])
     assert relative_error(found, plain) < 1e-5
     plain, found = both(ways, [(0, 0, [5]), (1, 40, [7, 8])])
@@ -83,7 +87,7 @@ def test_quantized_matrices(scheme, rows):
 
 
 def test_padding_stores_nothing():
-    backend = Interpreted(random_model())
+    backend = Interpreted(random_model(SHORT["GQA"]))
     step = Batch.of([(0, 0, [5])])
     one = backend.logits(backend.forward(step))
     before = [layer.cache.clone() for layer in backend.layers]
@@ -97,12 +101,12 @@ def test_padding_stores_nothing():
 def test_an_engine_that_launches_ahead_gives_the_plain_tokens(tokenizer, monkeypatch):
     """More prompts than slots, so that steps and prompts share passes."""
     prompts, lengths = [[1, 400, 401], [1], [1, *range(300, 318)]], [4, 2, 3]
-    expected = Llama(random_model(vocab_size=tokenizer.n_words, max_batch_size=2), tokenizer).generate(
+    expected = Llama(random_model(SHORT["GQA"], vocab_size=tokenizer.n_words, max_batch_size=2), tokenizer).generate(
         prompts, lengths, 0
     )
     monkeypatch.setattr(engine, "AHEAD", {"cpu"})
     monkeypatch.setattr(backends, "choose", lambda model, compile: Interpreted(model))
-    llama = Llama(random_model(vocab_size=tokenizer.n_words, max_batch_size=2), tokenizer)
+    llama = Llama(random_model(SHORT["GQA"], vocab_size=tokenizer.n_words, max_batch_size=2), tokenizer)
     assert llama.generate(prompts, lengths, 0) == expected
     assert type(llama.engine.backend) is Interpreted
 
@@ -125,7 +129,7 @@ def test_a_step_that_cannot_be_recorded_is_computed_each_time(monkeypatch, caplo
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": None}))
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    ways = backends.Plain(random_model()), cuda.Cuda(random_model())
+    ways = backends.Plain(random_model(SHORT["GQA"])), cuda.Cuda(random_model(SHORT["GQA"]))
     for parts in ([(0, 0, [5])], [(0, 1, [6]), (2, 0, [7])], [(0, 2, [6])]):
         plain, found = both(ways, parts)
         assert relative_error(found, plain) < 1e-5
@@ -135,7 +139,7 @@ def test_a_step_that_cannot_be_recorded_is_computed_each_time(monkeypatch, caplo
 
 
 def test_weights_are_laid_side_by_side_once():
-    model = random_model()
+    model = random_model(SHORT["GQA"])
     expected = [weight.clone() for weight in model.parameters()]
     first = cuda.Cuda(model).layers[0].qkv.q.data_ptr()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected, strict=True))
@@ -145,7 +149,7 @@ def test_weights_are_laid_side_by_side_once():
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_quantized_matrices_that_several_layers_share(scheme):
     """As they are loaded for a GPU."""
-    model = random_model(WIDE := {**SHAPES["GQA"], "dim": 128})
+    model = random_model(WIDE := {**SHORT["GQA"], "dim": 128})
     plain = random_model(WIDE)
     for layer, same in zip(model.layers, plain.layers, strict=True):
         for part, names in (
