@@ -269,11 +269,11 @@ def ask_first_rank(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
             answer = pickle.dumps(function(*args, **kwargs))
         except BaseException as raised:  # whatever it is, the others wait for a word
             error = raised
-    answer, told = broadcast_object((answer, error and f"rank 0: {type(error).__name__}: {error}"))
+    answer, message = broadcast_object((answer, error and f"rank 0: {type(error).__name__}: {error}"))
     if error:
         raise error
-    if told:
-        raise RankError(told)
+    if message:
+        raise RankError(message)
     value: T = pickle.loads(answer)
     return value
 
