@@ -12,7 +12,6 @@ begins with a prompt of 3:
 from __future__ import annotations
 
 from collections import abc
-from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -48,10 +47,10 @@ class Batch(NamedTuple):
     @staticmethod
     def arrange(tokens: Tensor, sequences: abc.Sequence[Sequence]) -> Batch:
         """A batch of tokens (N,), which the host need not know yet, that belong to `sequences`."""
-        at = [range(s.start, s.start + s.length) for s in sequences]
-        belongs = [[s.slot] * s.length for s in sequences]
-        both = torch.tensor([[*chain(*at)], [*chain(*belongs)]])
-        positions, slots = both.to(tokens.device, non_blocking=True)
+        positions = torch.tensor([s.start + i for s in sequences for i in range(s.length)])
+        slots = torch.tensor([s.slot for s in sequences for _ in range(s.length)])
+        # Without waiting for a GPU.
+        positions, slots = (part.to(tokens.device, non_blocking=True) for part in (positions, slots))
         return Batch(tokens, positions, slots, tuple(sequences))
 
     @staticmethod

@@ -209,7 +209,7 @@ class Engine:
                 return
             reach = list(request.prompt[: request.first]) if self.shares else []
             shared = {slot: common(slot.tokens, reach) for slot in self.slots}
-            source = max(self.slots, key=lambda slot: shared[slot])
+            source = max(self.slots, key=lambda slot: (shared[slot], slot.request is None))
             prompts = [slot.request.prompt for slot in self.slots if slot.request]
             if max((common(prompt, reach) for prompt in prompts), default=0) - shared[source] >= WORTH_SHARING:
                 continue  # it is just being computed
@@ -255,7 +255,8 @@ class Engine:
             finite = logits.sum(-1).isfinite()  # what is not finite makes the sum so
         message = torch.cat((ids, finite))
         if world_size() > 1:
-            message = broadcast(torch.cat((message, torch.tensor([len(self.cancelled) > 0], device=device))))
+            cancels = torch.tensor([len(self.cancelled) > 0]).to(device, non_blocking=True)
+            message = broadcast(torch.cat((message, cancels)))
             ids = message[: len(index)]
         if index and any(row.request.logprobs for row in rows):
             chances = to_host(token_logprobs(logits, ids))

@@ -103,6 +103,11 @@ class Row(NamedTuple):
 def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
     """Tokens (M,) by logits (M, V) of the positions that rows sample, row by row. Position t > 0 of a row follows draft
     token t - 1, and counts only where all draft tokens before it were right."""
+    if all(row.samples == 1 for row in rows):
+        which, slots = [row.answered for row in rows], [row.request.slot for row in rows]
+        ids = sampler(forbid(logits, [row.request for row in rows], which), slots, which)
+        sampler.count(ids, slots)
+        return ids
     starts = [0, *itertools.accumulate(row.samples for row in rows)]
     found = logits.new_empty(len(logits), dtype=torch.long)
     right = logits.new_ones(len(rows), dtype=torch.bool)
@@ -113,11 +118,8 @@ def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
         if t:
             drafted = torch.tensor([rows[i].draft[t - 1] for i in some], device=logits.device)
             right[some] &= found[[n - 1 for n in at]] == drafted
-        part = logits if len(at) == len(logits) else logits[at]
-        ids = sampler(forbid(part, [rows[i].request for i in some], which), slots, which)
+        ids = sampler(forbid(logits[at], [rows[i].request for i in some], which), slots, which)
         sampler.count(ids, slots, right[some] if t else None)
-        if len(at) == len(logits):
-            return ids
         found[at] = ids
     return found
 

@@ -1,5 +1,6 @@
 """generate, text_completion and chat_completion: what they return, and what they refuse."""
 
+import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -133,6 +134,18 @@ def test_more_prompts_than_slots_wait_for_one(llama):
         alone, alone_scores = greedy(llama, [prompt], length, logprobs=True)
         assert ids == alone[0]
         assert scores == pytest.approx(alone_scores[0], abs=1e-4)
+
+
+def test_answers_of_different_lengths_leave_no_slot_idle(llama):
+    """64 prompts take few passes more than their tokens need, where batches in turn wait for the longest of each."""
+    chance = random.Random(0)
+    prompts = [[1, *(chance.randrange(3, 1000) for _ in range(chance.randint(3, 20)))] for _ in range(64)]
+    lengths = [chance.randint(4, 32) for _ in prompts]
+    with passes(llama) as seen:
+        found = greedy(llama, prompts, lengths, min_gen_len=lengths)[0]
+    assert [*map(len, found)] == lengths
+    assert len(seen) < 1.1 * sum(lengths) / 4
+    assert len(seen) < sum(max(lengths[i : i + 4]) for i in range(0, 64, 4)) / 1.25
 
 
 def test_what_a_slot_remembers_is_not_computed_again(llama):
