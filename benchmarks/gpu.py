@@ -3,7 +3,8 @@
     python benchmarks/gpu.py [--groups "a b+c ..."] [--out FILE] [--budget 420] --tokenizer_path TOKENIZER
 
 Each group of stages is a process of its own under a time limit; each stage writes one line of JSON.
-TOKENIZER has 32,000 pieces, as Llama 2's.
+TOKENIZER's pieces are the vocabulary: 32,000 are Llama 2's; models/tokenizer.model has fewer, and so a smaller output
+matrix.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from peers import transformers_model
 from llama import Llama, ModelArgs, Tokenizer, parallel
 from llama.backends.quantized import scheme
 from llama.checkpoint import footprint
-from llama.cli.measure import SHAPES, RandomWeights, Source, loaded
+from llama.cli.measure import SHAPES, RandomWeights, Source, loaded, synchronize
 
 Facts = dict[str, Any]
 DEVICE = torch.device("cuda")
@@ -37,12 +38,13 @@ def build(
     shape: str = "7B", quantize: str | None = None, batch: int = 1, length: int = 1024, tokenizer: str = "", **more: Any
 ) -> Llama:
     parallel.init_model_parallel()
-    args = ModelArgs(**{**SHAPES[shape], **more}, vocab_size=32000, max_seq_len=length, max_batch_size=batch)
+    words = Tokenizer(tokenizer)
+    args = ModelArgs(**{**SHAPES[shape], **more}, vocab_size=words.n_words, max_seq_len=length, max_batch_size=batch)
     rounding = scheme(quantize)
     began = time.perf_counter()
     model = loaded(RandomWeights(DEVICE, rounding), args, DEVICE, torch.bfloat16, rounding)
-    torch.cuda.synchronize()
-    llama = Llama(model, Tokenizer(tokenizer))
+    synchronize(DEVICE)
+    llama = Llama(model, words)
     llama.load_s = time.perf_counter() - began  # type: ignore[attr-defined]
     return llama
 
@@ -51,16 +53,16 @@ def seconds(work: Callable[[], object], repeats: int = 2) -> list[float]:
     """Of each of several runs after a first."""
     taken = []
     for _ in range(repeats + 1):
-        torch.cuda.synchronize()
+        synchronize(DEVICE)
         began = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        synchronize(DEVICE)
         taken.append(time.perf_counter() - began)
     return sorted(taken[1:])
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, 32000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(3, 500, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 _seeds = itertools.count(10_000)
@@ -109,7 +111,7 @@ def decode(tokenizer: str, quantize: str | None = None, shape: str = "7B") -> Fa
 
     short, long = answers(8), answers(264)
     facts = {"tokens/s": 256 / (long - short), "with prefill": 264 / long, "load s": llama.load_s}  # type: ignore[attr-defined]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, DEVICE.type.upper())]) as profile:
         llama.text_completion([text], temperature=0, max_gen_len=5)
     rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)[:12]
     facts["kernels"] = [
@@ -143,7 +145,7 @@ def serving(tokenizer: str) -> Facts:
     llama.generate([fresh(len(p)) for p in prompts[:64]], [9 - i % 2 for i in range(64)], 0)
     for size in range(8, 65, 8):  # graphs of every size
         llama.generate([[5, i] for i in range(size)], 4, 0)
-    torch.cuda.synchronize()
+    synchronize(DEVICE)
     began = time.perf_counter()
     llama.generate(prompts, answers, 0)
     taken = time.perf_counter() - began
@@ -253,7 +255,7 @@ def prefill(tokenizer: str) -> Facts:
     llama = build(length=2176, tokenizer=tokenizer)
     work = lambda: llama.generate([fresh(2048)], 1, 0)  # noqa: E731
     facts: Facts = {"ms": 1e3 * statistics.median(seconds(work, 9))}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, DEVICE.type.upper())]) as profile:
         work()
     rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)[:12]
     facts["kernels ms"] = [(row.key[:50], row.count, round(row.self_device_time_total / 1e3, 2)) for row in rows]
@@ -262,7 +264,7 @@ def prefill(tokenizer: str) -> Facts:
     for length in (2047, 1900, 1777, 1601, 1234, 999, 801):
         times = []
         for _ in range(4):
-            torch.cuda.synchronize()
+            synchronize(DEVICE)
             began = time.perf_counter()
             llama.generate([fresh(length)], 1, 0)
             times.append(time.perf_counter() - began)
@@ -298,7 +300,7 @@ def run(names: list[str], tokenizer: str) -> None:
             facts = {"error": f"{type(error).__name__}: {error}"[:1000]}
         print(json.dumps({"stage": name, **facts, "took s": round(time.perf_counter() - began, 1)}), flush=True)
         gc.collect()
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # which does nothing where there is none
 
 
 def main(

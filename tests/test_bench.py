@@ -9,11 +9,10 @@ from unittest import mock
 
 import pytest
 import torch
-from small import MODELS, ROOT, in_process, needs_cpp, random_model
+from small import MODELS, ROOT, TOKENIZER, in_process, needs_cpp, random_model
 
 from llama import Llama, ModelArgs
 from llama.backends import cpu
-from llama.backends.quantized import scheme
 from llama.cli import measure
 from llama.cli.bench import bench
 
@@ -128,13 +127,13 @@ def test_compare_measures_other_libraries(monkeypatch):
     assert "there is no flag batch; known are ckpt_dir" in in_process(compare.main, "--batch", 1).stderr
 
 
-def test_the_gpus_benchmark_measures_what_it_says(monkeypatch):
+def test_the_gpus_benchmark_measures_what_it_says(monkeypatch, capsys):
     """On a CPU, with a small shape instead of 7B: what runs for minutes on a GPU must not fail there on a name."""
     gpu = importlib.import_module("gpu")
     monkeypatch.setitem(measure.SHAPES, "7B", {"dim": 64, "n_layers": 1, "n_heads": 4})
-    monkeypatch.setitem(gpu.CASES, "7B", [measure.Case(1, 16, 1), measure.Case(1, 8, 4)])
-    found = gpu.measure("7B", None, CPU)
-    assert found["plain_tokens_per_second"] > 0
-    assert gpu.measure("7B", scheme("int4"), CPU)["quantize"] == "int4 in groups of 64"
-    monkeypatch.setattr(gpu, "available", lambda device: 1000)
-    assert gpu.measure("7B", None, CPU).startswith("needs 0.0")
+    monkeypatch.setattr(gpu, "DEVICE", CPU)
+    gpu.run(["decode", "int4", "memory"], str(TOKENIZER))
+    decode, int4, memory = map(json.loads, capsys.readouterr().out.splitlines())
+    assert decode["tokens/s"] > 0 and decode["stage"] == "decode"
+    assert int4["batch 8"] > 0 and int4["prefill 2048 ms"] > 0
+    assert memory["ratio"] == 0  # of what is on a GPU
