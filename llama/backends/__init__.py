@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Protocol
 
 import torch.nn.modules.module as hooks
@@ -43,6 +43,7 @@ class Plain:
             cache[target, :, :length] = cache[source, :, :length]
 
 
+log = logging.getLogger(__name__)
 OURS = {Transformer, TransformerBlock, Attention, FeedForward, KVCache, RMSNorm, nn.ModuleList}
 OURS |= {layers.ColumnParallelLinear, layers.RowParallelLinear, layers.ParallelEmbedding}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -73,7 +74,7 @@ def choose(model: Transformer, compile: bool = False) -> Backend:
     device = model.norm.weight.device.type
     if customized(model) or not model.params.max_batch_size:
         return Plain(model)
-    with suppress(ImportError):  # a copy of this package may do without them
+    try:  # a copy of this package may do without them, and Triton may be missing
         if device == "cuda":
             from . import cuda
 
@@ -82,6 +83,8 @@ def choose(model: Transformer, compile: bool = False) -> Backend:
             from . import cpu
 
             return cpu.backend(model)
+    except ImportError as error:
+        log.warning("the model itself computes, which is slower: %s", error)
     return Plain(model)
 
 

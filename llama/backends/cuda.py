@@ -84,9 +84,10 @@ class Cuda:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        if len(hidden) <= FEW[self.output.bits]:
+        with torch.cuda.device_of(hidden):  # on which Triton launches
+            if len(hidden) > FEW[self.output.bits]:
+                return all_gather(self.normed(hidden, self.norm, self.output).float())
             return all_gather(kernels.linear(hidden, self.output, norm=self.norm, eps=self.eps, dtype=torch.float32))
-        return all_gather(self.normed(hidden, self.norm, self.output).float())
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         for layer in self.layers:

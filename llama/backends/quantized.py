@@ -329,7 +329,8 @@ class Cuda(Plain):
         from .cuda_kernels import MOST, dequantize, linear
 
         rows = x.reshape(-1, x.shape[-1])
-        y = linear(rows, self.matrix) if len(rows) <= MOST else F.linear(rows, dequantize(self.matrix, x.dtype))
+        with torch.cuda.device_of(x):  # on which Triton launches
+            y = linear(rows, self.matrix) if len(rows) <= MOST else F.linear(rows, dequantize(self.matrix, x.dtype))
         return y.view(*x.shape[:-1], -1)
 
 
