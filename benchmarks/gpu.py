@@ -28,7 +28,7 @@ from peers import transformers_model
 from llama import Llama, ModelArgs, Tokenizer, parallel
 from llama.backends.quantized import scheme
 from llama.checkpoint import footprint
-from llama.cli.measure import SHAPES, RandomWeights, Source, loaded, synchronize
+from llama.cli.measure import SHAPES, RandomWeights, Source, loaded, synchronize, times
 
 Facts = dict[str, Any]
 DEVICE = torch.device("cuda")
@@ -50,15 +50,7 @@ def build(
 
 
 def seconds(work: Callable[[], object], repeats: int = 2) -> list[float]:
-    """Of each of several runs after a first."""
-    taken = []
-    for _ in range(repeats + 1):
-        synchronize(DEVICE)
-        began = time.perf_counter()
-        work()
-        synchronize(DEVICE)
-        taken.append(time.perf_counter() - began)
-    return sorted(taken[1:])
+    return times(work, DEVICE, repeats)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -262,13 +254,13 @@ def prefill(tokenizer: str) -> Facts:
     facts["device ms"] = sum(row.self_device_time_total for row in profile.key_averages()) / 1e3
     ratios = []
     for length in (2047, 1900, 1777, 1601, 1234, 999, 801):
-        times = []
+        taken = []
         for _ in range(4):
             synchronize(DEVICE)
             began = time.perf_counter()
             llama.generate([fresh(length)], 1, 0)
-            times.append(time.perf_counter() - began)
-        ratios.append(round(times[0] / statistics.median(times[1:]), 2))
+            taken.append(time.perf_counter() - began)
+        ratios.append(round(taken[0] / statistics.median(taken[1:]), 2))
     facts["new length / repeated"] = ratios
     return facts
 

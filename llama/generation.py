@@ -208,7 +208,7 @@ class Llama:
         self, prompts: Sequence[str], continuations: Sequence[str] | None = None, top_logprobs: int = 0
     ) -> list[Scored]:
         """How likely each prompt is, token by token after BOS; or, given its prompt, each continuation. With
-        `top_logprobs` also the texts and log probabilities of so many of the most probable tokens in the place of each.
+        `top_logprobs` = k also the texts and log probabilities of the k most probable tokens at each position.
 
         A continuation's tokens are those of prompt + continuation behind as many as the prompt alone has; there may be
         none, and then perplexity is NaN. Raises ValueError for a prompt that is longer than max_seq_len."""

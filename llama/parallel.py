@@ -71,7 +71,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
 def use(device: torch.device) -> None:
     """Make a GPU the current one where each rank has its own: NCCL and kernels of other libraries go by that. On a CPU,
-    compute on this rank's share of the cores, where torchrun chose a single thread for want of knowing better."""
+    compute on this rank's share of the cores, where torchrun sets a single thread by default."""
     if dist.get_world_size() == 1:
         return
     if device.type == "cuda":

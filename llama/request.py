@@ -40,7 +40,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     eos_ids: Collection[int] = ()
     stop_ids: Collection[int] = ()
-    min_new: int = 0  # neither EOS nor stop_ids before so many tokens
+    min_new: int = 0  # the least number of new tokens: neither EOS nor stop_ids before
     lookup: int = 0  # draft tokens, from the text so far, that are tried with each step
     logprobs: bool = False  # of the tokens that are generated
     text: TextStream | None = None
@@ -92,7 +92,7 @@ class Row(NamedTuple):
     start: int  # position of its first token
     length: int
     draft: Sequence[int] = ()  # its last tokens, which are not yet known to be right
-    samples: int = 0  # the tokens behind so many of its last positions are sampled
+    samples: int = 0  # the number of its last positions whose logits are sampled
 
     @property
     def answered(self) -> int:

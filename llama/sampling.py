@@ -24,7 +24,7 @@ class SamplingParams:
 
     temperature: float = 0.0  # 0: greedy, the argmax
     top_p: float = 1.0  # nucleus: the fewest top tokens with this probability in all (Holtzman et al. 2019)
-    top_k: int = 0  # so many of the most probable tokens; 0: all
+    top_k: int = 0  # only the k most probable tokens; 0: all
     min_p: float = 0.0  # tokens with at least this fraction of the top probability (Nguyen et al. 2024)
     repetition_penalty: float = (
         1.0  # of tokens in prompt or answer: logit / penalty, * if negative (Keskar et al. 2019)

@@ -83,7 +83,7 @@ def perplexity(
     model: Transformer, ids: Sequence[int], window: int, stride: int, done: Callable[[int], object] = lambda n: None
 ) -> tuple[float, int]:
     """exp of the mean negative log probability of all ids but the first, and how many they are. Each is scored once, in
-    windows that begin every `stride` ids, with at least window - stride ids before it where there are so many. `done`
+    windows that begin every `stride` ids, with at least window - stride ids before it where the text has them. `done`
     is called with how many ids more are done. 0 < stride < window, and at least two ids."""
     engine, at_once, total = Engine.of(model), model.params.max_batch_size, 0.0
     starts = range(0, max(1, len(ids) - window + stride), stride)

@@ -35,7 +35,7 @@ static __m512 load(const at::BFloat16 *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
 }
 
-// So many numbers, the first of which begins a whole vector: others take up to twice as long to read. Many lie in large
+// A buffer aligned to whole vectors: unaligned ones take up to twice as long to read. Large ones use huge
 // pages, as fresh memory is fetched a page at a time.
 struct Floats {
     std::unique_ptr<float, decltype(&std::free)> memory{nullptr, std::free};
@@ -53,14 +53,14 @@ struct Floats {
     operator float *() const { return memory.get(); }
 };
 
-// Space for so many numbers, until it is next asked for; kept, so that it is fetched once.
+// A scratch buffer of n numbers, valid until the next call; it is kept, so that its page faults happen once.
 static float *scratch(int64_t n) {
     static thread_local Floats kept(0);
     if (n > kept.size) kept = Floats(n);
     return kept;
 }
 
-// So many for each core, which would take longer to fetch fresh memory for each part of its work.
+// One allocation with n numbers for each thread, instead of one for each part of a thread's work.
 struct ThreadScratch {
     int64_t size;
     Floats all;
@@ -75,8 +75,8 @@ static void store(T *to, __m512 x) {
     for (int i = 0; i < 16; i++) to[i] = x[i];
 }
 
-// Calls `work(begin, end)` for all parts of [0, whole), of a number of units each, up to so many. There are about four for
-// each core: one that is slowed down gets fewer, and memory gives long parts faster than short ones. The last are
+// Calls `work(begin, end)` for all parts of [0, whole). A part has whole units, and at most `largest` numbers. There are
+// about four parts for each core, so that a slow core takes fewer; longer parts read memory faster. The last parts are
 // quarters, so that no core waits long for another.
 template <typename Work>
 static void parallel_parts(int64_t whole, int64_t unit, const Work &work, int64_t largest = INT64_MAX) {
@@ -91,7 +91,7 @@ static void parallel_parts(int64_t whole, int64_t unit, const Work &work, int64_
     }
 }
 
-// Calls `work(row)` for all of so many, in place where they are few.
+// Calls `work(row)` for n rows, without the thread pool where they are few.
 template <typename Work>
 static void each(int64_t rows, const Work &work) {
     at::parallel_for(0, rows, 8, [&](int64_t r, int64_t end) {
@@ -666,7 +666,7 @@ struct Model : torch::CustomClassHolder {
         const Layer &one = layers.at(0);  // others are like it
         const int64_t all = outputs(one.qkv), D = one.cache.size(3), H = all / D - one.cache.size(1);
         const int64_t size = outputs(one.w13) / 2;
-        // Of so many rows at a time what the feed-forward layer makes stays in the last cache.
+        // This number of rows at a time, so that the activations of the feed-forward layer stay in the L3 cache.
         const int64_t parts = (3 * N * size >> 20) / 5 + 1, some = (N + parts - 1) / parts;
         const Floats y(N * dim), h(N * dim), heads(N * all), seen(N * H * D), both(2 * some * size), gated(some * size);
         for (const Layer &layer : layers) {

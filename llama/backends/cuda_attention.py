@@ -106,7 +106,7 @@ class Scratch(NamedTuple):
 
 
 def attend_scratch(M: int, n_heads: int, kv_heads: int, D: int, device: torch.device) -> Scratch:
-    """Enough programs for every multiprocessor to have two, if there are so many positions."""
+    """Scratch buffers for M tokens, split so that each multiprocessor has about two programs."""
     group, d = max(16, triton.next_power_of_2(n_heads // kv_heads)), max(16, triton.next_power_of_2(D))
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     splits = min(64, max(1, 2 * processors // (M * kv_heads)))

@@ -53,7 +53,7 @@ class Rope(NamedTuple):
 
 @triton.jit
 def load_weights(q, rows, k, N, K, EACH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Columns k to k + BLOCK_K of some rows, as they are stored: so many columns in EACH number."""
+    """Columns k to k + BLOCK_K of some rows, as they are stored, EACH columns packed in one number."""
     columns = k // EACH + tl.arange(0, BLOCK_K // EACH)
     inside = (rows[:, None] < N) & (columns[None, :] < K // EACH)
     at = rows[:, None].to(tl.int64) * (K // EACH) + columns[None, :]

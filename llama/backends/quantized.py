@@ -4,7 +4,7 @@
     int4   w = scale * (q - zero)    a scale and a zero for each group of 32, 64 or 128 columns; q, zero from 0 to 15
 
 With groups of 64, -0.25 to 0.5 is cut into 15 steps of 0.05: scale 0.05, zero 5, and 0.12 is q = 7, which says 0.1.
-`dequantize` is the plain meaning. `kernel` finds the fastest matmul here and must equal it but for rounding: int8
+`dequantize` defines the values. `kernel` finds the fastest matmul here, equal to it up to rounding: int8
 rounds each token's activations to 8 bits too, which makes long prompts several times faster than float32; int4 computes
 in bfloat16, or compiled for a CPU with activations of 8 bits.
 """
@@ -45,7 +45,7 @@ class Scheme(NamedTuple):
         return {"bits": 8} if self.bits == 8 else {"bits": 4, "group_size": self.group}
 
     def columns(self, of: int) -> int:
-        """The columns of a group in a matrix `of` so many."""
+        """The group size for a matrix with `of` columns."""
         fit = [group for group in GROUPS if group <= self.group and of % group == 0]
         if not fit:
             raise ValueError(f"a matrix of {of} columns cannot be quantized in groups of {GROUPS[0]}")
@@ -170,7 +170,7 @@ class Plain:
     """Dequantizes the matrix each time: slow, and right on every device."""
 
     native: Any = None  # the matrix as cpu.cpp reads it, where that can
-    native_rows = 2**63  # for so many rows of x cpu.cpp is the fastest
+    native_rows = 2**63  # the most rows of x for which cpu.cpp is the fastest
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
         self.weight = Quantized(*(None if part is None else part.to(device) for part in weight))  # type: ignore[arg-type]

@@ -89,7 +89,9 @@ def read_quantized(
                 (0, stored[0]) if shard_dim(key) is None else (n * stored[dim] / shape[dim] for n in (begin, end))
             )
             if first % 1 or last % 1:
-                raise ValueError(f"{key} {stored} cannot be divided so: its groups are too large for so many ranks")
+                raise ValueError(
+                    f"{key} {stored} cannot be divided so: its groups are too large for this number of ranks"
+                )
             found.append(weights.read(key, stored, int(first), int(last), dtype))
         return Quantized(*found)
     # int8 has one scale for a whole row, on however many ranks the row lies.

@@ -1,4 +1,4 @@
-"""Which slice of which file goes to which rank. Pure functions.
+"""The slices of files that each rank loads. Pure functions.
 
 A weight is split over ranks along one dimension, in equal slices. The slices on disk need not be those in memory: say
 wq has 12 rows, saved in 4 shards of 3 rows, and 3 ranks load it. Rank 1 needs rows 4 to 8: rows 1 and 2 of shard 1,
@@ -65,7 +65,7 @@ def rank_range(name: str, size: int, args: ModelArgs, rank: int, world_size: int
 
 
 def divides(args: ModelArgs, world_size: int) -> bool:
-    """Whether a model can be split over so many ranks."""
+    """Whether a model can be split over this number of ranks."""
     sizes = (args.n_heads, args.ffn_hidden, args.vocab_size, args.dim)
     heads = args.kv_heads % world_size == 0 or world_size % args.kv_heads == 0
     return heads and not any(size % world_size for size in sizes)

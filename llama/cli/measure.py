@@ -135,14 +135,19 @@ def synchronize(device: torch.device) -> None:
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
     """The least time of several runs after a warm-up: a limit is what the machine can do at its best."""
-    times = []
+    return times(work, device, repeats)[0]
+
+
+def times(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of several runs after a warm-up, sorted."""
+    taken = []
     for _ in range(repeats + 1):
         synchronize(device)
         began = time.perf_counter()
         work()
         synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+        taken.append(time.perf_counter() - began)
+    return sorted(taken[1:])
 
 
 # A limit: number of repeats -> what the machine can do in a second.
