@@ -259,7 +259,7 @@ def test_groups_that_ranks_cannot_divide_are_named(ranks, folder, tmp_path):
     path, flags = tmp_path / "coarse", ("--quantize", "int4", "--group_size", 128, "--tokenizer_path", TOKENIZER)
     assert not in_process(convert, folder, path, *flags).returncode
     for _, error in ranks(2).outcomes(on_ranks, path, None):
-        assert error[0] == "ValueError" and "groups are too large for so many ranks" in error[1]
+        assert error[0] == "ValueError" and "groups are too large for this number of ranks" in error[1]
     done = in_process(convert, folder, tmp_path / "two", *flags, "--mp", 2)
     assert "wo.scales (128, 1) cannot be divided into mp 2 shards" in done.stderr
 
