@@ -25,7 +25,7 @@ from .batch import Batch
 from .batch import Sequence as Span
 from .model import Transformer
 from .parallel import broadcast, broadcast_object, world_size
-from .request import Request, Row, StepOutput, choose
+from .request import Event, Request, Row, choose
 from .sampling import Sampler, token_logprobs
 
 AHEAD = {"cuda"}  # devices on which a pass is launched before the host has read the tokens of the last one
@@ -96,12 +96,12 @@ class Engine:
             finally:
                 self.lock.release()
 
-    def run(self, requests: Sequence[Request]) -> Generator[list[StepOutput], None, None]:
+    def run(self, requests: Sequence[Request]) -> Generator[list[Event], None, None]:
         """Submit requests, then yield what steps bring them until all have ended. To close this cancels them. Raises
         FloatingPointError, naming the first layer that was not finite, for a request whose logits are not."""
-        outputs: deque[StepOutput] = deque()
-        for request in requests:
-            request.outputs = outputs
+        outputs: deque[Event] = deque()
+        for row, request in enumerate(requests):
+            request.row, request.outputs = row, outputs
         self.submit(*requests)
         left = len(requests)
         try:
@@ -114,26 +114,30 @@ class Engine:
                     finally:
                         self.lock.release()
                 found = [outputs.popleft() for _ in range(len(outputs))]
-                for out in found:
-                    left -= out.finish is not None
-                    if out.request.error:
-                        raise out.request.error
-                if found := [out for out in found if out.finish != "cancelled"]:
-                    yield found
+                for event in found:
+                    left -= event.finish_reason is not None
+                    if error := requests[event.row].error:
+                        raise error
+                if found := [event for event in found if event.finish_reason != "cancelled"]:
+                    yield sorted(found, key=lambda event: event.row)
         finally:
             self.cancel(*(request for request in requests if not request.finish))
 
     @torch.inference_mode()
-    def step(self) -> list[StepOutput]:
+    def step(self) -> list[Event]:
         """One pass: a token, and draft tokens, of each running request, and chunks of prompts. It returns what it has
         brought, which requests also have as their `outputs`. Hold `lock` where several threads use the engine."""
         if self.broken:
             raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
         try:
-            current, self.ahead = self.ahead or self._launch(self._schedule()), None
-            if following := self._following(current):
-                self.ahead = self._launch(*following)
-            return self._read(current)
+            current, self.ahead = self.ahead, None
+            while self.ahead is None:
+                rows, tokens = self._following(current) if current else self._schedule()
+                if not rows:
+                    break
+                launched = self._sample(rows, self.backend.forward(arrange(rows, tokens)))
+                current, self.ahead = (current, launched) if current else (launched, None)
+            return self._read(current) if current else []
         except BaseException as error:
             self._abort(error)
             raise
@@ -146,7 +150,8 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # What a pass computes
 
-    def _schedule(self) -> list[Row]:
+    def _schedule(self) -> tuple[list[Row], Tensor]:
+        """The rows of the next pass, and their tokens (N,)."""
         if world_size() == 1:
             self._drop([self.cancelled.popleft() for _ in range(len(self.cancelled))])
         if not self._running():
@@ -168,22 +173,24 @@ class Engine:
             samples = 1 + len(draft) if start + length >= known and known < request.limit else 0
             if length:
                 rows.append(Row(request, start, length, draft, samples))
-        return sorted(rows, key=lambda row: row.request.slot)  # neighbours may attend in one operation
+        rows.sort(key=lambda row: row.request.slot)  # neighbours may attend in one operation
+        tokens = [id for row in rows for id in [*row.request.ids, *row.draft][row.start : row.start + row.length]]
+        return rows, torch.tensor(tokens, device=self.model.norm.weight.device)
 
-    def _following(self, current: Pass) -> tuple[list[Row], Tensor] | None:
+    def _following(self, current: Pass) -> tuple[list[Row], Tensor]:
         """The rows and tokens behind a pass whose tokens the host does not know yet, where only decoding goes on."""
         running = [slot.request for slot in self.slots if slot.request]
         cancels = world_size() == 1 and self.cancelled
         admits = self.waiting and len(running) < len(self.slots)
         if self.model.norm.weight.device.type not in AHEAD or cancels or admits:
-            return None
+            return [], current.ids
         alive = [i for i, row in enumerate(current.rows) if not row.request.finish]
         simple = all(row.samples == 1 and not row.request.lookup for row in current.rows)
         if not simple or len(running) != len(alive):
-            return None
+            return [], current.ids
         going = [i for i in alive if (row := current.rows[i]).start + row.length + 1 < row.request.limit]
         rows = [Row(row.request, row.start + row.length, 1, samples=1) for row in map(current.rows.__getitem__, going)]
-        return (rows, current.ids if len(going) == len(current.rows) else current.ids[going]) if rows else None
+        return rows, current.ids if len(going) == len(current.rows) else current.ids[going]
 
     def _running(self) -> list[Request]:
         """In the order in which they came."""
@@ -229,16 +236,9 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # A pass
 
-    def _launch(self, rows: list[Row], tokens: Tensor | None = None) -> Pass:
-        """Compute and sample; nothing here waits for a GPU, but for requests that observe."""
-        if not rows:
-            return Pass([], torch.empty(0), list, None, [])
-        if tokens is None:
-            known = [[*row.request.ids, *row.draft][row.start : row.start + row.length] for row in rows]
-            tokens = torch.tensor(list(itertools.chain(*known)), device=self.model.norm.weight.device)
-        batch = Batch.arrange(tokens, [Span(row.request.slot, row.start, row.length) for row in rows])
-        hidden, at, failed = self.backend.forward(batch), 0, []
-        index: list[int] = []
+    def _sample(self, rows: list[Row], hidden: Tensor) -> Pass:
+        """Sample by hidden states (N, dim); nothing here waits for a GPU, but for requests that observe."""
+        at, index, failed = 0, list[int](), []
         for row in rows:
             if row.request.observe and row.start < len(row.request.prompt):
                 part = hidden[at : at + row.length]
@@ -262,7 +262,7 @@ class Engine:
             chances = to_host(token_logprobs(logits, ids))
         return Pass(rows, ids, to_host(message), chances, failed)
 
-    def _read(self, current: Pass) -> list[StepOutput]:
+    def _read(self, current: Pass) -> list[Event]:
         """Wait for what a pass has sampled, and give it to the requests."""
         values, outputs, at = current.read(), [], 0
         if values and world_size() > 1 and values[-1]:
@@ -318,7 +318,7 @@ class Engine:
                 self._leave(request)
             request.emit()
 
-    def _fail(self, request: Request) -> StepOutput:
+    def _fail(self, request: Request) -> Event:
         """End a request whose numbers are not finite. Others go on."""
         again = Batch.of([(request.slot, 0, request.ids)], self.model.norm.weight.device)
         request.error = backends.not_finite(self.model, again)
@@ -344,6 +344,10 @@ class Engine:
 
 
 _engines: WeakValueDictionary[int, Engine] = WeakValueDictionary()
+
+
+def arrange(rows: Sequence[Row], tokens: Tensor) -> Batch:
+    return Batch.arrange(tokens, [Span(row.request.slot, row.start, row.length) for row in rows])
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from reprlib import repr as shorten
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -20,9 +19,9 @@ from .checkpoint import Checkpoint, available, check_path, find_tokenizer, footp
 from .engine import Engine
 from .model import Transformer
 from .options import Options, Settings, spread_options
-from .request import Request
+from .request import Event, Request
 from .scoring import Scores, embed, score
-from .stream import Event, InputFilter, OutputFilter, Stream, check_verdict, drains, filtered
+from .stream import InputFilter, OutputFilter, Stream, check_verdict, drains, filtered
 from .text import Text
 from .tokenizer import Tokenizer
 
@@ -319,32 +318,19 @@ class Llama:
         self, prompts: Sequence[Sequence[int]], settings: Sequence[Settings], logprobs: bool, echo: bool = False
     ) -> Generator[list[Event], None, None]:
         """What each step brings each prompt."""
-        rows: dict[Request, int] = {}
-        scores: dict[int, Scores] = {}
-        unread = {*range(len(prompts))} if echo else set()  # prompts that are to be part of the first event
-        for i, (prompt, own) in enumerate(zip(prompts, settings, strict=True)):
+        requests = []
+        for prompt, own in zip(prompts, settings, strict=True):
             text = Text(self.tokenizer, own.stop, own.min_new)
             if echo:
                 text.preface(prompt)
             limit = min(self.model.params.max_seq_len, len(prompt) + own.max_new)
             ends = {self.tokenizer.eos_id}, own.stop_ids
-            request = Request(prompt, limit, own.sampling, *ends, own.min_new, own.lookup, logprobs, text)
+            request = Request(prompt, limit, own.sampling, *ends, own.min_new, own.lookup, logprobs, text, echo=echo)
             if echo and logprobs:
-                scores[i] = request.observe = Scores(prompt)
-                request.first = 0
-            rows[request] = i
-        with closing(self.engine.run([*rows])) as steps:
-            for step in steps:
-                events = []
-                for request, ids, chances, new, finish in sorted(step, key=lambda out: rows[out.request]):
-                    i = rows[request]
-                    if i in unread:
-                        unread.remove(i)
-                        ids = [*request.prompt, *ids]
-                        chances = [0.0, *scores[i].logprobs, *chances] if logprobs else []
-                    if ids or finish:
-                        events.append(Event(i, new, ids, chances, finish))
-                yield events
+                request.observe = scores = Scores(prompt)
+                request.first, request.prompt_logprobs = 0, scores.logprobs
+            requests.append(request)
+        return self.engine.run(requests)
 
     def _tokens(self, row: Event, logprobs: bool) -> _Tokens:
         scored: _Tokens = {"finish_reason": row.finish_reason}

@@ -26,6 +26,16 @@ class TextStream(Protocol):
         """The text that has become final."""
 
 
+class Event(NamedTuple):
+    """What a step has brought one of several requests."""
+
+    row: int  # the number of its prompt
+    text: str = ""  # final: it lags behind tokens that are part of a character or perhaps of a stop string
+    tokens: list[int] = []  # noqa: RUF012 - never changed
+    logprobs: list[float] = []  # noqa: RUF012 - of each token, if asked for
+    finish_reason: str | None = None  # "eos", "stop", "length" or "refused": once, at the end
+
+
 # Hidden states (n, dim) of neighbouring tokens of a prompt, the position of the first, and how to make logits of them;
 # whether all was finite.
 Observe = Callable[[Tensor, int, Callable[[Tensor], Tensor]], bool]
@@ -46,6 +56,8 @@ class Request:
     text: TextStream | None = None
     observe: Observe | None = None  # is given the hidden states of the prompt from position `first` on
     first: int | None = None  # what lies before need not be computed if a slot holds it; None: all but the last token
+    echo: bool = False  # the first event begins with the prompt
+    prompt_logprobs: Sequence[float] = ()  # of its tokens behind the first, for an echo; `observe` adds them
 
     def __post_init__(self) -> None:
         self.prompt, self.ids = list(self.prompt), list(self.prompt)
@@ -54,7 +66,8 @@ class Request:
         self.finish: str | None = None  # "eos", "stop", "length", "cancelled" or "error"
         self.error: BaseException | None = None
         self.id = self.slot = -1  # set by the engine
-        self.outputs: deque[StepOutput] = deque()
+        self.row = 0  # its number among those that run together
+        self.outputs: deque[Event] = deque()
 
     def take(self, id: int) -> bool:
         """Whether a token becomes part of the answer; either way it may be the end."""
@@ -68,21 +81,15 @@ class Request:
             self.finish = "length"
         return True
 
-    def emit(self, tokens: Sequence[int] = (), logprobs: Sequence[float] = ()) -> StepOutput:
+    def emit(self, tokens: Sequence[int] = (), logprobs: Sequence[float] = ()) -> Event:
         """Tell whoever reads `outputs` of new tokens, and of the end."""
+        if self.echo:
+            tokens = [*self.prompt, *tokens]
+            logprobs = [0.0, *self.prompt_logprobs, *logprobs] if self.logprobs else []
+            self.echo = False
         text = self.text.read(bool(self.finish)) if self.text else ""
-        self.outputs.append(StepOutput(self, [*tokens], [*logprobs], text, self.finish))
+        self.outputs.append(Event(self.row, text, [*tokens], [*logprobs], self.finish))
         return self.outputs[-1]
-
-
-class StepOutput(NamedTuple):
-    """What a step has brought a request; once, at its end, why it ended."""
-
-    request: Request
-    tokens: list[int]
-    logprobs: list[float]
-    text: str = ""
-    finish: str | None = None
 
 
 class Row(NamedTuple):

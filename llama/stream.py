@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from .chat import Dialog
 from .parallel import ask_first_rank, open_streams, rank
+from .request import Event
 
 InputFilter = Callable[[Dialog], "str | None"]  # None where the dialog may be answered, or what to say instead
 OutputFilter = Callable[[str], "str | None"]  # None where the answer may be given, or what to say instead
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class Event(NamedTuple):
-    """What is new of one prompt's answer."""
-
-    row: int  # the number of the prompt
-    text: str = ""  # final: it lags behind tokens that are part of a character or perhaps of a stop string
-    tokens: list[int] = []  # noqa: RUF012 - never changed
-    logprobs: list[float] = []  # noqa: RUF012 - of each token, if asked for
-    finish_reason: str | None = None  # "eos", "stop", "length" or "refused": once, at the end
 
 
 class Stream:
@@ -49,7 +41,7 @@ class Stream:
         """All that is still to come of each row, as one event."""
         rows: list[list[Event]] = [[Event(i)] for i in range(self.rows)]
         with self:
-            for event in self:
+            for event in itertools.chain(self._waiting[::-1], itertools.chain.from_iterable(self._steps)):
                 rows[event.row].append(event)
         return [whole(events) for events in rows]
 

@@ -55,7 +55,8 @@ def answer(outputs):
     """All that a request was told: tokens, text, log probabilities, why it ended."""
     tokens = [id for out in outputs for id in out.tokens]
     logprobs = [p for out in outputs for p in out.logprobs]
-    return tokens, "".join(out.text for out in outputs), logprobs, [out.finish for out in outputs if out.finish]
+    finish = [out.finish_reason for out in outputs if out.finish_reason]
+    return tokens, "".join(out.text for out in outputs), logprobs, finish
 
 
 def alone(settings, stops, tokenizer, engine):

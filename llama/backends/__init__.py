@@ -30,13 +30,7 @@ class Plain:
     """The model itself, on any device, with all hooks and modules that a user gave it."""
 
     def __init__(self, model: Transformer) -> None:
-        self.model = model
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.model.hidden(batch)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden)
+        self.model, self.forward, self.logits = model, model.hidden, model.logits
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         for cache in self.model.buffers():
