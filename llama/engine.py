@@ -72,7 +72,7 @@ class Engine:
         self.ids = itertools.count()
         self.clock = itertools.count(1)
         self.state: object = None
-        self.backend: Backend = backends.Plain(model)
+        self.backend: Backend = model
         self.sampler = Sampler(0, 0, "cpu")
 
     def submit(self, *requests: Request) -> None:
@@ -135,7 +135,7 @@ class Engine:
                 rows, tokens = self._following(current) if current else self._schedule()
                 if not rows:
                     break
-                launched = self._sample(rows, self.backend.forward(arrange(rows, tokens)))
+                launched = self._sample(rows, self.backend.hidden(arrange(rows, tokens)))
                 current, self.ahead = (current, launched) if current else (launched, None)
             return self._read(current) if current else []
         except BaseException as error:
@@ -227,7 +227,7 @@ class Engine:
             length = shared[target]
             if target is not source and shared[source] >= length + WORTH_SHARING:
                 length = shared[source]
-                self.backend.copy_slot(self.slots.index(source), self.slots.index(target), length)
+                backends.copy_slot(self.model, self.slots.index(source), self.slots.index(target), length)
             target.tokens = reach[:length]
             target.request, request.slot = request, self.slots.index(target)
             self.sampler.admit(request.slot, request.sampling, request.prompt)

@@ -8,8 +8,8 @@ import torch
 from small import GQA, MODELS, SHAPES, needs_cpp, random_model, relative_error
 from torch import nn
 
-from llama import Llama, ModelArgs, backends, engine, parallel
-from llama.backends import Plain, choose, cpu, quantized
+from llama import Llama, ModelArgs, Transformer, backends, engine, parallel
+from llama.backends import choose, cpu, quantized
 from llama.batch import Batch
 from llama.batch import Sequence as Span
 from llama.cli import measure as bench
@@ -33,11 +33,11 @@ def both(model, sequences, make=choose, V=128):
     batch = Batch.of((slot, start, torch.randint(0, V, (length,)).tolist()) for slot, start, length in sequences)
     found = []
     with torch.inference_mode():
-        for maker in (Plain, make):
+        for maker in (lambda model: model, make):
             model.allocate_cache()
             model.hidden(Batch.of((slot, 0, prompt) for slot, prompt in enumerate(prompts)))
             backend = maker(model)
-            hidden = backend.forward(batch)
+            hidden = backend.hidden(batch)
             logits = backend.logits(hidden)
             kept = [kv[slot, :, : start + T] for kv in model.buffers() for slot, start, T in sequences]
             found.append((logits.clone(), torch.cat([part.flatten() for part in kept]).float()))
@@ -54,8 +54,8 @@ def compiled(model):
 
 
 def test_a_cpu_computes_plainly_unless_it_may_compile():
-    assert type(choose(random_model())) is Plain
-    assert type(choose(random_model(max_batch_size=0), compile=True)) is Plain
+    assert type(choose(random_model())) is Transformer
+    assert type(choose(random_model(max_batch_size=0), compile=True)) is Transformer
 
 
 class Wrapped(nn.Module):
@@ -136,7 +136,7 @@ def test_what_makes_a_model_customized():
 def test_a_slot_is_copied():
     model = random_model()
     model.hidden(Batch.of([(1, 0, [*range(20)])]))
-    choose(model).copy_slot(1, 3, 12)
+    backends.copy_slot(model, 1, 3, 12)
     for cache in model.buffers():
         assert torch.equal(cache[3, :, :12], cache[1, :, :12]) and not cache[3, :, 12:].any()
 
@@ -205,7 +205,7 @@ def test_native_for_any_number_of_rows(quantize):
 def test_what_native_cannot_compute_is_plain():
     narrow, odd = GQA, {**WIDE, "multiple_of": 4}
     for model in (loaded(narrow), loaded(odd)):
-        assert type(choose(model, compile=True)) is Plain
+        assert type(choose(model, compile=True)) is Transformer
 
 
 @needs_cpp
@@ -232,7 +232,7 @@ def test_what_is_not_finite_stays_so_in_its_row(quantize):
     model.tok_embeddings.weight[6, 3] = torch.inf
     with torch.inference_mode():
         backend = compiled(model)
-        logits = backend.logits(backend.forward(Batch.of([(0, 0, [5]), (1, 0, [6]), (2, 0, [7])])))
+        logits = backend.logits(backend.hidden(Batch.of([(0, 0, [5]), (1, 0, [6]), (2, 0, [7])])))
     assert logits.isfinite().any(-1).tolist() == [False, False, True]
     assert logits[2].isfinite().all()
 
@@ -241,7 +241,7 @@ def test_what_is_not_finite_stays_so_in_its_row(quantize):
 @pytest.mark.parametrize(("token", "position", "what"), [(128, 0, "token 128 of 128"), (5, 64, "position 64 of 64")])
 def test_native_touches_no_memory_that_is_not_its_own(token, position, what):
     with pytest.raises(IndexError, match=what):
-        compiled(loaded(WIDE)).forward(Batch.of([(0, 0, [7]), (1, position, [token])]))
+        compiled(loaded(WIDE)).hidden(Batch.of([(0, 0, [7]), (1, position, [token])]))
 
 
 @needs_cpp
@@ -261,10 +261,10 @@ def test_native_generates_the_same_text(quantize, monkeypatch):
     prompts = ["Once upon a time", "The dog"]  # to the end of the cache
     native = llama.text_completion(prompts, temperature=0)
     assert type(llama.engine.backend) is cpu.Native
-    monkeypatch.setattr(cpu, "backend", Plain)
+    monkeypatch.setattr(cpu, "backend", lambda model: model)
     llama.model.allocate_cache()
     assert llama.text_completion(prompts, temperature=0) == native
-    assert type(llama.engine.backend) is Plain
+    assert type(llama.engine.backend) is Transformer
 
 
 def test_passes_of_a_batch():
@@ -312,6 +312,6 @@ def test_a_device_that_runs_ahead_gives_the_same_tokens(monkeypatch, tokenizer, 
 def test_running_ahead_computes_no_pass_too_many(monkeypatch, tokenizer):
     llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
     monkeypatch.setattr(engine, "AHEAD", {"cpu"})
-    with mock.patch.object(Plain, "forward", autospec=True, side_effect=Plain.forward) as forward:
+    with mock.patch.object(Transformer, "hidden", autospec=True, side_effect=Transformer.hidden) as forward:
         llama.generate([[1, 2], [1, 2, 3]], 5, temperature=0)
     assert forward.call_count == 5

@@ -133,7 +133,7 @@ def test_an_error_in_the_middle_leaves_dialog_and_cache_right(small):
     chat = Chat(small, temperature=0, max_gen_len=5)
     chat.say("Hello")
     before = list(chat.dialog)
-    with mock.patch("llama.backends.Plain.logits", side_effect=MemoryError), pytest.raises(MemoryError):
+    with mock.patch("llama.Transformer.logits", side_effect=MemoryError), pytest.raises(MemoryError):
         chat.say("and")
     assert chat.dialog == before and not any(slot.tokens for slot in small.engine.slots)
     answer = chat.say("and")

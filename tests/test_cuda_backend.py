@@ -23,20 +23,20 @@ cuda.kernels.ONE[4], cuda.kernels.MORE[4] = (64, 256, 4, 2), (64, 64, 4, 3)
 class Interpreted(cuda.Cuda):
     """Without a graph."""
 
-    def forward(self, batch):
+    def hidden(self, batch):
         single = all(sequence.length == 1 for sequence in batch.sequences)
-        return self.hidden(*batch[:3], None if single else batch)
+        return self.layers_output(*batch[:3], None if single else batch)
 
 
 def both(model, parts):
     """Logits of a pass by the plain backend and by this one, each with a cache of its own."""
-    return [way.logits(way.forward(Batch.of(parts))) for way in model]
+    return [way.logits(way.hidden(Batch.of(parts))) for way in model]
 
 
 @pytest.mark.parametrize("shape", SHORT)
 def test_prompts_and_steps_give_the_models_logits(shape):
     """Prompts of several lengths in one pass, a step of one sequence, of all, and with a longer chunk between them."""
-    ways = backends.Plain(random_model(SHORT[shape])), Interpreted(random_model(SHORT[shape]))
+    ways = random_model(SHORT[shape]), Interpreted(random_model(SHORT[shape]))
     passes = [
         [(slot, 0, ids) for slot, ids in enumerate(PROMPTS)],
         [(1, 1, [11])],
@@ -49,7 +49,7 @@ def test_prompts_and_steps_give_the_models_logits(shape):
 
 
 def on_two_ranks():
-    ways = backends.Plain(random_model(SHORT["GQA"])), Interpreted(random_model(SHORT["GQA"]))
+    ways = random_model(SHORT["GQA"]), Interpreted(random_model(SHORT["GQA"]))
     passes = [(0, 0, [5, 17, 99]), (1, 0, [64] * 20)], [(0, 3, [7])], [(0, 4, [7]), (1, 20, [8])]
     return max(relative_error(found, plain) for plain, found in (both(ways, parts) for parts in passes))
 
@@ -68,7 +68,7 @@ def test_many_tokens_go_through_cublas(strides, monkeypatch):
             return real(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
 
         monkeypatch.setattr(cuda.F, "scaled_dot_product_attention", permuted)
-    ways = backends.Plain(random_model(SHORT["GQA"])), Interpreted(random_model(SHORT["GQA"]))
+    ways = random_model(SHORT["GQA"]), Interpreted(random_model(SHORT["GQA"]))
     plain, found = both(ways, [(1, 0, torch.randint(128, (40,), generator=torch.Generator().manual_seed(0)).tolist())])
     assert relative_error(found, plain) < 1e-5
     plain, found = both(ways, [(0, 0, [5]), (1, 40, [7, 8])])
@@ -89,10 +89,10 @@ def test_quantized_matrices(scheme, rows):
 def test_padding_stores_nothing():
     backend = Interpreted(random_model(SHORT["GQA"]))
     step = Batch.of([(0, 0, [5])])
-    one = backend.logits(backend.forward(step))
+    one = backend.logits(backend.hidden(step))
     before = [layer.cache.clone() for layer in backend.layers]
     tokens, positions, slots = torch.tensor([5, 0]), torch.tensor([0, -1]), torch.tensor([0, 0])
-    two = backend.logits(backend.hidden(tokens, positions, slots)[:1])
+    two = backend.logits(backend.layers_output(tokens, positions, slots)[:1])
     assert relative_error(two, one) < 1e-5
     for layer, cache in zip(backend.layers, before, strict=True):
         assert relative_error(layer.cache, cache) < 1e-5
@@ -129,7 +129,7 @@ def test_a_step_that_cannot_be_recorded_is_computed_each_time(monkeypatch, caplo
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": None}))
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    ways = backends.Plain(random_model(SHORT["GQA"])), cuda.Cuda(random_model(SHORT["GQA"]))
+    ways = random_model(SHORT["GQA"]), cuda.Cuda(random_model(SHORT["GQA"]))
     for parts in ([(0, 0, [5])], [(0, 1, [6]), (2, 0, [7])], [(0, 2, [6])]):
         plain, found = both(ways, parts)
         assert relative_error(found, plain) < 1e-5
@@ -168,7 +168,7 @@ def test_quantized_matrices_that_several_layers_share(scheme):
                 end = at + len(weight.q)
                 linear.weight = quantized.Rows(whole, at, end) if len(ours) > 1 else whole
                 at = end
-    ways = backends.Plain(plain), Interpreted(model)
+    ways = plain, Interpreted(model)
     for parts in (
         [(0, 0, [5, 17, 99]), (1, 0, [64] * 70 ** (scheme == "int8"))],
         [(0, 3, [7])],

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small import MODELS, SHAPES, hugging_face, passes, random_model, save_random
 
-from llama import Llama, backends, encode_dialog, parallel
+from llama import Llama, Transformer, encode_dialog, parallel
 
 PROMPTS = [[1, 400, 401, 402], [1, 17], [1, *range(300, 319)], [1, 99, 98, 97, 96, 95, 94]]
 
@@ -485,7 +485,7 @@ def test_a_broken_token_that_no_prompt_holds_does_no_harm(tokenizer):
 
 
 def test_values_that_break_while_decoding_are_found(llama):
-    real, calls = backends.Plain.forward, []
+    real, calls = Transformer.hidden, []
 
     def break_later(self, batch):
         calls.append(batch)
@@ -493,7 +493,7 @@ def test_values_that_break_while_decoding_are_found(llama):
         return hidden * float("nan") if len(calls) == 2 else hidden
 
     with (
-        mock.patch.object(backends.Plain, "forward", break_later),
+        mock.patch.object(Transformer, "hidden", break_later),
         pytest.raises(FloatingPointError, match="computed again, they were not"),
     ):
         greedy(llama, [[1, 2]])

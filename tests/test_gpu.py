@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import SHAPES, TOKENIZER, hugging_face, random_model, relative_error, save_random
 
-from llama import Llama, backends
+from llama import Llama, Transformer, backends
 from llama.backends import choose, quantized
 from llama.backends.quantized import Scheme
 from llama.batch import Batch
@@ -36,8 +36,8 @@ def test_prompt_and_step_are_hugging_faces(dtype):
         rounded = theirs.to(dtype)(ids).logits[0].float()
         fast = choose(model.to(dtype).cuda())
         assert type(fast) is Cuda
-        prompt = fast.logits(fast.forward(Batch.of([(0, 0, ids[0, :40].tolist())], "cuda")))
-        step = fast.logits(fast.forward(Batch.of([(0, 40, ids[0, 40:].tolist())], "cuda")))
+        prompt = fast.logits(fast.hidden(Batch.of([(0, 0, ids[0, :40].tolist())], "cuda")))
+        step = fast.logits(fast.hidden(Batch.of([(0, 40, ids[0, 40:].tolist())], "cuda")))
     found = torch.cat((prompt, step))
     assert relative_error(found, exact) < 1.3 * relative_error(rounded, exact) + 1e-4
     if dtype == torch.float32:
@@ -85,10 +85,10 @@ def test_graphs_give_the_tokens_of_the_plain_backend(tokenizer, monkeypatch, sha
     llama = Llama(model, tokenizer)
     fast = llama.generate(PROMPTS, 20, temperature=0, logprobs=True)
     assert llama.engine.backend.graphs
-    monkeypatch.setattr(backends, "choose", lambda model, compile: backends.Plain(model))
+    monkeypatch.setattr(backends, "choose", lambda model, compile: model)
     model.norm.weight.mul_(1)  # written to: a backend is chosen anew
     slow = llama.generate(PROMPTS, 20, temperature=0, logprobs=True)
-    assert type(llama.engine.backend) is backends.Plain
+    assert type(llama.engine.backend) is Transformer
     assert fast[0] == slow[0]
     for a, b in zip(fast[1], slow[1], strict=True):
         assert a == pytest.approx(b, abs=1e-3)
@@ -128,7 +128,7 @@ def test_a_pass_is_the_models_within_the_rounding_of_16_bits(dtype, slots):
     def model():
         return random_model(shape, max_batch_size=slots, max_seq_len=300).cuda()
 
-    ways = [backends.Plain(model()), backends.Plain(model().to(dtype)), choose(model().to(dtype))]
+    ways = [model(), model().to(dtype), choose(model().to(dtype))]
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(128, (5 + 7 * i,), generator=generator).tolist() for i in range(slots)]
     passes = [
@@ -138,7 +138,7 @@ def test_a_pass_is_the_models_within_the_rounding_of_16_bits(dtype, slots):
     ]
     for parts in passes:
         with torch.inference_mode():
-            exact, plain, found = (way.logits(way.forward(Batch.of(parts, "cuda"))) for way in ways)
+            exact, plain, found = (way.logits(way.hidden(Batch.of(parts, "cuda"))) for way in ways)
         assert relative_error(found, exact) < 1.3 * relative_error(plain, exact) + 1e-3
 
 

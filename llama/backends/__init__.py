@@ -15,26 +15,20 @@ from ..model import Attention, FeedForward, KVCache, RMSNorm, Transformer, Trans
 
 
 class Backend(Protocol):
-    def forward(self, batch: Batch) -> Tensor:
+    """The model itself is one: the plain backend, on any device, with all hooks and modules that a user gave it."""
+
+    def hidden(self, batch: Batch) -> Tensor:
         """The last layer's output (N, dim), before the final norm, for a packed batch, whose keys and values are stored
         in its slots of the model's cache. The next call may overwrite it."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits (N, V) of rows (N, dim) of `forward`'s result. The next call may overwrite them."""
-
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Give slot `target` the keys and values of the first `length` positions of slot `source`."""
+        """Float32 logits (N, V) of rows (N, dim) of what `hidden` returned. The next call may overwrite them."""
 
 
-class Plain:
-    """The model itself, on any device, with all hooks and modules that a user gave it."""
-
-    def __init__(self, model: Transformer) -> None:
-        self.model, self.forward, self.logits = model, model.hidden, model.logits
-
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        for cache in self.model.buffers():
-            cache[target, :, :length] = cache[source, :, :length]
+def copy_slot(model: Transformer, source: int, target: int, length: int) -> None:
+    """Give slot `target` of the cache the keys and values of the first `length` positions of slot `source`."""
+    for cache in model.buffers():
+        cache[target, :, :length] = cache[source, :, :length]
 
 
 log = logging.getLogger(__name__)
@@ -67,7 +61,7 @@ def choose(model: Transformer, compile: bool = False) -> Backend:
     takes a C++ compiler."""
     device = model.norm.weight.device.type
     if customized(model) or not model.params.max_batch_size:
-        return Plain(model)
+        return model
     try:  # a copy of this package may do without them, and Triton may be missing
         if device == "cuda":
             from . import cuda
@@ -79,7 +73,7 @@ def choose(model: Transformer, compile: bool = False) -> Backend:
             return cpu.backend(model)
     except ImportError as error:
         log.warning("the model itself computes, which is slower: %s", error)
-    return Plain(model)
+    return model
 
 
 def fingerprint(model: Transformer) -> object:

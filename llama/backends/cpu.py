@@ -23,7 +23,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..model import Transformer, rope_frequencies
 from ..parallel import cpu_has, world_size
-from . import Backend, Plain
+from . import Backend
 
 log = logging.getLogger(__name__)
 ops: Any = torch.ops.llama
@@ -140,17 +140,17 @@ def backend(model: Transformer) -> Backend:
         output = matrix(model.output.weight)
         if output is not None and all(part is not None for layer in layers for part in layer):
             return Native(model, output, layers)
-    return Plain(model)
+    return model
 
 
-class Native(Plain):
+class Native:
     """The model in C++."""
 
     def __init__(self, model: Transformer, output: Matrix, layers: Sequence[tuple[Any, ...]]) -> None:
         def plain(part: Any) -> Any:
             return part.parts if isinstance(part, Matrix) else part.float() if part.dim() == 1 else part
 
-        super().__init__(model)
+        self.model = model
         p, weight = model.params, model.output.weight
         cos_sin = torch.view_as_real(rope_frequencies(torch.arange(p.max_seq_len), p.head_dim, p.rope_theta))
         parts = model.tok_embeddings.weight, cos_sin, plain(model.norm.weight), output.parts
@@ -159,9 +159,9 @@ class Native(Plain):
             self.cpp.add(*map(plain, layer))
         self.most = FASTER_UP_TO[weight.dtype] if isinstance(weight, Tensor) else weight.native_rows
 
-    def forward(self, batch: Batch) -> Tensor:
+    def hidden(self, batch: Batch) -> Tensor:
         if len(batch.tokens) > self.most:
-            return super().forward(batch)
+            return self.model.hidden(batch)
         passes = split(batch.sequences, SCRATCH)
         ids = batch.tokens.split([sum(spans[2::3]) for spans in passes])
         hidden = [self.cpp.hidden(some, spans) for some, spans in zip(ids, passes, strict=True)]
@@ -169,7 +169,7 @@ class Native(Plain):
 
     def logits(self, hidden: Tensor) -> Tensor:
         if len(hidden) > self.most:
-            return super().logits(hidden.type_as(self.model.norm.weight))
+            return self.model.logits(hidden.type_as(self.model.norm.weight))
         logits: Tensor = self.cpp.logits(hidden.float().contiguous())
         return logits
 

@@ -76,11 +76,11 @@ class Cuda:
         _open.add(self)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
+    def hidden(self, batch: Batch) -> Tensor:
         if all(sequence.length == 1 for sequence in batch.sequences):
             return self.decode(batch)
         with torch.cuda.device(self.device), sdpa_kernel(ATTENTION):
-            return self.hidden(batch.tokens, batch.positions, batch.slots, batch)
+            return self.layers_output(batch.tokens, batch.positions, batch.slots, batch)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -89,12 +89,8 @@ class Cuda:
                 return all_gather(self.normed(hidden, self.norm, self.output).float())
             return all_gather(kernels.linear(hidden, self.output, norm=self.norm, eps=self.eps, dtype=torch.float32))
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        for layer in self.layers:
-            layer.cache[target, :, :length] = layer.cache[source, :, :length]
-
-    def hidden(self, tokens: Tensor, positions: Tensor, slots: Tensor, batch: Batch | None = None) -> Tensor:
-        """`forward` for one token of each sequence, or for a `batch`."""
+    def layers_output(self, tokens: Tensor, positions: Tensor, slots: Tensor, batch: Batch | None = None) -> Tensor:
+        """`hidden` for one token of each sequence, or for a `batch`."""
         few = len(tokens) <= self.few
         rope = Rope(self.cos_sin, positions, slots, self.layers[0].cache, self.n_heads)
         attention = Attention(self, rope, batch)
@@ -126,7 +122,7 @@ class Cuda:
         return all_reduce(part)
 
     def decode(self, batch: Batch) -> Tensor:
-        """`forward` for one token of each sequence, by a graph for as many or a few more."""
+        """`hidden` for one token of each sequence, by a graph for as many or a few more."""
         N = len(batch.tokens)
         size = N if N <= 8 else -(-N // 8) * 8
         graph = self.graphs.get(size) or self.capture(size)
@@ -147,18 +143,18 @@ class Cuda:
             graph, here, error = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), None
             self.stream.wait_stream(here)
             with torch.cuda.stream(self.stream):
-                self.hidden(*inputs)  # kernels are compiled at their first call, which cannot be recorded
+                self.layers_output(*inputs)  # kernels are compiled at their first call, which cannot be recorded
             here.wait_stream(self.stream)
             try:
                 # Other threads may go on with models of their own meanwhile.
                 with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):
-                    hidden = self.hidden(*inputs)
+                    hidden = self.layers_output(*inputs)
             except RuntimeError as raised:
                 error = str(raised).split("\n")[0]
         if failed := [message for message in gather_objects(error) if message]:
             log.warning("decoding without CUDA graphs, as recording one failed: %s", failed[0])
             hidden = torch.empty(size, self.dim, dtype=self.norm.dtype, device=self.device)
-            self.graphs[size] = Graph(lambda: hidden.copy_(self.hidden(*inputs)), inputs, hidden)
+            self.graphs[size] = Graph(lambda: hidden.copy_(self.layers_output(*inputs)), inputs, hidden)
         else:
             self.graphs[size] = Graph(graph.replay, inputs, hidden)
         return self.graphs[size]
