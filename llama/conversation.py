@@ -9,6 +9,7 @@ from typing import Any
 from . import parallel
 from .chat import TAGS, Dialog, Message, check_dialog, encode_dialog, has_tags
 from .generation import OLD_NAMES, Llama, pop_filters
+from .options import plain_arguments
 from .stream import Event, Stream
 
 
@@ -20,12 +21,13 @@ class Chat:
     those that the whole dialog would get. Under torchrun all ranks make the same calls, and what rank 0 asks is served.
     """
 
+    @plain_arguments
     def __init__(self, llama: Llama, system: str | None = None, dialog: Dialog = (), **options: Any) -> None:
         self.llama = llama
         self.options: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": None}
         self.set(**options)
         system, dialog = parallel.broadcast_object((system, dialog))
-        if isinstance(dialog, str) or not isinstance(dialog, Sequence):
+        if not isinstance(dialog, (list, tuple)):
             raise ValueError(f"dialog is {dialog!r}; it must be a list of messages")
         self.dialog: list[Message] = [*dialog]
         self.dropped = 0
@@ -40,6 +42,7 @@ class Chat:
                 )
 
     @parallel.as_first_rank
+    @plain_arguments
     def set(self, **options: Any) -> None:
         """Change options; ValueError or TypeError, and no change, for what is none."""
         changed = {**self.options, **options}
@@ -61,6 +64,7 @@ class Chat:
         """The answer to what the user says."""
         return self.stream(text).drain()[0].text
 
+    @plain_arguments
     def stream(self, text: str) -> Stream:
         """The answer as it happens. Once this has ended or is closed, the dialog has what was said on both sides; but
         not what was refused. ValueError for a text that does not fit even alone."""
@@ -97,11 +101,14 @@ class Chat:
 
     def fitting(self, dialog: Sequence[Message]) -> list[Message]:
         """A dialog without its oldest turns, where it leaves no space for an answer. If some must go, so many go that
-        half of the context is free and the next turns need not begin anew."""
+        half of the context is free and the next turns need not begin anew. ValueError where none that could go are
+        left, and still no space."""
         space = self.llama.model.params.max_seq_len
         answer = min(self.most, space // 4 if self.options["max_gen_len"] is None else space // 2)
         tokenizer, first = self.llama.tokenizer, int(dialog[0]["role"] == "system")
         kept, limit = list(dialog), space - answer
-        while len(kept) > first + 1 and len(encode_dialog(tokenizer, kept)) > limit:
+        while (count := len(encode_dialog(tokenizer, kept))) > limit and len(kept) > first + 1:
             kept, limit = kept[:first] + kept[first + 2 :], min(limit, space // 2)
+        if count == space and answer:  # where there are more, generation says so
+            raise ValueError(f"the text takes all of max_seq_len {space}, which leaves no token for an answer")
         return kept

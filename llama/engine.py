@@ -43,9 +43,11 @@ class Slot:
 class Pass(NamedTuple):
     rows: list[Row]
     ids: Tensor  # (M,) on the device, M the number of samples of all rows
-    read: Callable[[], list[int]]  # ids, then for each whether its logits were finite, then whether requests must go
+    # The ids, then for each whether its logits were finite, then for each row of a prompt whether its hidden states
+    # were, then on several ranks whether requests must go.
+    read: Callable[[], list[int]]
     logprobs: Callable[[], list[float]] | None
-    failed: list[Request]  # whose hidden states were not finite
+    failed: list[Request]  # who observed what was not finite
 
 
 class Engine:
@@ -72,6 +74,7 @@ class Engine:
         self.ids = itertools.count()
         self.clock = itertools.count(1)
         self.state: object = None
+        self.device = next(model.parameters()).device
         self.backend: Backend = model
         self.sampler = Sampler(0, 0, "cpu")
 
@@ -102,9 +105,9 @@ class Engine:
         outputs: deque[Event] = deque()
         for row, request in enumerate(requests):
             request.row, request.outputs = row, outputs
-        self.submit(*requests)
         left = len(requests)
         try:
+            self.submit(*requests)
             while left:
                 # Another thread's step may bring them too.
                 if not outputs and self.lock.acquire(timeout=0.005):
@@ -175,14 +178,14 @@ class Engine:
                 rows.append(Row(request, start, length, draft, samples))
         rows.sort(key=lambda row: row.request.slot)  # neighbours may attend in one operation
         tokens = [id for row in rows for id in [*row.request.ids, *row.draft][row.start : row.start + row.length]]
-        return rows, torch.tensor(tokens, device=self.model.norm.weight.device)
+        return rows, torch.tensor(tokens, device=self.device)
 
     def _following(self, current: Pass) -> tuple[list[Row], Tensor]:
         """The rows and tokens behind a pass whose tokens the host does not know yet, where only decoding goes on."""
         running = [slot.request for slot in self.slots if slot.request]
         cancels = world_size() == 1 and self.cancelled
         admits = self.waiting and len(running) < len(self.slots)
-        if self.model.norm.weight.device.type not in AHEAD or cancels or admits:
+        if self.device.type not in AHEAD or cancels or admits:
             return [], current.ids
         alive = [i for i, row in enumerate(current.rows) if not row.request.finish]
         simple = all(row.samples == 1 and not row.request.lookup for row in current.rows)
@@ -200,10 +203,10 @@ class Engine:
         """Choose a backend, and forget what the cache holds, if the model was changed while nothing ran."""
         state = backends.fingerprint(self.model), self.compile
         if state != self.state:
-            p = self.model.params
+            self.device = next(self.model.parameters()).device
             self.backend = backends.choose(self.model, self.compile)
             self.state = backends.fingerprint(self.model), self.compile  # a backend may move weights
-            self.sampler = Sampler(len(self.slots), p.vocab_size, self.model.norm.weight.device)
+            self.sampler = Sampler(len(self.slots), self.model.vocab_size, self.device)
             # What has hooks is to see every token: nothing is left out.
             self.shares = not backends.customized(self.model)
             self.forget()
@@ -230,19 +233,20 @@ class Engine:
                 backends.copy_slot(self.model, self.slots.index(source), self.slots.index(target), length)
             target.tokens = reach[:length]
             target.request, request.slot = request, self.slots.index(target)
-            self.sampler.admit(request.slot, request.sampling, request.prompt)
             self.waiting.remove(request)
+            self.sampler.admit(request.slot, request.sampling, request.prompt)
 
     # -----------------------------------------------------------------------------------------------------------------
     # A pass
 
     def _sample(self, rows: list[Row], hidden: Tensor) -> Pass:
         """Sample by hidden states (N, dim); nothing here waits for a GPU, but for requests that observe."""
-        at, index, failed = 0, list[int](), []
+        at, index, failed, sound = 0, list[int](), [], list[Tensor]()
         for row in rows:
-            if row.request.observe and row.start < len(row.request.prompt):
+            if row.of_prompt:
                 part = hidden[at : at + row.length]
-                if not row.request.observe(part, row.start, self.backend.logits):
+                sound.append(part.isfinite().all().view(1))
+                if row.request.observe and not row.request.observe(part, row.start, self.backend.logits):
                     failed.append(row.request)
             at += row.length
             index += range(at - row.samples, at)
@@ -253,7 +257,7 @@ class Engine:
             logits = self.backend.logits(hidden if len(index) == len(hidden) else hidden[index])
             ids = choose(logits, [row for row in rows if row.samples], self.sampler)
             finite = logits.sum(-1).isfinite()  # what is not finite makes the sum so
-        message = torch.cat((ids, finite))
+        message = torch.cat((ids, finite, *sound))
         if world_size() > 1:
             cancels = torch.tensor([len(self.cancelled) > 0]).to(device, non_blocking=True)
             message = broadcast(torch.cat((message, cancels)))
@@ -271,11 +275,14 @@ class Engine:
             self._drop([request for request in [*self._running(), *self.waiting] if request.id in gone])
         M = len(current.ids)
         chances = current.logprobs() if current.logprobs else [math.nan] * M
+        sound = iter(values[2 * M :])
         for row in current.rows:
             request, where = row.request, slice(at, at := at + row.samples)
+            right = not row.of_prompt or next(sound)
             if request.finish:  # before this pass, which was launched too early to know
                 continue
-            if request in current.failed or not self._take(row, values[where], values[M:][where]):
+            right = right and request not in current.failed
+            if not right or not self._take(row, values[where], values[M:][where]):
                 outputs.append(self._fail(request))
                 continue
             taken = request.ids[row.start + row.length - len(row.draft) :] if row.samples else []
@@ -320,13 +327,13 @@ class Engine:
 
     def _fail(self, request: Request) -> Event:
         """End a request whose numbers are not finite. Others go on."""
-        again = Batch.of([(request.slot, 0, request.ids)], self.model.norm.weight.device)
+        again = Batch.of([(request.slot, 0, request.ids)], self.device)
         request.error = backends.not_finite(self.model, again)
         request.finish = "error"
         self._leave(request)
         self.slots[request.slot].tokens = []
-        for cache in self.model.buffers():  # a masked NaN is still NaN times 0: it would break the next request too
-            cache[request.slot] = 0
+        for cache in backends.caches(self.model):  # a masked NaN is still NaN times 0: it would break the next request
+            cache.kv[request.slot] = 0
         return request.emit()
 
     def _abort(self, error: BaseException) -> None:
@@ -350,7 +357,7 @@ def arrange(rows: Sequence[Row], tokens: Tensor) -> Batch:
     return Batch.arrange(tokens, [Span(row.request.slot, row.start, row.length) for row in rows])
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """The length of the longest common prefix, by bisection, as slices compare fast."""
     low, high = 0, min(len(a), len(b)) + 1  # equal up to low, not so up to high
     while high - low > 1:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from reprlib import repr as shorten
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -16,9 +17,9 @@ from torch import Tensor
 from . import parallel
 from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
 from .checkpoint import Checkpoint, available, check_path, find_tokenizer, footprint, load, shortage
-from .engine import Engine
+from .engine import Engine, common
 from .model import Transformer
-from .options import Options, Settings, spread_options
+from .options import Options, Settings, plain_arguments, spread_options
 from .request import Event, Request
 from .scoring import Scores, embed, score
 from .stream import InputFilter, OutputFilter, Stream, check_verdict, drains, filtered
@@ -61,6 +62,7 @@ class Llama:
     torchrun all ranks make the same calls in the same order, and what rank 0 asks for is served.
     """
 
+    @plain_arguments
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
         check_seed(seed)
         self.model = model
@@ -69,6 +71,7 @@ class Llama:
         self.engine = Engine.of(model)
 
     @staticmethod
+    @plain_arguments
     def build(
         ckpt_dir: str | os.PathLike[str],
         tokenizer_path: str | os.PathLike[str] | None = None,
@@ -124,6 +127,7 @@ class Llama:
         return llama
 
     @parallel.as_first_rank
+    @plain_arguments
     def generate_stream(
         self,
         prompt_tokens: Sequence[Sequence[int]],
@@ -151,6 +155,7 @@ class Llama:
         return [row.tokens for row in rows], [row.logprobs for row in rows] if stream.logprobs else None
 
     @parallel.as_first_rank
+    @plain_arguments
     def text_stream(
         self,
         prompts: Sequence[str],
@@ -164,15 +169,18 @@ class Llama:
         """`text_completion` as it happens; see `generate_stream`."""
         prompt_tokens = self._encode(prompts)
         settings = self._settings(prompt_tokens, max_gen_len, temperature, top_p, options)
-        return Stream(self._events(prompt_tokens, settings, logprobs, echo), len(prompts), logprobs)
+        before = [() if echo else prompt for prompt in prompt_tokens]
+        return Stream(self._events(prompt_tokens, settings, logprobs, echo), len(prompts), logprobs, before)
 
     @drains(text_stream)
     def text_completion(self, stream: Stream) -> list[CompletionPrediction]:
-        """The text that continues each prompt; with `logprobs` also the text and log probability of each token.
-        `max_gen_len` defaults to all that max_seq_len leaves. See `generate` and `Options` for the rest."""
-        return [{"generation": row.text, **self._tokens(row, stream.logprobs)} for row in stream.drain()]
+        """The text that continues each prompt, with the space that follows it; with `logprobs` also the text and log
+        probability of each token. `max_gen_len` defaults to all that max_seq_len leaves. See `generate` and `Options`
+        for the rest."""
+        return [{"generation": row.text, **self._tokens(row, stream)} for row in stream.drain()]
 
     @parallel.as_first_rank
+    @plain_arguments
     def chat_stream(
         self,
         dialogs: Sequence[Dialog],
@@ -198,19 +206,21 @@ class Llama:
         which is then the answer. What `output_filter` returns, if not None, takes the place of an answer. Raises
         ValueError for a dialog whose roles are out of order. See `Options` for the rest."""
         return [
-            {"generation": {"role": "assistant", "content": row.text}, **self._tokens(row, stream.logprobs)}
+            {"generation": {"role": "assistant", "content": row.text}, **self._tokens(row, stream)}
             for row in stream.drain()
         ]
 
     @parallel.as_first_rank
+    @plain_arguments
     def score(
         self, prompts: Sequence[str], continuations: Sequence[str] | None = None, top_logprobs: int = 0
     ) -> list[Scored]:
         """How likely each prompt is, token by token after BOS; or, given its prompt, each continuation. With
         `top_logprobs` = k also the texts and log probabilities of the k most probable tokens at each position.
 
-        A continuation's tokens are those of prompt + continuation behind as many as the prompt alone has; there may be
-        none, and then perplexity is NaN. Raises ValueError for a prompt that is longer than max_seq_len."""
+        A continuation's tokens are those of prompt + continuation from the first that is not wholly the prompt's, whose
+        white space at the end counts as the continuation's. The perplexity of an empty text is NaN. Raises ValueError
+        for a prompt that is longer than max_seq_len, and for a continuation that adds nothing to its prompt."""
         self._texts("prompts", prompts)
         if type(top_logprobs) is not int or not 0 <= top_logprobs <= self.model.vocab_size:
             raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to {self.model.vocab_size}")
@@ -219,10 +229,23 @@ class Llama:
             self._texts("continuations", continuations)
             if len(continuations) != len(prompts):
                 raise ValueError(f"there are {len(continuations)} continuations for {len(prompts)} prompts")
-            begins = [len(row) for row in rows]
             rows = self._encode([prompt + more for prompt, more in zip(prompts, continuations, strict=True)])
+            begins = [*map(self._border, range(len(rows)), prompts, continuations, rows)]
         self._fit(rows, [f"prompt {i}" for i in range(len(rows))])
         return [*map(self._scored, score(self.engine, rows, begins, top_logprobs))]
+
+    def _border(self, i: int, prompt: str, continuation: str, ids: Sequence[int]) -> int:
+        """The number of the first of the `ids` of both that is not wholly the prompt's."""
+        alone = self.tokenizer.decode(self.tokenizer.encode(prompt.rstrip(), bos=True, eos=False))
+        pieces = self.tokenizer.decode_pieces(ids)
+        border = common(alone, "".join(pieces))  # in characters, of what the tokenizer makes of the texts
+        begin = next((n for n, end in enumerate(accumulate(map(len, pieces))) if end > border), None)
+        if begin is None or not continuation:
+            texts = f"continuation {i}, {shorten(continuation)}, adds nothing to prompt {i}, {shorten(prompt)}"
+            raise ValueError(f"{texts}; there is nothing to score")
+        while begin > 1 and not pieces[begin - 1]:  # the first bytes of its first character
+            begin -= 1
+        return begin
 
     def _scored(self, scores: Scores) -> Scored:
         total, ids = math.fsum(scores.logprobs), scores.ids[scores.begin :]
@@ -237,6 +260,7 @@ class Llama:
         }
 
     @parallel.as_first_rank
+    @plain_arguments
     def embed(self, texts: Sequence[str], pooling: Literal["mean", "last"] = "mean") -> Tensor:
         """The last hidden states of each text with BOS before it, normalized as before the output layer: their mean, or
         the last token's; float32 (len(texts), dim)."""
@@ -247,7 +271,7 @@ class Llama:
         return embed(self.engine, rows, pooling)
 
     def _texts(self, name: str, texts: Any) -> None:
-        if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
+        if not isinstance(texts, list):
             raise ValueError(f"{name} is {shorten(texts)}; it must be a list of str")
         for i, text in enumerate(texts):
             if not isinstance(text, str):
@@ -280,7 +304,7 @@ class Llama:
         prompts = [encode_dialog(self.tokenizer, dialogs[i]) for i in allowed]
         self._check(prompts, [f"dialog {i}" for i in allowed])
         settings = self._settings(dialogs, max_gen_len, temperature, top_p, options, check=False)
-        events = self._events(prompts, [settings[i] for i in allowed], logprobs)
+        events = self._events(prompts, [settings[i] for i in allowed], logprobs, chat=True)
         return filtered(events, allowed, refusals, output_filter)
 
     def _settings(
@@ -288,13 +312,12 @@ class Llama:
     ) -> list[Settings]:
         """The options of each prompt; ValueError where they cannot be served."""
         if check:
-            if not isinstance(prompts, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in prompts):
+            if not isinstance(prompts, list) or not all(isinstance(row, list) for row in prompts):
                 raise ValueError(f"prompt_tokens is {shorten(prompts)}; it must be a list of lists of token ids")
             self._check(prompts, [f"prompt {i}" for i in range(len(prompts))])
         p = self.model.params
-        most = p.max_seq_len if max_gen_len is None else max_gen_len
-        every = {"temperature": temperature, "top_p": top_p, **options}
-        return spread_options(len(prompts), p.vocab_size, self.tokenizer.eos_id, most, self.generator, every)
+        every = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, **options}
+        return spread_options(len(prompts), p.vocab_size, self.tokenizer.eos_id, p.max_seq_len, self.generator, every)
 
     def _check(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> None:
         params = self.model.params
@@ -315,12 +338,17 @@ class Llama:
                 )
 
     def _events(
-        self, prompts: Sequence[Sequence[int]], settings: Sequence[Settings], logprobs: bool, echo: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sequence[Settings],
+        logprobs: bool,
+        echo: bool = False,
+        chat: bool = False,
     ) -> Generator[list[Event], None, None]:
-        """What each step brings each prompt."""
+        """What each step brings each prompt. A text continues its prompt's; an answer of a chat is one of its own."""
         requests = []
         for prompt, own in zip(prompts, settings, strict=True):
-            text = Text(self.tokenizer, own.stop, own.min_new)
+            text = Text(self.tokenizer, own.stop, own.min_new, () if echo or chat else prompt)
             if echo:
                 text.preface(prompt)
             limit = min(self.model.params.max_seq_len, len(prompt) + own.max_new)
@@ -332,10 +360,10 @@ class Llama:
             requests.append(request)
         return self.engine.run(requests)
 
-    def _tokens(self, row: Event, logprobs: bool) -> _Tokens:
+    def _tokens(self, row: Event, stream: Stream) -> _Tokens:
         scored: _Tokens = {"finish_reason": row.finish_reason}
-        if logprobs:
-            pieces, left = self.tokenizer.decode_pieces(row.tokens), len(row.text)
+        if stream.logprobs:
+            pieces, left = self.tokenizer.decode_pieces(row.tokens, stream.before[row.row]), len(row.text)
             scored["tokens"], scored["logprobs"] = [], row.logprobs
             for piece in pieces:  # of a text that was cut before a stop string
                 scored["tokens"].append(piece[:left])

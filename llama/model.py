@@ -130,7 +130,7 @@ class KVCache(nn.Module):
         super().__init__()
         self.register_buffer("kv", like.new_zeros(shape), persistent=False)
 
-    def update(self, kv: Tensor, batch: Batch) -> None:
+    def forward(self, kv: Tensor, batch: Batch) -> None:
         """Store kv (N, 2K, D)."""
         self.kv[batch.slots, :, batch.positions] = kv.detach()
 
@@ -156,7 +156,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, layout.cos_sin), apply_rope(k, layout.cos_sin)
         kv = torch.cat((k, v), 1)  # (N, 2K, D)
         if self.cache is not None:
-            self.cache.update(kv, layout.batch)
+            self.cache(kv, layout.batch)
         y = []
         for tokens, slots, T, S, mask in layout.groups:
             queries = q[tokens].unflatten(0, (-1, T)).transpose(1, 2)  # (B, H, T, D)

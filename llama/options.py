@@ -3,21 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
+from functools import wraps
+from inspect import Parameter, signature
+from operator import index
 from reprlib import repr as shorten
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar
 
 import torch
 
 from .sampling import SamplingParams
 
 T = TypeVar("T")
+P = ParamSpec("P")
+ATOMS = {int, float, str, bool, bytes, type(None)}
+DEFAULTS: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": None, "logit_bias": {}}
+
+
+def plain(value: Any) -> Any:
+    """A value in Python's own types: arrays, tensors, columns of a table, tuples and other collections become lists,
+    and the numbers of other libraries int or float. What is none of these is returned as it is."""
+    if type(value) in ATOMS or callable(value):
+        return value
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    for name in ("tolist", "to_list", "to_pylist"):  # of NumPy, PyTorch and pandas; of Polars; of Arrow
+        if hasattr(value, name):
+            return plain(getattr(value, name)())
+    if isinstance(value, Collection) and not isinstance(value, (str, bytes)):
+        return [*value] if {*map(type, value)} <= ATOMS else [*map(plain, value)]
+    return index(value) if hasattr(value, "__index__") else value
+
+
+def plain_arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """`function` with `plain` arguments, of which None stands for the default."""
+    parameters = signature(function).parameters
+    defaults = {name: None if p.default is Parameter.empty else p.default for name, p in parameters.items()}
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        known = zip(args, [*defaults.values(), *args], strict=False)
+        given = [plain(default if arg is None else arg) for arg, default in known]
+        named = {name: plain(defaults.get(name) if arg is None else arg) for name, arg in kwargs.items()}
+        return function(*given, **named)
+
+    return call
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of every way to generate: one value for all prompts, or a list of one for each. See
-    sampling.SamplingParams for those that choose tokens; `seed` is drawn from the Llama's own where it is None.
+    """Keyword arguments of every way to generate: one value for all prompts, or a list of one for each; None stands
+    for the default. See sampling.SamplingParams for those that choose tokens; a seed is drawn from the Llama's own.
     """
 
     top_k: int | Sequence[int]
@@ -45,31 +81,29 @@ class Settings(NamedTuple):
 
 
 def spread_options(
-    B: int, vocab_size: int, eos_id: int, max_gen_len: Any, generator: torch.Generator, options: Mapping[str, Any]
+    B: int, vocab_size: int, eos_id: int, most: int, generator: torch.Generator, options: Mapping[str, Any]
 ) -> list[Settings]:
-    """Options of each of B prompts; seeds that are None are drawn. TypeError for an unknown name, ValueError that
-    names a bad value and its limit."""
-    known = {*Options.__annotations__, "temperature", "top_p"}
+    """Options of each of B prompts, plain ones. None stands for a default: for max_gen_len `most`, for a seed one that
+    is drawn. TypeError for an unknown name, ValueError that names a bad value and its limit."""
+    known = {*Options.__annotations__, *DEFAULTS}
     if unknown := [name for name in options if name not in known]:
         raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
 
     def each(name: str, default: Any) -> list[Any]:
-        return spread(name, options.get(name, default), B)
+        return [default if value is None else value for value in spread(name, options.get(name), B)]
 
     drawn = torch.randint(2**63 - 1, (B,), generator=generator).tolist()
-    columns = {
-        field.name: each(field.name, getattr(SamplingParams, field.name, None)) for field in fields(SamplingParams)
-    }
-    columns["logit_bias"] = [bias or {} for bias in columns["logit_bias"]]
-    columns["seed"] = [new if seed is None else seed for seed, new in zip(each("seed", None), drawn, strict=True)]
+    columns = {f.name: each(f.name, DEFAULTS.get(f.name, f.default)) for f in fields(SamplingParams)}
+    seeds = zip(spread("seed", options.get("seed"), B), drawn, strict=True)
+    columns["seed"] = [new if seed is None else seed for seed, new in seeds]
     rows = [
         Settings(SamplingParams(**dict(zip(columns, settings, strict=True))), *rest)
         for *settings, rest in zip(
             *columns.values(),
             zip(
-                several("stop", options.get("stop", ()), B, str),
-                several("stop_token_ids", options.get("stop_token_ids", ()), B, int),
-                spread("max_gen_len", max_gen_len, B),
+                several("stop", options.get("stop"), B, str),
+                several("stop_token_ids", options.get("stop_token_ids"), B, int),
+                each("max_gen_len", most),
                 each("min_gen_len", 0),
                 each("prompt_lookup", 0),
                 strict=True,
@@ -95,20 +129,21 @@ def spread_options(
 
 def spread(name: str, value: Any, B: int) -> list[Any]:
     """One value for each of B rows."""
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, list):
         return [value] * B
     if len(value) != B:
         raise ValueError(f"{name} has {len(value)} values for {B} rows; give one for all, or one for each")
-    return list(value)
+    return value
 
 
 def several(name: str, value: Any, B: int, kind: type[T]) -> list[Sequence[T]]:
-    """Several values for each of B rows; one, or a flat list of them, is for all."""
-    value = [value] if isinstance(value, kind) else value
-    if not isinstance(value, (list, tuple)):
+    """Several values for each of B rows; one, or a flat list of them, is for all; None is none."""
+    value = [value] if isinstance(value, kind) else [] if value is None else value
+    if not isinstance(value, list):
         raise ValueError(f"{name} is {shorten(value)}; it must be a list of {kind.__name__}, or one for each row")
     rows = [value] * B if all(type(item) is kind for item in value) else spread(name, value, B)
+    rows = [[] if row is None else row for row in rows]
     for row in rows:
-        if not isinstance(row, (list, tuple)) or not all(type(item) is kind for item in row):
+        if not isinstance(row, list) or not all(type(item) is kind for item in row):
             raise ValueError(f"{name} has {shorten(row)}; it must be a list of {kind.__name__}, or one for each row")
     return rows

@@ -102,6 +102,11 @@ class Row(NamedTuple):
     samples: int = 0  # the number of its last positions whose logits are sampled
 
     @property
+    def of_prompt(self) -> bool:
+        """Whether it holds tokens of the prompt."""
+        return self.start < len(self.request.prompt)
+
+    @property
     def answered(self) -> int:
         """Tokens of the answer before the first that is sampled."""
         return self.start + self.length - self.samples + 1 - len(self.request.prompt)

@@ -53,7 +53,7 @@ def _is_bias(item: tuple[Any, Any]) -> bool:
 _NUMBER: Any = (int, float)
 LIMITS: dict[str, tuple[Any, Any, str]] = {
     "temperature": (lambda v: v >= 0 and _finite(v), _NUMBER, "a number from 0 (greedy) to 1e30"),
-    "top_p": (lambda v: 0 < v <= 1, _NUMBER, "a number above 0 and up to 1 (1: no cut)"),
+    "top_p": (lambda v: 0 <= v <= 1, _NUMBER, "a number from 0 (greedy) to 1 (no cut)"),
     "top_k": (lambda v: 0 <= v < 2**63, int, "an int of at least 0 (0: no cut)"),
     "min_p": (lambda v: 0 <= v <= 1, _NUMBER, "a number from 0 (no cut) to 1"),
     "repetition_penalty": (lambda v: 1 / LARGEST <= v <= LARGEST, _NUMBER, "a number from 1e-30 to 1e30 (1: none)"),
@@ -85,8 +85,9 @@ def filter_top_k_top_p(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
     leaves, and min_p (each (B, 1)) exclude set to zero. The first always stays; the rest is not scaled up."""
     rank = torch.arange(probs.shape[-1], device=probs.device)
     kept = probs * ((rank < top_k) | (top_k == 0))
-    before = kept.cumsum(-1) - kept  # what the more probable ones have
-    whole = torch.where(top_k == 0, 1.0, kept.sum(-1, keepdim=True))
+    reached = kept.cumsum(-1)  # not `sum`, whose rounding depends on M
+    before = reached - kept  # what the more probable ones have
+    whole = torch.where(top_k == 0, 1.0, reached[:, -1:])
     limit = torch.where(top_p < 1, top_p * whole, 2.0)  # rounded sums may reach 1 early, and that must exclude nothing
     kept = kept.masked_fill((before >= limit) | (kept < min_p * kept[:, :1]), 0.0)
     kept[:, 0] = probs[:, 0]
@@ -162,8 +163,9 @@ class Sampler:
         if not all(rows.excluding):
             chosen = torch.where(rows.hot & ~rows.filtered, sample(probs, u), chosen)
         if any(rows.excluding):
-            few, ids = self.candidates(probs, rows)
-            drawn = ids.gather(-1, sample(filter_top_k_top_p(few, *rows.filters), u)[:, None])[:, 0]
+            ids = self.candidates(logits, probs, rows)
+            few = filter_top_k_top_p(probs.gather(-1, ids), *rows.filters)
+            drawn = ids.gather(-1, sample(few, u)[:, None])[:, 0]
             chosen = torch.where(rows.hot & rows.filtered, drawn, chosen)
         return chosen
 
@@ -198,20 +200,22 @@ class Sampler:
         )
         return self.rows[slots]
 
-    def candidates(self, probs: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """The highest probabilities and their ids, descending: as many as can matter."""
-        V = probs.shape[-1]
-        if probs.device.type != "cuda":  # to ask there what is enough would wait for it
-            top_k = max(row.top_k for row in rows.params) if all(row.top_k for row in rows.params) else 0
-            few, ids = probs.topk(min(max(FEW, top_k + 64), V))
-            _, top_p, min_p = rows.filters
-            enough = (few.sum(-1, keepdim=True) > top_p + 1e-4) | (few[:, -1:] < min_p * few[:, :1])
-            if top_k or enough.all():
-                # Equals in the order of their ids, so that how many are considered changes nothing.
-                ids, order = ids.sort(-1)
-                few, order = few.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-                return few, ids.gather(-1, order)
-        return probs.sort(dim=-1, descending=True, stable=True)
+    def candidates(self, logits: Tensor, probs: Tensor, rows: Rows) -> Tensor:
+        """Ids (B, M) by falling logits, of which high temperatures make equal probabilities; equals in the order of
+        their ids. They are as many as can matter to any row."""
+        M = max(FEW, 64 + max(row.top_k for row in rows.params))
+        if M < logits.shape[-1] and logits.device.type != "cuda":  # to ask there what is enough would wait for it
+            top_k, top_p, min_p = rows.filters
+            few, ids = logits.topk(M)
+            # Of those that equal the last one some may be missing, so that it's those above that must be enough.
+            above, p = few > few[:, -1:], probs.gather(-1, ids)
+            enough = (top_k > 0) & above.gather(-1, top_k.clamp(min=1) - 1)
+            enough |= ((p * above).sum(-1, keepdim=True) > top_p + 1e-4) | (p[:, -1:] < min_p * p[:, :1])
+            if (enough | ~rows.filtered[:, None]).all():
+                ids = ids.sort(-1).values
+                order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
+                return ids.gather(-1, order)
+        return logits.sort(dim=-1, descending=True, stable=True).indices
 
     def uniform(self, slots: Sequence[int], which: Sequence[int]) -> Tensor:
         """The `which[b]`-th random number of each slot's own sequence (B, 1)."""

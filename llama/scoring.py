@@ -58,18 +58,19 @@ def score(
 
 
 def embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> Tensor:
-    """The normalized last hidden states of each row, their mean or the last one: (rows, dim) in float32."""
-    norm = engine.model.norm
-    sums = torch.zeros(len(rows), engine.model.params.dim, device=norm.weight.device)
+    """The normalized last hidden states of each row, their mean or the last one: (rows, dim) in float32.
+    FloatingPointError names the first layer that was not finite."""
+    norm, dim = engine.model.norm, engine.model.params.dim
+    sums = torch.zeros(len(rows), dim, device=engine.device)
 
     def observe(i: int) -> Callable[..., bool]:
         def add(hidden: Tensor, start: int, logits: object) -> bool:
-            normed = norm(hidden.type_as(norm.weight)).float()
+            normed = norm(hidden[:, :dim].type_as(next(norm.parameters(), hidden))).float()
             if pooling == "mean":
                 sums[i] += normed.sum(0) / len(rows[i])
             elif start + len(hidden) == len(rows[i]):
                 sums[i] = normed[-1]
-            return True
+            return bool(normed.isfinite().all())
 
         return add
 

@@ -23,8 +23,15 @@ class Stream:
     """An iterator of events. Under torchrun every rank has one; when the first rank closes its own, or drops it, the
     others end."""
 
-    def __init__(self, steps: Generator[list[Event], None, None], rows: int = 1, logprobs: bool = False) -> None:
+    def __init__(
+        self,
+        steps: Generator[list[Event], None, None],
+        rows: int = 1,
+        logprobs: bool = False,
+        before: Sequence[Sequence[int]] = (),
+    ) -> None:
         self.rows, self.logprobs, self._steps = rows, logprobs, steps
+        self.before = before or [()] * rows  # the tokens that the text of each row continues
         open_streams.add(self)
         # The first is fetched at once, so that a stream that nobody reads has begun on all ranks, and can end on all.
         self._waiting = next(steps, [])[::-1]

@@ -8,14 +8,17 @@ from .tokenizer import Decoder, Tokenizer
 
 
 class Text:
-    """Text that grows by tokens and ends before the first of `stops` to be complete, wherever tokens border.
+    """Text that grows by tokens and ends before the first of `stops` to be complete, wherever tokens border. It
+    continues that of the tokens `before`, if there are any.
 
     What all calls of `read` return, joined, is the text; no part of a stop string is ever returned. Before the token of
     number `least` none is looked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), least: int = 0) -> None:
-        self.decoder, self.stops, self.left = Decoder(tokenizer), stops, least
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str] = (), least: int = 0, before: Sequence[int] = ()
+    ) -> None:
+        self.decoder, self.stops, self.left = Decoder(tokenizer, before), stops, least
         self.final = ""  # not read yet
         self.held = ""  # may be the beginning of a stop string
         self.stopped = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Sequence
+from operator import index
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -29,6 +30,12 @@ class Tokenizer:
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
+        # How the model decodes, of which it tells nothing else: the text of <unk>, and how many of two spaces that
+        # begin a text are dropped. 1: of a first word the space that encoding adds; 2: all; 0: none.
+        self.unknown: str = self.sp_model.decode([self.sp_model.unk_id()])
+        ids, piece = [self.sp_model.piece_to_id("▁"), *range(self.n_words)], self.sp_model.id_to_piece
+        space = next((id for id in ids if piece(id).startswith("▁")), None)
+        self.drops = 0 if space is None else 2 * len(piece(space)) - len(self.decode([space, space]))
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of a text, with BOS before and EOS after it if asked for; text that spells them stays text."""
@@ -38,9 +45,9 @@ class Tokenizer:
         return [self.bos_id] * bos + self.sp_model.encode(s) + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int]) -> str:
-        """The text of ids. The space that marks the first word is dropped, as SentencePiece does; bytes that form no
-        character become U+FFFD."""
-        return self.sp_model.decode(list(t))
+        """The text of ids. The space that marks the first word is dropped where SentencePiece does, which is where it
+        was added; bytes that form no character become U+FFFD."""
+        return self.sp_model.decode([*map(index, t)])
 
     def piece(self, id: int) -> str:
         """The text of one id inside of a text; U+FFFD for a byte."""
@@ -48,21 +55,28 @@ class Tokenizer:
         decoder.empty = False
         return decoder.push(id) + decoder.flush()
 
-    def decode_pieces(self, t: Sequence[int]) -> list[str]:
-        """What each id adds to the text; joined, exactly `decode(t)`. A character comes with the last of its bytes."""
-        decoder = Decoder(self)
-        pieces = [decoder.push(i) for i in t]
+    def decode_pieces(self, t: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+        """What each id adds to the text of those `before`; joined, exactly `decode(t)` where there are none. A
+        character comes with the last of its bytes."""
+        decoder = Decoder(self, before)
+        pieces = [decoder.push(index(i)) for i in t]
         return [*pieces[:-1], pieces[-1] + decoder.flush()] if pieces else []
 
 
 class Decoder:
     """Ids -> text, piece by piece, as it becomes final: all that `push` and a last `flush` give, joined, is exactly
-    what `Tokenizer.decode` makes of all ids. Bytes wait until they are a character or can be none."""
+    what `Tokenizer.decode` makes of all ids. Bytes wait until they are a character or can be none. The text continues
+    that of the ids `before`, if there are any: decode(before) + text = decode(before + ids)."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.sp_model = tokenizer.sp_model
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        self.sp_model, self.unknown, self.drops = tokenizer.sp_model, tokenizer.unknown, tokenizer.drops
         self.bytes = codecs.getincrementaldecoder("utf-8")(EACH)
         self.empty = True  # nothing yet, so that a space is dropped
+        for ids in (before[-4:], before):  # four hold any unfinished character, and mostly some text
+            if self.empty:
+                self.bytes.reset()
+                for id in ids:
+                    self.push(id)
 
     def push(self, id: int) -> str:
         piece: str = self.sp_model.id_to_piece(id)
@@ -71,10 +85,10 @@ class Decoder:
         else:
             text = self.flush()
             if self.sp_model.is_unknown(id):
-                text += " \u2047 "
+                text += self.unknown
             elif not self.sp_model.is_control(id):
-                if self.empty and not text and piece.startswith("▁"):
-                    piece, self.empty = piece[1:], False
+                if self.empty and not text and self.drops and piece.startswith("▁"):
+                    piece, self.empty = piece[1:], self.drops > 1
                 text += piece.replace("▁", " ")
         self.empty = self.empty and not text
         return text

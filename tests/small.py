@@ -71,6 +71,26 @@ def save_random(folder, shape=GQA, mp=1, vocab_size=-1, dtype=torch.float32, **o
     return state
 
 
+WORDS = [
+    "the quick brown fox jumps over the lazy dog",
+    "def f(x):  return x + 3",
+    "once upon a time there was a hat",
+] * 9
+
+
+def trained(folder, **settings):
+    """The path of a small SentencePiece model of Llama's settings, but for these."""
+    from sentencepiece import SentencePieceTrainer
+
+    usual = {"model_type": "bpe", "vocab_size": 330, "byte_fallback": True, "normalization_rule_name": "identity"}
+    usual |= {"remove_extra_whitespaces": False, "hard_vocab_limit": False, "minloglevel": 2}
+    model = io.BytesIO()
+    SentencePieceTrainer.train(sentence_iterator=iter(WORDS), model_writer=model, **usual | settings)
+    path = folder / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
 def edit_params(folder, **changes):
     path = folder / "params.json"
     params = json.loads(path.read_text()) | changes

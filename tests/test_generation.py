@@ -288,10 +288,73 @@ def test_tokens_join_to_the_text(llama, base):
     assert " " in story["generation"]
 
 
+def says(text, monkeypatch):
+    """Make a model write a text, and then EOS."""
+    left = [*text, 2]
+    monkeypatch.setattr("llama.engine.choose", lambda logits, rows, sampler: torch.tensor([left.pop(0)]))
+
+
+CONTINUED = [  # prompts, what is written behind each, a stop string, and what is left before it
+    ("The opposite of hot is", " cold. Yes", " Yes", " cold."),
+    ("The opposite of hot is", " cold.", " cold", ""),
+    ("def f():\n", "    return  3", "  3", "    return"),
+    ("def f():\n", "    return  3", "    ", ""),
+    ("Onc", "e upon a time", "upon", "e "),
+    ("a🙂", " 🙂🙃", "🙃", " 🙂"),
+    ("", "Once upon", "upon", "Once "),
+]
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize(("prompt", "text", "stop", "kept"), CONTINUED)
+def test_a_completion_continues_its_prompt(base, monkeypatch, prompt, text, stop, kept, logprobs):
+    """Its first space was lost, as ids that are decoded alone begin a text: prompt + generation ran words together and
+    cut indentation, and a stop string that begins with that space was never found."""
+    before = base.tokenizer.encode(prompt, bos=True, eos=False)
+    whole = base.tokenizer.encode(prompt + "|" + text if prompt else text, bos=True, eos=False)
+    written = whole[len(base.tokenizer.encode(prompt + "|", bos=True, eos=False)) :] if prompt else whole[1:]
+    assert base.tokenizer.decode([*before, *written]) == prompt + text
+
+    def run(**options):
+        says(written, monkeypatch)
+        [found] = base.text_completion([prompt], logprobs=logprobs, **options)
+        assert not logprobs or "".join(found["tokens"]) == found["generation"]
+        says(written, monkeypatch)
+        events = [*base.text_stream([prompt], logprobs=logprobs, **options)]
+        assert "".join(event.text for event in events) == found["generation"]
+        return found["generation"], found["finish_reason"]
+
+    assert run() == (text, "eos")
+    assert run(echo=True) == (prompt + text, "eos")
+    assert run(stop=stop) == (kept, "stop")
+    assert run(stop=[stop], echo=True) == (prompt + kept, "stop")
+    says(written, monkeypatch)
+    [row] = base.generate_stream([before], 20, stop=stop).drain()
+    assert (row.text, row.finish_reason) == (kept, "stop")
+
+
+def test_a_completion_goes_on_inside_of_a_character(llama, monkeypatch):
+    """`generate_stream` takes ids, which may end there."""
+    *begin, a, b = llama.tokenizer.encode("x🙂", bos=True, eos=False)
+    says([a, b], monkeypatch)
+    events = [*llama.generate_stream([begin], 5)]
+    assert "".join(event.text for event in events) == "🙂"
+
+
+def test_an_answer_of_a_chat_begins_a_text(llama, monkeypatch):
+    ids = llama.tokenizer.encode("Hello there", bos=False, eos=False)
+    assert llama.tokenizer.sp_model.id_to_piece(ids[0]).startswith("▁")
+    says(ids, monkeypatch)
+    [answer] = llama.chat_completion([[{"role": "user", "content": "Hi"}]], logprobs=True)
+    assert answer["generation"]["content"] == "".join(answer["tokens"]) == "Hello there"
+
+
 def test_completion_is_the_decoded_generation(llama):
-    ids, _ = greedy(llama, [llama.tokenizer.encode("Hello", bos=True, eos=False)], max_gen_len=7)
+    prompt = llama.tokenizer.encode("Hello", bos=True, eos=False)
+    ids, _ = greedy(llama, [prompt], max_gen_len=7)
     [result] = llama.text_completion(["Hello"], temperature=0, max_gen_len=7)
-    assert result == {"generation": llama.tokenizer.decode(ids[0]), "finish_reason": "length"}
+    assert result["finish_reason"] == "length"
+    assert "Hello" + result["generation"] == llama.tokenizer.decode(prompt + ids[0])
 
 
 def test_a_refused_dialog_is_not_generated_and_disturbs_nobody(llama):
@@ -331,7 +394,7 @@ def test_a_refused_dialog_is_not_generated_and_disturbs_nobody(llama):
         (lambda m: m.text_completion(["\ud800"]), "surrogates not allowed"),
         (lambda m: m.generate([[1]], 3, temperature=-0.1), "temperature is -0.1"),
         (lambda m: m.generate([[1]], 3, temperature=float("nan")), "temperature is nan"),
-        (lambda m: m.generate([[1]], 3, top_p=0), "top_p is 0"),
+        (lambda m: m.generate([[1]], 3, top_p=-0.1), "top_p is -0.1"),
         (lambda m: m.generate([[1]], 3, top_p=1.5), "top_p is 1.5"),
         (lambda m: m.text_completion("Hello"), "prompts is 'Hello'"),
         (lambda m: m.text_completion(["a", b"Hello"]), "prompt 1 is b'Hello', which is not a str"),
@@ -368,7 +431,7 @@ valid_generate = {
     "prompt_tokens": st.lists(st.lists(ids, min_size=1, max_size=64), min_size=1, max_size=4),
     "max_gen_len": st.integers(0, 6),
     "temperature": st.one_of(st.just(0), st.floats(0, 3), st.sampled_from([5e-324, 1e-46, 1e30])),
-    "top_p": st.floats(0, 1, exclude_min=True),
+    "top_p": st.floats(0, 1),
     "logprobs": st.booleans(),
     "echo": st.booleans(),
 }

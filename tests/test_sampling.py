@@ -194,7 +194,7 @@ def test_a_slot_begins_anew_with_each_request():
     ("settings", "message"),
     [
         ({"temperature": -1}, "temperature is -1; it must be a number from 0"),
-        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": -0.1}, "top_p is -0.1; it must be a number from 0 (greedy) to 1"),
         ({"top_k": 1.5}, "top_k is 1.5; it must be an int"),
         ({"min_p": 2}, "min_p is 2"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a number from 1e-30"),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small import SHAPES, TOKENIZER, hugging_face, passes, random_model, save_random
+from small import SHAPES, TOKENIZER, hugging_face, passes, random_model, save_random, trained
 
 from llama import Llama, Tokenizer
 from llama.engine import common
@@ -59,6 +59,62 @@ def test_continuations_are_scored_given_their_prompts():
     assert result["sum"] == pytest.approx(sum(whole["logprobs"][-n:]))
 
 
+BORDERS = [
+    ("Question: What is larger, a sheep or a mouse?\nAnswer: ", "A"),
+    ("Onc", "e upon a time"),
+    ("The sun was w", "arm."),
+    ("Hello", "!"),
+    ("a", "🙂b"),
+    ("a🙂", "🙃"),
+    ("one\n", "two"),
+    ("def f():\n    ", "return 3"),
+    ("", "Once"),
+    (" \t", "x"),
+    ("The sun", " was"),
+    ("The sun ", " was"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "continuation"), BORDERS)
+def test_every_character_of_a_continuation_is_scored(prompt, continuation):
+    """As many tokens as the prompt alone has were skipped, where a token may reach over the border, or the prompt's
+    last space be part of the continuation's first word: nothing was scored, which a sum of 0.0 made the best answer."""
+    llama = built()
+    [result] = llama.score([prompt], [continuation])
+    ids = OURS.encode(prompt + continuation, bos=True, eos=False)
+    n = len(result["token_ids"])
+    assert result["token_ids"] == ids[-n:]
+    before, first = OURS.decode(ids[:-n]).rstrip("\ufffd"), "".join(result["tokens"])
+    assert prompt.rstrip().startswith(before) and first.endswith(continuation)
+    assert n == len(ids) - 1 or not prompt.rstrip().startswith(OURS.decode(ids[: len(ids) - n + 1]))
+    expected = theirs(llama, ids)
+    total = sum(expected[t - 1, ids[t]].item() for t in range(len(ids) - n, len(ids)))
+    assert result["sum"] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize(("prompt", "continuation"), BORDERS)
+def test_continuations_are_those_of_lm_evaluation_harness(prompt, continuation):
+    """Where the prompt's tokens are the first of the whole text's, which that takes for granted."""
+    spaces = len(prompt) - len(prompt.rstrip())
+    context, more = prompt[: len(prompt) - spaces], prompt[len(prompt) - spaces :] + continuation
+    whole, alone = (OURS.encode(text, bos=True, eos=False) for text in (context + more, context))
+    [result] = built().score([prompt], [continuation])
+    if whole[: len(alone)] == alone:
+        assert result["token_ids"] == whole[len(alone) :]
+    else:
+        assert len(result["token_ids"]) > len(whole) - len(alone)
+
+
+def test_a_border_inside_of_one_token_without_text_of_its_own(tmp_path):
+    """A tokenizer without bytes makes one <unk> of what it does not know on both sides of the border."""
+    path = trained(tmp_path, byte_fallback=False)
+    llama = Llama(random_model(vocab_size=Tokenizer(path).n_words), Tokenizer(path))
+    with pytest.raises(ValueError, match="continuation 1, '本', adds nothing to prompt 1, 'the 日'"):
+        llama.score(["the", "the 日"], [" fox", "本"])
+    [result] = llama.score(["the 日"], ["本 fox"])
+    assert "".join(result["tokens"]).endswith("fox")
+
+
 def test_many_continuations_of_one_long_prompt():
     """What they share is computed once, and the scores are the same."""
     llama = built(max_batch_size=8, max_seq_len=128)
@@ -66,7 +122,7 @@ def test_many_continuations_of_one_long_prompt():
     with passes(llama) as seen:
         together = llama.score([prompt] * 4, ["one", "two", "three", "four"])
     rows = [OURS.encode(prompt + text, bos=True, eos=False) for text in ("one", "two", "three", "four")]
-    shared = [common(row, rows[0][: len(OURS.encode(prompt, bos=True, eos=False)) - 1]) for row in rows[1:]]
+    shared = [common(row, rows[0][: len(OURS.encode(prompt.rstrip(), bos=True, eos=False)) - 1]) for row in rows[1:]]
     assert min(shared) >= 40
     assert seen == [len(rows[0]), sum(map(len, rows[1:])) - sum(shared)]
     for text, result in zip(["one", "two", "three", "four"], together, strict=True):
@@ -109,6 +165,7 @@ def test_embeddings_are_hugging_faces_last_hidden_states():
         (lambda m: m.score("text"), "prompts is 'text'"),
         (lambda m: m.score(["a"], ["b", "c"]), "2 continuations for 1 prompts"),
         (lambda m: m.score(["a"], [3]), "continuation 0 is 3"),
+        (lambda m: m.score(["a", "b "], ["x", ""]), "continuation 1, '', adds nothing to prompt 1, 'b '"),
         (lambda m: m.score(["a"], top_logprobs=-1), "top_logprobs is -1"),
         (lambda m: m.score(["a " * 99]), "more than max_seq_len 64"),
         (lambda m: m.embed(["a"], "max"), "pooling is 'max'"),
@@ -126,6 +183,51 @@ def test_scores_that_are_not_finite_name_the_layer():
     llama.model.layers[1].feed_forward.w2.weight.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match=r"layers\.1$"):
         llama.score(["Hello"])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize(
+    ("name", "value", "layer"),
+    [
+        ("layers.1.feed_forward.w2", math.nan, "layers.1"),
+        ("layers.2.attention.wo", math.inf, "layers.2"),
+        ("norm", math.nan, "norm"),
+        ("tok_embeddings", math.nan, "tok_embeddings"),
+    ],
+)
+def test_embeddings_that_are_not_finite_name_the_layer(pooling, name, value, layer):
+    """They were returned as NaN."""
+    llama = built()
+    llama.model.get_submodule(name).weight.data.fill_(value)
+    with pytest.raises(FloatingPointError, match=rf"first layer to give such values is {layer}$"):
+        llama.embed(["Hello", "x"], pooling)
+
+
+CALLS = {
+    "embed": lambda llama, text: llama.embed(["x", text]),
+    "embed last": lambda llama, text: llama.embed([text, "x"], "last"),
+    "score": lambda llama, text: llama.score([text]),
+    "continuation": lambda llama, text: llama.score([text], [" x"]),
+    "echo": lambda llama, text: llama.text_completion([text], max_gen_len=0, echo=True, logprobs=True),
+    "generate": lambda llama, text: llama.text_completion([text], max_gen_len=1),
+    "perplexity": lambda llama, text: perplexity(llama.model, OURS.encode(text, bos=True, eos=False), 16, 8),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_not_finite_is_found_by_every_call_and_not_kept(call, monkeypatch):
+    """Values that break once, as those of a faulty device, stayed in the slots of embeddings, and the next call that
+    shared a prefix with them failed."""
+    llama, text = built(max_seq_len=128), "The sun was warm and the fox was cold. " * 2
+    expected = llama.text_completion([text], temperature=0, max_gen_len=5)
+    block, broken = llama.model.layers[1], [math.nan]
+    block.register_forward_hook(lambda module, args, output: output * broken[0])
+    monkeypatch.setattr("llama.backends.customized", lambda model: False)  # so that prefixes are shared
+    with pytest.raises(FloatingPointError):
+        CALLS[call](llama, text)
+    broken[0] = 1.0
+    assert llama.text_completion([text], temperature=0, max_gen_len=5) == expected
+    assert all(kv.isfinite().all() for kv in llama.model.buffers())
 
 
 def _score(folder):

@@ -42,8 +42,9 @@ def test_a_stream_is_the_completion_as_it_happens(llama, echo):
     assert [row[0] for row in rows] == [result["generation"] for result in whole]
     assert [row[2] for row in rows] == [result["logprobs"] for result in whole]
     assert [row[3] for row in rows] == ["length"] * 3
-    for (text, ids, _, _), result in zip(rows, whole, strict=True):
-        assert text == "".join(result["tokens"]) == llama.tokenizer.decode(ids)
+    for (text, ids, _, _), prompt, result in zip(rows, prompts, whole, strict=True):
+        before = [] if echo else llama.tokenizer.encode(prompt, bos=True, eos=False)
+        assert text == "".join(result["tokens"]) == llama.tokenizer.decode(before + ids)[len("" if echo else prompt) :]
     ids, _ = llama.generate([[1, 2, 3]], 9, **options | {"echo": False, "logprobs": False})
     assert [row[1] for row in joined(llama.generate_stream([[1, 2, 3]], 9, temperature=0.9, seed=5), 1)] == ids
 

@@ -1,12 +1,17 @@
 """The tokenizer against SentencePiece itself."""
 
+import random
+
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
-from small import TOKENIZER
+from small import TOKENIZER, trained
 
 from llama import Tokenizer
+from llama.tokenizer import Decoder
 
 TEXTS = ["", " ", "Once upon a time", "  two  spaces\n\ttab ", "2023 + 19", "naïve 你好 🙂", "<s> </s> <unk>", "▁ ▁▁x"]
 SENTENCEPIECE = SentencePieceProcessor(model_file=str(TOKENIZER))
@@ -55,6 +60,40 @@ def test_pieces_join_to_what_sentencepiece_decodes(ids):
     pieces = OURS.decode_pieces(ids)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == SENTENCEPIECE.decode(ids) == OURS.decode(ids)
+
+
+SETTINGS = [
+    {},
+    {"add_dummy_prefix": False},
+    {"remove_extra_whitespaces": True},
+    {"remove_extra_whitespaces": True, "add_dummy_prefix": False},
+    {"treat_whitespace_as_suffix": True},
+    {"model_type": "unigram", "add_dummy_prefix": False, "byte_fallback": False, "unk_surface": "<?>"},
+    {"normalization_rule_name": "nmt_nfkc", "user_defined_symbols": ["▁▁", "▁foo", "<x>"], "control_symbols": ["<c>"]},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_streams_of_every_tokenizer_equal_its_decode(settings, tmp_path):
+    """The first space was dropped of every text, whether or not the tokenizer adds and drops it, and <unk> was written
+    in one way only. Also where a text continues another, at any id."""
+    ours, chance = Tokenizer(trained(tmp_path, **settings)), random.Random(0)
+    space = ours.sp_model.piece_to_id("▁")
+    encoded = [ours.encode(text, bos=True, eos=False) for text in (" the", "the  fox", "def f(): 漢🙂", "  hat")]
+    for _ in range(400):
+        some = [chance.choice([chance.randrange(ours.n_words), chance.randrange(166), space, 0, 1]) for _ in range(6)]
+        ids = [*chance.choice([*encoded, []])[: chance.randrange(9)], *some[: chance.randrange(7)]]
+        assert "".join(ours.decode_pieces(ids)) == ours.decode(ids) == ours.sp_model.decode(ids)
+        cut = chance.randint(0, len(ids))
+        decoder = Decoder(ours)
+        before = "".join(map(decoder.push, ids[:cut])) + (decoder.flush() if cut == len(ids) else "")
+        assert before + "".join(ours.decode_pieces(ids[cut:], ids[:cut])) == ours.decode(ids)
+
+
+def test_ids_of_other_libraries_are_decoded():
+    ids = OURS.encode("Once upon a 🙂", bos=True, eos=False)
+    for same in (np.array(ids), torch.tensor(ids), tuple(ids), [np.int32(id) for id in ids]):
+        assert OURS.decode(same) == "".join(OURS.decode_pieces(same)) == "Once upon a 🙂"
 
 
 def test_a_character_comes_with_its_last_byte():

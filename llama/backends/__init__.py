@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 import torch.nn.modules.module as hooks
 from torch import Tensor, nn
 
 from .. import layers
-from ..batch import Batch
+from ..batch import Batch, groups
 from ..model import Attention, FeedForward, KVCache, RMSNorm, Transformer, TransformerBlock
 
 
@@ -27,13 +28,40 @@ class Backend(Protocol):
 
 def copy_slot(model: Transformer, source: int, target: int, length: int) -> None:
     """Give slot `target` of the cache the keys and values of the first `length` positions of slot `source`."""
-    for cache in model.buffers():
-        cache[target, :, :length] = cache[source, :, :length]
+    for cache in caches(model):
+        cache.kv[target, :, :length] = cache.kv[source, :, :length]
+
+
+class Called:
+    """A Transformer whose own `forward` has hooks or is a user's, called as its callers do: with tokens (B, T), whose
+    rows it sees in slots from 0 on. What passes for hidden states holds the logits too."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    def hidden(self, batch: Batch) -> Tensor:
+        whole, parts = [(cache, cache.kv) for cache in caches(self.model)], list[Tensor]()
+        watch = self.model.norm.register_forward_pre_hook(lambda norm, args: parts.append(args[0].float()))
+        try:
+            for tokens, slots, T, S, _ in groups(batch):
+                for cache, kv in whole:
+                    cache.kv = kv[slots]
+                logits = self.model(batch.tokens[tokens].view(-1, T), S - T).flatten(0, 1)
+                parts.append(torch.cat((parts.pop(), logits), -1))
+        finally:
+            watch.remove()
+            for cache, kv in whole:
+                cache.kv = kv
+        return torch.cat(parts)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden[:, self.model.params.dim :]
 
 
 log = logging.getLogger(__name__)
-OURS = {Transformer, TransformerBlock, Attention, FeedForward, KVCache, RMSNorm, nn.ModuleList}
+OURS: set[type[nn.Module]] = {Transformer, TransformerBlock, Attention, FeedForward, KVCache, RMSNorm, nn.ModuleList}
 OURS |= {layers.ColumnParallelLinear, layers.RowParallelLinear, layers.ParallelEmbedding}
+FORWARD = {module: module.forward for module in OURS}  # which a user may replace in the class too
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -45,23 +73,30 @@ def modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def caches(model: nn.Module) -> list[KVCache]:
+    """The caches, which are not all buffers: a user's modules may have some of their own."""
+    return [module for module in modules(model) if isinstance(module, KVCache)]
+
+
+def changed(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
+    """Whether calling a module does more than our module of this kind, by default its own, would: it has hooks, or its
+    `forward` is a user's."""
+    has, forward = vars(module), FORWARD.get(kind or type(module))
+    return type(module).forward is not forward or "forward" in has or bool(has[HOOKS[0]] or has[HOOKS[1]])
+
+
 def customized(model: Transformer) -> bool:
-    """Whether the model computes more than its weights say: modules have hooks, or a user replaced some. A backend
-    that reads weights alone would skip that."""
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        return True
-    return any(
-        type(module) not in OURS or "forward" in (has := vars(module)) or has[HOOKS[0]] or has[HOOKS[1]]
-        for module in modules(model)
-    )
+    """Whether the model computes more than its weights say. A backend that reads weights alone would skip that."""
+    everywhere = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+    return bool(everywhere) or any(map(changed, modules(model)))
 
 
 def choose(model: Transformer, compile: bool = False) -> Backend:
     """The fastest backend for a model as it is: by its device, and by what this machine has. `compile` allows one that
     takes a C++ compiler."""
-    device = model.norm.weight.device.type
     if customized(model) or not model.params.max_batch_size:
-        return model
+        return Called(model) if changed(model, Transformer) else model
+    device = model.norm.weight.device.type
     try:  # a copy of this package may do without them, and Triton may be missing
         if device == "cuda":
             from . import cuda
@@ -81,8 +116,9 @@ def fingerprint(model: Transformer) -> object:
     modules, hooks, tensors that were replaced or written to, and `forward` calls, which write to the cache."""
     found: list[object] = [model.direct_calls, *hooks._global_forward_hooks, *hooks._global_forward_pre_hooks]
     for module in modules(model):
-        has = vars(module)
-        found += (id(module), type(module), "forward" in has, id(has.get("weight")), *has[HOOKS[0]], *has[HOOKS[1]])
+        has, kind = vars(module), type(module)
+        found += (id(module), kind, kind.forward, "forward" in has, id(has.get("weight")))
+        found += (*has[HOOKS[0]], *has[HOOKS[1]])
         for weight in has["_parameters"].values():
             if weight is not None:
                 found += (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
