@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -213,6 +214,91 @@ def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError) as error:
         SamplingParams(**settings)
     assert message in str(error.value)
+
+
+def distribution(logits, rows):
+    """What is left of each row's distribution (B, V) in one batch."""
+    sampler, slots = sampler_of(rows, [[0]] * len(rows), logits.shape[1]), tuple(range(len(rows)))
+    table = sampler.tabulate(slots)
+    probs = sampling.softmax(logits, table.temperature)
+    ids = sampler.candidates(logits, probs, table)
+    kept = filter_top_k_top_p(probs.gather(-1, ids), *table.filters)
+    return torch.zeros_like(logits).scatter(-1, ids, kept / kept.sum(-1, keepdim=True))
+
+
+def transformers_distribution(logits, row):
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper
+    from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers = [TemperatureLogitsWarper(float(row.temperature))]
+    warpers += [TopKLogitsWarper(row.top_k)] if row.top_k else []
+    warpers += [TopPLogitsWarper(row.top_p)] if row.top_p < 1 else []
+    warpers += [MinPLogitsWarper(row.min_p)] if row.min_p else []
+    return LogitsProcessorList(warpers)(None, logits[None])[0].softmax(-1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("vocab_size", [1024, 4096, 32_000, 128_256])
+def test_each_row_of_a_batch_is_filtered_as_transformers_filters_it_alone(vocab_size, seed):
+    """Beside a row without top_k, 512 candidates stood for the 1,000 of another: up to 35 tokens were missing."""
+    chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, vocab_size, generator=generator) * chance.choice([0.1, 1, 3])
+    rows = [
+        SamplingParams(
+            temperature=chance.choice([0.3, 1.0, 3.0, 10.0]),
+            top_p=chance.choice([0.13, 0.57, 0.9, 0.99, 1]),
+            top_k=top_k,
+            min_p=chance.choice([0, 0, 0.05, 0.5]),
+        )
+        for top_k in (0, chance.choice([5, 70]), chance.choice([600, 1000]), 1000, vocab_size)
+    ]
+    for row, alone, found in zip(rows, logits, distribution(logits, rows), strict=True):
+        if not sampling.excludes(row):
+            continue
+        expected = transformers_distribution(alone, row)
+        assert (found - expected).abs().sum() < 2e-3  # sums that are rounded otherwise may move the last token
+        assert torch.equal(found, distribution(alone[None], [row])[0])
+
+
+def test_top_k_beside_a_row_without():
+    logits = torch.randn(1, 32_000, generator=torch.Generator().manual_seed(0)).expand(2, 32_000)
+    for seed in range(10):
+        row = SamplingParams(3.0, 0.9, 1000, seed=seed)
+        together, alone = (
+            sampler_of([row, SamplingParams(3.0, 0.9)], [[0]] * 2, 32_000),
+            sampler_of([row], [[0]], 32_000),
+        )
+        for n in range(20):
+            assert together(logits, [0, 1], [n, n])[0] == alone(logits[:1], [0], [n])[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e5, 1e10, 1e30])
+@pytest.mark.parametrize("vocab_size", [50, 1024, 32_000])
+def test_cuts_at_high_temperatures_are_made_by_logits(temperature, vocab_size):
+    """From about 1e5 on probabilities are equal, and what was kept were those of the first ids."""
+    logits = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0))
+    likeliest = logits.argsort(-1, descending=True)
+    for n, cut in ((1, {"top_k": 1}), (7, {"top_k": 7}), (1, {"top_p": 0}), (3, {"top_k": 10, "top_p": 0.25})):
+        rows = [SamplingParams(temperature, **cut), SamplingParams(temperature, top_p=0.5), SamplingParams(0.7)]
+        kept = distribution(logits, rows)[0].nonzero()[:, 0].tolist()
+        assert (temperature == 1 and len(cut) == 2) or sorted(kept) == sorted(likeliest[0, :n].tolist())
+        drawn = sampler_of(rows, [[0]] * 3, vocab_size)(logits, [0, 1, 2], [0, 0, 0])[0]
+        assert drawn in likeliest[0, :n]
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 30}, {"top_k": 300}, {"top_p": 0.03}, {"min_p": 0.9}, {"top_p": 0.3}], ids=str
+)
+def test_equal_logits_beside_any_row(options):
+    """bfloat16 has few values, so that hundreds of logits are equal; which of them are kept depended on the others."""
+    logits = torch.randn(2, 32_000, generator=torch.Generator().manual_seed(0)).mul(0.2).bfloat16().float()
+    row = SamplingParams(1.0, **options)
+    alone = distribution(logits[:1], [row])[0]
+    order = logits[0].sort(descending=True, stable=True).indices
+    count = int((alone > 0).sum())
+    assert (alone > 0).nonzero()[:, 0].tolist() == order[:count].sort().values.tolist()
+    for other in ({"top_k": 2000}, {"top_p": 0.99}, {"min_p": 0.01}, {}):
+        assert torch.equal(distribution(logits, [row, SamplingParams(1.0, **other)])[0], alone)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 60, 600])
