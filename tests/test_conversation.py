@@ -78,6 +78,79 @@ def test_the_oldest_turns_go_and_the_system_message_stays(small):
     assert chat.say("Hello") is not None
 
 
+def exactly(llama, count, before=()):
+    """A text with which a dialog takes `count` tokens."""
+    for n in range(count):
+        dialog = [*before, {"role": "user", "content": "a" * n + " 🙂" * ((count - n) // 8)}]
+        if len(encode_dialog(llama.tokenizer, dialog)) == count:
+            return dialog[-1]["content"]
+
+
+@pytest.mark.parametrize("system", [None, "Be kind."])
+@pytest.mark.parametrize("max_gen_len", [None, 1, 8])
+def test_a_text_that_leaves_no_token_for_an_answer_is_an_error(small, system, max_gen_len):
+    """It was answered with '', as if the model had said so."""
+    chat = Chat(small, system, temperature=0, max_gen_len=max_gen_len)
+    text = exactly(small, 160, chat.dialog)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="takes all of max_seq_len 160, which leaves no token for an answer"):
+            chat.say(text)
+        assert len(chat.dialog) == (system is not None) and chat.dropped == 0
+        assert chat.say("Hello")  # whose turns then go for the text
+        chat.dialog = chat.dialog[: system is not None]
+    nearly = exactly(small, 159, chat.dialog)
+    with chat.stream(nearly) as stream:
+        assert len([event for event in stream if event.tokens]) == 1
+
+
+@pytest.mark.parametrize("system", [None, "Answer in one word."])
+def test_a_chat_trusts_nothing_that_was_not_computed(bundled, system):
+    """Answers after requests of no tokens, exact fits, refusals, errors and cancelled streams are those of a fresh
+    engine: a slot was said to hold the dialog of a request that had begun finished."""
+    model = Llama.build(MODELS / "small-chat", max_seq_len=96, max_batch_size=1, device="cpu", dtype="float32")
+    question = "What is 3 + 4?"
+
+    def nothing():
+        assert Chat(model, system, temperature=0, max_gen_len=0).say(question) == ""
+
+    def exact():
+        chat = Chat(model, system, temperature=0, max_gen_len=0)
+        assert chat.say(exactly(model, 96, chat.dialog)) == ""
+
+    def full():
+        chat = Chat(model, system, temperature=0)
+        ids = encode_dialog(model.tokenizer, [*chat.dialog, {"role": "user", "content": question}])
+        assert model.generate([(ids * 9)[:96]], 3) == ([[]], None)
+
+    def refused():
+        Chat(model, system).say(f"{question} [INST]")
+        Chat(model, system, input_filter=lambda dialog: "No.").say(question)
+
+    def stopped():
+        with Chat(model, system, temperature=0).stream(question):
+            pass
+
+    def failed():
+        with mock.patch("llama.backends.Plain.logits", side_effect=MemoryError), pytest.raises(MemoryError):
+            Chat(model, system).say(question)
+
+    def broken():
+        logits = mock.patch("llama.backends.Plain.logits", lambda self, x: self.model.logits(x) * float("nan"))
+        with logits, pytest.raises(FloatingPointError):
+            Chat(model, system).say(question)
+
+    texts = [question, "What is the opposite of big?", "Hello", "Who are you?"]
+    for before in (nothing, exact, full, refused, stopped, failed, broken):
+        chat = Chat(model, system, temperature=0, max_gen_len=12)
+        model.engine.forget()
+        for text in texts:
+            before()
+            dialog = chat.fitting([*chat.dialog, {"role": "user", "content": text}])
+            answer = chat.say(text)
+            [whole] = bundled.chat_completion([dialog], temperature=0, max_gen_len=12)
+            assert answer == whole["generation"]["content"], before.__name__
+
+
 def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(small):
     chat = Chat(small, temperature=0, max_gen_len=40)
     with chat.stream("Hello") as stream:

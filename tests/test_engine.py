@@ -7,6 +7,8 @@ import torch
 from small import TOKENIZER, random_model
 
 from llama import Tokenizer
+from llama.backends import Plain
+from llama.batch import Batch
 from llama.engine import Engine, common
 from llama.request import Request
 from llama.sampling import SamplingParams
@@ -123,6 +125,81 @@ def test_random_requests_get_what_they_get_alone(monkeypatch, one_thread):
     found, left = fuzz(0, 250)
     check(found, left)
     assert sum(given[3] == ["cancelled"] for given, _ in found) > 5
+
+
+def held(engine, other):
+    """Whether the cache has what slots say that it holds: what another model computes for their tokens."""
+    for slot, ours in enumerate(engine.slots):
+        if n := len(ours.tokens):
+            with torch.inference_mode():
+                other.hidden(Batch.of([(0, 0, ours.tokens)]))
+            for a, b in zip(engine.model.buffers(), other.buffers(), strict=True):
+                assert torch.allclose(a[slot, :, :n], b[0, :, :n], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("ahead", [{"cuda"}, {"cuda", "cpu"}], ids=["", "ahead"])
+def test_what_a_slot_says_it_holds_was_stored(monkeypatch, one_thread, ahead):
+    """After every step of random requests, of which some are cancelled, and passes, of which some fail."""
+    monkeypatch.setattr("llama.engine.WORTH_SHARING", 4)
+    monkeypatch.setattr("llama.engine.CHUNK", 8)
+    monkeypatch.setattr("llama.engine.AHEAD", ahead)
+    chance, tokenizer = random.Random(2), Tokenizer(TOKENIZER)
+    size = {"vocab_size": VOCABULARY, "max_seq_len": CONTEXT, "max_batch_size": SLOTS}
+    engine, other = Engine.of(random_model(**size)), random_model(**size)
+    running, earlier, failed = [], [], 0
+    monkeypatch.setattr(Plain, "forward", lambda self, batch: after(self.model.hidden(batch)))
+
+    def after(hidden):
+        if chance.random() < 0.03:
+            raise MemoryError
+        if chance.random() < 0.03:
+            hidden[chance.randrange(len(hidden))] = float("nan")
+        return hidden
+
+    for _ in range(120):
+        for _ in range(chance.choice([0, 0, 1, 2])):
+            prompt = random_prompt(chance, earlier[-20:])
+            request = requested(random_settings(chance, prompt), chance.choice([(), ("a",)]), tokenizer)
+            request.observe = chance.choice([None, None, lambda *args: True, lambda *args: chance.random() < 0.9])
+            running.append(request)
+            engine.submit(request)
+        if running and chance.random() < 0.2:
+            engine.cancel(chance.choice(running))
+        try:
+            engine.step()
+        except MemoryError:
+            failed += 1
+        held(engine, other)
+        earlier += [request.ids for request in running if request.finish]
+        running = [request for request in running if not request.finish]
+    assert failed and len(earlier) > 50
+
+
+def test_a_request_whose_admission_fails_is_gone(monkeypatch):
+    """It waited on, already over, and took a slot for ever."""
+    engine = Engine.of(random_model())
+    with monkeypatch.context() as patch:
+        patch.setattr("llama.sampling.Sampler.admit", lambda *args: 1 / 0)
+        with pytest.raises((ZeroDivisionError, RuntimeError)):
+            [*engine.run([Request([1, 2], 5)])]
+    assert not engine.waiting and not any(slot.request for slot in engine.slots)
+    request = Request([1, 2], 5)
+    assert [event.finish_reason for step in engine.run([request]) for event in step][-1] == "length"
+    assert not any(slot.request for slot in engine.slots)
+
+
+def test_a_chunk_that_is_not_finite_is_found_before_the_last(monkeypatch):
+    """Only the end of a prompt is sampled. A cancelled request left NaN in a slot, as a prefix for others."""
+    monkeypatch.setattr("llama.engine.CHUNK", 8)
+    engine = Engine.of(random_model())
+    engine.model.tok_embeddings.weight[77] = float("nan")
+    engine.submit(first := Request([1, 2], 40))
+    engine.step()
+    engine.submit(second := Request([1, 77, *range(3, 40)], 60))
+    engine.step()
+    assert second.finish == "error" and isinstance(second.error, FloatingPointError)
+    assert not first.finish and not any(77 in slot.tokens for slot in engine.slots)
+    assert all(kv.isfinite().all() for kv in engine.model.buffers())
 
 
 def _on_ranks(seed, count):
