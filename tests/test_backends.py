@@ -319,7 +319,7 @@ def test_buffers_of_a_users_modules_are_no_caches(tokenizer):
     assert llama.generate([[1, 5]], 3, temperature=0) == expected
     for layer in model.layers:
         layer.register_buffer("other", torch.zeros(2))
-    choose(model).copy_slot(0, 3, 2)
+    backends.copy_slot(model, 0, 3, 2)
 
 
 def test_what_makes_a_model_customized():

@@ -131,11 +131,12 @@ def test_a_chat_trusts_nothing_that_was_not_computed(bundled, system):
             pass
 
     def failed():
-        with mock.patch("llama.backends.Plain.logits", side_effect=MemoryError), pytest.raises(MemoryError):
+        with mock.patch("llama.model.Transformer.logits", side_effect=MemoryError), pytest.raises(MemoryError):
             Chat(model, system).say(question)
 
     def broken():
-        logits = mock.patch("llama.backends.Plain.logits", lambda self, x: self.model.logits(x) * float("nan"))
+        real = model.model.logits
+        logits = mock.patch.object(model.model, "logits", lambda hidden: real(hidden) * float("nan"))
         with logits, pytest.raises(FloatingPointError):
             Chat(model, system).say(question)
 
