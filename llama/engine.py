@@ -357,7 +357,7 @@ def arrange(rows: Sequence[Row], tokens: Tensor) -> Batch:
     return Batch.arrange(tokens, [Span(row.request.slot, row.start, row.length) for row in rows])
 
 
-def common(a: Sequence[Any], b: Sequence[Any]) -> int:
+def common(a: Sequence[int], b: Sequence[int]) -> int:
     """The length of the longest common prefix, by bisection, as slices compare fast."""
     low, high = 0, min(len(a), len(b)) + 1  # equal up to low, not so up to high
     while high - low > 1:

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from reprlib import repr as shorten
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -17,13 +16,13 @@ from torch import Tensor
 from . import parallel
 from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
 from .checkpoint import Checkpoint, available, check_path, find_tokenizer, footprint, load, shortage
-from .engine import Engine, common
+from .engine import Engine
 from .model import Transformer
 from .options import Options, Settings, plain_arguments, spread_options
 from .request import Event, Request
 from .scoring import Scores, embed, score
 from .stream import InputFilter, OutputFilter, Stream, check_verdict, drains, filtered
-from .text import Text
+from .text import Text, border
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -236,15 +235,10 @@ class Llama:
 
     def _border(self, i: int, prompt: str, continuation: str, ids: Sequence[int]) -> int:
         """The number of the first of the `ids` of both that is not wholly the prompt's."""
-        alone = self.tokenizer.decode(self.tokenizer.encode(prompt.rstrip(), bos=True, eos=False))
-        pieces = self.tokenizer.decode_pieces(ids)
-        border = common(alone, "".join(pieces))  # in characters, of what the tokenizer makes of the texts
-        begin = next((n for n, end in enumerate(accumulate(map(len, pieces))) if end > border), None)
-        if begin is None or not continuation:
+        begin = border(self.tokenizer, prompt.rstrip(), ids)
+        if begin == len(ids) or not continuation:
             texts = f"continuation {i}, {shorten(continuation)}, adds nothing to prompt {i}, {shorten(prompt)}"
             raise ValueError(f"{texts}; there is nothing to score")
-        while begin > 1 and not pieces[begin - 1]:  # the first bytes of its first character
-            begin -= 1
         return begin
 
     def _scored(self, scores: Scores) -> Scored:

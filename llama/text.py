@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from .tokenizer import Decoder, Tokenizer
 
@@ -58,3 +59,13 @@ class Text:
         begun = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self.final += text[: len(text) - begun]
         self.held = text[len(text) - begun :]
+
+
+def border(tokenizer: Tokenizer, beginning: str, ids: Sequence[int]) -> int:
+    """The number of the first of `ids`, BOS and a text, that is not wholly of the text's beginning; of all if none."""
+    alone = tokenizer.decode(tokenizer.encode(beginning, bos=True, eos=False))
+    pieces = tokenizer.decode_pieces(ids)
+    first = next((n for n, text in enumerate(accumulate(pieces)) if not alone.startswith(text)), len(ids))
+    while 1 < first < len(ids) and not pieces[first - 1]:  # the first bytes of its first character
+        first -= 1
+    return first
