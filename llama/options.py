@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set, ValuesView
 from dataclasses import fields
 from functools import wraps
 from inspect import Parameter, signature
@@ -31,7 +31,7 @@ def plain(value: Any) -> Any:
     for name in ("tolist", "to_list", "to_pylist"):  # of NumPy, PyTorch and pandas; of Polars; of Arrow
         if hasattr(value, name):
             return plain(getattr(value, name)())
-    if isinstance(value, Collection) and not isinstance(value, (str, bytes)):
+    if isinstance(value, (Sequence, Set, ValuesView)) and not isinstance(value, (str, bytes)):
         return [*value] if {*map(type, value)} <= ATOMS else [*map(plain, value)]
     return index(value) if hasattr(value, "__index__") else value
 

@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from small import MODELS, random_model
+from small import MODELS, random_model, save_random
 
 from llama import Chat, Llama
 from llama.options import plain, plain_arguments
@@ -170,7 +170,10 @@ def test_sizes_of_other_libraries():
 
 
 def test_what_stays_as_it_is():
-    function = np.sum
+    class Words:  # such as a tokenizer, which has some methods of a collection
+        __len__ = __iter__ = __contains__ = None
+
+    function, llama = np.sum, Words()
     for value in (function, llama, "text", b"bytes", 1.5, True, torch.float32, torch.device("cpu")):
         assert plain(value) is value
     assert plain({"a": (np.int8(1), {2.5}), 3: np.array("b")}) == {"a": [1, [2.5]], 3: "b"}
@@ -199,3 +202,16 @@ def test_the_signature_remains():
     assert function(None, None, c=None, d=None) == (None, 3, 4, {"d": None})
     assert function(np.int8(1), c=np.int8(2)) == (1, 3, 2, {})
     assert str(inspect.signature(function)) == "(a, b=3, *, c: int = 4, **rest)"
+
+
+def _on_ranks(folder):
+    llama = Llama.build(folder, MODELS / "tokenizer.model", np.int64(64), np.int64(4), device="cpu")
+    options = {"top_k": np.int64(5), "seed": torch.tensor([1, 2]), "stop": None}
+    texts = np.array(TEXTS, dtype=object)
+    return llama.generate(torch.tensor(IDS), np.int64(3), **options), llama.score(texts, texts)[1]["token_ids"]
+
+
+def test_arguments_reach_every_rank(ranks, tmp_path):
+    save_random(tmp_path, mp=2)
+    alone = _on_ranks(tmp_path)
+    assert ranks(2).run(_on_ranks, tmp_path) == [alone, alone]
