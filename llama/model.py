@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +48,9 @@ class ModelArgs:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            kinds = (int, float) if "float" in str(field.type) else (int,)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not -math.inf < value < math.inf:
-                raise ValueError(f"{field.name} is {value!r}, which is not {' or '.join(k.__name__ for k in kinds)}")
+            kind: Any = Real if "float" in str(field.type) else Integral
+            if isinstance(value, bool) or not isinstance(value, kind) or not -math.inf < value < math.inf:
+                raise ValueError(f"{field.name} is {value!r}, which is not int{' or float' * (kind is Real)}")
             unset = {"vocab_size": -1, "max_batch_size": 0}.get(field.name)
             if not 0 < value < 2**31 and value != unset:
                 raise ValueError(f"{field.name} is {value}; it must be positive and below 2^31")

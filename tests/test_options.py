@@ -7,7 +7,7 @@ import pytest
 import torch
 from small import MODELS, random_model, save_random
 
-from llama import Chat, Llama
+from llama import Chat, Llama, ModelArgs, Transformer
 from llama.options import plain, plain_arguments
 
 IDS = [[1, 5, 6, 300], [1, 7, 8, 301]]
@@ -167,6 +167,16 @@ def test_sizes_of_other_libraries():
     assert (built.model.params.max_seq_len, built.model.params.max_batch_size) == (512, 4)
     with pytest.raises(ValueError, match=r"max_batch_size is 2\.5"):
         Llama.build(MODELS / "small", max_batch_size=np.float64(2.5), **usual)
+
+
+def test_a_shape_of_other_numbers(llama):
+    shape = {name: value for name, value in vars(llama.model.params).items() if value}
+    args = {name: np.float64(v) if isinstance(v, float) else np.int64(v) for name, v in shape.items()}
+    same = Transformer(ModelArgs(**args)).requires_grad_(False)
+    same.load_state_dict(llama.model.state_dict())
+    assert Llama(same, llama.tokenizer).generate(IDS, 3, temperature=0) == llama.generate(IDS, 3, temperature=0)
+    with pytest.raises(ValueError, match="dim is .*64.5.*, which is not int"):
+        ModelArgs(dim=np.float64(64.5))
 
 
 def test_what_stays_as_it_is():
