@@ -288,7 +288,7 @@ def test_nothing_in_a_shard_is_executed(folder, tmp_path, zipped):
         ({"device": "quantum"}, "device 'quantum'"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"model_parallel_size": 2}, "model_parallel_size 2 does not fit 1"),
-        ({"seed": None}, "seed is None"),
+        ({"seed": 1.5}, "seed is 1.5"),
         ({"tokenizer_path": "no/tokenizer.model"}, r"tokenizer_path no/tokenizer\.model is not an existing file"),
         ({"tokenizer_path": str(MODELS)}, "is not an existing file"),
     ],
