@@ -60,7 +60,7 @@ def main(
     device: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
 ) -> None:
     """Print the model's answer to each dialog.
 
@@ -77,7 +77,7 @@ def main(
         device: cuda, mps or cpu; the first of them that there is by default
         dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
         quantize: int8 or int4, to round the weights when they are loaded
-        compile: to be faster on a CPU, int4 above all, after some seconds of its C++ compiler
+        compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
     """
     dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(str(ckpt_dir)).resolve() == BUNDLED else DIALOGS)
     llama = Llama.build(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from . import parallel
+from . import backends, parallel
 from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
 from .checkpoint import Checkpoint, available, check_path, find_tokenizer, footprint, load, shortage
 from .engine import Engine
@@ -82,17 +82,17 @@ class Llama:
         dtype: str | torch.dtype | None = None,
         check_memory: bool = True,
         quantize: str | None = None,
-        group_size: int = 64,
-        compile: bool = False,
+        group_size: int | None = None,
+        compile: bool | None = None,
     ) -> Llama:
         """Load the checkpoint in `ckpt_dir`, in Meta's layout or Hugging Face's, whatever number of shards it has.
 
         `max_seq_len` counts the tokens of prompt and answer together; with `max_batch_size` it sizes the cache.
         `tokenizer_path` defaults to tokenizer.model in the folder or one up. `device` defaults to CUDA, then MPS, then
         CPU; `dtype` to the checkpoint's, or float32 where the CPU has no instructions for it. `quantize` rounds the
-        matrices to int8, or to int4 in groups of `group_size` columns; a checkpoint that was saved so needs neither.
-        `compile` has g++ make all layers for a CPU with AVX-512 VNNI, which takes about twenty seconds, once.
-        It changes nothing on a GPU.
+        matrices to int8, or to int4 in groups of `group_size` columns (32); one that was saved so needs none.
+        On a CPU, models of more than 50 MB are computed by C++ that is compiled once, in about ten seconds: `compile`
+        says whether, for any model.
         Raises ValueError, FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank,
         and MemoryError before anything is allocated when weights, cache and activations will not fit;
         `check_memory=False` tries.
@@ -119,10 +119,11 @@ class Llama:
         if len(set(plans)) > 1:
             raise ValueError(f"the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size): {plans}")
         with parallel.all_or_none():
-            load(model, weights, args, on, final, rounding, compile)
+            native = needed.weights > backends.LARGE if compile is None else compile
+            load(model, weights, args, on, final, rounding, native)
             model.allocate_cache()
         llama = Llama(model.eval().requires_grad_(False), tokenizer, seed)
-        llama.engine.compile = compile
+        llama.engine.compile = native
         return llama
 
     @parallel.as_first_rank

@@ -62,6 +62,7 @@ log = logging.getLogger(__name__)
 OURS: set[type[nn.Module]] = {Transformer, TransformerBlock, Attention, FeedForward, KVCache, RMSNorm, nn.ModuleList}
 OURS |= {layers.ColumnParallelLinear, layers.RowParallelLinear, layers.ParallelEmbedding}
 FORWARD = {module: module.forward for module in OURS}  # which a user may replace in the class too
+LARGE = 50e6  # bytes of weights from which on a CPU compiling pays, though nobody asks for it
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -93,7 +94,7 @@ def customized(model: Transformer) -> bool:
 
 def choose(model: Transformer, compile: bool = False) -> Backend:
     """The fastest backend for a model as it is: by its device, and by what this machine has. `compile` allows one that
-    takes a C++ compiler."""
+    takes a C++ compiler, for CPUs."""
     if customized(model) or not model.params.max_batch_size:
         return Called(model) if changed(model, Transformer) else model
     device = model.norm.weight.device.type

@@ -1,192 +1,298 @@
-"""All layers in C++: cpu.cpp, compiled for this machine where `compile` asks for it.
+"""The CPU backend: native.cpp, compiled for this machine when a large enough model is first loaded.
 
 Between two matmuls of a small model the caches of a CPU are empty, and each operation of PyTorch's takes ten times what
-it does in a loop: so a step of decoding is one call. Activations are float32, whatever the weights' dtype.
+it does in a loop: so a pass is one call. Activations are float32, whatever the weights' dtype.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
+import math
 import os
+import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import Batch
+from ..batch import Sequence as Span
 from ..model import Transformer, rope_frequencies
-from ..parallel import cpu_has, world_size
+from ..parallel import all_gather, all_reduce, cpu_has, world_size
 from . import Backend
 
 log = logging.getLogger(__name__)
-ops: Any = torch.ops.llama
-FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-DCPU_CAPABILITY_AVX512"]
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "threads.h", "vector.h")]
+FLAGS = ["-std=c++17", "-O3", "-pthread", "-fPIC", "-shared"]
+# What a pass makes of so many tokens stays in the last-level cache.
+PASS = 512
+# oneDNN has instructions for whole matrices of 16 bits, which many tokens fill: there the model itself is faster.
+MATRIX_UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16",)}
+FEW = 16  # tokens of a pass that are no such matrix
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling
 
 
 @cache
-def cpp() -> bool:
-    """Compile and load cpu.cpp when this is first called; whether that worked."""
+def library() -> Any:
+    """native.cpp as a loaded library, compiled if need be; None where that is impossible, which is logged."""
     try:
-        if not cpu_has("avx512_vnni"):
-            raise RuntimeError("it is for CPUs with AVX-512 VNNI")
-        torch.ops.load_library(library())
-    except (RuntimeError, OSError, ImportError) as error:  # no compiler, no place for its files
-        log.warning("cpu.cpp is not compiled, which is slower: %s", f"{type(error).__name__}: {error}".split("\n")[0])
-        return False
-    return True
+        made = cached()
+        try:
+            lib = ctypes.CDLL(str(made))
+        except OSError:  # a damaged file
+            made.unlink()
+            lib = ctypes.CDLL(str(cached()))
+    except (RuntimeError, OSError) as error:
+        log.warning("the model itself computes, which is slower than compiled code: %s", error)
+        return None
+    pointer, i64 = ctypes.c_void_p, ctypes.c_int64
+    lib.llama_matmul.argtypes = pointer, pointer, pointer, i64
+    lib.llama_attention.argtypes = pointer, i64, pointer, pointer, pointer, pointer, i64, i64
+    lib.llama_feed_forward.argtypes = pointer, i64, pointer, pointer, pointer, i64
+    lib.llama_layers.argtypes = pointer, pointer, pointer, pointer, i64, i64
+    lib.llama_logits.argtypes = pointer, pointer, pointer, i64
+    lib.llama_pack.argtypes = i64, pointer, pointer, i64, i64, i64
+    return lib
 
 
-def library() -> Path:
-    """cpu.cpp as a shared library, compiled unless there is one of the same source, command, torch and CPU. torch's own
-    way to do this imports for seconds in every process."""
-    import fcntl  # which Windows lacks
+def command() -> list[str]:
+    """The compiler and its flags for this CPU. RuntimeError if there is none."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for compiler in [named] if named else [["g++"], ["clang++"], ["c++"]]:
+        if shutil.which(compiler[0]):
+            arm = platform.machine() in ("arm64", "aarch64")
+            return [*compiler, *FLAGS, "-mcpu=native" if arm else "-march=native"]
+    raise RuntimeError(f"there is no {named[0] if named else 'g++ or clang++'}; install one, or name another in CXX")
 
-    source, pytorch = Path(__file__).with_name("cpu.cpp"), Path(torch.__file__).parent
-    compiler = shlex.split(os.environ.get("CXX") or "g++")
-    paths = [f"-I{pytorch / 'include'}", str(source), f"-L{pytorch / 'lib'}"]
-    command = [*compiler, *FLAGS, *paths, "-ltorch_cpu", "-lc10"]
-    units = [(unit, has) for unit, has in torch.cpu.get_capabilities().items() if has is True or unit == "cpu_name"]
-    state = source.read_text(encoding="utf-8"), command, torch.__version__, units
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-reference"
-    made = folder / f"cpu-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.so"
+
+def cpu_name() -> str:
+    """What tells this CPU, with its instruction sets, from others that may share a home directory."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        keys = ("model name", "flags", "Features", "CPU part")
+        return repr(sorted({line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith(keys)}))
+    return platform.processor() + platform.machine()
+
+
+def cached() -> Path:
+    """The library's file in the user's cache directory: one for each source, command, compiler and CPU."""
+    parts = command()
+    version = subprocess.run([parts[0], "--version"], capture_output=True, text=True, errors="replace").stdout
+    state = [source.read_text(encoding="utf-8") for source in SOURCES], parts, version, cpu_name()
+    name = f"native-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.so"
+    made = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-reference" / name
     if made.exists():
         return made
-    if not shutil.which(compiler[0]):
-        raise RuntimeError(f"there is no {compiler[0]}; install it, or name another compiler in CXX")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles
-        if not made.exists():
-            log.warning("compiling cpu.cpp for this CPU, once, which takes about twenty seconds")
-            new = made.with_suffix(f".{os.getpid()}")  # a compiler whose process was killed may still be at work
-            done = subprocess.run([*command, "-o", str(new)], capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                errors = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
-                raise RuntimeError(errors[0] if errors else f"{compiler[0]} ended with {done.returncode}")
-            new.replace(made)
+    try:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(made.parent / "lock"):
+            return made if made.exists() else compiled(parts, made)
+    except OSError:  # a home that cannot be written to
+        return compiled(parts, Path(tempfile.mkdtemp(prefix="llama-")) / name)
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Of several processes one compiles, where files can be locked."""
+    with path.open("w") as lock:
+        with suppress(ImportError):
+            import fcntl  # which Windows lacks
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def compiled(parts: Sequence[str], made: Path) -> Path:
+    """Compile native.cpp to a file."""
+    log.warning("compiling native.cpp for this CPU, once, which takes about ten seconds")
+    new = made.with_suffix(f".{os.getpid()}")
+    done = subprocess.run([*parts, str(SOURCES[0]), "-o", str(new)], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        new.unlink(missing_ok=True)
+        errors = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
+        raise RuntimeError(errors[0] if errors else f"{parts[0]} ended with {done.returncode}")
+    new.replace(made)
     return made
 
 
-class Matrix:
-    """A matrix (out, in) as cpu.cpp reads it, by whose transpose it multiplies rows. Its parts are contiguous
-    tensors (some of out, in) of floats of any kind, where `in` is a multiple of 16; or int8 (out / 64, in / 4, 64, 4),
-    scales (out,) and int32 sums of the int8 of each output (out,); or uint8 (out / 16, groups, columns / 8, 64),
-    bfloat16 scales and uint8 zeros (out / 16, groups, 16)."""
-
-    def __init__(self, *parts: Tensor) -> None:
-        self.parts = [*parts]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in the dtype of x."""
-        y: Tensor = ops.product(x.reshape(-1, x.shape[-1]).float().contiguous(), self.parts)
-        return y.view(*x.shape[:-1], -1).type_as(x)
+def threads() -> int:
+    """As many as PyTorch uses, but no more than a container's share of the CPUs."""
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    most = torch.get_num_threads()
+    with suppress(OSError, ValueError):
+        limit, period = quota.read_text().split()
+        most = min(most, max(1, math.ceil(int(limit) / int(period))))
+    return most
 
 
-def joined(weights: Sequence[Any]) -> Any:
-    """The one matrix that these matrices are the rows of, where they lie one behind the other in memory, as
-    `checkpoint.load` places them; else None."""
-    first = weights[0]
-    if not isinstance(first, Tensor):
-        return getattr(first, "whole", None)
-    end, storage = first.data_ptr(), first.untyped_storage().data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage or not weight.is_contiguous():
-            return None
-        end += weight.nbytes
-    return first.detach().as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrices
+
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-def matrix(*weights: Any) -> Matrix | None:
-    """Weights of as many columns, one below the other, as cpu.cpp reads them; None where it can't."""
-    whole = joined(weights) if len(weights) > 1 else weights[0]
-    parts = weights if whole is None else [whole]
-    if all(isinstance(part, Tensor) and part.is_contiguous() and part.shape[1] % 16 == 0 for part in parts):
-        return Matrix(*(part.detach() for part in parts))
-    return getattr(whole, "native", None)
+class CMatrix(ctypes.Structure):
+    """`Matrix` in native.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("kind", "out", "columns", "group", "zero")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("weight", "scale", "min")]
 
 
-# Tokens of a pass that cpu.cpp computes faster than PyTorch: in 16 bits, and in 8 with AMX, oneDNN has instructions for
-# whole matrices, which many tokens fill.
-ANY = 2**63
-AMX = cpu_has("amx_bf16")
-FASTER_UP_TO = {torch.float32: ANY, torch.bfloat16: 4 if AMX else 16, torch.float16: 16}
-SCRATCH = 528  # tokens of a pass, of which all that a layer makes stays in the last-level cache
+def c_matrix(weight: Any) -> CMatrix | None:
+    """A weight (out, in) as native.cpp reads it where it lies; None if it cannot."""
+    if not isinstance(weight, Tensor):
+        return getattr(weight, "native", None)
+    if weight.dtype not in KINDS or not weight.is_contiguous() or weight.shape[1] % 16:
+        return None
+    return CMatrix(KINDS[weight.dtype], *weight.shape, 0, 0, weight.data_ptr())
+
+
+def matmul(matrix: CMatrix, x: Tensor) -> Tensor:
+    """x (..., in) times the transpose of a matrix -> (..., out), in the dtype of x."""
+    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+    y = torch.empty(len(rows), matrix.out)
+    lib = library()
+    lib.llama_threads(threads())
+    lib.llama_matmul(ctypes.byref(matrix), rows.data_ptr(), y.data_ptr(), len(rows))
+    return y.view(*x.shape[:-1], matrix.out).type_as(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class CLayer(ctypes.Structure):
+    """`Layer` in native.cpp."""
+
+    _fields_ = [
+        ("attention_norm", ctypes.c_void_p),
+        ("qkv", CMatrix * 3),
+        ("wo", CMatrix),
+        ("ffn_norm", ctypes.c_void_p),
+        ("w13", CMatrix * 2),
+        ("w2", CMatrix),
+        ("cache", ctypes.c_void_p),
+    ]
+
+
+class CModel(ctypes.Structure):
+    """`Model` in native.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("dim", "hidden", "layers", "cache_kind")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("n_heads", "n_kv_heads", "head_dim", "max_seq_len")]
+    _fields_ += [("eps", ctypes.c_double), ("cos_sin", ctypes.c_void_p), ("norm", ctypes.c_void_p)]
+    _fields_ += [("output", CMatrix), ("layer", ctypes.POINTER(CLayer))]
+
+
+def fits(model: Transformer) -> bool:
+    """Whether all sizes are whole vectors."""
+    p = model.params
+    sizes = p.head_dim, p.dim, p.dim // world_size(), p.ffn_hidden // world_size()
+    return not any(size % 16 for size in sizes) and model.norm.weight.dtype in KINDS
 
 
 def backend(model: Transformer) -> Backend:
-    """cpu.cpp for the whole model; the plain backend where it can't compute a part, or for several ranks."""
-    D = model.params.head_dim
-    if world_size() == 1 and D % 16 == 0 and cpp():
-        blocks: Any = model.layers
-        layers = [
-            (
-                block.attention_norm.weight,
-                matrix(block.attention.wq.weight, block.attention.wk.weight, block.attention.wv.weight),
-                matrix(block.attention.wo.weight),
-                block.ffn_norm.weight,
-                matrix(block.feed_forward.w1.weight, block.feed_forward.w3.weight),
-                matrix(block.feed_forward.w2.weight),
-                block.attention.cache.kv,
-            )
-            for block in blocks
-        ]
-        output = matrix(model.output.weight)
-        if output is not None and all(part is not None for layer in layers for part in layer):
-            return Native(model, output, layers)
-    return model
+    """native.cpp for the whole model; the model itself where that cannot compute a part."""
+    if not fits(model) or library() is None:
+        return model
+    blocks: Any = model.layers
+    names = (
+        "attention.wq attention.wk attention.wv attention.wo feed_forward.w1 feed_forward.w3 feed_forward.w2".split()
+    )
+    matrices = [c_matrix(block.get_submodule(name).weight) for block in blocks for name in names]
+    output = c_matrix(model.output.weight)
+    return Native(model, matrices, output) if output and all(matrices) else model
 
 
 class Native:
     """The model in C++."""
 
-    def __init__(self, model: Transformer, output: Matrix, layers: Sequence[tuple[Any, ...]]) -> None:
-        def plain(part: Any) -> Any:
-            return part.parts if isinstance(part, Matrix) else part.float() if part.dim() == 1 else part
-
-        self.model = model
-        p, weight = model.params, model.output.weight
+    def __init__(self, model: Transformer, matrices: Sequence[Any], output: CMatrix) -> None:
+        self.model, self.lib, p = model, library(), model.params
+        self.kept: list[Tensor] = []  # that only the structures point to
+        layers = (CLayer * model.n_layers)()
+        blocks: Any = model.layers
+        for i, (layer, block) in enumerate(zip(layers, blocks, strict=True)):
+            own = matrices[7 * i : 7 * i + 7]
+            layer.qkv[:], layer.wo, layer.w13[:], layer.w2 = own[:3], own[3], own[4:6], own[6]
+            layer.attention_norm = self.floats(block.attention_norm.weight)
+            layer.ffn_norm = self.floats(block.ffn_norm.weight)
+            layer.cache = block.attention.cache.kv.data_ptr()
+        attention, weight = blocks[0].attention, model.norm.weight
         cos_sin = torch.view_as_real(rope_frequencies(torch.arange(p.max_seq_len), p.head_dim, p.rope_theta))
-        parts = model.tok_embeddings.weight, cos_sin, plain(model.norm.weight), output.parts
-        self.cpp = torch.classes.llama.Model(*parts, p.dim * p.norm_eps)
-        for layer in layers:
-            self.cpp.add(*map(plain, layer))
-        self.most = FASTER_UP_TO[weight.dtype] if isinstance(weight, Tensor) else weight.native_rows
+        self.c = CModel(
+            *(p.dim, p.ffn_hidden // world_size(), model.n_layers, KINDS[weight.dtype]),
+            *(attention.n_heads, attention.n_kv_heads, p.head_dim, p.max_seq_len),
+            *(p.norm_eps, self.floats(cos_sin), self.floats(weight), output, layers),
+        )
+        matrix = isinstance(model.output.weight, Tensor) and cpu_has(*MATRIX_UNITS.get(weight.dtype, ()))
+        self.most = FEW if matrix else getattr(model.output.weight, "native_rows", 2**63)
+
+    def floats(self, tensor: Tensor) -> int:
+        """The address of a tensor's numbers in float32."""
+        self.kept.append(tensor.detach().float().contiguous())
+        return self.kept[-1].data_ptr()
 
     def hidden(self, batch: Batch) -> Tensor:
         if len(batch.tokens) > self.most:
             return self.model.hidden(batch)
-        passes = split(batch.sequences, SCRATCH)
-        ids = batch.tokens.split([sum(spans[2::3]) for spans in passes])
-        hidden = [self.cpp.hidden(some, spans) for some, spans in zip(ids, passes, strict=True)]
-        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+        self.lib.llama_threads(threads())
+        x = all_gather(F.embedding(batch.tokens, self.model.tok_embeddings.weight)).float().contiguous()
+        y, begin = torch.empty(min(len(x), PASS), x.shape[1]), 0
+        for spans in passes(batch.sequences, PASS):
+            rows = sum(length for _, _, length in spans)
+            places = (ctypes.c_int64 * (3 * len(spans)))(*(number for span in spans for number in span))
+            self.layers(x[begin : begin + rows], y[:rows], places, len(spans))
+            begin += rows
+        return x
+
+    def layers(self, x: Tensor, y: Tensor, spans: Any, count: int) -> None:
+        """All layers, in place."""
+        at, to, rows = x.data_ptr(), y.data_ptr(), len(x)
+        if world_size() == 1:
+            self.lib.llama_layers(ctypes.byref(self.c), at, to, spans, count, rows)
+            return
+        for i in range(self.model.n_layers):
+            self.lib.llama_attention(ctypes.byref(self.c), i, at, to if i else None, to, spans, count, rows)
+            all_reduce(y)
+            self.lib.llama_feed_forward(ctypes.byref(self.c), i, at, to, to, rows)
+            all_reduce(y)
+        x += y
 
     def logits(self, hidden: Tensor) -> Tensor:
         if len(hidden) > self.most:
             return self.model.logits(hidden.type_as(self.model.norm.weight))
-        logits: Tensor = self.cpp.logits(hidden.float().contiguous())
-        return logits
+        x, y = hidden.float().contiguous(), torch.empty(len(hidden), self.c.output.out)
+        self.lib.llama_logits(ctypes.byref(self.c), x.data_ptr(), y.data_ptr(), len(x))
+        return all_gather(y)
 
 
-def split(sequences: Sequence[tuple[int, int, int]], most: int) -> list[list[int]]:
-    """The sequences of a batch in passes about equally long, of up to `most` tokens: (slot, start, length) of each one
-    in a pass, (0, 7, 2, 1, 4, 1) for two tokens of slot 0 and one of slot 1."""
+def passes(sequences: Sequence[Span], most: int) -> list[list[Span]]:
+    """The sequences of a batch in passes about equally long, of up to `most` tokens."""
     total = sum(length for _, _, length in sequences)
     size = -(-total // -(-total // most))
-    passes: list[list[int]] = [[]]
+    found: list[list[Span]] = [[]]
     left = size
     for slot, start, length in sequences:
         while length:
             if not left:
-                passes.append([])
+                found.append([])
                 left = size
             some = min(length, left)
-            passes[-1] += (slot, start, some)
+            found[-1].append(Span(slot, start, some))
             start, length, left = start + some, length - some, left - some
-    return passes
+    return found

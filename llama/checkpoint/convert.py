@@ -38,7 +38,6 @@ class Job(NamedTuple):
     args: ModelArgs
     dtype: torch.dtype
     scheme: Scheme | None = None
-    search: bool = False
 
     def stored(self) -> dict[str, Stored]:
         """The tensors that each weight is stored as in Meta's layout."""
@@ -58,11 +57,10 @@ def convert(
     dtype: torch.dtype | None,
     tokenizer_path: Path,
     quantize: str | None = None,
-    group_size: int = 64,
-    search: bool = True,
+    group_size: int | None = None,
 ) -> None:
     """Write the checkpoint in `source` to a new folder: `to` is meta, for `mp` ranks, its matrices quantized or not, or
-    hf. `search` minimizes the error of each int4 group, which takes ten times as long as rounding.
+    hf.
 
     Raises FileExistsError for a `target` that exists, OSError when the disk is too small and ValueError for a model
     that cannot be divided into `mp` shards or quantized so.
@@ -79,7 +77,7 @@ def convert(
         raise ValueError(
             f"Hugging Face's layout has no place for {scheme}; write Meta's, or give an unquantized source"
         )
-    job = Job(checkpoint, args, dtype or checkpoint.dtype(), scheme, search)
+    job = Job(checkpoint, args, dtype or checkpoint.dtype(), scheme)
     stored = [entry for tensors in job.stored().items() for entry in tensors[1].items()]
     if to == "meta":
         check_divides(dict(stored), mp)
@@ -120,7 +118,7 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
             size = shape[dim or 0]  # even slices, also of key-value heads, where there may be more shards than heads
             begin, end = (0, size) if dim is None else (rank * size // mp, (rank + 1) * size // mp)
             if job.scheme and is_matrix(name):
-                matrix = read_quantized(job.checkpoint, name, shape, begin, end, job.scheme, job.search)
+                matrix = read_quantized(job.checkpoint, name, shape, begin, end, job.scheme)
                 found = [part for part in matrix if part is not None]
             else:
                 found = [job.checkpoint.read(name, shape, begin, end, job.dtype)]

@@ -161,11 +161,11 @@ class Checkpoint:
         }
         return functools.reduce(torch.promote_types, found)
 
-    def scheme_for(self, quantize: str | None, group_size: int) -> Scheme | None:
+    def scheme_for(self, quantize: str | None, group_size: int | None) -> Scheme | None:
         """The scheme to load in: the one asked for, or the one that the weights were saved in. ValueError if these
         differ."""
         asked = scheme(quantize, group_size)
-        if asked and self.scheme and asked != self.scheme:
+        if asked and self.scheme and (asked.bits, group_size or self.scheme.group) != self.scheme[:2]:
             raise ValueError(f"{self.folder} is quantized already, to {self.scheme}; it cannot become {asked}")
         return self.scheme or asked
 

@@ -44,7 +44,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     scheme: Scheme | None = None,
-    compiled: bool = False,
+    native: bool = False,
 ) -> None:
     """Give `model`, whose parameters may be on the meta device, this rank's slices of the weights, each in its final
     place and dtype: allocated once, or a view of the file where that is the same. With a scheme the matrices are
@@ -55,13 +55,12 @@ def load(
     total = sum(shape.numel() for shape in local.values())
     hidden = None if rank() == 0 else True  # None: a bar on a terminal only
     with tqdm(desc="loading", total=total, unit="weights", unit_scale=True, disable=hidden, leave=False) as bar:
-        # The fast backends multiply by several quantized matrices at once, the plain one by each.
-        apart = scheme is not None and device.type != "cuda" and not (compiled and world_size() == 1)
+        apart = scheme is not None and device.type != "cuda"  # whose kernels take several quantized matrices at once
         for names in [[name] for name in local] if apart else fused_groups(local):
             rows = [local[name][0] for name in names]
             if scheme and is_matrix(names[0]):
                 parts = [read_quantized(weights, name, whole[name], *ranges[name], scheme) for name in names]
-                matrix = kernel(stack(parts) if len(parts) > 1 else parts[0], device, compiled)
+                matrix = kernel(stack(parts) if len(parts) > 1 else parts[0], device, native)
                 for name, size, end in zip(names, rows, itertools.accumulate(rows), strict=True):
                     layer = model.get_submodule(name.removesuffix(".weight"))
                     del layer.weight
@@ -77,11 +76,11 @@ def load(
 
 
 def read_quantized(
-    weights: Weights, name: str, shape: tuple[int, ...], begin: int, end: int, scheme: Scheme, search: bool = False
+    weights: Weights, name: str, shape: tuple[int, ...], begin: int, end: int, scheme: Scheme
 ) -> Quantized:
     """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a matrix whose whole shape is `shape`: as it
     was saved in the scheme, or quantized here, a few rows at a time."""
-    dim = shard_dim(name) or 0
+    dim, scheme = shard_dim(name) or 0, scheme.of(name)
     if weights.scheme:
         found = []
         for key, (stored, dtype) in weights.scheme.stored(name, shape).items():
@@ -94,9 +93,9 @@ def read_quantized(
                 )
             found.append(weights.read(key, stored, int(first), int(last), dtype))
         return Quantized(*found)
-    # int8 has one scale for a whole row, on however many ranks the row lies.
-    first, last = (0, shape[1]) if dim == 1 and scheme.bits == 8 else (begin, end)
+    # A row's scale is the same on however many ranks the row lies.
+    first, last = (0, shape[1]) if dim == 1 and not scheme.group else (begin, end)
     part = [last - first if i == dim else n for i, n in enumerate(shape)]
     matrix = weights.read(name, shape, first, last, weights.dtype(), "cpu", torch.empty(part, dtype=weights.dtype()))
-    rounded = stack([quantize(rows, scheme, search) for rows in matrix.split(256)])
+    rounded = stack([quantize(rows, scheme) for rows in matrix.split(256)])
     return rounded if (first, last) == (begin, end) else rounded._replace(q=rounded.q[:, begin:end])

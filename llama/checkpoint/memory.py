@@ -36,7 +36,7 @@ def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Sche
             begin, end = rank_range(name, shape[dim], args, 0, world_size)
             part[dim] = end - begin
         if scheme and is_matrix(name):
-            weights += scheme.nbytes((shape[0], shape[1])) * math.prod(part) // math.prod(shape)
+            weights += scheme.nbytes(name, (shape[0], shape[1])) * math.prod(part) // math.prod(shape)
         else:
             weights += math.prod(part) * dtype.itemsize
     positions = args.max_batch_size * args.max_seq_len

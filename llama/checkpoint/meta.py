@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..backends.quantized import Scheme, scheme
+from ..backends.quantized import GROUPS, Scheme
 from ..model import ModelArgs
 from .paths import listed, read_json
 
 REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name.startswith("max_")]
-KNOWN.append("quantization")  # {"bits": 8} or {"bits": 4, "group_size": 64}, as `convert` writes it
+KNOWN.append("quantization")  # {"bits": 4, "group_size": 32, "symmetric": false}, as `convert` writes it
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -30,12 +30,14 @@ def read_scheme(quantization: Any, path: Path) -> Scheme | None:
     """The scheme of weights that were quantized before they were saved, from the key `quantization` of params.json."""
     if quantization is None:
         return None
-    try:
-        return scheme(f"int{quantization['bits']}", quantization.get("group_size", 64))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: quantization is {quantization!r}; it must be of 8 bits, or of 4 in groups"
-        ) from error
+    found = quantization if isinstance(quantization, dict) else {}
+    bits, group, symmetric = (found.get(key) for key in ("bits", "group_size", "symmetric"))
+    if bits in (4, 8) and group in (0, *GROUPS) and symmetric in (False, True):
+        return Scheme(bits, group, symmetric)
+    raise ValueError(
+        f"{path}: quantization is {quantization!r}, which this release does not write; quantize the original weights "
+        "again: python -m llama convert SOURCE TARGET --quantize int8 or int4"
+    )
 
 
 def shard_paths(ckpt_dir: Path) -> list[Path]:

@@ -27,7 +27,7 @@ FUSED = (("wq", "wk", "wv"), ("w1", "w3"))
 def shard_dim(name: str) -> int | None:
     """The dimension along which the parameter `name` is split over ranks; None for one that every rank holds whole."""
     dim = SHARD_DIM[name.split(".")[-2]]
-    return None if dim == 1 and name.endswith(".scale") else dim  # int8 has one scale for a whole row
+    return None if dim == 1 and name.endswith((".scale", ".min")) else dim  # of a whole row
 
 
 def shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import parallel
+from .. import backends, parallel
 from ..backends.quantized import scheme
 from ..checkpoint import Checkpoint, Weights, available, check_path, find_tokenizer, footprint, shortage
 from ..model import ModelArgs, Transformer
@@ -28,8 +28,8 @@ def prepare(
     tokens: int = 32,
     repeats: int = 5,
     quantize: str | None = None,
-    group_size: int = 64,
-    compile: bool = False,
+    group_size: int | None = None,
+    compile: bool | None = None,
 ) -> Job:
     """Measure tokens per second, and the fraction of what the machine can do.
 
@@ -44,8 +44,8 @@ def prepare(
         tokens: new tokens to decode, after a prompt of 128
         repeats: number of measurements of each
         quantize: int8 or int4
-        group_size: columns of a group of int4: 32, 64 or 128
-        compile: matmuls and decoding on a CPU in C++
+        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
+        compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
     """
     many = {"batches": batches, "prompts": prompts, "tokens": tokens, "repeats": repeats}
     sizes = {name: [value] if isinstance(value, int) else [*value] for name, value in many.items()}
@@ -72,9 +72,11 @@ def prepare(
     args = measure.fitting(args, cases)
     source = measure.Source(weights, args, target, parallel.choose_dtype(dtype, target, saved), rounding)
     ranks = parallel.world_size()
-    if problem := shortage(footprint(args, ranks, source.dtype, rounding), available(target), target, ranks):
+    needed = footprint(args, ranks, source.dtype, rounding)
+    if problem := shortage(needed, available(target), target, ranks):
         raise MemoryError(problem)
-    return Job(source, compile, cases, repeats, str(ckpt_dir or shape))
+    native = needed.weights > backends.LARGE if compile is None else compile
+    return Job(source, native, cases, repeats, str(ckpt_dir or shape))
 
 
 class Job(NamedTuple):

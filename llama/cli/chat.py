@@ -37,9 +37,9 @@ def chat(
     device: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
-    group_size: int = 64,
+    group_size: int | None = None,
     prompt_lookup: int = 0,
-    compile: bool = False,
+    compile: bool | None = None,
 ) -> None:
     """Talk to a chat model in the terminal, or pipe one prompt a line into it; /help lists its commands.
 
@@ -55,9 +55,9 @@ def chat(
         device: cuda, mps or cpu; by default the first of them that is available
         dtype: bfloat16, float16 or float32; by default as Llama.build chooses
         quantize: int8 or int4
-        group_size: columns of a group of int4: 32, 64 or 128
+        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
         prompt_lookup: draft tokens a step from the conversation itself; faster where answers repeat it
-        compile: faster on a CPU, above all with quantized weights; g++ takes twenty seconds the first time
+        compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
     """
     options = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size, "compile": compile}
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, **options)  # type: ignore[arg-type]

@@ -20,8 +20,7 @@ def convert(
     dtype: str | None = None,
     tokenizer_path: str | None = None,
     quantize: str | None = None,
-    group_size: int = 64,
-    search: bool = True,
+    group_size: int | None = None,
 ) -> None:
     """Write the checkpoint in SRC, in either layout, to the new folder DST.
 
@@ -33,10 +32,9 @@ def convert(
         dtype: bfloat16, float16 or float32; by default as in src
         tokenizer_path: tokenizer.model; by default the one in src or one folder up
         quantize: int8 or int4, for meta: the matrices are stored quantized, and loaded as they are stored
-        group_size: columns of a group of int4: 32, 64 or 128
-        search: search for the best range of each int4 group, which takes ten times as long as rounding
+        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
     """
     folder = check_path(src, "src", "folder")
     asked = None if dtype is None else parallel.as_dtype(dtype)
     tokenizer = find_tokenizer(folder, tokenizer_path)
-    checkpoint_convert.convert(folder, Path(str(dst)), to, mp, asked, tokenizer, quantize, group_size, search)
+    checkpoint_convert.convert(folder, Path(str(dst)), to, mp, asked, tokenizer, quantize, group_size)

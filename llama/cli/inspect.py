@@ -33,7 +33,7 @@ def inspect(
     device: str | None = None,
     verify: bool = False,
     quantize: str | None = None,
-    group_size: int = 64,
+    group_size: int | None = None,
 ) -> None:
     """Print what a checkpoint is, what it needs and how to run it, from headers alone.
 
@@ -47,7 +47,7 @@ def inspect(
         device: cuda, mps or cpu; by default the first of them that is available
         verify: read every file and compare it with the md5 or sha256 sums in the folder and beside the tokenizer
         quantize: int8 or int4, to print what it needs when loaded so
-        group_size: columns of a group of int4: 32, 64 or 128
+        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
     """
     folder = check_path(ckpt_dir, "ckpt_dir", "folder")
     checkpoint = Checkpoint(folder)

@@ -94,7 +94,8 @@ class RandomWeights:
             out = torch.empty(part, dtype=dtype, device=self.device)
         generator = torch.Generator(out.device).manual_seed(zlib.crc32(f"{name} {begin}".encode()))
         if not name.endswith(".weight") or "norm" in name:
-            values = {"scale": 0.02 / 74, "scales": 0.02 / 4.6, "zeros": 8, "weight": 1}  # matrices of deviation 0.02
+            step = 0.02 / (4.6 if self.scheme and self.scheme.bits == 4 else 74)  # of matrices of deviation 0.02
+            values = {"scale": 0.02 / 74, "scales": step, "mins": -7.5 * step, "weight": 1}
             return out.fill_(values[name.split(".")[-1]])
         if not dtype.is_floating_point:
             low, high = (-127, 128) if dtype == torch.int8 else (0, 256)

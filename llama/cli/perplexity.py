@@ -21,7 +21,7 @@ def perplexity(
     device: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
-    group_size: int = 64,
+    group_size: int | None = None,
 ) -> None:
     """Print the perplexity of the text in FILE, computed in a sliding window.
 
@@ -35,7 +35,7 @@ def perplexity(
         device: cuda, mps or cpu; by default the first of them that is available
         dtype: bfloat16, float16 or float32; by default as Llama.build chooses
         quantize: int8 or int4
-        group_size: columns of a group of int4: 32, 64 or 128
+        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
     """
     step = window // 2 if stride is None else stride
     if type(window) is not int or type(step) is not int or not 0 < step < window:

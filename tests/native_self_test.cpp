@@ -1,0 +1,173 @@
+// Compiles native.cpp for any instruction set and compares it with plain loops in double precision. Prints what differs,
+// and exits with the number of differences.
+#include "../llama/backends/native.cpp"
+
+#include <cstdio>
+#include <vector>
+
+static uint32_t seed = 1;
+static int failures = 0;
+
+static uint32_t bits() { return seed = seed * 1664525 + 1013904223; }
+static float uniform() { return (int32_t)bits() / 2147483648.0f; }
+static std::vector<float> uniforms(int64_t n, float scale = 1) {
+    std::vector<float> x(n);
+    for (float &value : x) value = uniform() * scale;
+    return x;
+}
+static void expect(bool right, const char *what, int64_t a = 0, int64_t b = 0, double value = 0) {
+    if (right) return;
+    failures++;
+    printf("%s %lld %lld: %g\n", what, (long long)a, (long long)b, value);
+}
+static void expect_equal(const std::vector<float> &got, const std::vector<double> &right, double limit, const char *what,
+                         int64_t a = 0, int64_t b = 0) {
+    double error = 0, all = 1e-30;
+    for (size_t i = 0; i < got.size(); i++) error += std::pow(got[i] - right[i], 2), all += right[i] * right[i];
+    expect(std::sqrt(error / all) < limit, what, a, b, std::sqrt(error / all));
+}
+
+template <typename T>
+static std::vector<T> narrowed(std::vector<float> &x) {  // which become what the narrow numbers are
+    std::vector<T> to(x.size());
+    for (size_t i = 0; i < x.size(); i += L) {
+        store(&to[i], load(&x[i]));
+        store(&x[i], load(&to[i]));
+    }
+    return to;
+}
+
+static void test_numbers() {
+    const float values[] = {0, 1, -1, 1.0009765625f, 65504, 1e6f, -1e6f, 6.1e-5f, 6e-8f, 1e-9f, INFINITY, NAN};
+    for (float value : values) {
+        std::vector<float> x(L, value);
+        narrowed<Half>(x);
+        const double size = std::abs((double)value), step = std::max(size * 0x1p-11, 0x1p-25);
+        if (value != value) expect(x[0] != x[0], "NaN in half precision");
+        else if (size > 65519) expect(std::isinf(x[0]) && (x[0] > 0) == (value > 0), "overflow of half precision", 0, 0, value);
+        else expect(std::abs(x[0] - (double)value) <= step, "half precision", 0, 0, value);
+        std::vector<float> y(L, value);
+        narrowed<BFloat16>(y);
+        if (value != value) expect(y[0] != y[0], "NaN in bfloat16");
+        else expect(y[0] == value || std::abs(y[0] - value) <= size * 0x1p-8, "bfloat16", 0, 0, value);
+    }
+    for (float value = -87; value < 88; value += 0.37f) {
+        const F e = exp(splat(value));
+        expect(std::abs(e[0] / std::exp((double)value) - 1) < 1e-6, "exp", 0, 0, value);
+    }
+    expect(exp(splat(NAN))[0] != exp(splat(NAN))[0], "exp of NaN");
+    F x[L];
+    for (int i = 0; i < L; i++)
+        for (int j = 0; j < L; j++) x[i][j] = 100 * i + j;
+    F y[L];
+    std::copy_n(x, L, y);
+    const F total = sums(y);
+    transpose(x);
+    for (int i = 0; i < L; i++) {
+        expect(std::abs(total[i] - (100.0f * i * L + L * (L - 1) / 2)) < 0.5f, "sums", i);
+        for (int j = 0; j < L; j++) expect(x[i][j] == 100 * j + i, "transpose", i, j);
+    }
+}
+
+static void test_floats(Kind kind, int64_t rows, int64_t out, int64_t in) {
+    auto w = uniforms(out * in), x = uniforms(rows * in);
+    std::vector<BFloat16> bfloat;
+    std::vector<Half> narrow;
+    const void *weight = w.data();
+    if (kind == FLOAT16) narrow = narrowed<Half>(w), weight = narrow.data();
+    if (kind == BFLOAT16) bfloat = narrowed<BFloat16>(w), weight = bfloat.data();
+    std::vector<float> y(rows * out, NAN);
+    const Matrix m{kind, out, in, 0, 0, weight, nullptr, nullptr};
+    llama_matmul(&m, x.data(), y.data(), rows);
+    std::vector<double> right(rows * out);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t o = 0; o < out; o++)
+            for (int64_t k = 0; k < in; k++) right[r * out + o] += (double)x[r * in + k] * w[o * in + k];
+    expect_equal(y, right, 1e-5, "float matmul", kind, rows);
+}
+
+// `worst`: the largest numbers there are, whose sums must not overflow.
+static void test_integers(int64_t bits_, int64_t rows, int64_t out, int64_t in, int64_t group, bool with_min, bool worst) {
+    const int64_t groups = in / group, tiles = (out + N - 1) / N, zero = bits_ == 4 && !with_min ? 8 : 0;
+    std::vector<uint8_t> q(out * in), packed(tiles * N * in * bits_ / 8);
+    for (auto &value : q) value = bits_ == 4 ? (worst ? 15 : bits() >> 28) : (uint8_t)(worst ? -127 : (int)(bits() >> 24) % 128);
+    auto x = uniforms(rows * in);
+    if (worst) std::fill(x.begin(), x.end(), 1.0f);
+    std::vector<float> scales(tiles * N * groups), mins(tiles * N * groups), y(rows * out, NAN);
+    for (auto &value : scales) value = 0.01f + 0.005f * uniform();
+    for (auto &value : mins) value = 0.1f * uniform();
+    const auto scale = narrowed<Half>(scales), min = narrowed<Half>(mins);
+    llama_pack(bits_, q.data(), packed.data(), out, in, group);
+    const Matrix m{bits_ == 4 ? INT4 : INT8, out, in, group, zero, packed.data(), scale.data(), with_min ? min.data() : nullptr};
+    llama_matmul(&m, x.data(), y.data(), rows);
+    std::vector<double> right(rows * out), rounded(rows * in);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t g = 0; g < groups; g++) {
+            float most = 1e-30f;
+            for (int64_t k = g * group; k < (g + 1) * group; k++) most = std::max(most, std::abs(x[r * in + k]));
+            const float s = most / 127;
+            for (int64_t k = g * group; k < (g + 1) * group; k++) rounded[r * in + k] = std::nearbyint(x[r * in + k] * (1 / s)) * (double)s;
+        }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t o = 0; o < out; o++)
+            for (int64_t k = 0; k < in; k++) {
+                const int64_t at = (o / N * groups + k / group) * N + o % N;
+                const double number = bits_ == 4 ? (double)q[o * in + k] - zero : (double)(int8_t)q[o * in + k];
+                right[r * out + o] += rounded[r * in + k] * (number * scales[at] + (with_min ? mins[at] : 0));
+            }
+    expect_equal(y, right, 2e-6, worst ? "largest integers" : "integer matmul", bits_ * 1000 + group, rows);
+}
+
+// One sequence at once, in chunks and token by token, and two together.
+static void test_attention(int64_t H, int64_t K, int64_t D) {
+    const int64_t length = 70, T = 60, width = (H + 2 * K) * D;
+    const Heads heads{H, K, D, length};
+    const auto cos_sin = uniforms(length * D), start = uniforms(T * width);
+    std::vector<double> right(T * H * D);
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t h = 0; h < H; h++) {
+            std::vector<double> scores(t + 1);
+            const auto turned = [&](int64_t s, int64_t head, int64_t d) {
+                const float *row = &start[s * width + head * D], *by = &cos_sin[s * D];
+                return d % 2 ? (double)row[d - 1] * by[d] + (double)row[d] * by[d - 1] : (double)row[d] * by[d] - (double)row[d + 1] * by[d + 1];
+            };
+            double total = 0;
+            for (int64_t s = 0; s <= t; s++) {
+                for (int64_t d = 0; d < D; d++) scores[s] += turned(t, h, d) * turned(s, H + h / (H / K), d);
+                total += scores[s] = std::exp(scores[s] / std::sqrt((double)D));
+            }
+            for (int64_t s = 0; s <= t; s++)
+                for (int64_t d = 0; d < D; d++)
+                    right[(t * H + h) * D + d] += scores[s] / total * start[s * width + (H + K + h / (H / K)) * D + d];
+        }
+    for (int64_t chunk : {T, (int64_t)20, (int64_t)7, (int64_t)1}) {
+        std::vector<float> y(T * H * D), cache(2 * 2 * K * length * D, NAN);
+        for (int64_t t = 0; t < T; t += chunk) {
+            const int64_t n = std::min(chunk, T - t);
+            std::vector<float> qkv(start.begin() + t * width, start.begin() + (t + n) * width), twice(2 * n * H * D);
+            qkv.insert(qkv.end(), start.begin() + t * width, start.begin() + (t + n) * width);
+            const Sequence sequences[] = {{1, t, n}, {0, t, n}};
+            attention(heads, qkv.data(), cos_sin.data(), cache.data(), sequences, 2, twice.data());
+            std::copy_n(twice.begin(), n * H * D, y.begin() + t * H * D);
+            expect(std::equal(twice.begin(), twice.begin() + n * H * D, twice.begin() + n * H * D), "two sequences", chunk, t);
+        }
+        expect_equal(y, right, 1e-5, "attention", D, chunk);
+    }
+}
+
+int main(int count, char **arguments) {
+    llama_threads(count > 1 ? atoi(arguments[1]) : 2);
+    test_numbers();
+    for (int64_t rows : {1, 2, 3, 5, 8, 16, 17, 30, 100})
+        for (Kind kind : {FLOAT32, FLOAT16, BFLOAT16})
+            for (int64_t out : {7, 64, 100}) test_floats(kind, rows, out, 320);
+    for (int64_t bits : {4, 8})
+        for (int64_t group : {16, 32, 64, 128, 256})
+            for (int64_t rows : {1, 2, 5, 7, 30})
+                for (int64_t out : {64, 100})
+                    for (bool with_min : {false, true}) test_integers(bits, rows, out, 256, group, with_min, false);
+    for (int64_t bits : {4, 8}) test_integers(bits, 2, 64, 32768, 32768, false, true), test_integers(bits, 3, 64, 256, 32, true, true);
+    for (int64_t D : {16, 48, 64, 128}) test_attention(4, 2, D), test_attention(6, 1, D), test_attention(3, 3, D);
+    printf("%d vectors of %d bytes, %d outputs a tile: %d differences\n", FLOAT_V, BYTES, N, failures);
+    return failures;
+}
