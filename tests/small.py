@@ -20,10 +20,7 @@ from llama.cli import script
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models"
 TOKENIZER = MODELS / "tokenizer.model"
-needs_cpp = pytest.mark.skipif(
-    not parallel.cpu_has("avx512_vnni") or not shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]),
-    reason="needs g++ and a CPU with AVX-512 VNNI",
-)
+needs_cpp = pytest.mark.skipif(not shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]), reason="needs g++")
 
 GQA = {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32}
 SHAPES = {

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Batch
+from ..batch import Batch, check
 from ..batch import Sequence as Span
 from ..model import Transformer, rope_frequencies
 from ..parallel import all_gather, all_reduce, cpu_has, world_size
@@ -50,12 +50,7 @@ FEW = 16  # tokens of a pass that are no such matrix
 def library() -> Any:
     """native.cpp as a loaded library, compiled if need be; None where that is impossible, which is logged."""
     try:
-        made = cached()
-        try:
-            lib = ctypes.CDLL(str(made))
-        except OSError:  # a damaged file
-            made.unlink()
-            lib = ctypes.CDLL(str(cached()))
+        lib = ctypes.CDLL(str(cached()))
     except (RuntimeError, OSError) as error:
         log.warning("the model itself computes, which is slower than compiled code: %s", error)
         return None
@@ -95,12 +90,12 @@ def cached() -> Path:
     state = [source.read_text(encoding="utf-8") for source in SOURCES], parts, version, cpu_name()
     name = f"native-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.so"
     made = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-reference" / name
-    if made.exists():
+    if whole(made):
         return made
     try:
         made.parent.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(made.parent / "lock"):
-            return made if made.exists() else compiled(parts, made)
+            return made if whole(made) else compiled(parts, made)
     except OSError:  # a home that cannot be written to
         return compiled(parts, Path(tempfile.mkdtemp(prefix="llama-")) / name)
 
@@ -126,12 +121,22 @@ def compiled(parts: Sequence[str], made: Path) -> Path:
         errors = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
         raise RuntimeError(errors[0] if errors else f"{parts[0]} ended with {done.returncode}")
     new.replace(made)
+    made.with_suffix(".sha256").write_text(digest(made))
     return made
 
 
-def threads() -> int:
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def whole(made: Path) -> bool:
+    """Whether a library is there as it was written: to load a damaged one may end the process."""
+    sums = made.with_suffix(".sha256")
+    return made.exists() and sums.exists() and sums.read_text() == digest(made)
+
+
+def threads(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """As many as PyTorch uses, but no more than a container's share of the CPUs."""
-    quota = Path("/sys/fs/cgroup/cpu.max")
     most = torch.get_num_threads()
     with suppress(OSError, ValueError):
         limit, period = quota.read_text().split()
@@ -210,9 +215,8 @@ def backend(model: Transformer) -> Backend:
     if not fits(model) or library() is None:
         return model
     blocks: Any = model.layers
-    names = (
-        "attention.wq attention.wk attention.wv attention.wo feed_forward.w1 feed_forward.w3 feed_forward.w2".split()
-    )
+    heads = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
+    names = [*heads, *(f"feed_forward.{name}" for name in ("w1", "w3", "w2"))]
     matrices = [c_matrix(block.get_submodule(name).weight) for block in blocks for name in names]
     output = c_matrix(model.output.weight)
     return Native(model, matrices, output) if output and all(matrices) else model
@@ -250,6 +254,7 @@ class Native:
     def hidden(self, batch: Batch) -> Tensor:
         if len(batch.tokens) > self.most:
             return self.model.hidden(batch)
+        check(batch.sequences, self.model.params)  # what C++ does not
         self.lib.llama_threads(threads())
         x = all_gather(F.embedding(batch.tokens, self.model.tok_embeddings.weight)).float().contiguous()
         y, begin = torch.empty(min(len(x), PASS), x.shape[1]), 0
