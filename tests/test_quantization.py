@@ -117,6 +117,17 @@ def test_what_is_not_finite_stays_so_in_its_row(compiled):
         assert not finite[4].any() and not finite[9].any()
 
 
+@needs_cpp
+@pytest.mark.skipif(not cpu_has("avx512_vnni"), reason="oneDNN packs so for AVX-512 VNNI and AMX alone")
+@pytest.mark.parametrize("rows", [3, 12, 13, 70])
+def test_many_rows_of_eight_bits_are_onednns_where_it_multiplies_whole_matrices(rows):
+    """With AMX. The weights are held once: both read them where oneDNN has packed them."""
+    weight, x = quantize(torch.randn(192, 320), Scheme(8)), torch.randn(2, rows, 320)
+    tiles, packed = quantized.Tiles(weight), quantized.Packed(weight)
+    assert relative_error(tiles(x), packed(x)) < 1e-5
+    assert tiles.parts[0].data_ptr() == torch.ops.mkldnn.data_ptr(tiles.packed) == tiles.native.weight
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_row_of_a_batch_is_computed_as_it_would_be_alone(compiled):
     """Were the activations of a batch scaled together, a large row would blur its neighbours. A row may differ by the

@@ -12,6 +12,7 @@ CPUs rounds the activations of each token and group to 8 bits too, which makes i
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +21,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..layers import in_few_shapes
+from ..parallel import cpu_has
 
 GROUPS = (16, 32, 64, 128)
 
@@ -163,7 +167,7 @@ def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Ker
             from . import cpu
 
             if cpu.library() is not None:
-                return Packed(weight)
+                return (Tiles if cpu_has("amx_int8") and rows and weight.shape[0] % 64 == 0 else Packed)(weight)
     return Dequantized(weight, device)
 
 
@@ -214,6 +218,37 @@ class Packed:
         from .cpu import matmul
 
         return matmul(self.native, x)
+
+
+class Tiles(Packed):
+    """The same on CPUs that multiply whole matrices of 8 bits (AMX): many rows by oneDNN, from the same memory. It takes
+    bytes without a sign, around 128."""
+
+    native_rows = 12  # up to which native.cpp is faster
+
+    def __init__(self, weight: Quantized) -> None:
+        super().__init__(weight)
+        self.packed = torch.ops.onednn.qlinear_prepack(weight.q.contiguous(), None)
+        self.scale, self.zeros = weight.scale[:, 0].float(), torch.zeros(len(weight.q), dtype=torch.int32)
+        ops, size = torch.ops.mkldnn, weight.q.numel()
+        memory = (ctypes.c_uint8 * ops._nbytes(self.packed)).from_address(ops.data_ptr(self.packed))
+        tiles = torch.frombuffer(memory, dtype=torch.uint8, count=size)
+        if torch.equal(tiles, self.parts[0]):  # or oneDNN has packed in another way, and there are two copies
+            self.parts[0] = tiles
+            self.native.weight = tiles.data_ptr()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        few = x.numel() <= self.native_rows * x.shape[-1]
+        return super().__call__(x) if few else in_few_shapes(self.rounded, x)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        rows = x.float()
+        largest = rows.abs().amax(-1, keepdim=True)  # a row of zeros becomes nonsense, times 0
+        q = (rows * (127 / largest)).round_().add_(128).to(torch.uint8)
+        y = torch.ops.onednn.qlinear_pointwise(
+            q, 1 / 127, 128, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y.mul_(largest).type_as(x)
 
 
 class Rows:
