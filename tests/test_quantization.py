@@ -14,6 +14,7 @@ from small import (
     TOKENIZER,
     edit_params,
     in_process,
+    needs_cpp,
     random_model,
     relative_error,
     save_random,
@@ -27,6 +28,7 @@ from llama.cli import measure as bench
 from llama.cli.convert import convert
 from llama.cli.inspect import inspect
 from llama.layers import linear
+from llama.parallel import cpu_has
 
 CPU = torch.device("cpu")
 SCHEMES = [Scheme(8), Scheme(8, 32), *(Scheme(4, group, False) for group in (16, 32, 64, 128)), Scheme(4, 32)]

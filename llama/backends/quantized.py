@@ -221,8 +221,8 @@ class Packed:
 
 
 class Tiles(Packed):
-    """The same on CPUs that multiply whole matrices of 8 bits (AMX): many rows by oneDNN, from the same memory. It takes
-    bytes without a sign, around 128."""
+    """The same on CPUs that multiply whole matrices of 8 bits (AMX): many rows by oneDNN, from the same memory. It
+    takes bytes without a sign, around 128."""
 
     native_rows = 12  # up to which native.cpp is faster
 
