@@ -168,6 +168,6 @@ int main(int count, char **arguments) {
                     for (bool with_min : {false, true}) test_integers(bits, rows, out, 256, group, with_min, false);
     for (int64_t bits : {4, 8}) test_integers(bits, 2, 64, 32768, 32768, false, true), test_integers(bits, 3, 64, 256, 32, true, true);
     for (int64_t D : {16, 48, 64, 128}) test_attention(4, 2, D), test_attention(6, 1, D), test_attention(3, 3, D);
-    printf("%d vectors of %d bytes, %d outputs a tile: %d differences\n", FLOAT_V, BYTES, N, failures);
+    printf("%s: %d differences\n", llama_instructions(), failures);
     return failures;
 }

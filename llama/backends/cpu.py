@@ -50,11 +50,16 @@ FEW = 16  # tokens of a pass that are no such matrix
 def library() -> Any:
     """native.cpp as a loaded library, compiled if need be; None where that is impossible, which is logged."""
     try:
-        lib = ctypes.CDLL(str(cached()))
+        return load(cached())
     except (RuntimeError, OSError) as error:
         log.warning("the model itself computes, which is slower than compiled code: %s", error)
         return None
-    pointer, i64 = ctypes.c_void_p, ctypes.c_int64
+
+
+def load(made: Path) -> Any:
+    """A library with the types of its functions."""
+    lib, pointer, i64 = ctypes.CDLL(str(made)), ctypes.c_void_p, ctypes.c_int64
+    lib.llama_instructions.restype = ctypes.c_char_p
     lib.llama_matmul.argtypes = pointer, pointer, pointer, i64
     lib.llama_attention.argtypes = pointer, i64, pointer, pointer, pointer, pointer, i64, i64
     lib.llama_feed_forward.argtypes = pointer, i64, pointer, pointer, pointer, i64

@@ -499,6 +499,7 @@ static void feed_forward_layer(const Model &m, const Layer &l, float *x, const f
 
 extern "C" {
 int llama_tile() { return N; }
+const char *llama_instructions() { return INSTRUCTIONS; }
 void llama_threads(int n) {
     if (n != pool->size()) pool->resize(n);
 }

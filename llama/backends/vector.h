@@ -164,12 +164,15 @@ INLINE F exp(F x) {
 // Weights of 4 bits have no sign. With AVX2 32 columns are summed in 16 bits (15 * 127 * 16 < 2^15), then widened.
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
 constexpr int BIAS = 128, HALVES = 1;
+constexpr const char *INSTRUCTIONS = "AVX-512 VNNI";
 INLINE I dot4(I s, B w, I x) { return (I)_mm512_dpbusd_epi32((__m512i)s, (__m512i)w, (__m512i)x); }
 #elif defined(__AVX2__) && defined(__AVXVNNI__)
 constexpr int BIAS = 128, HALVES = 1;
+constexpr const char *INSTRUCTIONS = "AVX-VNNI";
 INLINE I dot4(I s, B w, I x) { return (I)_mm256_dpbusd_avx_epi32((__m256i)s, (__m256i)w, (__m256i)x); }
 #elif defined(__AVX2__)
 constexpr int BIAS = 0, HALVES = 2;
+constexpr const char *INSTRUCTIONS = "AVX2";
 // The empty asm has GCC add each product at once; it would make all of them first, for which there are no registers.
 template <typename S>
 INLINE I now(S s) {
@@ -179,9 +182,11 @@ INLINE I now(S s) {
 INLINE I dot4(I s, B w, I x) { return now((I16)s + (I16)_mm256_maddubs_epi16((__m256i)w, (__m256i)x)); }
 #elif defined(__ARM_FEATURE_DOTPROD)
 constexpr int BIAS = 0, HALVES = 1;
+constexpr const char *INSTRUCTIONS = "NEON dotprod";
 INLINE I dot4(I s, B w, I x) { return (I)vdotq_s32((int32x4_t)s, (int8x16_t)w, (int8x16_t)x); }
 #else
 constexpr int BIAS = 0, HALVES = 1;
+constexpr const char *INSTRUCTIONS = "vectors of 16 bytes";
 INLINE I dot4(I s, B w, I x) {
     typedef Vector<int8_t>::type S;
     for (int i = 0; i < BYTES; i++) s[i / 4] += ((S)w)[i] * ((S)x)[i];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from shlex import quote
 import torch
 from tqdm import tqdm
 
-from .. import parallel
+from .. import backends, parallel
+from ..backends import cpu
 from ..backends.quantized import Scheme
 from ..checkpoint import Checkpoint, available, check_path, digest, divides, find_tokenizer, footprint, shapes, shortage
 from ..model import ModelArgs
@@ -109,8 +111,21 @@ def fit(
         f"{args.max_batch_size} x {args.max_seq_len} positions, {ranks} rank(s)",
         "here": f"{device} with {each[ranks] / 1e9:.2f} GB free for each rank",
         "fits": problems[ranks] or "yes",
+        "computes": computes(device, needed[ranks].weights),
         "ranks": ranks,
     }
+
+
+def computes(device: torch.device, weights: int) -> str:
+    """What computes a model of so many bytes of weights on a device."""
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        return "Triton kernels and CUDA graphs"
+    if device.type != "cpu" or weights < backends.LARGE:
+        return "PyTorch"
+    try:
+        return f"C++, compiled for this CPU by {cpu.command()[0]}"
+    except RuntimeError as error:
+        return f"PyTorch, as {error}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
