@@ -88,7 +88,7 @@ static void test_floats(Kind kind, int64_t rows, int64_t out, int64_t in) {
 
 // `worst`: the largest numbers there are, whose sums must not overflow.
 static void test_integers(int64_t bits_, int64_t rows, int64_t out, int64_t in, int64_t group, bool with_min, bool worst) {
-    const int64_t groups = in / group, tiles = (out + N - 1) / N, zero = bits_ == 4 && !with_min ? 8 : 0;
+    const int64_t N = llama_tile(bits_, group), groups = in / group, tiles = (out + N - 1) / N, zero = bits_ == 4 && !with_min ? 8 : 0;
     std::vector<uint8_t> q(out * in), packed(tiles * N * in * bits_ / 8);
     for (auto &value : q) value = bits_ == 4 ? (worst ? 15 : bits() >> 28) : (uint8_t)(worst ? -127 : (int)(bits() >> 24) % 128);
     auto x = uniforms(rows * in);

@@ -60,6 +60,8 @@ def load(made: Path) -> Any:
     """A library with the types of its functions."""
     lib, pointer, i64 = ctypes.CDLL(str(made)), ctypes.c_void_p, ctypes.c_int64
     lib.llama_instructions.restype = ctypes.c_char_p
+    lib.llama_embed.argtypes, lib.llama_embed.restype = (pointer, pointer, pointer, i64), i64
+    lib.llama_tile.argtypes, lib.llama_tile.restype = (i64, i64), i64
     lib.llama_matmul.argtypes = pointer, pointer, pointer, i64
     lib.llama_attention.argtypes = pointer, i64, pointer, pointer, pointer, pointer, i64, i64
     lib.llama_feed_forward.argtypes = pointer, i64, pointer, pointer, pointer, i64
@@ -140,13 +142,19 @@ def whole(made: Path) -> bool:
     return made.exists() and sums.exists() and sums.read_text() == digest(made)
 
 
-def threads(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+@cache
+def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+    """A container's share of the CPUs, as a number of them."""
+    with suppress(OSError, ValueError):
+        limit, period = path.read_text().split()
+        return int(limit) / int(period)
+    return math.inf
+
+
+def threads() -> int:
     """As many as PyTorch uses, but no more than a container's share of the CPUs."""
     most = torch.get_num_threads()
-    with suppress(OSError, ValueError):
-        limit, period = quota.read_text().split()
-        most = min(most, max(1, math.ceil(int(limit) / int(period))))
-    return most
+    return most if cpu_quota() >= most else max(1, math.ceil(cpu_quota()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,9 +210,9 @@ class CLayer(ctypes.Structure):
 class CModel(ctypes.Structure):
     """`Model` in native.cpp."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("dim", "hidden", "layers", "cache_kind")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("dim", "hidden", "layers", "vocabulary", "kind", "cache_kind")]
     _fields_ += [(name, ctypes.c_int64) for name in ("n_heads", "n_kv_heads", "head_dim", "max_seq_len")]
-    _fields_ += [("eps", ctypes.c_double), ("cos_sin", ctypes.c_void_p), ("norm", ctypes.c_void_p)]
+    _fields_ += [("eps", ctypes.c_double), *((name, ctypes.c_void_p) for name in ("embeddings", "cos_sin", "norm"))]
     _fields_ += [("output", CMatrix), ("layer", ctypes.POINTER(CLayer))]
 
 
@@ -241,12 +249,13 @@ class Native:
             layer.attention_norm = self.floats(block.attention_norm.weight)
             layer.ffn_norm = self.floats(block.ffn_norm.weight)
             layer.cache = block.attention.cache.kv.data_ptr()
-        attention, weight = blocks[0].attention, model.norm.weight
+        attention, weight, self.embeddings = blocks[0].attention, model.norm.weight, model.tok_embeddings.weight
         cos_sin = torch.view_as_real(rope_frequencies(torch.arange(p.max_seq_len), p.head_dim, p.rope_theta))
         self.c = CModel(
-            *(p.dim, p.ffn_hidden // world_size(), model.n_layers, KINDS[weight.dtype]),
+            *(p.dim, p.ffn_hidden // world_size(), model.n_layers),
+            *(model.vocab_size, KINDS[self.embeddings.dtype], KINDS[weight.dtype]),
             *(attention.n_heads, attention.n_kv_heads, p.head_dim, p.max_seq_len),
-            *(p.norm_eps, self.floats(cos_sin), self.floats(weight), output, layers),
+            *(p.norm_eps, self.embeddings.data_ptr(), self.floats(cos_sin), self.floats(weight), output, layers),
         )
         matrix = isinstance(model.output.weight, Tensor) and cpu_has(*MATRIX_UNITS.get(weight.dtype, ()))
         self.most = FEW if matrix else getattr(model.output.weight, "native_rows", 2**63)
@@ -261,13 +270,23 @@ class Native:
             return self.model.hidden(batch)
         check(batch.sequences, self.model.params)  # what C++ does not
         self.lib.llama_threads(threads())
-        x = all_gather(F.embedding(batch.tokens, self.model.tok_embeddings.weight)).float().contiguous()
+        x = self.embed(batch.tokens)
         y, begin = torch.empty(min(len(x), PASS), x.shape[1]), 0
         for spans in passes(batch.sequences, PASS):
             rows = sum(length for _, _, length in spans)
             places = (ctypes.c_int64 * (3 * len(spans)))(*(number for span in spans for number in span))
             self.layers(x[begin : begin + rows], y[:rows], places, len(spans))
             begin += rows
+        return x
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings (N, dim) in float32."""
+        if world_size() > 1:  # each has some columns
+            return all_gather(F.embedding(tokens, self.embeddings)).float()
+        x, tokens = torch.empty(len(tokens), self.c.dim), tokens.contiguous()
+        odd = self.lib.llama_embed(ctypes.byref(self.c), tokens.data_ptr(), x.data_ptr(), len(x))
+        if odd >= 0:
+            raise IndexError(f"a token is out of range of a vocabulary of {self.c.vocabulary}")
         return x
 
     def layers(self, x: Tensor, y: Tensor, spans: Any, count: int) -> None:

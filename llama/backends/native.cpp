@@ -15,7 +15,7 @@
 #include "threads.h"
 #include "vector.h"
 
-constexpr int N = INT_V * L, FLOAT_N = FLOAT_V * L;  // outputs of a tile
+constexpr int FLOAT_N = FLOAT_V * L;                 // outputs of a tile of floats
 constexpr int64_t ROW_BLOCK = 96;                    // rows of x that pass a tile while they stay in the L2 cache
 
 enum Kind : int64_t { FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 };
@@ -26,11 +26,22 @@ struct Matrix {
     const Half *scale, *min;  // min may be missing
 };
 
+template <int n>
+constexpr std::integral_constant<int, n> number{};
+
 // Calls work(integral_constant<R>, r) for rows from r on, up to `most` at a time.
 template <int most, typename Work>
 INLINE void in_steps(int64_t r, int64_t rows, const Work &work) {
     for (; r + most <= rows; r += most) work(std::integral_constant<int, most>(), r);
     if constexpr (most > 1) in_steps<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
+}
+
+// Calls work with a pointer to numbers of a kind.
+template <typename Work>
+static void by_kind(int64_t kind, void *numbers, const Work &work) {
+    if (kind == FLOAT32) work((float *)numbers);
+    else if (kind == FLOAT16) work((Half *)numbers);
+    else work((BFloat16 *)numbers);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -51,8 +62,13 @@ static void dot_rows(const T *w, const float *x, float *y, int64_t stride, int64
             for (int o = 0; o < O; o++) total[r][o] += weights[o] * row;
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int o = 0; o < O; o++) y[r * stride + o] = sum(total[r][o]);
+    constexpr int many = R * O;
+    for (int begin = 0; begin < many; begin += L) {
+        F some[L] = {};
+        for (int i = 0; i < std::min(L, many - begin); i++) some[i] = total[(begin + i) / O][(begin + i) % O];
+        const F found = sums(some);
+        for (int i = 0; i < std::min(L, many - begin); i++) y[(begin + i) / O * stride + (begin + i) % O] = found[i];
+    }
 }
 
 // V vectors of outputs of R rows: y (+)= x w, with w (K, V L), whose rows are `width` apart.
@@ -92,18 +108,18 @@ static void float_matmul(const T *w, const float *x, float *y, int64_t rows, int
     if (rows <= 16)
         return parallel_for(out, 12, [&](int64_t n, int64_t end) {
             for (; n + 12 <= end; n += 12)
-                in_steps<4>(0, rows, [&](auto R, int64_t r) {
+                in_steps<DOT_ROWS>(0, rows, [&](auto R, int64_t r) {
                     constexpr int O = R == 1 ? 2 : 3;
                     for (int64_t o = n; o < n + 12; o += O)
                         dot_rows<R, O>(w + o * in, x + r * in, y + r * stride + o, stride, in);
                 });
             for (; n < end; n++)
-                in_steps<4>(0, rows, [&](auto R, int64_t r) {
+                in_steps<DOT_ROWS>(0, rows, [&](auto R, int64_t r) {
                     dot_rows<R, 1>(w + n * in, x + r * in, y + r * stride + n, stride, in);
                 });
         });
     // Blocks of the weights are transposed, so that no sum needs to be taken across a vector.
-    constexpr int64_t deep = 256, block = 4 * FLOAT_N;
+    constexpr int64_t deep = 4096 / FLOAT_N, block = 4 * FLOAT_N;  // a tile is half of the L1 cache
     parallel_for(out, FLOAT_N, [&](int64_t begin, int64_t end) {
         float *tiles = (float *)scratch<TILE>(block * deep * sizeof(float)), last[FLOAT_ROWS * FLOAT_N];
         for (int64_t n = begin; n < end; n += block)
@@ -130,14 +146,17 @@ static void float_matmul(const T *w, const float *x, float *y, int64_t rows, int
 // --------------------------------------------------------------------------------------------------------------------
 // Matmuls of integers
 
+// Outputs of a tile. Where groups are long, sums of floats may leave the registers while integers are summed, which
+// leaves space for a wide tile.
+static int64_t tile_size(int64_t bits, int64_t group) { return bits == 8 && group >= 256 ? WIDE_V * L : INT_V * L; }
+
 struct Row {       // of x, rounded
     const void *q;  // Int8 or, for weights of 4 bits, int8_t
-    const float *scale;  // of each group; NaN where x is not finite
-    const int32_t *sum;  // of a group of q
+    const float *scale, *sum;  // of each group: NaN where x is not finite; the sum of q
 };
 
 template <typename T>
-static void round_row(const float *x, T *q, float *scale, int32_t *sums, int64_t in, int64_t group) {
+static void round_row(const float *x, T *q, float *scale, float *sums, int64_t in, int64_t group) {
     for (int64_t g = 0; g < in / group; g++, x += group, q += group) {
         F most = splat(1e-30f), zero = {};
         for (int64_t k = 0; k < group; k += L) {
@@ -146,8 +165,9 @@ static void round_row(const float *x, T *q, float *scale, int32_t *sums, int64_t
         }
         const float s = largest(most) / 127;
         I total = {};
+        const F inverse = splat(1 / s);
         for (int64_t k = 0; k < group; k += L) {
-            const I n = nearest(load(x + k) * (1 / s));
+            const I n = nearest(load(x + k) * inverse);
             total += n;
             if (sizeof(T) == 2) {
                 auto pairs = __builtin_convertvector(n, Vector<int16_t, BYTES / 2>::type);
@@ -157,106 +177,111 @@ static void round_row(const float *x, T *q, float *scale, int32_t *sums, int64_t
                 put(q + k, __builtin_convertvector(n, Vector<int8_t, BYTES / 4>::type));
             }
         }
-        scale[g] = s + sum(zero), sums[g] = sum(total);
+        scale[g] = s + sum(zero), sums[g] = sum(__builtin_convertvector(total, F));
     }
 }
 
 // Dot products of a tile's group with R rows; `w` moves on to the next group.
-template <int R>
-INLINE void int8_dots(const uint8_t *&w, const Row *x, int64_t begin, int64_t end, I (&dots)[R][INT_V]) {
-    for (int64_t k = begin / 4; k < end / 4; k++, w += INT_V * BYTES) {
-        for (int i = 0; i < INT_V * BYTES; i += 64) prefetch(w + i + 4096);
+template <int R, int V>
+INLINE void int8_dots(const uint8_t *&w, const Row *x, int64_t begin, int64_t end, I (&dots)[R][V]) {
+    for (int64_t k = begin / 4; k < end / 4; k++, w += V * BYTES) {
+        for (int i = 0; i < V * BYTES; i += 64) prefetch(w + i + 4096);
         for (int half = 0; half < HALVES; half++) {
-            B weights[INT_V];
-            for (int v = 0; v < INT_V; v++) weights[v] = columns(get<B>(w + v * BYTES), half);
+            B weights[V];
+            for (int v = 0; v < V; v++) weights[v] = columns(get<B>(w + v * BYTES), half);
             for (int r = 0; r < R; r++) {
                 const I row = splat(get<int32_t>((const int32_t *)x[r].q + k * HALVES + half));
-                for (int v = 0; v < INT_V; v++) dots[r][v] = dot8(dots[r][v], weights[v], row);
+                for (int v = 0; v < V; v++) dots[r][v] = dot8(dots[r][v], weights[v], row);
             }
         }
     }
 }
-template <int R, int block>
-INLINE void int4_dots(const uint8_t *&w, const Row *x, int64_t begin, int64_t end, I (&dots)[R][INT_V]) {
+template <int block, int R, int V>
+INLINE void int4_dots(const uint8_t *&w, const Row *x, int64_t begin, int64_t end, I (&dots)[R][V]) {
     for (int64_t k = begin; k < end; k += block) {
-        I part[R][INT_V] = {};
+        I part[R][V];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) part[r][v] = HALVES == 2 ? I{} : dots[r][v];
 #pragma GCC unroll 4
-        for (int t = 0; t < block / 8; t++, w += INT_V * BYTES) {
-            for (int i = 0; i < INT_V * BYTES; i += 64) prefetch(w + i + 4096);
+        for (int t = 0; t < block / 8; t++, w += V * BYTES) {
+            for (int i = 0; i < V * BYTES; i += 64) prefetch(w + i + 4096);
             for (int half = 0; half < 2; half++) {
-                B weights[INT_V];
-                for (int v = 0; v < INT_V; v++) {
+                B weights[V];
+                for (int v = 0; v < V; v++) {
                     const B both = get<B>(w + v * BYTES);
                     weights[v] = (half ? (B)((I16)both >> 4) : both) & 15;
                 }
                 for (int r = 0; r < R; r++) {
                     const I row = splat(get<int32_t>((const int8_t *)x[r].q + k + half * block / 2 + 4 * t));
-                    for (int v = 0; v < INT_V; v++) part[r][v] = dot4(part[r][v], weights[v], row);
+                    for (int v = 0; v < V; v++) part[r][v] = dot4(part[r][v], weights[v], row);
                 }
             }
         }
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < INT_V; v++) dots[r][v] = widen(dots[r][v], part[r][v]);
+            for (int v = 0; v < V; v++) dots[r][v] = HALVES == 2 ? widen(dots[r][v], part[r][v]) : part[r][v];
     }
 }
 
-// N outputs of R rows, of which the first n are stored.
-template <int R, int bits, int block>
+// A tile's outputs, V vectors, of R rows; the first n are stored.
+template <int R, int V, int bits, int block>
 __attribute__((noinline)) static void int_rows(const Matrix &m, int64_t tile, const Row *x, float *y, int64_t stride,
                                                int64_t n) {
+    constexpr int N = V * L;
     const int64_t groups = m.in / m.group;
     const uint8_t *w = (const uint8_t *)m.weight + tile * N * m.in * bits / 8;
     const Half *scale = m.scale + tile * groups * N, *min = m.min ? m.min + tile * groups * N : nullptr;
     const int32_t zero = bits == 8 ? BIAS : m.zero;
-    F total[R][INT_V] = {};
+    constexpr bool wide = bits == 8 && V == WIDE_V;  // sums of long groups are too large for a float to be exact
+    F total[R][V] = {};
     for (int64_t g = 0; g < groups; g++) {
-        I dots[R][INT_V] = {};
+        I dots[R][V] = {};
         if constexpr (bits == 8) int8_dots(w, x, g * m.group, (g + 1) * m.group, dots);
-        else int4_dots<R, block>(w, x, g * m.group, (g + 1) * m.group, dots);
-        for (int v = 0; v < INT_V; v++) {
+        else int4_dots<block>(w, x, g * m.group, (g + 1) * m.group, dots);
+        for (int v = 0; v < V; v++) {
             const F s = load(scale + g * N + v * L);
+            const F low = (min ? load(min + g * N + v * L) : F{}) - (float)(wide ? 0 : zero) * s;
             for (int r = 0; r < R; r++) {
-                const F dot = __builtin_convertvector(dots[r][v] - zero * x[r].sum[g], F);
-                total[r][v] += dot * (s * x[r].scale[g]);
+                const I dot = wide ? dots[r][v] - zero * (int32_t)x[r].sum[g] : dots[r][v];
+                const float by = x[r].scale[g];
+                total[r][v] += __builtin_convertvector(dot, F) * (s * by) + low * (by * x[r].sum[g]);
             }
-            if (!min) continue;
-            const F m = load(min + g * N + v * L);
-            for (int r = 0; r < R; r++) total[r][v] += m * (x[r].scale[g] * x[r].sum[g]);
         }
     }
     for (int r = 0; r < R; r++)
-        if (n >= N)
-            for (int v = 0; v < INT_V; v++) store(y + r * stride + v * L, total[r][v]);
+        if (n >= V * L)
+            for (int v = 0; v < V; v++) store(y + r * stride + v * L, total[r][v]);
         else
             memcpy(y + r * stride, total[r], n * sizeof(float));
 }
 
-static void int_matmul(const Matrix &m, const float *x, float *y, int64_t rows, int64_t stride) {
+// Rows of x as matrices like m take them, valid until the next call.
+static const Row *rounded(const Matrix &m, const float *x, int64_t rows) {
     const int64_t groups = m.in / m.group, size = m.in * (m.kind == INT8 ? sizeof(Int8) : 1);
-    char *memory = (char *)scratch<ROWS>(rows * (size + groups * 8 + sizeof(Row)) + 64);
-    Row *row = (Row *)memory;
-    float *scale = (float *)(row + rows);
-    int32_t *sums = (int32_t *)(scale + rows * groups);
+    Row *row = (Row *)scratch<ROWS>(rows * (size + groups * 2 * sizeof(float) + sizeof(Row)) + 64);
+    float *scale = (float *)(row + rows), *sums = scale + rows * groups;
     char *q = (char *)(sums + rows * groups);
-    each_row(rows, [&](int64_t r) {
+    each_row(rows, m.in, [&](int64_t r) {
         const auto round = [&](auto *to) { round_row(x + r * m.in, to, scale + r * groups, sums + r * groups, m.in, m.group); };
         m.kind == INT8 ? round((Int8 *)(q + r * size)) : round((int8_t *)(q + r * size));
         row[r] = {q + r * size, scale + r * groups, sums + r * groups};
     });
+    return row;
+}
+
+static void int_matmul(const Matrix &m, const Row *row, float *y, int64_t rows, int64_t stride) {
+    const int64_t N = tile_size(m.kind == INT8 ? 8 : 4, m.group);
     parallel_for((m.out + N - 1) / N, 1, [&](int64_t begin, int64_t end) {
         for (int64_t r0 = 0; r0 < rows; r0 += ROW_BLOCK)
             for (int64_t tile = begin; tile < end; tile++) {
-                const int64_t stop = std::min(rows, r0 + ROW_BLOCK), n = m.out - tile * N;
-                float *to = y + tile * N;
-                if (m.kind == INT8)
-                    in_steps<INT8_ROWS>(r0, stop, [&](auto R, int64_t r) {
-                        int_rows<R, 8, 0>(m, tile, row + r, to + r * stride, stride, n);
+                const auto by = [&](auto most, auto V, auto bits, auto block) {
+                    in_steps<most>(r0, std::min(rows, r0 + ROW_BLOCK), [&](auto R, int64_t r) {
+                        int_rows<R, V, bits, block>(m, tile, row + r, y + r * stride + tile * N, stride, m.out - tile * N);
                     });
-                else
-                    in_steps<INT4_ROWS>(r0, stop, [&](auto R, int64_t r) {
-                        if (m.group % 32) int_rows<R, 4, 16>(m, tile, row + r, to + r * stride, stride, n);
-                        else int_rows<R, 4, 32>(m, tile, row + r, to + r * stride, stride, n);
-                    });
+                };
+                if (N == WIDE_V * L && m.kind == INT8) by(number<INT8_ROWS>, number<WIDE_V>, number<8>, number<0>);
+                else if (m.kind == INT8) by(number<INT8_ROWS>, number<INT_V>, number<8>, number<0>);
+                else if (m.group % 32) by(number<INT4_ROWS>, number<INT_V>, number<4>, number<16>);
+                else by(number<INT4_ROWS>, number<INT_V>, number<4>, number<32>);
             }
     });
 }
@@ -265,13 +290,15 @@ static void int_matmul(const Matrix &m, const float *x, float *y, int64_t rows, 
 static void matmul(const Matrix *m, int count, const float *x, float *y, int64_t rows) {
     int64_t out = 0;
     for (int i = 0; i < count; i++) out += m[i].out;
+    const Row *row = nullptr;
     for (int i = 0; i < count; y += m[i++].out) {
-        const auto floats = [&](auto *w) { float_matmul(w, x, y, rows, m[i].out, m[i].in, out); };
         if (!m[i].out) continue;
-        if (m[i].kind == FLOAT32) floats((const float *)m[i].weight);
-        else if (m[i].kind == FLOAT16) floats((const Half *)m[i].weight);
-        else if (m[i].kind == BFLOAT16) floats((const BFloat16 *)m[i].weight);
-        else int_matmul(m[i], x, y, rows, out);
+        if (m[i].kind < INT8) {
+            by_kind(m[i].kind, (void *)m[i].weight, [&](auto *w) { float_matmul(w, x, y, rows, m[i].out, m[i].in, out); });
+        } else {
+            if (!row || m[i].kind != m[i - 1].kind || m[i].group != m[i - 1].group) row = rounded(m[i], x, rows);
+            int_matmul(m[i], row, y, rows, out);
+        }
     }
 }
 
@@ -404,7 +431,7 @@ static void attention(const Heads &h, float *qkv, const float *cos_sin, T *cache
         const Sequence sequence = sequences[i];
         float *const begin = qkv + n * h.width();
         T *const slot = cache + sequence.slot * 2 * K * h.max_seq_len * D;
-        each_row(sequence.length, [&](int64_t t) {
+        each_row(sequence.length, h.width(), [&](int64_t t) {
             float *row = begin + t * h.width();
             const int64_t position = sequence.start + t;
             for (int64_t j = 0; j < H + K; j++)
@@ -441,9 +468,10 @@ struct Layer {
     void *cache;
 };
 struct Model {
-    int64_t dim, hidden, layers, cache_kind;
+    int64_t dim, hidden, layers, vocabulary, kind, cache_kind;  // kind: of the embeddings
     Heads heads;
     double eps;
+    const void *embeddings;
     const float *cos_sin, *norm;  // cos_sin (max_seq_len, D)
     Matrix output;
     const Layer *layer;
@@ -451,7 +479,7 @@ struct Model {
 
 // x += y, if there is any; h = RMSNorm of x.
 static void add_norm(float *x, const float *y, const float *weight, double eps, float *h, int64_t rows, int64_t dim) {
-    each_row(rows, [&](int64_t r) {
+    each_row(rows, dim, [&](int64_t r) {
         F squares = {};
         float *row = x + r * dim;
         for (int64_t k = 0; k < dim; k += L) {
@@ -471,10 +499,7 @@ static void attention_layer(const Model &m, const Layer &l, float *x, const floa
     float *qkv = normed + rows * m.dim, *seen = qkv + rows * h.width();
     add_norm(x, add, l.attention_norm, m.eps, normed, rows, m.dim);
     matmul(l.qkv, 3, normed, qkv, rows);
-    const auto attend = [&](auto *cache) { attention(h, qkv, m.cos_sin, cache, sequences, count, seen); };
-    if (m.cache_kind == FLOAT32) attend((float *)l.cache);
-    else if (m.cache_kind == FLOAT16) attend((Half *)l.cache);
-    else attend((BFloat16 *)l.cache);
+    by_kind(m.cache_kind, l.cache, [&](auto *cache) { attention(h, qkv, m.cos_sin, cache, sequences, count, seen); });
     matmul(&l.wo, 1, seen, y, rows);
 }
 
@@ -486,7 +511,7 @@ static void feed_forward_layer(const Model &m, const Layer &l, float *x, const f
     for (int64_t r = 0; r < rows; r += some) {
         const int64_t now = std::min(some, rows - r);
         matmul(l.w13, 2, normed + r * m.dim, both, now);
-        each_row(now, [&](int64_t i) {
+        each_row(now, m.hidden, [&](int64_t i) {
             const float *gate = both + 2 * i * m.hidden, *up = gate + m.hidden;
             for (int64_t k = 0; k < m.hidden; k += L) {
                 const F g = load(gate + k);
@@ -498,7 +523,7 @@ static void feed_forward_layer(const Model &m, const Layer &l, float *x, const f
 }
 
 extern "C" {
-int llama_tile() { return N; }
+int64_t llama_tile(int64_t bits, int64_t group) { return tile_size(bits, group); }
 const char *llama_instructions() { return INSTRUCTIONS; }
 void llama_threads(int n) {
     if (n != pool->size()) pool->resize(n);
@@ -507,6 +532,17 @@ void llama_threads(int n) {
 void llama_matmul(const Matrix *m, const float *x, float *y, int64_t rows) {
     matmul(m, 1, x, y, rows);
     pool->rest();
+}
+
+// Rows x (rows, dim) of the embeddings. Returns a token that there is not, or -1.
+int64_t llama_embed(const Model *m, const int64_t *tokens, float *x, int64_t rows) {
+    for (int64_t r = 0; r < rows; r++)
+        if (tokens[r] < 0 || tokens[r] >= m->vocabulary) return tokens[r] < 0 ? m->vocabulary : tokens[r];
+    by_kind(m->kind, (void *)m->embeddings, [&](auto *from) {
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t k = 0; k < m->dim; k += L) store(x + r * m->dim + k, load(from + tokens[r] * m->dim + k));
+    });
+    return -1;
 }
 
 // One half of layer i, for ranks, which sum y in between: x += add, if there is any, and y is what the half adds to x.
@@ -538,7 +574,7 @@ void llama_logits(const Model *m, float *x, float *logits, int64_t rows) {
 
 // q (out, in), a byte each -> tiles. Numbers of outputs that are missing in the last tile are 0.
 void llama_pack(int64_t bits, const uint8_t *q, uint8_t *to, int64_t out, int64_t in, int64_t group) {
-    const int64_t block = group % 32 ? 16 : 32, size = N * in * bits / 8;
+    const int64_t N = tile_size(bits, group), block = group % 32 ? 16 : 32, size = N * in * bits / 8;
     parallel_for((out + N - 1) / N, 1, [&](int64_t tile, int64_t end) {
         for (; tile < end; tile++) {
             uint8_t *at = to + tile * size;

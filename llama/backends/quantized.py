@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers import in_few_shapes
-from ..parallel import cpu_has
+from ..parallel import cpu_has, empty
 
 GROUPS = (16, 32, 64, 128)
 
@@ -191,13 +191,13 @@ class Packed:
         from . import cpu
 
         (out, columns), groups, lib = weight.shape, weight.scale.shape[1], cpu.library()
-        self.shape, tile = weight.shape, lib.llama_tile()
+        self.shape, tile = weight.shape, lib.llama_tile(weight.bits, columns // groups)
         tiles = -(-out // tile)
 
         def tiled(part: Tensor) -> Tensor:  # (out, groups) -> (tiles, groups, tile)
             return F.pad(part, (0, 0, 0, tiles * tile - out)).view(tiles, tile, groups).transpose(1, 2).contiguous()
 
-        q = torch.empty(tiles * tile * columns * weight.bits // 8, dtype=torch.uint8)
+        q = empty((tiles * tile * columns * weight.bits // 8,), torch.uint8)
         size = tile * columns * weight.bits // 8
         rows = weight.q.contiguous()
         lib.llama_threads(cpu.threads())

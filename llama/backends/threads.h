@@ -98,13 +98,13 @@ static void parallel_for(int64_t whole, int64_t unit, const Work &work, int64_t 
     }
     pool->run(parts, [](const void *c, int64_t i) { (*(decltype(call) *)c)(i); }, &call);
 }
-// Calls work(row) for each row; a few are not worth waking a thread.
+// Calls work(row) for each row of so many numbers; a few are not worth sharing.
 template <typename Work>
-static void each_row(int64_t rows, const Work &work) {
+static void each_row(int64_t rows, int64_t size, const Work &work) {
     const auto all = [&](int64_t r, int64_t end) {
         for (; r < end; r++) work(r);
     };
-    if (rows <= 8) all(0, rows);
+    if (rows * size < 4096) all(0, rows);
     else parallel_for(rows, 1, all);
 }
 

@@ -18,11 +18,11 @@
 
 // A kernel keeps R rows x V vectors of sums in registers, of which there are 32, or 16 with AVX2 and SSE.
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-constexpr int BYTES = 64, FLOAT_ROWS = 12, FLOAT_V = 2, INT8_ROWS = 6, INT4_ROWS = 6, INT_V = 4;
+constexpr int BYTES = 64, FLOAT_ROWS = 12, FLOAT_V = 2, DOT_ROWS = 8, INT8_ROWS = 6, INT4_ROWS = 6, INT_V = 2, WIDE_V = 4;
 #elif defined(__AVX2__)
-constexpr int BYTES = 32, FLOAT_ROWS = 6, FLOAT_V = 2, INT8_ROWS = 6, INT4_ROWS = 4, INT_V = 2;
+constexpr int BYTES = 32, FLOAT_ROWS = 6, FLOAT_V = 2, DOT_ROWS = 4, INT8_ROWS = 6, INT4_ROWS = 4, INT_V = 2, WIDE_V = 2;
 #else
-constexpr int BYTES = 16, FLOAT_ROWS = 6, FLOAT_V = 4, INT8_ROWS = 6, INT4_ROWS = 4, INT_V = 4;
+constexpr int BYTES = 16, FLOAT_ROWS = 6, FLOAT_V = 4, DOT_ROWS = 4, INT8_ROWS = 6, INT4_ROWS = 4, INT_V = 4, WIDE_V = 4;
 #endif
 constexpr int L = BYTES / 4;  // floats of a vector
 
@@ -136,15 +136,12 @@ INLINE float sum(F x) {
         for (int i = 0; i < n; i++) s[i] += s[i + n];
     return s[0];
 }
-INLINE int32_t sum(I x) {
-    int32_t total = 0;
-    for (int i = 0; i < L; i++) total += x[i];
-    return total;
-}
 INLINE float largest(F x) {
-    float most = x[0];
-    for (int i = 1; i < L; i++) most = std::max(most, x[i]);
-    return most;
+    float s[L];
+    put(s, x);
+    for (int n = L / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) s[i] = std::max(s[i], s[i + n]);
+    return s[0];
 }
 
 // 2^n e^f with |f| <= ln 2 / 2, by the Taylor series of e^f: within 2e-7 of the result.
