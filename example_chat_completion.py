@@ -6,10 +6,10 @@ torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir llama-2-7b-cha
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from llama import Dialog, Llama, parallel
+from llama.checkpoint import read_json
 from llama.cli import script
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "small-chat"
@@ -111,13 +111,7 @@ def read_dialogs(prompts: list[Dialog] | str | None, default: list[Dialog]) -> l
     path = Path(str(prompts))
     if not path.is_file():
         raise FileNotFoundError(f"prompts {prompts!r} is neither a list of dialogs nor a JSON file")
-    try:
-        dialogs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(dialogs, list):
-        raise ValueError(f"{path} holds {type(dialogs).__name__} and not a list of dialogs")
-    return dialogs
+    return read_json(path, list)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama import Llama, parallel
+from llama.checkpoint import read_text
 from llama.cli import script
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "small"
@@ -100,10 +101,7 @@ def read_prompts(prompts: list[str] | str | None, default: list[str]) -> list[st
     path = Path(str(prompts))
     if not path.is_file():
         raise FileNotFoundError(f"prompts {prompts!r} is neither a list such as '[\"Once upon\"]' nor a text file")
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    return [line for line in read_text(path).split("\n") if line.strip()]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from small import GQA, MODELS, SHAPES, TOKENIZER, edit_params, random_model, save_random
 
 from llama import Llama, checkpoint, parallel
-from llama.checkpoint import files
+from llama.checkpoint import convert, files
 
 OPTIONS = {"tokenizer_path": TOKENIZER, "max_seq_len": 32, "device": "cpu", "dtype": "float32"}
 
@@ -132,6 +132,57 @@ def test_rotary_frequencies_of_older_files_are_ignored_by_name(folder):
     edit_shard(folder, lambda state: state.update({"layers.2.rope.freqs": torch.ones(4)}))
     with pytest.raises(ValueError, match=r"unexpected: layers\.2\.rope\.freqs"):
         build(folder)
+
+
+AS_SAVED = {
+    "byte order mark": lambda text: b"\xef\xbb\xbf" + text.encode(),
+    "UTF-16, little-endian": lambda text: b"\xff\xfe" + text.encode("utf-16-le"),
+    "UTF-16, big-endian": lambda text: b"\xfe\xff" + text.encode("utf-16-be"),
+    "CRLF": lambda text: text.replace("\n", "\r\n").encode(),
+}
+
+
+@pytest.mark.parametrize("saved", AS_SAVED)
+def test_text_as_other_programs_save_it(tmp_path, saved):
+    """A byte order mark became part of a text, JSON that has one was "not JSON", and lines ended at a form feed."""
+    text = "two\fparts \u2028 of a line\nand \r another 🙂\n"
+    path = tmp_path / "text"
+    path.write_bytes(AS_SAVED[saved](text))
+    assert checkpoint.read_text(path) == text
+    path.write_bytes(AS_SAVED[saved]('{"a":\n["\u2028"]}\n'))
+    assert checkpoint.read_json(path) == {"a": ["\u2028"]}
+
+
+def test_what_is_no_text_is_named(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes("naïve".encode("latin-1"))
+    for read in (checkpoint.read_text, checkpoint.read_json):
+        with pytest.raises(ValueError, match=f"{path} is not .*UTF-8: .* can't decode byte 0xef in position 2"):
+            read(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=f"{path} is not JSON: maximum recursion depth"):
+        checkpoint.read_json(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="holds dict and not a list"):
+        checkpoint.read_json(path, list)
+
+
+@pytest.mark.parametrize("saved", AS_SAVED)
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+def test_a_checkpoint_whose_json_was_edited(tmp_path, monkeypatch, layout, saved):
+    """Windows' editors add a byte order mark to params.json, config.json and the index."""
+    save_random(tmp_path / "model")
+    folder = tmp_path / "model"
+    if layout == "hf":
+        monkeypatch.setattr(convert, "HF_FILE", 100_000)
+        convert.convert(folder, tmp_path / "hf", "hf", 1, None, TOKENIZER)
+        folder = tmp_path / "hf"
+    before = {name: weight.clone() for name, weight in build(folder).model.state_dict().items()}
+    for name in ("params.json", "config.json", "model.safetensors.index.json"):
+        if (folder / name).exists():
+            (folder / name).write_bytes(AS_SAVED[saved]((folder / name).read_text()))
+    after = build(folder).model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_torchs_older_file_format_is_read(folder):

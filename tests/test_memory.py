@@ -182,6 +182,19 @@ def test_a_list_that_verifies_nothing_is_an_error(tmp_path, lines, message):
     assert message in done.stderr
 
 
+def test_lists_of_sums_as_other_programs_write_them(tmp_path):
+    """A byte order mark made the first line "no line of md5sum", and a form feed in a name ended it."""
+    save_random(tmp_path / "model")
+    for name in ("tokenizer.model", "two\fparts"):
+        shutil.copy(TOKENIZER, tmp_path / "model" / name)
+    path = tmp_path / "model" / "checklist.chk"
+    lines = path.read_text() + f"{checkpoint.digest(TOKENIZER, 'md5')}  two\fparts\n"
+    path.write_bytes(b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode())
+    done = inspect(tmp_path / "model", "--verify")
+    assert done.stderr == ""
+    assert "verified: params.json, consolidated.00.pth, two\fparts" in done.stdout
+
+
 @pytest.mark.parametrize("world_size", [3, 0, "abc", 8])
 def test_inspect_names_a_number_of_ranks_that_does_not_fit(world_size):
     done = inspect(MODELS / "small-chat", "--world_size", world_size, "--device", "cpu")

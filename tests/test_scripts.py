@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pty
+import runpy
 import signal
 import struct
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +72,24 @@ def test_prompts_from_a_list_and_from_a_file(tmp_path):
     assert code == 0, err
     assert start(0, TEXT, *flags, "--prompts", '["Once upon a time", "The opposite of hot is"]')[1] == from_file
     assert from_file.count("\n> ") == 2
+
+
+def example(path):
+    """The functions of an example."""
+    return SimpleNamespace(**runpy.run_path(str(path)))
+
+
+def test_prompts_and_dialogs_as_other_programs_write_them(tmp_path):
+    """A byte order mark became part of the first prompt and made JSON "not JSON"; U+2028 and form feed cut a prompt."""
+    path = tmp_path / "prompts"
+    for line_end in ("\n", "\r\n"):
+        path.write_bytes(b"\xef\xbb\xbf" + line_end.join(["Once \u2028upon\f a time", "", " ", "Hello\x85"]).encode())
+        assert example(TEXT).read_prompts(str(path), []) == ["Once \u2028upon\f a time", "Hello\x85"]
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([[{"role": "user", "content": "Hello"}]]).encode())
+    assert example(CHAT).read_dialogs(str(path), []) == [[{"role": "user", "content": "Hello"}]]
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="prompts holds dict and not a list"):
+        example(CHAT).read_dialogs(str(path), [])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Paths that a caller gives, and the JSON files of a checkpoint: checked, and named when something is wrong."""
+"""Paths that a caller gives, text files and JSON files: checked, and named when something is wrong."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Iterable
@@ -38,14 +39,26 @@ def find_tokenizer(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str] | None
     raise FileNotFoundError(f"no tokenizer.model in {' or '.join(map(str, folders))}; give tokenizer_path")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. ValueError names a file that holds none."""
+def read_text(path: Path) -> str:
+    """The text of a file, as any program may have saved it: in UTF-8, or in UTF-16 with its byte order mark, and with
+    lines that end in \\r\\n. ValueError names a file of another encoding."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return content.decode(encoding).replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON object in a file, or with `kind` list a list. ValueError names a file that holds none."""
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__} and not an object of keys and values")
+    if not isinstance(content, kind):
+        wanted = "an object of keys and values" if kind is dict else "a list"
+        raise ValueError(f"{path} holds {type(content).__name__} and not {wanted}")
     return content
 
 

@@ -86,9 +86,9 @@ def terminal() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool], b
 
 
 def _piped() -> str | None:
-    """One prompt a line."""
+    """One prompt a line, as other programs write them: a byte order mark and \\r are not part of it."""
     line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
+    return line.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r") if line else None
 
 
 def _joined(read: Callable[[str], str]) -> str | None:
