@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from .. import parallel
 from ..backends.quantized import Scheme
-from ..checkpoint import (
-    Checkpoint, available, check_path, digest, divides, find_tokenizer, footprint, read_text, shapes, shortage,
-)  # fmt: skip
+from ..checkpoint import Checkpoint, available, check_path, digest, divides, find_tokenizer, footprint, shapes, shortage
+from ..checkpoint.paths import read_text
 from ..model import ModelArgs
 from ..tokenizer import Tokenizer
 
