@@ -185,6 +185,20 @@ def test_a_checkpoint_whose_json_was_edited(tmp_path, monkeypatch, layout, saved
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize(
+    "change", [{"n_kv_heads": None, "rope_theta": None}, {"use_scaled_rope": False, "rope_scaling_factor": 1.0}]
+)
+def test_keys_of_params_json_that_change_nothing(tmp_path, change):
+    """null for a default, and a scaling of RoPE that is off, were refused."""
+    save_random(tmp_path, SHAPES["MHA"])
+    edit_params(tmp_path, **change)
+    assert not set(checkpoint.Checkpoint(tmp_path).params) & set(change)
+    build(tmp_path)
+    edit_params(tmp_path, use_scaled_rope=True)
+    with pytest.raises(ValueError, match="unknown keys use_scaled_rope"):
+        build(tmp_path)
+
+
 def test_torchs_older_file_format_is_read(folder):
     state = torch.load(folder / "consolidated.00.pth", weights_only=True)
     torch.save(state, folder / "consolidated.00.pth", _use_new_zipfile_serialization=False)

@@ -15,10 +15,14 @@ REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name.startswith("max_")]
 KNOWN.append("quantization")  # {"bits": 8} or {"bits": 4, "group_size": 64}, as `convert` writes it
 
+UNSCALED = (("use_scaled_rope", False), ("rope_scaling_factor", 1))  # keys of later models, where they change nothing
+
 
 def read_params(path: Path) -> dict[str, Any]:
     """The checked content of params.json. ValueError names an unknown or missing key."""
-    params = read_json(path)
+    params = {
+        key: value for key, value in read_json(path).items() if value is not None and (key, value) not in UNSCALED
+    }
     if unknown := [key for key in params if key not in KNOWN]:
         raise ValueError(f"{path} has unknown keys {listed(unknown)}; known are {listed(KNOWN)}")
     if missing := [key for key in REQUIRED if key not in params]:
