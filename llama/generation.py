@@ -103,8 +103,8 @@ class Llama:
             on = parallel.choose_device(device)
             parallel.use(on)
             folder = check_path(ckpt_dir, "ckpt_dir", "folder")
-            tokenizer = Tokenizer(find_tokenizer(folder, tokenizer_path))
             weights = Checkpoint(folder)
+            tokenizer = Tokenizer(find_tokenizer(folder, tokenizer_path))
             args = replace(weights.args(tokenizer.n_words), max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             if args.max_batch_size == 0:
                 raise ValueError("max_batch_size is 0; it must be positive")

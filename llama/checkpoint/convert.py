@@ -24,6 +24,7 @@ from . import hf
 from .folder import Checkpoint
 from .hf_tokenizer import tokenizer_files
 from .load import read_quantized
+from .paths import find_tokenizer
 from .plan import is_matrix, shapes, shard_dim
 from .write import LOCK, blank_file, check_new, new_folder, write_checklist, write_json
 
@@ -56,7 +57,7 @@ def convert(
     to: str,
     mp: int,
     dtype: torch.dtype | None,
-    tokenizer_path: Path,
+    tokenizer_path: str | os.PathLike[str] | None = None,
     quantize: str | None = None,
     group_size: int = 64,
     search: bool = True,
@@ -71,8 +72,9 @@ def convert(
         raise ValueError(f"to is {to!r}; it must be meta or hf")
     target = Path(os.path.abspath(target))
     check_new(target)
-    tokenizer = Tokenizer(tokenizer_path)
     checkpoint = Checkpoint(source)
+    tokenizer_path = find_tokenizer(source, tokenizer_path)
+    tokenizer = Tokenizer(tokenizer_path)
     args = checkpoint.args(tokenizer.n_words)
     scheme = checkpoint.scheme_for(quantize, group_size)
     if scheme and to == "hf":

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from . import hf
+from .paths import mistaken
 
 # Rotary frequencies, which older files carry and which follow from params.json.
 IGNORED = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs|.*rotary_emb\.inv_freq")
@@ -75,7 +76,12 @@ def unreadable(path: Path, error: Exception) -> Exception:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "weights_only" in str(error):  # torch goes on to recommend that the file be trusted
         reason = "it holds other things than tensors"
-    return ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a readable shard; download it again ({reason})")
+    with path.open("rb") as file:
+        line = file.readline(100).strip()
+    if line and line.isascii() and line.decode().isprintable():  # what a server says in place of a file
+        reason = f"it is the text {line.decode()!r}"
+    reason, do = mistaken(path) or (reason, "download it again")
+    return ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a readable shard; {do} ({reason})")
 
 
 class File:

@@ -15,7 +15,7 @@ from ..model import ModelArgs
 from . import hf
 from .files import READABLE, SafetensorsFile, TorchFile
 from .meta import read_params, read_scheme, shard_paths
-from .paths import listed, read_json
+from .paths import NO_CONFIG, advice, listed, read_json
 from .plan import is_matrix, shapes, shard_dim, slices
 
 Stored = Mapping[str, tuple[tuple[int, ...], set[torch.dtype]]]  # tensors: whole shapes, and the dtypes they may have
@@ -31,12 +31,14 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if (folder / "params.json").is_file():
-            self._open_meta(folder / "params.json")
-        elif (folder / "config.json").is_file():
-            self._open_hf(folder / "config.json")
+        params, config = folder / "params.json", folder / "config.json"
+        if params.is_file() and (any(folder.glob("consolidated.*.pth")) or not config.is_file()):
+            self._open_meta(params)
+        elif config.is_file():
+            self._open_hf(config)
         else:
-            raise FileNotFoundError(f"no params.json or config.json in {folder}; is it the folder of a checkpoint?")
+            do = advice(folder, NO_CONFIG, "is it the folder of a checkpoint?")
+            raise FileNotFoundError(f"no params.json or config.json in {folder}; {do}")
 
     def _open_meta(self, source: Path) -> None:
         self.layout, self.source = "meta", source

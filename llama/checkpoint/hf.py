@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .paths import listed, read_json
+from .paths import NO_WEIGHTS, advice, listed, read_json
 
 # Meta's name -> Hugging Face's, outside the layers and inside one.
 OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -50,7 +50,9 @@ def safetensors_paths(folder: Path) -> list[Path]:
             raise ValueError(f"{index} has no weight_map from the names of weights to files; download it again")
         files = sorted(set(found.values()))
     if missing := [file for file in files if not (folder / file).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {listed(missing)}; download it again")
+        again = "download it again"
+        do = again if len(missing) < len(files) else advice(folder, NO_WEIGHTS, again)
+        raise FileNotFoundError(f"{folder} lacks {listed(missing)}; {do}")
     return [folder / file for file in files]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..backends.quantized import Scheme, scheme
 from ..model import ModelArgs
-from .paths import listed, read_json
+from .paths import NO_CONFIG, advice, listed, read_json
 
 REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name.startswith("max_")]
@@ -46,7 +46,8 @@ def shard_paths(ckpt_dir: Path) -> list[Path]:
     """The shards in the order of ranks. FileNotFoundError names a missing one."""
     found = {path.name: path for path in ckpt_dir.glob("consolidated.*.pth") if path.is_file()}
     if not found:
-        raise FileNotFoundError(f"no consolidated.*.pth in {ckpt_dir}; is it the folder of a checkpoint?")
+        do = advice(ckpt_dir, NO_CONFIG, "is it the folder of a checkpoint?")
+        raise FileNotFoundError(f"no consolidated.*.pth in {ckpt_dir}; {do}")
     numbers = [int(match[1]) for name in found if (match := re.fullmatch(r"consolidated\.(\d\d)\.pth", name))]
     wanted = [f"consolidated.{i:02d}.pth" for i in range(max(numbers, default=0) + 1)]
     if missing := [name for name in wanted if name not in found]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from fire.decorators import SetParseFns
 
 from .. import parallel
-from ..checkpoint import check_path, find_tokenizer
+from ..checkpoint import check_path
 from ..checkpoint import convert as checkpoint_convert
 
 
@@ -38,5 +38,4 @@ def convert(
     """
     folder = check_path(src, "src", "folder")
     asked = None if dtype is None else parallel.as_dtype(dtype)
-    tokenizer = find_tokenizer(folder, tokenizer_path)
-    checkpoint_convert.convert(folder, Path(str(dst)), to, mp, asked, tokenizer, quantize, group_size, search)
+    checkpoint_convert.convert(folder, Path(str(dst)), to, mp, asked, tokenizer_path, quantize, group_size, search)
