@@ -7,7 +7,6 @@ written through a mapping), so that the largest model converts on a small machin
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from .hf_tokenizer import tokenizer_files
 from .load import read_quantized
 from .paths import find_tokenizer
 from .plan import is_matrix, shapes, shard_dim
-from .write import LOCK, blank_file, check_new, new_folder, write_checklist, write_json
+from .write import LOCK, blank_file, check_new, nbytes, new_folder, write_checklist, write_file, write_json, writing
 
 HF_FILE = 2 * 10**9  # bytes of one model-0000n-of-0000m.safetensors, which are in memory together
 Stored = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # names of tensors, their shapes and dtypes
@@ -87,7 +86,7 @@ def convert(
         check_divides(dict(stored), mp)
     size = sum(torch.Size(shape).numel() * element.itemsize for _, (shape, element) in stored)
     with new_folder(target, size) as folder, tqdm(total=2 * size, unit="B", unit_scale=True, disable=None) as bar:
-        shutil.copy(tokenizer_path, folder / "tokenizer.model")
+        write_file(folder / "tokenizer.model", tokenizer_path.read_bytes())
         if to == "meta":
             write_meta(job, folder, mp, bar)
         else:
@@ -148,7 +147,8 @@ def write_hf(job: Job, folder: Path, bar: tqdm) -> None:
                 tensor = tensor.clone()  # tied: the format does not allow two names of one tensor
             tensors[names[name]] = tensor
             bar.update(tensor.nbytes)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        with writing(folder / file, nbytes(tensors)) as new:
+            save_file(tensors, new, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
     args, dtype = job.args, str(job.dtype).removeprefix("torch.")
     config = hf.config(job.checkpoint.params, args.ffn_hidden, args.vocab_size, dtype)
@@ -162,10 +162,10 @@ def in_files(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in their order, in groups of up to `limit` bytes; a larger one is alone."""
     groups: list[list[str]] = [[]]
     free = limit
-    for name, nbytes in sizes.items():
-        if nbytes > free and groups[-1]:
+    for name, size in sizes.items():
+        if size > free and groups[-1]:
             groups.append([])
             free = limit
         groups[-1].append(name)
-        free -= nbytes
+        free -= size
     return groups
