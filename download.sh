@@ -182,6 +182,9 @@ A link is good for 24 hours and for a limited number of downloads; then request 
 $REQUEST_PAGE
 If it is new, it was perhaps not copied whole. $HOW_TO_COPY
 Nothing is lost: run this again with the new link, and it continues where it stopped."
+    elif [[ $tool-$code == curl-23 || $tool-$code == wget-3 ]]; then
+      die "$path: $part cannot be written beyond $(($(size_of "$part"))) bytes: the disk is full, or no file may be larger there.
+What has arrived is kept: free some space and run this again."
     elif ((code == 0)) || [[ $status == 416 && $before -gt 0 ]]; then # 416: there is nothing after the part
       if "$@" "$part"; then
         mv -f "$part" "$file"

@@ -337,6 +337,23 @@ def test_a_server_without_ranges(user: User) -> None:
     assert_complete(user, user.download())
 
 
+def test_a_full_disk_is_named(user: User) -> None:
+    """It was "the connection broke", and then a number of curl's."""
+    user.put_all_but(SHARD)
+    folder = user.target / "llama-2-7b"
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", folder], capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        for name, data in kept.items():
+            (folder / name).write_bytes(data)
+        result = user.download()
+        assert result.returncode != 0 and f"{SHARD}.part cannot be written beyond" in result.stderr
+        assert "connection" not in result.stdout and (folder / "consolidated.00.pth.part").stat().st_size > 100_000
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 @pytest.mark.parametrize("compress", ["unasked", "always"])
 @pytest.mark.parametrize("begun", [None, "of the file", "of a gzip file"])
 def test_a_server_that_compresses(user: User, compress: str, begun: str | None) -> None:
