@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import parallel
 from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
-from .checkpoint import Checkpoint, available, check_path, find_tokenizer, footprint, load, shortage
+from .checkpoint import Checkpoint, available, check_path, check_same, find_tokenizer, footprint, load, shortage
 from .engine import Engine
 from .model import Transformer
 from .options import Options, Settings, plain_arguments, spread_options
@@ -104,7 +104,8 @@ class Llama:
             parallel.use(on)
             folder = check_path(ckpt_dir, "ckpt_dir", "folder")
             weights = Checkpoint(folder)
-            tokenizer = Tokenizer(find_tokenizer(folder, tokenizer_path))
+            tokenizer_file = find_tokenizer(folder, tokenizer_path)
+            tokenizer = Tokenizer(tokenizer_file)
             args = replace(weights.args(tokenizer.n_words), max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             if args.max_batch_size == 0:
                 raise ValueError("max_batch_size is 0; it must be positive")
@@ -115,9 +116,11 @@ class Llama:
             needed, free = footprint(args, parallel.world_size(), final, rounding), available(on)
             if check_memory and (problem := shortage(needed, free, on, parallel.world_size())):
                 raise MemoryError(problem)
-        plans = parallel.gather_objects((on.type, final, rounding, max_seq_len, max_batch_size))
-        if len(set(plans)) > 1:
-            raise ValueError(f"the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size): {plans}")
+            plan: dict[str, object] = {"device": on.type, "dtype": final, "quantize": rounding}
+            plan |= {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+            if parallel.world_size() > 1:  # nodes may have copies of their own
+                plan |= weights.fingerprint(args, tokenizer_file)
+        check_same(plan)
         with parallel.all_or_none():
             load(model, weights, args, on, final, rounding, compile)
             model.allocate_cache()
