@@ -80,6 +80,7 @@ def convert(
         raise ValueError(
             f"Hugging Face's layout has no place for {scheme}; write Meta's, or give an unquantized source"
         )
+    tokens = tokenizer_files(tokenizer.sp_model) if to == "hf" else {}
     job = Job(checkpoint, args, dtype or checkpoint.dtype(), scheme, search)
     stored = [entry for tensors in job.stored().items() for entry in tensors[1].items()]
     if to == "meta":
@@ -90,9 +91,8 @@ def convert(
         if to == "meta":
             write_meta(job, folder, mp, bar)
         else:
-            write_hf(job, folder, bar)
-            pieces = [tokenizer.sp_model.id_to_piece(i) for i in range(tokenizer.n_words)]
-            write_json(folder, tokenizer_files(pieces))
+            write_hf(job, folder, bar, tokenizer.bos_id, tokenizer.eos_id)
+            write_json(folder, tokens)
         written = sorted(file for file in folder.iterdir() if file.name != LOCK)
         write_checklist(folder / "checklist.chk", written, bar.update)
 
@@ -130,7 +130,7 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
                 bar.update(part.nbytes)
 
 
-def write_hf(job: Job, folder: Path, bar: tqdm) -> None:
+def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: int = 2) -> None:
     """config.json, and one file of safetensors, or several with an index."""
     whole, names = shapes(job.args), hf.names(job.args.n_layers)
     sizes = {name: torch.Size(shape).numel() * job.dtype.itemsize for name, shape in whole.items()}
@@ -152,7 +152,8 @@ def write_hf(job: Job, folder: Path, bar: tqdm) -> None:
         index |= dict.fromkeys(tensors, file)
     args, dtype = job.args, str(job.dtype).removeprefix("torch.")
     config = hf.config(job.checkpoint.params, args.ffn_hidden, args.vocab_size, dtype)
-    write_json(folder, {"config.json": config, "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2}})
+    ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": eos if eos >= 0 else None}
+    write_json(folder, {"config.json": config | ids, "generation_config.json": ids})
     if len(groups) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
         write_json(folder, {"model.safetensors.index.json": content})

@@ -154,8 +154,6 @@ def config(params: Mapping[str, Any], hidden: int, vocab_size: int, dtype: str) 
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
         "pad_token_id": None,
         "initializer_range": 0.02,
         "use_cache": True,
