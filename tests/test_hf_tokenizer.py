@@ -51,6 +51,7 @@ TEXTS += [
     "\ufefftext",
     "🙂",
 ]
+TEXTS += ["ﬁ\u0301", "é\u0323", "™\u0301", "ê\u0301", "か\u3099", "ｶ\u3099"]
 TEXTS += [unicodedata.normalize("NFD", text) for text in TEXTS]
 
 

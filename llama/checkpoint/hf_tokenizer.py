@@ -220,21 +220,31 @@ def nfkc(sp: SentencePieceProcessor) -> list[dict[str, Any]]:
     for character in every:
         if order := unicodedata.combining(character):
             marks[order] = marks.get(order, "") + character
-    # NFKC sorts marks and SentencePiece does not: a noncharacter between those that are out of order prevents it.
+    # NFKC sorts marks and joins them to characters that are joined already. SentencePiece does neither, and a
+    # noncharacter before the mark prevents both.
     pairs = [("".join(marks[high] for high in marks if high > low), marks[low]) for low in marks if low < max(marks)]
-    disorder = "|".join(f"(?<={char_class(first)})(?={char_class(second)})" for first, second in pairs)
+    joined = "".join(character for character in every if len(unicodedata.normalize("NFKD", character)) > 1)
+    pairs.append((joined, "".join(marks.values())))
+    apart = "|".join(f"(?<={char_class(first)})(?={char_class(second)})" for first, second in pairs)
     return [
         *(replace(char_class(found), wanted) for wanted, found in before.items()),
         *(replace(character, place, regex=False) for character, place in places.items()),
-        replace(disorder, "\ufdd0"),
+        replace(apart, "\ufdd0"),
         {"type": "NFKC"},
         replace("\ufdd0", "", regex=False),
         *(replace(place, kept[character], regex=False) for character, place in places.items()),
     ]
 
 
-def char_class(found: str) -> str:
-    return "[" + "".join(f"\\x{{{ord(character):X}}}" for character in found) + "]"
+def char_class(characters: str) -> str:
+    """A regular expression for one of them, with ranges of neighbours."""
+    ranges: list[list[int]] = []
+    for code in sorted(map(ord, characters)):
+        if ranges and code == ranges[-1][1] + 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    return "[" + "".join(f"\\x{{{first:X}}}-\\x{{{last:X}}}" for first, last in ranges) + "]"
 
 
 def pre_tokenizer(symbols: Sequence[str]) -> dict[str, Any]:
@@ -265,7 +275,9 @@ def decoders(spec: dict[int, Any]) -> list[dict[str, Any]]:
 WORDS = (
     "the fox naïve Ångström Việt Nam ﬁne ①② Ⅳ ½ ㎏ x² ™ Ｆｕｌｌ～ ｶﾞｷﾞ がぎ 한국어 你好 مُحَمَّد ش\u0651\u064e שָׁלוֹם ज़रा น้ำ"
 )
-WORDS += " й Ελλάδα ß İ <0x41> [INST] <<SYS>> 12 3.14 don't 🙂 👩‍👩‍👧 a\u200bb \ufeffx … “q” – \u00a0 \u3000z"
+WORDS += (
+    " й Ελλάδα ß ﬁ\u0301 é\u0323 <0x41> [INST] <<SYS>> 12 3.14 don't 🙂 👩‍👩‍👧 a\u200bb \ufeffx … “q” – \u00a0 \u3000z"
+)
 SPACES = ["", "", " ", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", SPACE]
 
 
