@@ -162,8 +162,8 @@ def merges_of(pieces: Sequence[Piece]) -> list[Merge]:
 
 def leftmost_first(merges: list[Merge]) -> list[Merge]:
     """Merges of equal score, in an order in which a merge comes before those that need its right half as their left:
-    of a b d, SentencePiece merges a b. Where there is no such order, as given."""
-    if len({merge.id for merge in merges}) == 1:
+    of a b d, SentencePiece merges a b. As given where there is no such order, and of so many that there is none."""
+    if len({merge.id for merge in merges}) == 1 or len(merges) > 10_000:
         return merges
     starting: dict[str, list[Merge]] = {}
     for merge in merges:
@@ -204,9 +204,8 @@ def normalized(sp: SentencePieceProcessor, texts: list[str]) -> list[str]:
 def nfkc(sp: SentencePieceProcessor) -> list[dict[str, Any]]:
     """NFKC, and what SentencePiece does otherwise, found for every character. (The normalizer that Hugging Face has for
     SentencePiece's table misses or drops characters with combining marks.)"""
-    every = [
-        c for c in map(chr, range(1, 0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs") and c != SPACE
-    ]
+    assigned = (c for c in map(chr, range(1, 0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs"))
+    every = [character for character in assigned if character != SPACE]
     before: dict[str, str] = {}  # new text -> characters that it replaces
     kept: dict[str, str] = {}  # characters that NFKC would change to something else -> new text
     for character, wanted in zip(every, normalized(sp, every), strict=True):
