@@ -79,7 +79,7 @@ def main(
         quantize: int8 or int4, to round the weights when they are loaded
         compile: to be faster on a CPU, int4 above all, after some seconds of its C++ compiler
     """
-    dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(str(ckpt_dir)).resolve() == BUNDLED else DIALOGS)
+    dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(ckpt_dir).expanduser().resolve() == BUNDLED else DIALOGS)
     llama = Llama.build(
         ckpt_dir,
         tokenizer_path,
@@ -108,7 +108,7 @@ def read_dialogs(prompts: list[Dialog] | str | None, default: list[Dialog]) -> l
         return default
     if isinstance(prompts, (list, tuple)):
         return list(prompts)
-    path = Path(str(prompts))
+    path = Path(prompts).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"prompts {prompts!r} is neither a list of dialogs nor a JSON file")
     return read_json(path, list)

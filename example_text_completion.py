@@ -71,7 +71,7 @@ def main(
         quantize: int8 or int4, to round the weights when they are loaded
         compile: to be faster on a CPU, int4 above all, after some seconds of its C++ compiler
     """
-    texts = read_prompts(prompts, BUNDLED_PROMPTS if Path(str(ckpt_dir)).resolve() == BUNDLED else PROMPTS)
+    texts = read_prompts(prompts, BUNDLED_PROMPTS if Path(ckpt_dir).expanduser().resolve() == BUNDLED else PROMPTS)
     llama = Llama.build(
         ckpt_dir,
         tokenizer_path,
@@ -98,7 +98,7 @@ def read_prompts(prompts: list[str] | str | None, default: list[str]) -> list[st
         return default
     if isinstance(prompts, (list, tuple)):
         return list(prompts)
-    path = Path(str(prompts))
+    path = Path(prompts).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"prompts {prompts!r} is neither a list such as '[\"Once upon\"]' nor a text file")
     return [line for line in read_text(path).split("\n") if line.strip()]

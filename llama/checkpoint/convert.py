@@ -69,7 +69,7 @@ def convert(
     """
     if to not in ("meta", "hf"):
         raise ValueError(f"to is {to!r}; it must be meta or hf")
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.abspath(os.path.expanduser(target)))
     check_new(target)
     checkpoint = Checkpoint(source)
     tokenizer_path = find_tokenizer(source, tokenizer_path)

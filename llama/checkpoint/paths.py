@@ -60,11 +60,11 @@ def mistaken(path: Path) -> tuple[str, str] | None:
 
 
 def check_path(value: Any, name: str, kind: Literal["file", "folder"]) -> Path:
-    """`value` as the path of an existing file or folder. FileNotFoundError or ValueError otherwise, which name the
-    argument `name`."""
+    """`value`, with `~` expanded, as the path of an existing file or folder. FileNotFoundError or ValueError otherwise,
+    which name the argument `name`."""
     if not isinstance(value, (str, os.PathLike)):  # a flag without a value arrives as True
         raise ValueError(f"{name} is {value!r}; it must be the path of a {kind}")
-    path = Path(value)
+    path = Path(os.path.expanduser(value))
     if str(value) and (path.is_dir() if kind == "folder" else path.is_file()):
         return path
     # A command of several lines pasted on one turns its backslash, line end and "--flag" into the word " --flag".

@@ -39,7 +39,7 @@ def split(state: Mapping[str, Tensor], mp: int) -> list[dict[str, Tensor]]:
 
 def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: Mapping[str, Any], mp: int = 1) -> None:
     """Write a whole model as a checkpoint of `mp` shards in Meta's layout, with params.json and checklist.chk."""
-    folder, parts = Path(ckpt_dir), split(state, mp)
+    folder, parts = Path(os.path.expanduser(ckpt_dir)), split(state, mp)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder, {"params.json": params})
     names = ["params.json"]

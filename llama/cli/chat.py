@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from ast import literal_eval
 from collections.abc import Callable
@@ -110,12 +111,13 @@ def command(chat: Chat, line: str) -> Chat:
         return Chat(chat.llama, dialog=system, **chat.options)
     if name == "/system":
         return Chat(chat.llama, rest or None, **chat.options)
+    file = Path(os.path.expanduser(rest))
     if name == "/save" and rest:
         text = json.dumps(chat.dialog, indent=1, ensure_ascii=False)
-        parallel.ask_first_rank(write_file, Path(rest), text.encode())
+        parallel.ask_first_rank(write_file, file, text.encode())
         say(f"saved to {rest}\n")
     elif name == "/load" and rest:
-        saved = parallel.ask_first_rank(Path(rest).read_bytes)
+        saved = parallel.ask_first_rank(file.read_bytes)
         try:
             loaded = Chat(chat.llama, dialog=json.loads(saved), **chat.options)
         except (ValueError, RecursionError) as error:

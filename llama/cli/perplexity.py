@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fire.decorators import SetParseFns
 from tqdm import tqdm
 
 from .. import parallel, scoring
@@ -10,7 +9,6 @@ from ..checkpoint import check_path, read_text
 from ..generation import Llama
 
 
-@SetParseFns(file=str)
 def perplexity(
     file: str,
     ckpt_dir: str,
