@@ -176,13 +176,16 @@ def init_model_parallel(model_parallel_size: int | None = None) -> None:
 
 @atexit.register
 def _leave() -> None:
+    global _ranks, _joined
     for stream in [*open_streams]:
         with suppress(ValueError, RuntimeError):  # one that another thread is reading, or whose ranks have left
             stream.close()
     # A gloo thread that still holds a tensor when Python has gone aborts the process: one exit in five, measured with a
     # broadcast just before it. After an error the other ranks may not answer, and leaving NCCL's groups waits for them.
-    if _ranks.group and _ranks.world is dist.group.WORLD and not hasattr(sys, "last_value"):
-        dist.destroy_process_group(None if _joined is dist.group.WORLD else _ranks.group)
+    if _ranks.group and not hasattr(sys, "last_value"):
+        if _ranks.world is dist.group.WORLD:
+            dist.destroy_process_group(None if _joined is _ranks.world else _ranks.group)
+        _ranks, _joined = UNKNOWN, None  # what is referred to is not ended
 
 
 def processes() -> int:
