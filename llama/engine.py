@@ -24,7 +24,7 @@ from .backends import Backend
 from .batch import Batch
 from .batch import Sequence as Span
 from .model import Transformer
-from .parallel import broadcast, broadcast_object, world_size
+from .parallel import broadcast, broadcast_object, own_context, world_size
 from .request import Event, Request, Row, choose
 from .sampling import Sampler, token_logprobs
 
@@ -126,7 +126,7 @@ class Engine:
         finally:
             self.cancel(*(request for request in requests if not request.finish))
 
-    @torch.inference_mode()
+    @own_context()
     def step(self) -> list[Event]:
         """One pass: a token, and draft tokens, of each running request, and chunks of prompts. It returns what it has
         brought, which requests also have as their `outputs`. Hold `lock` where several threads use the engine."""

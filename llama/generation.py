@@ -71,6 +71,7 @@ class Llama:
 
     @staticmethod
     @plain_arguments
+    @parallel.own_context(inference=False)
     def build(
         ckpt_dir: str | os.PathLike[str],
         tokenizer_path: str | os.PathLike[str] | None = None,

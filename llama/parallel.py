@@ -14,7 +14,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakSet
@@ -138,6 +138,19 @@ class Ranks(NamedTuple):
 
 UNKNOWN = Ranks()
 _ranks = UNKNOWN
+
+
+@contextmanager
+def own_context(inference: bool = True) -> Iterator[None]:
+    """Let PyTorch compute in a block as if the caller had set nothing: without autocast, with new tensors on the CPU,
+    and in inference mode or out of it. The default dtype is one for all threads, so that no code may count on it."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(inference))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def init_model_parallel(model_parallel_size: int | None = None) -> None:
