@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
@@ -59,15 +60,26 @@ class Llama:
 
     Threads may call concurrently, and streams may be open beside other calls: all share the passes of one engine. Under
     torchrun all ranks make the same calls in the same order, and what rank 0 asks for is served.
+
+    copy.deepcopy makes one with a cache and weights of its own; quantized matrices, which nothing writes to, are
+    shared. A Llama is not pickled: another process calls `build`, which shares the pages of the files, or is forked
+    from this one and goes on with its weights, on one thread.
     """
 
     @plain_arguments
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
         check_seed(seed)
+        self.engine = Engine.of(model)  # first, as it is what pickle refuses
         self.model = model
         self.tokenizer = tokenizer
         self.generator = torch.Generator().manual_seed(seed)  # where prompts without a seed of their own get one
-        self.engine = Engine.of(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Llama:
+        with parallel.own_context(inference=False), self.engine.lock:
+            twin = Llama(copy.deepcopy(self.model, memo), self.tokenizer)
+        twin.generator.set_state(self.generator.get_state())
+        twin.engine.compile = self.engine.compile
+        return twin
 
     @staticmethod
     @plain_arguments

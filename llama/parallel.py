@@ -201,6 +201,17 @@ def _leave() -> None:
         _ranks, _joined = UNKNOWN, None  # what is referred to is not ended
 
 
+def _forked() -> None:
+    """In a child of os.fork, which must not speak for its parent."""
+    global _ranks
+    open_streams.clear()
+    _ranks = _ranks._replace(world=None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 def processes() -> int:
     """The number of processes that compute together, whether or not they share a model."""
     return dist.get_world_size() if dist.is_initialized() else launched()
@@ -240,7 +251,7 @@ def divide(value: int, name: str) -> int:
 def _group() -> Any:
     """What the ranks speak through. RuntimeError if it is gone."""
     if _ranks.world is not dist.group.WORLD:
-        raise RuntimeError("the default process group, which the ranks of this model speak through, was destroyed")
+        raise RuntimeError("the ranks' process group was destroyed, or is that of the process this one was forked from")
     return _ranks.group
 
 

@@ -178,6 +178,9 @@ class Plain:
         self.shape = (len(weight.q), columns)
         self.nbytes = sum(part.nbytes for part in weight if part is not None)
 
+    def __deepcopy__(self, memo: object) -> Plain:
+        return self  # nothing writes to it, and oneDNN's layout has no copy
+
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, dequantize(self.weight).type_as(x))
 
