@@ -135,7 +135,7 @@ class Engine:
         """One pass: a token, and draft tokens, of each running request, and chunks of prompts. It returns what it has
         brought, which requests also have as their `outputs`. Hold `lock` where several threads use the engine."""
         if self.broken:
-            raise RuntimeError("an earlier call failed on this rank, or it was forked; start the job again")
+            raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
         try:
             current, self.ahead = self.ahead, None
             while self.ahead is None:

@@ -205,7 +205,8 @@ def _forked() -> None:
     """In a child of os.fork, which must not speak for its parent."""
     global _ranks
     open_streams.clear()
-    _ranks = _ranks._replace(world=None)
+    if _ranks.group:
+        _ranks = _ranks._replace(world=None)
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,12 +1,24 @@
 """The process around a model: what a caller has set in PyTorch, forks and copies, and other systems."""
 
 import contextlib
+import copy
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from small import MODELS, random_model
 
-from llama import Llama
+from llama import Chat, Llama, parallel
+from llama.backends import cpu
+from llama.request import Request
 
 IDS = [[1, 306, 590], [1, 99]]
 
@@ -114,3 +126,176 @@ def test_built_in_inference_mode_and_called_with_gradients():
 
 def test_embeddings_train_what_comes_after_them():
     torch.nn.Linear(128, 2)(build().embed(["Hello"])).sum().backward()
+
+
+# Forks, copies, interrupts, signals
+
+
+def in_child(function):
+    """What a function returns in a forked child, or the error as text; "nothing" if it does not end."""
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        signal.alarm(20)  # which ends the process
+        try:
+            result = function()
+        except BaseException as error:
+            result = f"{type(error).__name__}: {error}"
+        os.write(writer, json.dumps(result).encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    with open(reader) as file:
+        return json.loads(file.read() or '"nothing"')
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"compile": True}], ids=["plain", "int8", "compile"])
+def test_a_forked_child_goes_on(options):
+    """It waited for threads that only its parent has, as workers of gunicorn and multiprocessing did."""
+    llama = build(**options)
+    expected = llama.generate(IDS, 8, temperature=0)[0]
+    assert in_child(lambda: llama.generate(IDS, 8, temperature=0)[0]) == expected
+    assert in_child(lambda: build(**options).generate(IDS, 8, temperature=0)[0]) == expected
+    assert llama.generate(IDS, 8, temperature=0)[0] == expected
+
+
+def test_a_child_that_is_forked_while_another_thread_generates():
+    """The lock was held by a thread that the child does not have."""
+    llama = build()
+    expected = llama.generate(IDS[:1], 8, temperature=0)[0]
+    step, inside, forked = llama.engine.step, threading.Event(), threading.Event()
+
+    def slow():
+        inside.set()
+        forked.wait(30)
+        return step()
+
+    with mock.patch.object(llama.engine, "step", slow):
+        thread = threading.Thread(target=llama.generate, args=(IDS, 3))
+        thread.start()
+        inside.wait(30)
+        assert llama.engine.lock.locked()
+        found = in_child(lambda: (vars(llama.engine).pop("step"), llama.generate(IDS[:1], 8, temperature=0)[0])[1])
+        forked.set()
+        thread.join()
+    assert found == expected
+
+
+def test_a_child_does_not_read_its_parents_stream():
+    """It would get what the parent gets too."""
+    llama = build()
+    expected = [event.tokens for event in llama.text_stream(["Once upon a time"], max_gen_len=8, temperature=0)]
+    stream = llama.text_stream(["Once upon a time"], max_gen_len=8, temperature=0)
+    llama.engine.submit(waiting := Request([1, 306], 10))  # that no slot was free for
+    error = "RuntimeError: the process was forked, and this stream is its parent's"
+    assert in_child(lambda: [*stream]) == error
+    assert in_child(lambda: f"{type(waiting.error).__name__}: {waiting.error}") == error
+    assert [event.tokens for event in stream] == expected
+
+
+def _child_of_a_rank():
+    llama = build()
+    return in_child(lambda: llama.generate(IDS, 3)), in_child(lambda: parallel.gather_objects(1))
+
+
+def test_a_child_does_not_speak_for_its_rank(ranks):
+    """To the other ranks it would be their neighbour, who says everything twice."""
+    for told in ranks(2).run(_child_of_a_rank):
+        assert all("is that of the process this one was forked from" in error for error in told)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}, {"quantize": "int8", "compile": True}],
+    ids=["float32", "bfloat16", "int8", "int4", "int8 compiled"],
+)
+def test_a_deep_copy_is_a_model_of_its_own(options):
+    """copy.deepcopy said "cannot pickle '_thread.lock' object"."""
+    llama = build(**options)
+    expected = llama.generate(IDS, 3, temperature=0)
+    twin = copy.deepcopy(llama)
+    assert twin.generate(IDS, 3) == llama.generate(IDS, 3)  # the generator of seeds stands where it stood
+    with torch.no_grad():
+        for weight in [*llama.model.parameters(), *llama.model.buffers()]:
+            weight.fill_(0.5)
+    assert twin.engine is not llama.engine and twin.engine.compile == llama.engine.compile
+    assert twin.generate(IDS, 3, temperature=0) == expected
+    assert llama.generate(IDS, 3, temperature=0) != expected
+
+
+def test_a_copied_chat_goes_on_with_the_same_model():
+    llama = Llama.build(MODELS / "small-chat", max_seq_len=256, device="cpu", dtype="float32")
+    chat = Chat(llama, temperature=0)
+    chat.say("My name is Tom.")
+    twin = copy.deepcopy(chat)
+    assert twin.llama is llama
+    assert twin.say("What is my name?") == chat.say("What is my name?") == "Your name is Tom."
+    twin.say("Hello")
+    assert len(chat.dialog) == 4 and len(twin.dialog) == 6
+
+
+@pytest.mark.parametrize(
+    "what", [lambda llama: llama, lambda llama: llama.engine, Chat], ids=["Llama", "engine", "Chat"]
+)
+def test_pickle_says_what_to_do(what):
+    with pytest.raises(TypeError, match=r"not pickled .*; call Llama\.build in the process that needs it"):
+        pickle.dumps(what(build()))
+
+
+def test_a_turn_after_an_interrupted_one():
+    """An interrupted cell keeps its stream alive through the traceback. When that went, the chat's dialog became what
+    it had been, without the turns since."""
+    chat = Chat(Llama.build(MODELS / "small-chat", max_seq_len=256, max_batch_size=1, device="cpu", dtype="float32"))
+    chat.set(temperature=0)
+    interrupted = chat.stream("My name is Tom.")
+    said = next(interrupted).text
+    chat.say("What is 3 + 4?")
+    dialog = [*chat.dialog]
+    assert dialog[1]["content"] == said and len(dialog) == 4
+    interrupted.close()
+    assert chat.dialog == dialog
+
+
+def test_a_stream_that_was_left_open_is_in_nobodys_way():
+    llama = build(max_batch_size=1)
+    expected = llama.generate(IDS[:1], 6, temperature=0)
+    stream = llama.text_stream(["Once upon a time"])
+    next(stream)
+    assert llama.generate(IDS[:1], 6, temperature=0) == expected
+    stream.close()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_nothing_that_is_half_written(tmp_path, name):
+    """A conversion that was ended left its hidden folder, of the model's size."""
+    code = f"""
+import time
+from pathlib import Path
+from llama.checkpoint.write import new_folder
+from llama.cli import script
+
+def main():
+    with new_folder(Path({str(tmp_path / "new")!r}), 1) as folder:
+        (folder / "half").write_text("half")
+        print("now", flush=True)
+        time.sleep(30)
+
+script.run(main)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(getattr(signal, name))
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 128 + getattr(signal, name)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_compiler_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(command, **options):
+        Path(command[-1]).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cpu.library()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]

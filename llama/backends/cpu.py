@@ -66,11 +66,14 @@ def library() -> Path:
         if not made.exists():
             log.warning("compiling cpu.cpp for this CPU, once, which takes about twenty seconds")
             new = made.with_suffix(f".{os.getpid()}")  # a compiler whose process was killed may still be at work
-            done = subprocess.run([*command, "-o", str(new)], capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                errors = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
-                raise RuntimeError(errors[0] if errors else f"{compiler[0]} ended with {done.returncode}")
-            new.replace(made)
+            try:
+                done = subprocess.run([*command, "-o", str(new)], capture_output=True, text=True, errors="replace")
+                if done.returncode:
+                    errors = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
+                    raise RuntimeError(errors[0] if errors else f"{compiler[0]} ended with {done.returncode}")
+                new.replace(made)
+            finally:
+                new.unlink(missing_ok=True)
     return made
 
 

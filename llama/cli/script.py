@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -31,8 +32,23 @@ def run(command: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+        if launched() == 1:  # otherwise a rank that waits for another would be deaf
+            end_on_signals()
         for call in parse(command, sys.argv[1:]):
             call()
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and a closed terminal end this process as an exception does, so that what is half written goes."""
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one
+            with suppress(ValueError):  # in another thread than the main one
+                signal.signal(number, end)
 
 
 def parse(
