@@ -84,7 +84,7 @@ def cores(root: Path = Path("/sys/devices/system/cpu")) -> int:
     """The physical cores that this process may use: two threads of one core multiply no faster than one."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     siblings = (root / f"cpu{i}" / "topology" / "thread_siblings_list" for i in allowed)
-    return len({path.read_text() if path.exists() else str(path) for path in siblings})
+    return len({path.read_text(encoding="utf-8") if path.exists() else str(path) for path in siblings})
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

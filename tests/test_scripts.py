@@ -2,7 +2,6 @@
 
 import ctypes
 import fcntl
-import importlib.util
 import json
 import os
 import pty
@@ -231,22 +230,15 @@ def test_a_home_is_expanded(monkeypatch, tmp_path, capsys):
     assert not in_process(convert, "~/model", "~/2024#1").returncode
     assert "fits: yes" in in_process(inspect, "~/2024#1", "--device", "cpu").stdout
     (tmp_path / "texts").write_text("The opposite of hot is\n")
-    assert example("example_text_completion").read_prompts("~/texts", []) == ["The opposite of hot is"]
+    assert example(TEXT).read_prompts("~/texts", []) == ["The opposite of hot is"]
     (tmp_path / "dialogs").write_text("[[]]")
-    assert example("example_chat_completion").read_dialogs("~/dialogs", []) == [[]]
+    assert example(CHAT).read_dialogs("~/dialogs", []) == [[]]
     chat = Chat(llama, "Be kind.")
     command(chat, "/save ~/talk")
     assert command(chat, "/load ~/talk").dialog == chat.dialog
     assert {path.name for path in tmp_path.iterdir()} == {
         "model", "tokenizer.model", "2024#1", "texts", "dialogs", "talk"
     }  # fmt: skip
-
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("nproc", [0, 2])

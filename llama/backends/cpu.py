@@ -61,13 +61,14 @@ def library() -> Path:
     if not shutil.which(compiler[0]):
         raise RuntimeError(f"there is no {compiler[0]}; install it, or name another compiler in CXX")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles
         if not made.exists():
             log.warning("compiling cpu.cpp for this CPU, once, which takes about twenty seconds")
             new = made.with_suffix(f".{os.getpid()}")  # a compiler whose process was killed may still be at work
             try:
-                done = subprocess.run([*command, "-o", str(new)], capture_output=True, text=True, errors="replace")
+                command += ["-o", str(new)]
+                done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
                 if done.returncode:
                     errors = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
                     raise RuntimeError(errors[0] if errors else f"{compiler[0]} ended with {done.returncode}")

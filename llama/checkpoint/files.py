@@ -95,7 +95,10 @@ class File:
 
     @functools.cached_property
     def pages(self) -> mmap.mmap:
-        with self.path.open("rb") as file:  # NORESERVE: the file may be larger than memory
+        with self.path.open("rb") as file:
+            if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # NORESERVE: the file may be larger than memory
             return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
@@ -112,7 +115,8 @@ class File:
 
     def release(self) -> None:
         """Let what was read no longer count as memory of this process. Pages still in use are read again."""
-        self.pages.madvise(mmap.MADV_DONTNEED)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.pages.madvise(mmap.MADV_DONTNEED)
 
 
 class TorchFile(File):

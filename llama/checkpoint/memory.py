@@ -15,6 +15,7 @@ import torch
 
 from ..backends.quantized import Scheme
 from ..model import ModelArgs
+from .paths import read_text
 from .plan import is_matrix, rank_range, shapes, shard_dim
 
 # The files of a cgroup with its limit, what it uses, and the rest; the fields of the last that are page cache.
@@ -72,7 +73,7 @@ def linux_memory(root: Path) -> int:
     """Bytes of main memory that are free or hold page cache."""
     if not (meminfo := root / "proc/meminfo").exists():
         return 2**63
-    fields = {name: int(value.split()[0]) for name, value in re.findall(r"(\S+):(.+)", meminfo.read_text())}
+    fields = {name: int(value.split()[0]) for name, value in re.findall(r"(\S+):(.+)", read_text(meminfo))}
     names = ("MemAvailable",) if "MemAvailable" in fields else ("MemFree", "Buffers", "Cached")  # before Linux 3.14
     return 1024 * sum(fields.get(name, 0) for name in names)
 
@@ -81,7 +82,7 @@ def mac_memory() -> int:
     """The same on macOS: free and inactive pages, as psutil counts them. vm_stat prints speculative ones, which are
     free, apart."""
     try:
-        text = subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(["vm_stat"], capture_output=True, encoding="utf-8", check=True).stdout
         pages = {name: int(count) for name, count in re.findall(r"Pages (\w+): +(\d+)", text)}
         return int(text.split("page size of ")[1].split()[0]) * sum(
             pages[name] for name in ("free", "speculative", "inactive")
@@ -94,7 +95,7 @@ def cgroup_memory(root: Path) -> Iterator[int]:
     """Bytes below each limit on this process: of its cgroup and of those around it, in version 1 or 2. Page cache is
     not counted as used: the kernel drops it before it ends a process."""
     groups = root / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.exists() else []:
+    for line in read_text(groups).splitlines() if groups.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -102,9 +103,9 @@ def cgroup_memory(root: Path) -> Iterator[int]:
         group = top / path.strip("/")  # in a container perhaps the host's path, of which only the top is here
         for folder in (group, *group.parents):
             limit, used, stat = (folder / name for name in names[:3])
-            if folder.is_relative_to(top) and limit.exists() and (text := limit.read_text().strip()).isdecimal():
-                fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-                yield int(text) - int(used.read_text()) + sum(int(fields.get(name, 0)) for name in names[3:])
+            if folder.is_relative_to(top) and limit.exists() and (text := read_text(limit).strip()).isdecimal():
+                fields = dict(line.split() for line in read_text(stat).splitlines()) if stat.exists() else {}
+                yield int(text) - int(read_text(used)) + sum(int(fields.get(name, 0)) for name in names[3:])
 
 
 def shortage(needed: Footprint, free: int, device: torch.device, world_size: int) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import mmap
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .files import TorchFile
 from .plan import shard_dim
 
 LOCK = ".lock"  # a file in a folder that is being written, locked by the process that writes it
@@ -117,8 +117,13 @@ def blank_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         if hasattr(os, "posix_fallocate"):  # otherwise a full disk would end the process in the middle of a copy
             with new.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-        return torch.load(path, mmap=True, weights_only=True)
+    offsets = TorchFile(path).offsets
+    with path.open("r+b") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
+    return {
+        name: torch.frombuffer(pages, dtype=like.dtype, offset=offsets[name], count=like.numel()).view(like.shape)
+        for name, like in tensors.items()
+    }
 
 
 def check_new(target: Path) -> None:
@@ -140,9 +145,13 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
     if folder.exists() and not lock.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is in the way; it is not of a conversion, so move or remove it")
     folder.mkdir(exist_ok=True)
-    with lock.open("w") as file:
+    with lock.open("wb") as file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except ImportError:  # Windows, which removes no file, and renames no folder with one, that a process has open
+            file.close()
         except BlockingIOError as error:
             raise FileExistsError(f"{target} is being written by another process") from error
         try:

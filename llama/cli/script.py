@@ -104,7 +104,10 @@ def attached(args: Sequence[str], function: Callable[..., None] | None) -> Itera
 def keep_memory() -> None:
     """Let glibc keep freed memory for the next tensor instead of returning it to the system: page faults take a quarter
     of a long prompt's time on a CPU. It affects the whole process, so that only commands do it."""
-    allocator = ctypes.CDLL(None)
+    try:
+        allocator = ctypes.CDLL(None)
+    except TypeError:  # Windows
+        return
     if hasattr(allocator, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # what malloc.h calls them
         allocator.mallopt(trim_threshold, 2**31 - 1)

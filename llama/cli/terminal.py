@@ -55,8 +55,11 @@ def terminal() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool], b
     if parallel.rank() > 0 or not sys.stdin.isatty():
         yield _piped, lambda: False, False
         return
-    import termios
-
+    try:
+        import termios
+    except ImportError:  # Windows, where Ctrl-C ends the program
+        yield lambda: _joined(input), lambda: False, True
+        return
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
     raw = termios.tcgetattr(fd)
