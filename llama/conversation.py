@@ -10,9 +10,9 @@ from weakref import ref
 
 from . import parallel
 from .chat import TAGS, Dialog, Message, check_dialog, encode_dialog, has_tags
-from .generation import OLD_NAMES, Llama, pop_filters
+from .generation import Llama
 from .options import plain_arguments
-from .stream import Event, Stream
+from .stream import OLD_NAMES, Event, Stream, pop_filters
 
 
 class Chat:

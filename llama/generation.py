@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from reprlib import repr as shorten
@@ -22,7 +21,7 @@ from .model import Transformer
 from .options import Options, Settings, plain_arguments, spread_options
 from .request import Event, Request
 from .scoring import Scores, embed, score
-from .stream import InputFilter, OutputFilter, Stream, check_verdict, drains, filtered
+from .stream import InputFilter, OutputFilter, Stream, check_verdict, drains, filtered, pop_filters
 from .text import Text, border
 from .tokenizer import Tokenizer
 
@@ -379,23 +378,6 @@ class Llama:
                 scored["tokens"].append(piece[:left])
                 left -= len(scored["tokens"][-1])
         return scored
-
-
-OLD_NAMES = {"judge_input": "input_filter", "judge_output": "output_filter"}
-
-
-def pop_filters(options: dict[str, Any]) -> tuple[InputFilter | None, OutputFilter | None]:
-    """Take the filters out of options, where they may have their names of earlier releases; ValueError for what is no
-    function."""
-    for old, new in OLD_NAMES.items():
-        if (value := options.pop(old, None)) is not None:
-            warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
-            options[new] = value
-    found = options.pop("input_filter", None), options.pop("output_filter", None)
-    for name, value in zip(("input_filter", "output_filter"), found, strict=True):
-        if value is not None and not callable(value):
-            raise ValueError(f"{name} is {shorten(value)}; it must be a function")
-    return found
 
 
 def check_seed(seed: Any) -> None:
