@@ -126,18 +126,25 @@ stop_leftover() {
 # and status (HTTP's). The link goes in through stdin: an argument stands in the list of processes for all to read.
 transfer() {
   local url="${link%%[*]*}$1${link#*[*]}" part=$2.part pid=$2.pid.part log # the path in place of the first "*"
+  local header="Accept-Encoding: identity" # a checksum and a continued download are of the bytes as they are published
   code=0
   if [[ $tool == curl ]]; then
-    status=$(printf 'url = "%s"\n' "$url" | noting_pid "$pid" curl --config - "${progress[@]}" \
+    status=$(printf 'url = "%s"\n' "$url" | noting_pid "$pid" curl --config - "${progress[@]}" --header "$header" \
       --globoff --location --fail --connect-timeout 30 --speed-limit 1 --speed-time 60 \
       --continue-at - --output "$part" --write-out '%{http_code}') || code=$?
   else
-    log=$(printf '%s\n' "$url" | noting_pid "$pid" wget --input-file=- "${progress[@]}" \
+    log=$(printf '%s\n' "$url" | noting_pid "$pid" wget --input-file=- "${progress[@]}" --header="$header" \
       --server-response --output-file=- --tries=1 --timeout=60 --continue --output-document="$part") || code=$?
     status=$(printf '%s\n' "$log" | sed -n 's,^ *HTTP/[0-9.]* *\([0-9]*\).*,\1,p' | tail -n 1)
   fi
   rm -f "$pid"
   [[ -s $part ]] || rm -f "$part" # wget leaves an empty file when it is refused
+}
+
+# Decompresses file $1 if a server or a proxy has compressed it all the same: nothing that Meta publishes is a gzip file.
+decompress() {
+  [[ -s $1 && $(head -c 2 "$1" | tr -d '\000') == $'\x1f\x8b' ]] || return 0
+  if gzip -dc < "$1" > "$1.plain.part" 2> /dev/null; then mv -f "$1.plain.part" "$1"; else rm -f "$1.plain.part"; fi
 }
 
 size_of() { if [[ -e $1 ]]; then wc -c < "$1"; else echo 0; fi; }
@@ -161,6 +168,7 @@ fetch() {
     before=$(size_of "$part")
     if ((before > 0)); then say "$path: continuing after $((before)) bytes"; else say "$path: downloading"; fi
     transfer "$path" "$file"
+    if ((code == 0)); then decompress "$part"; fi
 
     if is_page "$part"; then
       rm -f "$part"
@@ -174,6 +182,9 @@ A link is good for 24 hours and for a limited number of downloads; then request 
 $REQUEST_PAGE
 If it is new, it was perhaps not copied whole. $HOW_TO_COPY
 Nothing is lost: run this again with the new link, and it continues where it stopped."
+    elif [[ $tool-$code == curl-23 || $tool-$code == wget-3 ]]; then
+      die "$path: $part cannot be written beyond $(($(size_of "$part"))) bytes: the disk is full, or no file may be larger there.
+What has arrived is kept: free some space and run this again."
     elif ((code == 0)) || [[ $status == 416 && $before -gt 0 ]]; then # 416: there is nothing after the part
       if "$@" "$part"; then
         mv -f "$part" "$file"

@@ -6,10 +6,10 @@ torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir llama-2-7b-cha
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from llama import Dialog, Llama, parallel
+from llama.checkpoint import read_json
 from llama.cli import script
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "small-chat"
@@ -79,7 +79,7 @@ def main(
         quantize: int8 or int4, to round the weights when they are loaded
         compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
     """
-    dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(str(ckpt_dir)).resolve() == BUNDLED else DIALOGS)
+    dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(ckpt_dir).expanduser().resolve() == BUNDLED else DIALOGS)
     llama = Llama.build(
         ckpt_dir,
         tokenizer_path,
@@ -108,16 +108,10 @@ def read_dialogs(prompts: list[Dialog] | str | None, default: list[Dialog]) -> l
         return default
     if isinstance(prompts, (list, tuple)):
         return list(prompts)
-    path = Path(str(prompts))
+    path = Path(prompts).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"prompts {prompts!r} is neither a list of dialogs nor a JSON file")
-    try:
-        dialogs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(dialogs, list):
-        raise ValueError(f"{path} holds {type(dialogs).__name__} and not a list of dialogs")
-    return dialogs
+    return read_json(path, list)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama import Llama, parallel
+from llama.checkpoint import read_text
 from llama.cli import script
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "small"
@@ -70,7 +71,7 @@ def main(
         quantize: int8 or int4, to round the weights when they are loaded
         compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
     """
-    texts = read_prompts(prompts, BUNDLED_PROMPTS if Path(str(ckpt_dir)).resolve() == BUNDLED else PROMPTS)
+    texts = read_prompts(prompts, BUNDLED_PROMPTS if Path(ckpt_dir).expanduser().resolve() == BUNDLED else PROMPTS)
     llama = Llama.build(
         ckpt_dir,
         tokenizer_path,
@@ -97,13 +98,10 @@ def read_prompts(prompts: list[str] | str | None, default: list[str]) -> list[st
         return default
     if isinstance(prompts, (list, tuple)):
         return list(prompts)
-    path = Path(str(prompts))
+    path = Path(prompts).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"prompts {prompts!r} is neither a list such as '[\"Once upon\"]' nor a text file")
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    return [line for line in read_text(path).split("\n") if line.strip()]
 
 
 if __name__ == "__main__":

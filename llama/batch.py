@@ -47,8 +47,8 @@ class Batch(NamedTuple):
     @staticmethod
     def arrange(tokens: Tensor, sequences: abc.Sequence[Sequence]) -> Batch:
         """A batch of tokens (N,), which the host need not know yet, that belong to `sequences`."""
-        positions = torch.tensor([s.start + i for s in sequences for i in range(s.length)])
-        slots = torch.tensor([s.slot for s in sequences for _ in range(s.length)])
+        positions = torch.tensor([s.start + i for s in sequences for i in range(s.length)], device="cpu")
+        slots = torch.tensor([s.slot for s in sequences for _ in range(s.length)], device="cpu")
         # Without waiting for a GPU.
         positions, slots = (part.to(tokens.device, non_blocking=True) for part in (positions, slots))
         return Batch(tokens, positions, slots, tuple(sequences))
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
         for all or one for each. ValueError for what does not fit in the cache."""
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}, not ids (batch, seqlen)")
-        starts = torch.as_tensor(start_pos).reshape(-1)
+        starts = torch.as_tensor(start_pos, device="cpu").reshape(-1)
         if starts.is_floating_point() or not len(starts):
             raise ValueError(f"start_pos is {start_pos}; give an int, or one for each row")
         B, T = tokens.shape

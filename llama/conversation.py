@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from copy import copy, deepcopy
 from typing import Any
+from weakref import ref
 
 from . import parallel
 from .chat import TAGS, Dialog, Message, check_dialog, encode_dialog, has_tags
-from .generation import OLD_NAMES, Llama, pop_filters
+from .generation import Llama
 from .options import plain_arguments
-from .stream import Event, Stream
+from .stream import OLD_NAMES, Event, Stream, pop_filters
 
 
 class Chat:
@@ -31,6 +33,7 @@ class Chat:
             raise ValueError(f"dialog is {dialog!r}; it must be a list of messages")
         self.dialog: list[Message] = [*dialog]
         self.dropped = 0
+        self._open: Callable[[], Stream | None] = lambda: None  # the last turn's stream, if it is still there
         if system is not None:
             self.dialog.insert(0, {"role": "system", "content": system})
         check_dialog([*self.dialog, {"role": "user", "content": ""}])
@@ -40,6 +43,13 @@ class Chat:
                 raise ValueError(
                     f"the system message takes {count} of max_seq_len {llama.model.params.max_seq_len} tokens"
                 )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chat:
+        """The same conversation, to go on in another way, with the same model."""
+        twin = copy(self)
+        twin.dialog, twin.options = deepcopy(self.dialog, memo), {**self.options}
+        twin._open = lambda: None
+        return twin
 
     @parallel.as_first_rank
     @plain_arguments
@@ -67,11 +77,16 @@ class Chat:
     @plain_arguments
     def stream(self, text: str) -> Stream:
         """The answer as it happens. Once this has ended or is closed, the dialog has what was said on both sides; but
-        not what was refused. ValueError for a text that does not fit even alone."""
+        not what was refused. A turn that is still open, as after an interrupt, is closed. ValueError for a text that
+        does not fit even alone."""
         text = parallel.broadcast_object(text)
         if not isinstance(text, str):
             raise ValueError(f"the user's text is {text!r}, which is not a str")
-        return Stream(self._turn(text))
+        if last := self._open():
+            last.close()
+        stream = Stream(self._turn(text))
+        self._open = ref(stream)
+        return stream
 
     def _turn(self, text: str) -> Generator[list[Event], None, None]:
         dialog: list[Message] = [*self.dialog, {"role": "user", "content": text}]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -24,7 +25,7 @@ from .backends import Backend
 from .batch import Batch
 from .batch import Sequence as Span
 from .model import Transformer
-from .parallel import broadcast, broadcast_object, world_size
+from .parallel import broadcast, broadcast_object, own_context, world_size
 from .request import Event, Request, Row, choose
 from .sampling import Sampler, token_logprobs
 
@@ -78,6 +79,9 @@ class Engine:
         self.backend: Backend = model
         self.sampler = Sampler(0, 0, "cpu")
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise TypeError("a running model is not pickled or copied alone; call Llama.build in the process that needs it")
+
     def submit(self, *requests: Request) -> None:
         """Queue requests."""
         for request in requests:
@@ -126,7 +130,7 @@ class Engine:
         finally:
             self.cancel(*(request for request in requests if not request.finish))
 
-    @torch.inference_mode()
+    @own_context()
     def step(self) -> list[Event]:
         """One pass: a token, and draft tokens, of each running request, and chunks of prompts. It returns what it has
         brought, which requests also have as their `outputs`. Hold `lock` where several threads use the engine."""
@@ -338,19 +342,33 @@ class Engine:
 
     def _abort(self, error: BaseException) -> None:
         """End all running requests, as nobody knows what the cache holds."""
+        self._reset(self._running(), f"a pass shared with another call failed: {type(error).__name__}: {error}")
+
+    def _reset(self, requests: Sequence[Request], why: str) -> None:
         self.ahead, self.state = None, None
         self.broken = world_size() > 1
         for slot in self.slots:
-            slot.tokens = []
-            if request := slot.request:
-                what = f"{type(error).__name__}: {error}"
-                request.error = RuntimeError(f"a pass shared with another call failed: {what}")
-                request.finish = "error"
-                self._leave(request)
-                request.emit()
+            slot.tokens, slot.request = [], None
+        for request in requests:
+            request.error, request.finish = RuntimeError(why), "error"
+            request.emit()
 
 
 _engines: WeakValueDictionary[int, Engine] = WeakValueDictionary()
+
+
+def _forked() -> None:
+    """In a child of os.fork: other threads are not here, neither those that hold locks or read streams nor OpenMP's,
+    for which PyTorch would wait. So it computes on one thread."""
+    for engine in [*_engines.values()]:
+        torch.set_num_threads(1)
+        engine.lock, requests = threading.Lock(), [*engine._running(), *engine.waiting]
+        engine.waiting.clear()
+        engine._reset(requests, "the process was forked, and this stream is its parent's")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def arrange(rows: Sequence[Row], tokens: Tensor) -> Batch:

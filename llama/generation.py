@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from reprlib import repr as shorten
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from . import backends, parallel
 from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
-from .checkpoint import Checkpoint, available, check_path, find_tokenizer, footprint, load, shortage
+from .checkpoint import Checkpoint, available, check_path, check_same, find_tokenizer, footprint, load, shortage
 from .engine import Engine
 from .model import Transformer
 from .options import Options, Settings, plain_arguments, spread_options
 from .request import Event, Request
 from .scoring import Scores, embed, score
-from .stream import InputFilter, OutputFilter, Stream, check_verdict, drains, filtered
+from .stream import InputFilter, OutputFilter, Stream, check_verdict, drains, filtered, pop_filters
 from .text import Text, border
 from .tokenizer import Tokenizer
 
@@ -59,18 +59,30 @@ class Llama:
 
     Threads may call concurrently, and streams may be open beside other calls: all share the passes of one engine. Under
     torchrun all ranks make the same calls in the same order, and what rank 0 asks for is served.
+
+    copy.deepcopy makes one with a cache and weights of its own; quantized matrices, which nothing writes to, are
+    shared. A Llama is not pickled: another process calls `build`, which shares the pages of the files, or is forked
+    from this one and goes on with its weights, on one thread.
     """
 
     @plain_arguments
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
         check_seed(seed)
+        self.engine = Engine.of(model)  # first, as it is what pickle refuses
         self.model = model
         self.tokenizer = tokenizer
         self.generator = torch.Generator().manual_seed(seed)  # where prompts without a seed of their own get one
-        self.engine = Engine.of(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Llama:
+        with parallel.own_context(inference=False), self.engine.lock:
+            twin = Llama(copy.deepcopy(self.model, memo), self.tokenizer)
+        twin.generator.set_state(self.generator.get_state())
+        twin.engine.compile = self.engine.compile
+        return twin
 
     @staticmethod
     @plain_arguments
+    @parallel.own_context(inference=False)
     def build(
         ckpt_dir: str | os.PathLike[str],
         tokenizer_path: str | os.PathLike[str] | None = None,
@@ -103,8 +115,9 @@ class Llama:
             on = parallel.choose_device(device)
             parallel.use(on)
             folder = check_path(ckpt_dir, "ckpt_dir", "folder")
-            tokenizer = Tokenizer(find_tokenizer(folder, tokenizer_path))
             weights = Checkpoint(folder)
+            tokenizer_file = find_tokenizer(folder, tokenizer_path)
+            tokenizer = Tokenizer(tokenizer_file)
             args = replace(weights.args(tokenizer.n_words), max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             if args.max_batch_size == 0:
                 raise ValueError("max_batch_size is 0; it must be positive")
@@ -115,9 +128,11 @@ class Llama:
             needed, free = footprint(args, parallel.world_size(), final, rounding), available(on)
             if check_memory and (problem := shortage(needed, free, on, parallel.world_size())):
                 raise MemoryError(problem)
-        plans = parallel.gather_objects((on.type, final, rounding, max_seq_len, max_batch_size))
-        if len(set(plans)) > 1:
-            raise ValueError(f"the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size): {plans}")
+            plan: dict[str, object] = {"device": on.type, "dtype": final, "quantize": rounding}
+            plan |= {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+            if parallel.world_size() > 1:  # nodes may have copies of their own
+                plan |= weights.fingerprint(args, tokenizer_file)
+        check_same(plan)
         with parallel.all_or_none():
             native = needed.weights > backends.LARGE if compile is None else compile
             load(model, weights, args, on, final, rounding, native)
@@ -364,23 +379,6 @@ class Llama:
                 scored["tokens"].append(piece[:left])
                 left -= len(scored["tokens"][-1])
         return scored
-
-
-OLD_NAMES = {"judge_input": "input_filter", "judge_output": "output_filter"}
-
-
-def pop_filters(options: dict[str, Any]) -> tuple[InputFilter | None, OutputFilter | None]:
-    """Take the filters out of options, where they may have their names of earlier releases; ValueError for what is no
-    function."""
-    for old, new in OLD_NAMES.items():
-        if (value := options.pop(old, None)) is not None:
-            warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
-            options[new] = value
-    found = options.pop("input_filter", None), options.pop("output_filter", None)
-    for name, value in zip(("input_filter", "output_filter"), found, strict=True):
-        if value is not None and not callable(value):
-            raise ValueError(f"{name} is {shorten(value)}; it must be a function")
-    return found
 
 
 def check_seed(seed: Any) -> None:

@@ -1,8 +1,8 @@
 """Linear layers and embeddings that are split over the ranks: fairscale's, trimmed.
 
 fairscale's constructors build the whole matrix on every rank, on the CPU, and then cut it; these allocate this rank's
-slice alone, on the default device (torch.device("meta") included). With gradients they are fairscale's still; without,
-its mappings are left out. A weight may be a quantized matrix instead of a tensor: something that multiplies.
+slice alone, on the default device (torch.device("meta") included), and use this library's groups, not fairscale's. A
+weight may be a quantized matrix instead of a tensor: something that multiplies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import Tensor, nn
 
-from .parallel import all_gather, all_reduce, divide
+from .parallel import all_gather, all_reduce, divide, replicated
 
 
 def linear(x: Tensor, weight: Any) -> Tensor:
@@ -48,9 +48,7 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and isinstance(self.weight, Tensor):
-            return super().forward(x)
-        y = linear(x, self.weight)
+        y = linear(replicated(x), self.weight)
         return all_gather(y) if self.gather_output else y
 
 
@@ -65,8 +63,6 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and isinstance(self.weight, Tensor):
-            return super().forward(x)
         return all_reduce(linear(x, self.weight))
 
 
@@ -82,7 +78,7 @@ class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
         self.weight = _new_weight(num_embeddings, self.embedding_dim_per_partition)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids) if torch.is_grad_enabled() else all_gather(F.embedding(ids, self.weight))
+        return all_gather(F.embedding(ids, self.weight))
 
 
 def _new_weight(rows: int, columns: int) -> nn.Parameter:

@@ -133,7 +133,7 @@ class KVCache(nn.Module):
 
     def forward(self, kv: Tensor, batch: Batch) -> None:
         """Store kv (N, 2K, D)."""
-        self.kv[batch.slots, :, batch.positions] = kv.detach()
+        self.kv[batch.slots, :, batch.positions] = kv.detach().type_as(self.kv)  # autocast may have narrowed it
 
 
 class Attention(nn.Module):

@@ -92,7 +92,7 @@ def spread_options(
     def each(name: str, default: Any) -> list[Any]:
         return [default if value is None else value for value in spread(name, options.get(name), B)]
 
-    drawn = torch.randint(2**63 - 1, (B,), generator=generator).tolist()
+    drawn = torch.randint(2**63 - 1, (B,), generator=generator, device="cpu").tolist()
     columns = {f.name: each(f.name, DEFAULTS.get(f.name, f.default)) for f in fields(SamplingParams)}
     seeds = zip(spread("seed", options.get("seed"), B), drawn, strict=True)
     columns["seed"] = [new if seed is None else seed for seed, new in seeds]

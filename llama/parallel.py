@@ -1,37 +1,37 @@
 """Processes: which device this one computes on, which ranks share the model, and what they must agree on.
 
-One process needs no launcher and no environment variables. Several are started by torchrun; the global rank chooses the
-shard of the weights, the local rank chooses the GPU. fairscale keeps the groups.
+One process needs no launcher, no environment variables and no network. Several are started by torchrun; the global rank
+chooses the shard of the weights, the local rank chooses the GPU.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
-import io
 import math
 import mmap
 import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from fairscale.nn.model_parallel import initialize as mp
 
 T = TypeVar("T")
 P = ParamSpec("P")
+Exchange = Callable[[torch.Tensor], torch.Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 LARGE_PAGE = 2**21
 
 open_streams: WeakSet[Any] = WeakSet()  # to be closed at exit, while the ranks still hear each other
 _store: dist.Store | None = None  # where the ranks settle which of them reports a failure
+_joined: Any = None  # the default group, if it was not the caller who made it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 def use(device: torch.device) -> None:
     """Make a GPU the current one where each rank has its own: NCCL and kernels of other libraries go by that. On a CPU,
     compute on this rank's share of the cores, where torchrun sets a single thread by default."""
-    if dist.get_world_size() == 1:
+    if processes() == 1:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -84,7 +84,7 @@ def cores(root: Path = Path("/sys/devices/system/cpu")) -> int:
     """The physical cores that this process may use: two threads of one core multiply no faster than one."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     siblings = (root / f"cpu{i}" / "topology" / "thread_siblings_list" for i in allowed)
-    return len({path.read_text() if path.exists() else str(path) for path in siblings})
+    return len({path.read_text(encoding="utf-8") if path.exists() else str(path) for path in siblings})
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -126,38 +126,96 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
+class Ranks(NamedTuple):
+    """The processes that share a model."""
+
+    size: int = 1
+    rank: int = 0  # this process's place among them
+    first: int = 0  # the global rank of their first
+    group: Any = None  # what they speak through; one process needs none
+    world: Any = None  # the default group that `group` is a part of
+
+
+UNKNOWN = Ranks()
+_ranks = UNKNOWN
+
+
+@contextmanager
+def own_context(inference: bool = True) -> Iterator[None]:
+    """Let PyTorch compute in a block as if the caller had set nothing: without autocast, with new tensors on the CPU,
+    and in inference mode or out of it. The default dtype is one for all threads, so that no code may count on it."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(inference))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def init_model_parallel(model_parallel_size: int | None = None) -> None:
-    """Join the process groups: torchrun's if its variables are set, else a group of this one process. Raises ValueError
-    when the ranks do not fit `model_parallel_size`, which is all of them by default. Calling it again is free."""
-    if not dist.is_initialized():
-        store, rank, world = _join()
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and world > 1 else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-        atexit.register(_leave)
-    if model_parallel_size is None and mp.model_parallel_is_initialized():
+    """Find the ranks that share a model: all that torchrun has started, or `model_parallel_size` neighbours of them.
+    Several join the default process group, unless the caller has, and get a group of their own within it; one rank
+    takes no part in torch.distributed. Raises ValueError when the ranks do not fit `model_parallel_size`. Calling it
+    again is free."""
+    global _ranks, _store, _joined
+    if _ranks.group and _ranks.world is not dist.group.WORLD:
+        _ranks = UNKNOWN  # whoever made the default group has destroyed it
+    if model_parallel_size is None and _ranks is not UNKNOWN:
         return
-    world = dist.get_world_size()
+    world = processes()
     size = world if model_parallel_size is None else model_parallel_size
     if type(size) is not int or size < 1 or world % size:
         raise ValueError(
             f"model_parallel_size {size!r} does not fit {world} running rank(s); start with "
             f"torchrun --nproc_per_node {size}"
         )
-    if not mp.model_parallel_is_initialized():
-        with redirect_stdout(io.StringIO()):  # fairscale prints its group sizes
-            mp.initialize_model_parallel(size)
-    elif size != world_size():
-        raise ValueError(f"model_parallel_size {size} differs from {world_size()}, which this process already uses")
+    if _ranks is not UNKNOWN and size != _ranks.size:
+        raise ValueError(f"model_parallel_size {size} differs from {_ranks.size}, which this process already uses")
+    if size == 1:
+        _ranks = Ranks()
+    if size == _ranks.size:
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if not dist.is_initialized():
+        _store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=world)
+        _joined = dist.group.WORLD
+    for first in range(0, world, size):
+        group = dist.new_group([*range(first, first + size)], backend=backend)
+        if 0 <= dist.get_rank() - first < size:
+            _ranks = Ranks(size, dist.get_rank() - first, first, group, dist.group.WORLD)
 
 
+@atexit.register
 def _leave() -> None:
+    global _ranks, _joined
     for stream in [*open_streams]:
-        with suppress(ValueError):  # one that another thread is reading
+        with suppress(ValueError, RuntimeError):  # one that another thread is reading, or whose ranks have left
             stream.close()
     # A gloo thread that still holds a tensor when Python has gone aborts the process: one exit in five, measured with a
     # broadcast just before it. After an error the other ranks may not answer, and leaving NCCL's groups waits for them.
-    if dist.is_initialized() and not hasattr(sys, "last_value"):
-        dist.destroy_process_group()
+    if _ranks.group and not hasattr(sys, "last_value"):
+        if _ranks.world is dist.group.WORLD:
+            dist.destroy_process_group(None if _joined is _ranks.world else _ranks.group)
+        _ranks, _joined = UNKNOWN, None  # what is referred to is not ended
+
+
+def _forked() -> None:
+    """In a child of os.fork, which must not speak for its parent."""
+    global _ranks
+    open_streams.clear()
+    if _ranks.group:
+        _ranks = _ranks._replace(world=None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def processes() -> int:
+    """The number of processes that compute together, whether or not they share a model."""
+    return dist.get_world_size() if dist.is_initialized() else launched()
 
 
 def launched() -> int:
@@ -170,24 +228,14 @@ def launched() -> int:
     return int(world)
 
 
-def _join() -> tuple[dist.Store, int, int]:
-    """The store that all ranks share, this rank and the number of ranks."""
-    global _store
-    if launched() == 1:
-        _store, rank, world = dist.HashStore(), 0, 1
-    else:
-        _store, rank, world = next(dist.rendezvous("env://"))
-    return _store, rank, world
-
-
 def world_size() -> int:
     """The number of ranks that share one model."""
-    return mp.get_model_parallel_world_size()
+    return _ranks.size
 
 
 def rank() -> int:
     """This process's place among the ranks that share the model: the index of its shard."""
-    return mp.get_model_parallel_rank()
+    return _ranks.rank
 
 
 def divide(value: int, name: str) -> int:
@@ -201,10 +249,17 @@ def divide(value: int, name: str) -> int:
 # What the ranks tell each other
 
 
+def _group() -> Any:
+    """What the ranks speak through. RuntimeError if it is gone."""
+    if _ranks.world is not dist.group.WORLD:
+        raise RuntimeError("the ranks' process group was destroyed, or is that of the process this one was forked from")
+    return _ranks.group
+
+
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` of the model's first rank, on all of its ranks, in place."""
     if world_size() > 1:
-        dist.broadcast(tensor, mp.get_model_parallel_src_rank(), group=mp.get_model_parallel_group())
+        dist.broadcast(tensor, _ranks.first, group=_group())
     return tensor
 
 
@@ -212,7 +267,7 @@ def broadcast_object(value: T) -> T:
     """`value` of the model's first rank, on all of its ranks."""
     box = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(box, mp.get_model_parallel_src_rank(), group=mp.get_model_parallel_group())
+        dist.broadcast_object_list(box, _ranks.first, group=_group())
     return box[0]
 
 
@@ -220,26 +275,60 @@ def gather_objects(value: T) -> list[T]:
     """The `value` of every rank of the model, in the order of ranks, on all of them."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value, group=mp.get_model_parallel_group())
+        dist.all_gather_object(values, value, group=_group())
     return values
+
+
+class _Exchange(torch.autograd.Function):
+    """What `forward` makes of a tensor, whose gradient is what `backward` makes of the result's."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, forward: Exchange, backward: Exchange) -> torch.Tensor:
+        ctx.exchange = backward
+        return forward(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.exchange(gradient.clone()), None, None
+
+
+def _exchange(tensor: torch.Tensor, forward: Exchange, backward: Exchange) -> torch.Tensor:
+    if world_size() == 1:
+        return tensor
+    differentiable = torch.is_grad_enabled() and tensor.requires_grad
+    return _Exchange.apply(tensor, forward, backward) if differentiable else forward(tensor)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.contiguous()
+    dist.all_reduce(tensor, group=_group())
+    return tensor
+
+
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor, group=_group())
+    return torch.cat(parts, -1)
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of the ranks' tensors, on all of them."""
-    if world_size() > 1:
-        tensor = tensor.contiguous()
-        dist.all_reduce(tensor, group=mp.get_model_parallel_group())
-    return tensor
+    return _exchange(tensor, _sum, _same)
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """The ranks' tensors joined along the last dimension, in the order of ranks."""
-    if world_size() == 1:
-        return tensor
-    tensor = tensor.contiguous()
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor, group=mp.get_model_parallel_group())
-    return torch.cat(parts, -1)
+    return _exchange(tensor, _gather, lambda gradient: gradient.chunk(world_size(), -1)[rank()])
+
+
+def replicated(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that all ranks have, each of which computes something else from it: their gradients are added."""
+    return _exchange(tensor, _same, _sum)
 
 
 def as_first_rank(method: Callable[P, T]) -> Callable[P, T]:
@@ -264,7 +353,7 @@ def ask_first_rank(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
     if world_size() == 1:
         return function(*args, **kwargs)
     answer, error = b"", None
-    if dist.get_rank() == mp.get_model_parallel_src_rank():
+    if rank() == 0:
         try:
             answer = pickle.dumps(function(*args, **kwargs))
         except BaseException as raised:  # whatever it is, the others wait for a word
@@ -303,6 +392,6 @@ def first_to_fail() -> bool:
     """Whether no rank has called this before. For a script of several ranks: the others fail because of the first, so
     it alone should speak."""
     try:
-        return (_store or _join()[0]).add("llama/failed", 1) == 1
+        return (_store or next(dist.rendezvous("env://"))[0]).add("llama/failed", 1) == 1
     except (RuntimeError, ValueError):  # whoever kept the store is gone, and could not speak
         return True

@@ -141,7 +141,7 @@ class Sampler:
         self.rows.clear()
         if penalized(params):
             if not self.counts.numel():
-                self.counts = torch.zeros(self.shape, device=self.device)
+                self.counts = torch.zeros(self.shape, dtype=torch.float32, device=self.device)
                 self.prompt = self.counts.bool()
             self.prompt[slot], self.counts[slot] = False, 0
             self.prompt[slot, list({*prompt})] = True
@@ -173,17 +173,18 @@ class Sampler:
         params = [self.params[slot] for slot in slots]
 
         def column(name: str) -> Tensor:
-            return torch.tensor([[getattr(row, name)] for row in params], device=self.device)
+            dtype = torch.long if name == "top_k" else torch.float32
+            return torch.tensor([[getattr(row, name)] for row in params], dtype=dtype, device=self.device)
 
         penalties = bias = None
         if any(map(penalized, params)):
             names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-            penalties = torch.stack([column(name).float() for name in names])
+            penalties = torch.stack([column(name) for name in names])
         if any(row.logit_bias for row in params):
-            bias = torch.zeros(len(params), self.shape[1], device=self.device)
+            bias = torch.zeros(len(params), self.shape[1], dtype=torch.float32, device=self.device)
             for to, row in zip(bias, params, strict=True):
-                to[list(row.logit_bias)] = torch.tensor([*row.logit_bias.values()], device=self.device).float()
-        temperature, excluding = column("temperature").float(), [*map(excludes, params)]
+                to[list(row.logit_bias)] = torch.tensor([*row.logit_bias.values()]).to(bias)
+        temperature, excluding = column("temperature"), [*map(excludes, params)]
         if len(self.rows) > 16:  # as drafts of any length make many combinations of slots
             self.rows.clear()
         self.rows[slots] = Rows(

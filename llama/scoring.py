@@ -61,7 +61,7 @@ def embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> Tensor
     """The normalized last hidden states of each row, their mean or the last one: (rows, dim) in float32.
     FloatingPointError names the first layer that was not finite."""
     norm, dim = engine.model.norm, engine.model.params.dim
-    sums = torch.zeros(len(rows), dim, device=engine.device)
+    sums = torch.zeros(len(rows), dim, device=engine.device, dtype=torch.float32)
 
     def observe(i: int) -> Callable[..., bool]:
         def add(hidden: Tensor, start: int, logits: object) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
+from reprlib import repr as shorten
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from .chat import Dialog
@@ -98,6 +100,23 @@ def filtered(
             first = []
     if first:
         yield first
+
+
+OLD_NAMES = {"judge_input": "input_filter", "judge_output": "output_filter"}
+
+
+def pop_filters(options: dict[str, Any]) -> tuple[InputFilter | None, OutputFilter | None]:
+    """Take the filters out of options, where they may have their names of earlier releases; ValueError for what is no
+    function."""
+    for old, new in OLD_NAMES.items():
+        if (value := options.pop(old, None)) is not None:
+            warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
+            options[new] = value
+    found = options.pop("input_filter", None), options.pop("output_filter", None)
+    for name, value in zip(("input_filter", "output_filter"), found, strict=True):
+        if value is not None and not callable(value):
+            raise ValueError(f"{name} is {shorten(value)}; it must be a function")
+    return found
 
 
 def refused(row: int, text: str) -> Event:

@@ -19,7 +19,7 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
-        path = Path(model_path)
+        path = Path(os.path.expanduser(model_path))
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer at {path}; give the path of tokenizer.model as tokenizer_path")
         try:

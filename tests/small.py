@@ -10,7 +10,6 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from unittest import mock
 
-import fire
 import pytest
 import torch
 
@@ -144,7 +143,8 @@ def in_process(function, *flags):
     out, code, err = io.StringIO(), 0, ""
     try:
         with redirect_stdout(out):
-            fire.Fire(function, command=[str(flag) for flag in flags])
+            for call in script.parse(function, [str(flag) for flag in flags]):
+                call()
     except script.FORESEEN as error:
         code, err = 1, f"error: {script.one_line(error)}\n"
     return CompletedProcess(flags, code, out.getvalue(), err)

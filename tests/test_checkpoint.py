@@ -11,7 +11,7 @@ import torch
 from small import GQA, MODELS, SHAPES, TOKENIZER, edit_params, random_model, save_random
 
 from llama import Llama, checkpoint, parallel
-from llama.checkpoint import files
+from llama.checkpoint import convert, files
 
 OPTIONS = {"tokenizer_path": TOKENIZER, "max_seq_len": 32, "device": "cpu", "dtype": "float32"}
 
@@ -132,6 +132,71 @@ def test_rotary_frequencies_of_older_files_are_ignored_by_name(folder):
     edit_shard(folder, lambda state: state.update({"layers.2.rope.freqs": torch.ones(4)}))
     with pytest.raises(ValueError, match=r"unexpected: layers\.2\.rope\.freqs"):
         build(folder)
+
+
+AS_SAVED = {
+    "byte order mark": lambda text: b"\xef\xbb\xbf" + text.encode(),
+    "UTF-16, little-endian": lambda text: b"\xff\xfe" + text.encode("utf-16-le"),
+    "UTF-16, big-endian": lambda text: b"\xfe\xff" + text.encode("utf-16-be"),
+    "CRLF": lambda text: text.replace("\n", "\r\n").encode(),
+}
+
+
+@pytest.mark.parametrize("saved", AS_SAVED)
+def test_text_as_other_programs_save_it(tmp_path, saved):
+    """A byte order mark became part of a text, JSON that has one was "not JSON", and lines ended at a form feed."""
+    text = "two\fparts \u2028 of a line\nand \r another 🙂\n"
+    path = tmp_path / "text"
+    path.write_bytes(AS_SAVED[saved](text))
+    assert checkpoint.read_text(path) == text
+    path.write_bytes(AS_SAVED[saved]('{"a":\n["\u2028"]}\n'))
+    assert checkpoint.read_json(path) == {"a": ["\u2028"]}
+
+
+def test_what_is_no_text_is_named(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes("naïve".encode("latin-1"))
+    for read in (checkpoint.read_text, checkpoint.read_json):
+        with pytest.raises(ValueError, match=f"{path} is not .*UTF-8: .* can't decode byte 0xef in position 2"):
+            read(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=f"{path} is not JSON: maximum recursion depth"):
+        checkpoint.read_json(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="holds dict and not a list"):
+        checkpoint.read_json(path, list)
+
+
+@pytest.mark.parametrize("saved", AS_SAVED)
+@pytest.mark.parametrize("layout", ["meta", "hf"])
+def test_a_checkpoint_whose_json_was_edited(tmp_path, monkeypatch, layout, saved):
+    """Windows' editors add a byte order mark to params.json, config.json and the index."""
+    save_random(tmp_path / "model")
+    folder = tmp_path / "model"
+    if layout == "hf":
+        monkeypatch.setattr(convert, "HF_FILE", 100_000)
+        convert.convert(folder, tmp_path / "hf", "hf", 1, None, TOKENIZER)
+        folder = tmp_path / "hf"
+    before = {name: weight.clone() for name, weight in build(folder).model.state_dict().items()}
+    for name in ("params.json", "config.json", "model.safetensors.index.json"):
+        if (folder / name).exists():
+            (folder / name).write_bytes(AS_SAVED[saved]((folder / name).read_text()))
+    after = build(folder).model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_kv_heads": None, "rope_theta": None}, {"use_scaled_rope": False, "rope_scaling_factor": 1.0}]
+)
+def test_keys_of_params_json_that_change_nothing(tmp_path, change):
+    """null for a default, and a scaling of RoPE that is off, were refused."""
+    save_random(tmp_path, SHAPES["MHA"])
+    edit_params(tmp_path, **change)
+    assert not set(checkpoint.Checkpoint(tmp_path).params) & set(change)
+    build(tmp_path)
+    edit_params(tmp_path, use_scaled_rope=True)
+    with pytest.raises(ValueError, match="unknown keys use_scaled_rope"):
+        build(tmp_path)
 
 
 def test_torchs_older_file_format_is_read(folder):
@@ -332,16 +397,75 @@ def _build_by_rank(folder, options):
     _build(folder, options[parallel.rank()])
 
 
-@pytest.mark.parametrize("other", [{"dtype": "bfloat16"}, {"max_batch_size": 3}])
-def test_ranks_that_build_differently_are_named(ranks, tmp_path, other):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            {"dtype": "bfloat16"},
+            "the ranks differ in dtype: [torch.float32, torch.bfloat16]; give all of them the same",
+        ),
+        ({"max_batch_size": 3}, "the ranks differ in max_batch_size: [4, 3]; give all of them the same arguments"),
+    ],
+)
+def test_ranks_that_build_differently_are_named(ranks, tmp_path, other, message):
     """Bfloat16 on one rank and float32 on another would add up to nonsense, or end the process."""
     save_random(tmp_path, mp=2)
     same = {"dtype": "float32"}
     for _, error in ranks(2).outcomes(_build_by_rank, tmp_path, [same, {**same, **other}]):
         assert error[0] == "ValueError"
-        message = "the ranks differ in (device, dtype, quantize, max_seq_len, max_batch_size): "
-        assert message + "[('cpu', torch.float32" in error[1]
+        assert message in error[1]
     ranks(2).run(_build, tmp_path, same)
+
+
+def _build_one_of(folders):
+    llama = Llama.build(folders[parallel.rank()], None, 32, device="cpu", dtype="float32")
+    return llama.generate([[1, 2, 3]], 5, temperature=0)[0]
+
+
+def rewrite_tokenizer(folder):
+    """The same number of pieces, two of which have changed places."""
+    content = (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_bytes(content.replace(b"\x01t", b"\x01#").replace(b"\x01e", b"\x01t"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: save_random(f, mp=2, seed=1), "the ranks differ in weights: ['"),
+        (
+            lambda f: save_random(f, {**GQA, "n_layers": 2}, mp=2),
+            "the ranks differ in params: [\"{'dim': 64, 'n_layers': 3",
+        ),
+        (lambda f: edit_params(f, norm_eps=1e-6), "the ranks differ in params: [\"{'dim': 64"),
+        (lambda f: edit_params(f, rope_theta=5e5), "'rope_theta': 500000.0"),
+        (lambda f: save_random(f, mp=2, dtype=torch.bfloat16), "the ranks differ in weights: ['"),
+        (
+            lambda f: edit_shard(f, lambda s: s["layers.2.attention.wv.weight"][0].add_(1)),
+            "the ranks differ in weights: ",
+        ),
+        (rewrite_tokenizer, "the ranks differ in tokenizer: ['"),
+    ],
+)
+def test_ranks_that_load_different_checkpoints_are_named(ranks, tmp_path, change, message):
+    """Nodes with their own copies generated from the slices of two models."""
+    for name in ("one", "two"):
+        save_random(tmp_path / name, mp=2)
+        shutil.copy(TOKENIZER, tmp_path / name)
+    change(tmp_path / "two")
+    for _, error in ranks(2).outcomes(_build_one_of, [tmp_path / "one", tmp_path / "two"]):
+        assert error[0] == "ValueError"
+        assert message in error[1]
+
+
+def test_ranks_may_load_one_model_from_different_folders(ranks, tmp_path):
+    """In another number of shards, or in another layout, it is the same model."""
+    save_random(tmp_path / "one", {**GQA, "multiple_of": 4, "ffn_dim_multiplier": 1.3}, mp=2)
+    convert.convert(tmp_path / "one", tmp_path / "two", "meta", 1, None, TOKENIZER)
+    convert.convert(tmp_path / "one", tmp_path / "hf", "hf", 1, None, TOKENIZER)
+    shutil.copy(TOKENIZER, tmp_path / "one")
+    expected = ranks(2).run(_build_one_of, [tmp_path / "one"] * 2)
+    for other in ("two", "hf"):
+        assert ranks(2).run(_build_one_of, [tmp_path / "one", tmp_path / other]) == expected
 
 
 def test_shards_of_different_models_are_named(tmp_path):

@@ -2,10 +2,12 @@
 
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from small import GQA, MODELS, ROOT, SHAPES, TOKENIZER, relative_error, save_random
 
-from llama import Llama
+from llama import Llama, checkpoint
 from llama.checkpoint import Checkpoint, convert, write
 from llama.checkpoint.convert import convert as run
 
@@ -163,24 +165,87 @@ def test_nothing_is_overwritten(tmp_path):
         run(tmp_path / "from", tmp_path / "to", "meta", 1, None, TOKENIZER)
 
 
-@pytest.mark.parametrize("to", ["meta", "hf"])
-def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, to):
-    """On a small file system, first with the size known beforehand, then as if something else had filled it."""
+BIG = {"norm.weight": torch.ones(10**6)}
+WRITERS = {  # how to write in a folder, and the file that is too large for it
+    "shards": (lambda source, folder: run(source, folder / "to", "meta", 1, torch.float32, TOKENIZER), "00.pth"),
+    "safetensors": (
+        lambda source, folder: run(source, folder / "to", "hf", 1, torch.float32, TOKENIZER),
+        "safetensors",
+    ),
+    "save": (lambda source, folder: checkpoint.save(BIG, folder, {}), "consolidated.00.pth"),
+    "json": (lambda source, folder: write.write_json(folder, {"a.json": {"a": "b" * 10**6}}), "a.json"),
+    "a file": (lambda source, folder: checkpoint.write_file(folder / "talk", b"b" * 10**6), "talk"),
+    "a list of sums": (lambda source, folder: write.write_checklist(folder / "a.chk", [TOKENIZER] * 15_000), "a.chk"),
+}
+
+
+@pytest.fixture(params=WRITERS)
+def full_disk(request, tmp_path, monkeypatch):
+    """(write, message): writing to a disk that is too small, and what should be said."""
     save_random(tmp_path / "from", {**GQA, "n_layers": 2})
+    monkeypatch.setattr(write, "digest", lambda *args: "0" * 32)
+    function, name = WRITERS[request.param]
+    (tmp_path / "disk").mkdir()
+    yield (
+        lambda: function(tmp_path / "from", tmp_path / "disk"),
+        f"{tmp_path}/disk/.*{name} needs [0-9,]+ bytes and its ",
+    )
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, full_disk, monkeypatch):
+    """Safetensors' error had its traceback, torch's was about a position, and none had the name of the file. Nothing
+    half written is left."""
+    function, message = full_disk
     small = tmp_path / "disk"
-    small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", small], capture_output=True).returncode:
         pytest.skip("no right to mount a small file system")
     try:
-        with pytest.raises(OSError, match="needs .* bytes and its disk has"):
-            run(tmp_path / "from", small / "to", to, 1, torch.float32, TOKENIZER)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
-            with pytest.raises(Exception, match="No space left on device"):
-                run(tmp_path / "from", small / "to", to, 1, torch.float32, TOKENIZER)
-        assert os.listdir(small) == []
+        with monkeypatch.context() as patch:  # as if something else filled it during a conversion
+            patch.setattr(convert, "new_folder", lambda target, size: write.new_folder(target, 0))
+            with pytest.raises(OSError, match=f"{message}disk has [0-9,]+ free .*No space left on device"):
+                function()
+        assert {file.name for file in small.iterdir()} <= {"params.json"}
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_a_file_larger_than_its_file_system_takes_is_named(tmp_path, full_disk):
+    """As on FAT32, which stores 4 GB."""
+    function, message = full_disk
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{message}disk has [0-9,]+ free"):
+            function()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name for file in (tmp_path / "disk").iterdir()} <= {"params.json"}
+
+
+@pytest.mark.parametrize("to", ["meta", "hf"])
+def test_a_disk_that_is_too_small_is_an_error_before_the_work(tmp_path, monkeypatch, to):
+    save_random(tmp_path / "from", {**GQA, "n_layers": 2})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
+    with pytest.raises(OSError, match=f"{tmp_path}/to needs [0-9,]+ bytes and its disk has 5,000 free"):
+        run(tmp_path / "from", tmp_path / "to", to, 1, torch.float32, TOKENIZER)
+    assert os.listdir(tmp_path) == ["from"]
+
+
+def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
+    """What was there stays when writing fails; a link still leads to its file, and a device is none to replace."""
+    (tmp_path / "file").write_bytes(b"before")
+    (tmp_path / "link").symlink_to("file")
+    with pytest.raises(KeyboardInterrupt), write.writing(tmp_path / "file", 10) as new:
+        new.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "file").read_bytes() == b"before"
+    checkpoint.write_file(tmp_path / "link", b"after")
+    assert (tmp_path / "file").read_bytes() == b"after"
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+    checkpoint.write_file(Path("/dev/null"), b"nothing")
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{tmp_path}/nowhere/talk'"):
+        checkpoint.write_file(tmp_path / "nowhere" / "talk", b"")
 
 
 def _slow_convert(source, target):

@@ -1,5 +1,6 @@
 """Every way in which a download goes wrong: a named error from every command, at once, and nothing left behind."""
 
+import json
 import os
 import re
 import shutil
@@ -72,6 +73,113 @@ DAMAGE = {
     "a safetensors header that lies": ("model.safetensors", lie, f"model.safetensors {LINE}"),
     "a truncated safetensors file": ("model.safetensors", cut, f"model.safetensors {LINE}"),
 }
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 135\n"
+LFS = r"run git lfs pull where it was cloned \(it is a git-lfs pointer\)"
+
+
+def move(name):
+    """All files but params.json and config.json to a folder of this name, beside them or deeper."""
+
+    def change(folder):
+        (folder / name).mkdir(parents=True)
+        for file in [path for path in folder.iterdir() if path.is_file()]:
+            file.rename(folder / name / file.name)
+
+    return change
+
+
+def rename(before, after):
+    return lambda folder: (folder / before).rename(folder / after)
+
+
+def lora(folder):
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "config.json").unlink()
+
+
+def index(*names):
+    return lambda folder: (folder / INDEX).write_text(
+        json.dumps({"weight_map": {str(i): name for i, name in enumerate(names)}})
+    )
+
+
+def both(*changes):
+    return lambda folder: [change(folder) for change in changes]
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+INDEX = "model.safetensors.index.json"
+FP16_INDEX = "model.safetensors.index.fp16.json"
+OF_TWO = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+MISTAKES = {
+    "a pointer for a shard": ("meta", write(FIRST, POINTER), f"{FIRST} .* is not a readable shard; {LFS}"),
+    "a pointer for safetensors": ("hf", write("model.safetensors", POINTER), f"model.safetensors .*; {LFS}"),
+    "a pointer for JSON": ("meta", write("params.json", POINTER), "params.json is not JSON: it is a git-lfs pointer"),
+    "a web page for JSON": ("hf", write("config.json", b"\n<html>"), "config.json is not JSON: it is a web page"),
+    "a pointer for a tokenizer": ("meta", write("tokenizer.model", POINTER), f"is not a tokenizer.model; {LFS}"),
+    "a text for a shard": ("meta", write(FIRST, b"Not found"), r"download it again \(it is the text 'Not found'\)"),
+    "GGUF for a shard": ("meta", write(FIRST, b"GGUF\3\0"), r"take the model in safetensors \(it is a GGUF file\)"),
+    "a compressed shard": ("meta", write(FIRST, b"\x1f\x8b\x08"), r"decompress it with gunzip \(it is compressed\)"),
+    "a LoRA adapter": ("hf", lora, "it is the folder of a LoRA adapter: merge_and_unload of peft merges it"),
+    "a cache's top folder": ("hf", move("snapshots/1f2e"), "top folder of a download .*: give .*/from/snapshots/1f2e"),
+    "a cache": ("hf", move("models--a/snapshots/1f"), "folder of downloads .*: give .*/from/models--a/snapshots/1f"),
+    "one folder up": ("meta", move("llama-2-7b"), "no params.json or config.json in .*/from; give .*/from/llama-2-7b"),
+    "torch's format": ("hf", rename("model.safetensors", "pytorch_model.bin"), "pytorch_model.bin is not read: save"),
+    "GGUF": ("hf", both(rename("model.safetensors", "a.gguf"), rename("config.json", "c")), "a.gguf is a GGUF file"),
+    "a variant": ("hf", rename("model.safetensors", "model.bf16.safetensors"), "rename model.bf16.safetensors to mod"),
+    "a variant's index": (
+        "hf",
+        both(rename("model.safetensors", "model.fp16-00001-of-00002.safetensors"), write(FP16_INDEX, b"")),
+        f"rename {FP16_INDEX} to {INDEX}",
+    ),
+    "a stale index": ("hf", index(*OF_TWO), "lacks model-00001.*; it has model.safetensors: remove the index"),
+    "an index of other files": (
+        "hf", both(index(*OF_TWO), rename("model.safetensors", "model-00001-of-00001.safetensors")),
+        f"download {INDEX} again, which should name model-00001-of-00001.safetensors",
+    ),
+    "no index": ("hf", rename("model.safetensors", OF_TWO[0]), f"download {INDEX} again"),
+    "no config.json": ("hf", lambda folder: (folder / "config.json").unlink(), "download config.json, which"),
+    "no params.json": ("meta", lambda folder: (folder / "params.json").unlink(), "download params.json, which"),
+    "only tokenizer.json": ("hf", lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer.json is not read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_a_folder_holds_instead_is_named(tmp_path, name):
+    """A pointer "holds other things than tensors", a stale index "lacks model.safetensors", a cache's top folder no
+    params.json: true, and no help."""
+    layout, change, message = MISTAKES[name]
+    save_random(tmp_path / "meta")
+    convert(tmp_path / "meta", tmp_path / "from", layout, 1, None, TOKENIZER)
+    change(tmp_path / "from")
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        Llama.build(tmp_path / "from", None, 32, device="cpu")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_path_of_the_other_kind_is_named(tmp_path):
+    save_random(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"ckpt_dir .*/params\.json is not an existing folder but a file"):
+        Llama.build(tmp_path / "params.json", TOKENIZER)
+    with pytest.raises(FileNotFoundError, match="tokenizer_path .* is not an existing file but a folder"):
+        Llama.build(tmp_path, tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.model; .* \(it is JSON\)"):
+        Llama.build(tmp_path, tmp_path / "tokenizer.json")
+
+
+def test_params_json_beside_hugging_faces_layout(tmp_path):
+    """Folders that hold config.json and another program's params.json had no consolidated.*.pth."""
+    save_random(tmp_path / "meta")
+    convert(tmp_path / "meta", tmp_path / "hf", "hf", 1, None, TOKENIZER)
+    (tmp_path / "hf" / "params.json").write_text('{"head_dim": 8}')
+    Llama.build(tmp_path / "hf", None, 32, device="cpu")
 
 
 @pytest.fixture(params=DAMAGE)

@@ -5,6 +5,7 @@ every success also shows that the shell neither split nor expanded it.
 """
 
 import contextlib
+import gzip
 import hashlib
 import os
 import re
@@ -31,7 +32,18 @@ PAGE = b"\n <!DOCTYPE html><html><body>Update your browser</body></html>\n"
 SHARD = "llama-2-7b/consolidated.00.pth"
 CHECKLIST = "llama-2-7b/checklist.chk"
 CHUNK = 1 << 16
-TOOLS = ("head", "mkdir", "mv", "rm", "sed", "tail", "tr", "wc", "ps")  # what download.sh needs besides curl and md5sum
+TOOLS = (
+    "gzip",
+    "head",
+    "mkdir",
+    "mv",
+    "rm",
+    "sed",
+    "tail",
+    "tr",
+    "wc",
+    "ps",
+)  # what download.sh needs besides curl and md5sum
 
 
 def checklist(folder: dict[str, bytes]) -> bytes:
@@ -65,6 +77,7 @@ class Server(ThreadingHTTPServer):
         self.cut: dict[str, int] = {}  # path -> after how many bytes to hang up, once
         self.trickle: set[str] = set()  # paths sent slowly, once
         self.ranges = True
+        self.compress = ""  # "unasked": where the request does not say identity; "always"
 
     @property
     def link(self) -> str:
@@ -89,9 +102,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.expired or unquote(query) != unquote(QUERY):  # wget may write ~ for %7E
             return self.answer(403, b"<html>403 Forbidden</html>", kind="text/html")
         if path in self.server.pages:
-            return self.answer(200, PAGE, kind="text/html")
+            packed = {"Content-Encoding": "gzip"} if self.server.compress else None
+            return self.answer(200, gzip.compress(PAGE) if packed else PAGE, packed, kind="text/html")
         if path not in self.server.files:
             return self.answer(404, b"<html>404 Not Found</html>", kind="text/html")
+        if self.server.compress == "always" or (
+            self.server.compress and self.headers.get("Accept-Encoding") != "identity"
+        ):
+            return self.answer(200, gzip.compress(data), {"Content-Encoding": "gzip"})
         if not asked or not self.server.ranges:
             return self.answer(200, data)
         if start >= len(data):
@@ -317,6 +335,44 @@ def test_a_server_without_ranges(user: User) -> None:
     user.put_all_but(SHARD)
     user.put(f"{SHARD}.part", user.server.files[SHARD][:100_000])
     assert_complete(user, user.download())
+
+
+def test_a_full_disk_is_named(user: User) -> None:
+    """It was "the connection broke", and then a number of curl's."""
+    user.put_all_but(SHARD)
+    folder = user.target / "llama-2-7b"
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", folder], capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        for name, data in kept.items():
+            (folder / name).write_bytes(data)
+        result = user.download()
+        assert result.returncode != 0 and f"{SHARD}.part cannot be written beyond" in result.stderr
+        assert "connection" not in result.stdout and (folder / "consolidated.00.pth.part").stat().st_size > 100_000
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("compress", ["unasked", "always"])
+@pytest.mark.parametrize("begun", [None, "of the file", "of a gzip file"])
+def test_a_server_that_compresses(user: User, compress: str, begun: str | None) -> None:
+    """curl does not say what it takes, and some servers and proxies then send gzip: each right file was "damaged"."""
+    user.server.compress = compress
+    if begun:
+        whole = user.server.files[SHARD]
+        user.put_all_but(SHARD)
+        user.put(f"{SHARD}.part", (whole if begun == "of the file" else gzip.compress(whole))[:100_000])
+    assert_complete(user, user.download())
+
+
+def test_a_compressed_web_page_is_one(user: User) -> None:
+    user.server.compress = "always"
+    user.put_all_but(SHARD)
+    user.server.pages = {SHARD}
+    result = user.download()
+    assert result.returncode != 0 and "a web page instead of the file" in result.stderr
+    assert_nothing_wrong(user)
 
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["all processes", "only the script"])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small import ROOT, relative_error
+from fairscale.nn.model_parallel import layers as fairscale
+from small import ROOT, random_model, relative_error
 
-from llama import layers
+from llama import checkpoint, layers, parallel
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
@@ -34,6 +35,40 @@ def test_few_numbers_of_rows_reach_onednn():
         assert y.shape == (rows, 4) and bool((y == 2).all())
     assert len({*seen}) == 36
     assert all(0 <= to - rows < (16 if rows <= 256 else 64) for rows, to in enumerate(seen, 1))
+
+
+def _gradients():
+    """The gradients of this rank's part of a model; those of weights that all ranks have are whole on each."""
+    model = random_model(max_batch_size=0).requires_grad_(True)
+    whole = random_state()
+    for name, weight in model.named_parameters():
+        dim = checkpoint.shard_dim(name)
+        part = whole[name] if dim is None else whole[name].chunk(parallel.world_size(), dim)[parallel.rank()]
+        weight.data.copy_(part)
+    model(torch.arange(12).view(2, 6)).square().mean().backward()
+    return {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def random_state():
+    generator = torch.Generator().manual_seed(1)
+    args = random_model().params
+    return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in checkpoint.shapes(args).items()}
+
+
+def test_gradients_of_several_ranks_are_those_of_one(ranks):
+    """The layers' own exchanges, where fairscale's went through groups that others may have set."""
+    one, parts = _gradients(), ranks(2).run(_gradients)
+    for name, expected in one.items():
+        dim = checkpoint.shard_dim(name)
+        for found in [part[name] for part in parts] if dim is None else [torch.cat([p[name] for p in parts], dim)]:
+            assert relative_error(found, expected) < 1e-5, name
+
+
+def test_layers_are_fairscales():
+    model = random_model()
+    assert isinstance(model.output, fairscale.ColumnParallelLinear)
+    assert isinstance(model.layers[0].attention.wo, fairscale.RowParallelLinear)
+    assert isinstance(model.tok_embeddings, fairscale.ParallelEmbedding)
 
 
 def test_the_layers_are_short():

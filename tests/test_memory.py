@@ -60,6 +60,84 @@ def test_the_check_can_be_overridden(tmp_path, monkeypatch):
     Llama.build(tmp_path, TOKENIZER, device="cpu", check_memory=False)
 
 
+def system(root, groups, files):
+    """A /proc and a /sys with these cgroups of this process, and these files in them; 64 GB are free."""
+    files = {"proc/meminfo": "MemTotal: 99000000 kB\nMemAvailable: 62500000 kB\n", "proc/self/cgroup": groups, **files}
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return memory.available(torch.device("cpu"), root)
+
+
+def cgroup(folder, limit, used, inactive=0, active=0, version=2):
+    """The files of one cgroup."""
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    total = "total_" * (version == 1)
+    stat = f"anon 5\nfile 10\n{total}inactive_file {inactive}\n{total}active_file {active}\n"
+    contents = zip((*names, "memory.stat"), (f"{limit}\n", f"{used}\n", stat), strict=True)
+    return {f"sys/fs/cgroup/{folder}/{name}": text for name, text in contents}
+
+
+V1, GB = {"version": 1}, 10**9
+NO_LIMIT = 9223372036854771712  # what version 1 has for none
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "free"),
+    [
+        ("0::/\n", cgroup("", 8 * GB, 7998 * 10**6, inactive=5 * GB, active=2900 * 10**6), 7902 * 10**6),
+        ("0::/\n", cgroup("", "max", 9 * GB), 64 * GB),
+        ("0::/app\n", cgroup("", "max", 9 * GB) | cgroup("app", 8 * GB, 2 * GB), 6 * GB),
+        ("0::/pod/app\n", cgroup("pod", 8 * GB, 7 * GB, active=GB) | cgroup("pod/app", "max", GB), 2 * GB),
+        ("0::/pod/app\n", cgroup("pod", 8 * GB, 3 * GB) | cgroup("pod/app", 4 * GB, 3 * GB, inactive=GB), 2 * GB),
+        ("3:cpu,memory:/\n0::/\n", cgroup("memory", 8 * GB, 7 * GB, 2 * GB, 3 * GB, **V1), 6 * GB),
+        ("4:memory:/docker/1f\n", cgroup("memory", 8 * GB, 3 * GB, **V1), 5 * GB),
+        ("4:memory:/a/b\n", cgroup("memory/a", 8 * GB, GB, **V1) | cgroup("memory/a/b", NO_LIMIT, GB, **V1), 7 * GB),
+        ("4:memory:/\n", cgroup("memory", NO_LIMIT, 3 * GB, **V1), 64 * GB),
+        ("", {"proc/meminfo": "MemTotal: 9 kB\nMemFree: 1 kB\nBuffers: 2 kB\nCached: 3 kB\nSwapTotal: 0 kB\n"}, 6144),
+        ("", {}, 64 * GB),
+    ],
+)
+def test_page_cache_and_every_limit_around_this_process(tmp_path, groups, files, free):
+    """After a download or a checksum, page cache filled the limit of a container: a model of 10 MB got a MemoryError.
+    Limits of version 1, of a group of its own and of those around it were not seen."""
+    assert system(tmp_path, groups, files) == free
+
+
+VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                              100000.
+Pages active:                            300000.
+Pages inactive:                          250000.
+Pages speculative:                        50000.
+Pages throttled:                              0.
+Pages wired down:                        120000.
+"Translation faults":                9000000000.
+"""
+
+
+@pytest.mark.parametrize(("text", "free"), [(VM_STAT, 16384 * 400_000), ("no such thing", 2**63), (None, 2**63)])
+def test_free_memory_of_a_mac(monkeypatch, tmp_path, text, free):
+    """It was said to be infinite: there is no /proc."""
+
+    def run(command, **options):
+        assert command == ["vm_stat"]
+        if text is None:
+            raise FileNotFoundError("vm_stat")
+        return subprocess.CompletedProcess(command, 0, text, "")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(subprocess, "run", run)
+    assert memory.available(torch.device("cpu"), tmp_path) == free
+
+
+def test_blocks_that_torch_keeps_on_a_gpu_are_free(monkeypatch):
+    """After `del llama` a second model did not fit, though the allocator has the first one's memory to give."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * GB, 24 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * GB)
+    assert memory.available(torch.device("cuda", 0)) == 17 * GB
+
+
 def inspect(*flags):
     return in_process(command, *flags)
 
@@ -102,6 +180,19 @@ def test_a_list_that_verifies_nothing_is_an_error(tmp_path, lines, message):
     done = inspect(tmp_path / "model", "--verify")
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_lists_of_sums_as_other_programs_write_them(tmp_path):
+    """A byte order mark made the first line "no line of md5sum", and a form feed in a name ended it."""
+    save_random(tmp_path / "model")
+    for name in ("tokenizer.model", "two\fparts"):
+        shutil.copy(TOKENIZER, tmp_path / "model" / name)
+    path = tmp_path / "model" / "checklist.chk"
+    lines = path.read_text() + f"{checkpoint.digest(TOKENIZER, 'md5')}  two\fparts\n"
+    path.write_bytes(b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode())
+    done = inspect(tmp_path / "model", "--verify")
+    assert done.stderr == ""
+    assert "verified: params.json, consolidated.00.pth, two\fparts" in done.stdout
 
 
 @pytest.mark.parametrize("world_size", [3, 0, "abc", 8])

@@ -8,9 +8,14 @@ import sys
 from contextlib import redirect_stdout
 
 import pytest
+import ranks as ranks_module
 import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fairscale
+from ranks import free_port
+from small import MODELS, random_model
 
-from llama import parallel
+from llama import Llama, parallel
 from llama.cli import script
 
 
@@ -107,7 +112,7 @@ def test_ranks_share_the_cores(monkeypatch, environment, threads):
     for name, value in {**environment, "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     chosen = []
-    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "processes", lambda: 2)
     monkeypatch.setattr(parallel, "cores", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     parallel.use(torch.device("cpu"))
@@ -182,10 +187,101 @@ def test_an_ordinary_exit_leaves_the_groups_and_one_after_an_error_waits_for_nob
     code = f"""
 import atexit
 import torch.distributed as dist
-from llama import parallel
 atexit.register(lambda: print(dist.is_initialized()))
+from llama import parallel
 parallel.init_model_parallel()
 {last_line}
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == f"{joined}\n", done.stderr
+    joining = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    run = [sys.executable, "-c", code]
+    both = [subprocess.Popen(run, env={**joining, "RANK": f"{i}"}, stdout=subprocess.PIPE, text=True) for i in range(2)]
+    assert [process.communicate(timeout=60)[0] for process in both] == [f"{joined}\n"] * 2
+
+
+def test_one_process_needs_no_network():
+    """It joined a gloo group of its own: a traceback where gloo found no interface, a warning where the host's name was
+    unknown."""
+    environment = {"GLOO_SOCKET_IFNAME": "eth9", "MASTER_ADDR": "no.such.host", "RANK": "0", "WORLD_SIZE": "1"}
+    code = f"""
+import torch.distributed as dist
+from llama import Llama
+llama = Llama.build({str(MODELS / "small")!r}, device="cpu", dtype="float32")
+print(llama.text_completion(["Once"], max_gen_len=1)[0]["finish_reason"], dist.is_initialized())
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60)
+    assert (done.stdout, done.stderr) == ("length False\n", "")
+
+
+@pytest.fixture
+def group_of_another():
+    """A default process group that another library has made."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("with_fairscale", [False, True])
+def test_one_rank_has_nothing_to_do_with_a_group_of_another(base, group_of_another, with_fairscale):
+    """ "initialized twice" for a library that joined after this one; "Group is not registered" after it had left."""
+    expected = base.generate([[1, 306]], 4, temperature=0)
+    if with_fairscale:
+        fairscale.initialize_model_parallel(1)
+    parallel.init_model_parallel(1)
+    try:
+        assert random_model()(torch.tensor([[1, 2, 3]])).isfinite().all()
+        dist.destroy_process_group()
+        assert base.generate([[1, 306]], 4, temperature=0) == expected
+        random_model().requires_grad_(True)(torch.tensor([[1, 2, 3]])).sum().backward()
+    finally:
+        fairscale.destroy_model_parallel()
+
+
+def _within_the_callers_group(file):
+    """The tokens of a model within a group of the caller's; what the caller's group adds up; what comes of a model
+    whose group is gone; and the tokens of a new model in a new group."""
+    dist.destroy_process_group()
+    found = []
+    for i in range(2):
+        dist.init_process_group("gloo", init_method=f"file://{file}{i}", rank=int(os.environ["RANK"]), world_size=2)
+        fairscale.initialize_model_parallel(1)
+        llama = Llama.build(MODELS / "small", max_seq_len=32, max_batch_size=1, device="cpu", dtype="float32")
+        one = torch.ones(1)
+        dist.all_reduce(one)
+        found += [llama.generate([[1, 306]], 4, temperature=0)[0], one.item(), dist.group.WORLD is not None]
+        fairscale.destroy_model_parallel()
+        dist.destroy_process_group()
+        try:
+            llama.generate([[1, 306]], 4, temperature=0)
+        except RuntimeError as error:
+            found.append(str(error))
+    return found
+
+
+def test_several_ranks_use_the_callers_group(tmp_path, base):
+    """A group that was destroyed was used on: "Group is not registered". fairscale's groups may be another's."""
+    pool = ranks_module.Ranks(2)
+    try:
+        expected = [base.generate([[1, 306]], 4, temperature=0)[0], 2.0, True]
+        expected.append("the ranks' process group was destroyed, or is that of the process this one was forked from")
+        assert pool.run(_within_the_callers_group, tmp_path / "store") == [expected * 2] * 2
+    finally:
+        pool.close()
+
+
+def _data_parallel():
+    """A model of one rank on each of two that torchrun has started, as a trainer has them."""
+    parallel._ranks = parallel.UNKNOWN
+    dist.destroy_process_group()
+    llama = Llama.build(MODELS / "small", None, 32, 1, model_parallel_size=1, device="cpu", dtype="float32")
+    return llama.generate([[1, 306]], 4, temperature=0)[0], parallel.rank(), dist.is_initialized()
+
+
+def test_a_model_of_one_rank_in_each_of_several_processes(base):
+    pool = ranks_module.Ranks(2)
+    try:
+        expected = (base.generate([[1, 306]], 4, temperature=0)[0], 0, False)
+        assert pool.run(_data_parallel) == [expected] * 2
+    finally:
+        pool.close()

@@ -161,6 +161,19 @@ def test_tied_embeddings(tmp_path, tied):
     [
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling .*linear.* is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type 'llama3'"),
+        (
+            {"rope_parameters": {"type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "with type 'linear', factor 2.0 is",
+        ),
+        ({"rope_parameters": {"factor": 2.0}}, "rope_parameters with factor 2.0 is not supported"),
+        ({"rope_parameters": {"type": "default", "partial_rotary_factor": 0.5}}, "with partial_rotary_factor 0.5"),
+        ({"rope_parameters": {"full_attention": {"type": "linear", "factor": 2.0}}}, "with full_attention {'type'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1, "alpha": 1000}}, "rope_scaling with alpha 1000 is not"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 1}}, "with rope_type 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1, "attention_factor": 0.9}}, "with attention_factor 0.9"),
+        ({"rope_scaling_type": "linear", "rope_scaling_factor": 2}, "config with rope_scaling_type 'linear', rope_sc"),
+        ({"partial_rotary_factor": 0.5}, "config with partial_rotary_factor 0.5 is not supported"),
+        ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not an object"),
         ({"attention_bias": True}, "attention_bias True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; only 'silu' is"),
         ({"model_type": "mistral"}, "model_type 'mistral' is not supported; only 'llama' is"),
@@ -171,7 +184,7 @@ def test_tied_embeddings(tmp_path, tied):
         ({"num_attention_heads": 0}, "num_attention_heads is 0, not a positive whole number"),
         ({"hidden_size": "64"}, "hidden_size is '64', not a positive whole number"),
         ({"intermediate_size": None}, "intermediate_size is None"),
-        ({"rope_parameters": [1]}, r"rope_parameters \[1\] are not an object"),
+        ({"rope_parameters": [1]}, r"rope_parameters \[1\] is not an object"),
         ({"vocab_size": 999}, "vocab_size 999 differs from the tokenizer's 1024 pieces"),
     ],
 )
@@ -182,10 +195,31 @@ def test_what_is_not_llama_2_is_refused_by_name(tmp_path, change, message):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_rope_theta_in_either_place(tmp_path):
-    for change in ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}):
-        save_hugging_face(tmp_path, **{"rope_parameters": None, **change})
-        assert Checkpoint(tmp_path).params["rope_theta"] == 5e5
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"type": "default", "rope_theta": 5e5}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0, "rope_theta": 5e5}},
+        {"rope_theta": 5e5},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "default"}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 1.0}},
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": {},
+            "rope_scaling_factor": 1.0,
+            "partial_rotary_factor": 1,
+            "rope_x": False,
+        },
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "llama3", "factor": 1.0, "low_freq_factor": 4.0}},
+        {"rope_theta": 5e5, "mlp_bias": None, "attention_bias": None, "hidden_act": "swish", "rope_scaling": None},
+    ],
+)
+def test_rope_theta_in_any_place_and_what_changes_nothing(tmp_path, change):
+    """A scaling by 1, the type "default", null for a bias: each was refused."""
+    save_hugging_face(tmp_path, **{"rope_parameters": None, **change})
+    expected = random_model({**GQA, "rope_theta": 5e5}, vocab_size=1024)(TOKENS, 0)
+    assert relative_error(_load(tmp_path, TOKENS)[2], expected) <= 1e-5
 
 
 def _load_weights(folder, n_words):

@@ -5,26 +5,34 @@ import fcntl
 import json
 import os
 import pty
+import runpy
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import free_port
-from small import GQA, MODELS, ROOT, TOKENIZER, edit_params, save_random
+from small import GQA, MODELS, ROOT, TOKENIZER, edit_params, in_process, save_random
 
+from llama import Chat, Llama, Tokenizer
 from llama.cli import script
+from llama.cli.chat import command
+from llama.cli.convert import convert
+from llama.cli.inspect import inspect
 
 TEXT, CHAT = ROOT / "example_text_completion.py", ROOT / "example_chat_completion.py"
 MANY = {"dim": 256, "n_layers": 16, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32}  # slow enough to be interrupted
 
 
-def command(nproc, script, *flags):
+def started(nproc, script, *flags):
     if nproc == 0:  # no torchrun
         return [sys.executable, str(script), *flags]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc)]
@@ -34,7 +42,7 @@ def command(nproc, script, *flags):
 def start(nproc, script, *flags):
     """(exit code, stdout, stderr, seconds) of a script under torchrun."""
     began = time.monotonic()
-    done = subprocess.run(command(nproc, script, *flags), capture_output=True, text=True, timeout=100, cwd="/")
+    done = subprocess.run(started(nproc, script, *flags), capture_output=True, text=True, timeout=100, cwd="/")
     return done.returncode, done.stdout, done.stderr, time.monotonic() - began
 
 
@@ -72,6 +80,24 @@ def test_prompts_from_a_list_and_from_a_file(tmp_path):
     assert from_file.count("\n> ") == 2
 
 
+def example(path):
+    """The functions of an example."""
+    return SimpleNamespace(**runpy.run_path(str(path)))
+
+
+def test_prompts_and_dialogs_as_other_programs_write_them(tmp_path):
+    """A byte order mark became part of the first prompt and made JSON "not JSON"; U+2028 and form feed cut a prompt."""
+    path = tmp_path / "prompts"
+    for line_end in ("\n", "\r\n"):
+        path.write_bytes(b"\xef\xbb\xbf" + line_end.join(["Once \u2028upon\f a time", "", " ", "Hello\x85"]).encode())
+        assert example(TEXT).read_prompts(str(path), []) == ["Once \u2028upon\f a time", "Hello\x85"]
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([[{"role": "user", "content": "Hello"}]]).encode())
+    assert example(CHAT).read_dialogs(str(path), []) == [[{"role": "user", "content": "Hello"}]]
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="prompts holds dict and not a list"):
+        example(CHAT).read_dialogs(str(path), [])
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
@@ -97,7 +123,7 @@ def test_a_bar_shows_loading_on_a_terminal_only(tmp_path):
     mine, theirs = pty.openpty()
     os.set_blocking(mine, False)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a terminal of no width shows no bar
-    subprocess.run(command(0, TEXT, *flags), stdout=subprocess.PIPE, stderr=theirs, check=True, timeout=60)
+    subprocess.run(started(0, TEXT, *flags), stdout=subprocess.PIPE, stderr=theirs, check=True, timeout=60)
     shown = os.read(mine, 10_000).decode()
     assert "loading: " in shown
     assert "weights/s" in shown
@@ -127,6 +153,94 @@ def test_a_flag_that_is_not_there_stops_before_anything_runs():
     assert "--temprature" in err
 
 
+def typed(monkeypatch, capsys, command, *words):
+    """What a command is called with, or the line that is printed instead."""
+    calls = []
+
+    def leave(code):
+        raise SystemExit(code)
+
+    def fake(
+        ckpt_dir: str,
+        tokenizer_path: Path | None = None,
+        system: str | None = None,
+        temperature: float = 0.6,
+        compile: bool = False,
+        prompts: list[str] | str | None = None,
+    ) -> None:
+        calls.append(locals())
+
+    monkeypatch.setattr(script, "_exit", leave)
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    with suppress(SystemExit):
+        script.run({"fake": fake} if command else fake)
+    return calls[0] if calls else capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [False, True], ids=["example", "command"])
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["small#2"], "ckpt_dir", "small#2"),  # was "small"
+        (["2024"], "ckpt_dir", "2024"),  # was an int
+        (["--ckpt_dir", "1e3"], "ckpt_dir", "1e3"),
+        (["--ckpt-dir=0x10"], "ckpt_dir", "0x10"),
+        (["m", "--tokenizer_path", "2024_01"], "tokenizer_path", "2024_01"),
+        (["m", "--system", "Short, please"], "system", "Short, please"),  # was a tuple
+        (["m", "--system", "Yes # no"], "system", "Yes # no"),
+        (["m", "--system", "True"], "system", "True"),
+        (["m", "--system", "'quoted'"], "system", "'quoted'"),
+        (["m", "--system", "{a: b}"], "system", "{a: b}"),
+        (["m", "--system", "-", "--temperature", "0"], "system", "-"),  # fire's separator
+        (["m", "--system", "- be brief\n- be kind"], "system", "- be brief\n- be kind"),
+        (["m", "--system=--no"], "system", "--no"),
+        (["m", "--system", ""], "system", ""),
+        (["m", "--prompts", "a,b#c"], "prompts", "a,b#c"),
+        (["m", "--prompts", "[1].txt"], "prompts", "[1].txt"),
+        (["m", "--prompts", '["a # b", "1, 2"]'], "prompts", ["a # b", "1, 2"]),
+        (["m", "--temperature", "1e-1"], "temperature", 0.1),
+        (["m", "--compile"], "compile", True),
+        (["m", "--nocompile"], "compile", False),
+    ],
+)
+def test_texts_and_paths_are_taken_as_typed(monkeypatch, capsys, command, words, name, value):
+    """fire read every flag as Python: small#2 opened small, "Short, please" was a tuple, "Yes # no" was cut at #."""
+    found = typed(monkeypatch, capsys, command, *["fake"] * command, *words)
+    assert found[name] == value and type(found[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "words", [["--system"], ["--system", "--temperature", "0"], ["--system", "--temperature=0"], ["--nosystem"]]
+)
+def test_a_text_without_a_value_is_named(monkeypatch, capsys, words):
+    """It was the text "True" or "False"."""
+    found = typed(monkeypatch, capsys, False, "m", *words)
+    assert found.startswith(f"error: {words[0]} needs a value; one that looks like a flag is given as --system=VALUE")
+
+
+def test_a_home_is_expanded(monkeypatch, tmp_path, capsys):
+    """`convert SRC '~/x'` made a folder named ~, and `Llama.build("~/model")` found nothing."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_random(Path("~/model"))
+    assert (tmp_path / "model" / "params.json").exists()
+    shutil.copy(TOKENIZER, tmp_path)
+    llama = Llama.build("~/model", "~/tokenizer.model", 64, 1, device="cpu")
+    assert Tokenizer("~/tokenizer.model").n_words == llama.tokenizer.n_words
+    assert not in_process(convert, "~/model", "~/2024#1").returncode
+    assert "fits: yes" in in_process(inspect, "~/2024#1", "--device", "cpu").stdout
+    (tmp_path / "texts").write_text("The opposite of hot is\n")
+    assert example(TEXT).read_prompts("~/texts", []) == ["The opposite of hot is"]
+    (tmp_path / "dialogs").write_text("[[]]")
+    assert example(CHAT).read_dialogs("~/dialogs", []) == [[]]
+    chat = Chat(llama, "Be kind.")
+    command(chat, "/save ~/talk")
+    assert command(chat, "/load ~/talk").dialog == chat.dialog
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model", "tokenizer.model", "2024#1", "texts", "dialogs", "talk"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("nproc", [0, 2])
 def test_a_script_may_end_with_its_stream_open(tmp_path, nproc):
     script = tmp_path / "script.py"
@@ -138,7 +252,7 @@ llama = Llama.build({str(MODELS / "small-chat")!r}, max_seq_len=256, max_batch_s
 stream = llama.text_stream(["Once upon a time"], max_gen_len=50)
 next(stream)
 """)
-    done = subprocess.run(command(nproc, script), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(started(nproc, script), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "Exception" not in done.stderr
 
@@ -209,7 +323,7 @@ with script.readable_errors():
     print("finished")
 """)
     process = subprocess.Popen(
-        command(2, script), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        started(2, script), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         files = [tmp_path / f"pid{rank}" for rank in range(2)]

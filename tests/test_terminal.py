@@ -137,6 +137,26 @@ def test_perplexity(tmp_path, tokenizer):
     assert "is empty" in in_process(command, *flags).stderr
 
 
+def test_perplexity_of_a_text_as_other_programs_save_it(tmp_path):
+    """A byte order mark is no part of the text: it raised the perplexity of one sentence from 112 to 18,587."""
+    text = "The sun was warm.\nThe fox was red.\n"
+    flags = ("--file", tmp_path / "text", "--ckpt_dir", MODELS / "small", "--device", "cpu", "--dtype", "float32")
+    (tmp_path / "text").write_bytes(text.encode())
+    expected = in_process(command, *flags).stdout
+    for saved in (b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(), text.encode("utf-16")):
+        (tmp_path / "text").write_bytes(saved)
+        assert in_process(command, *flags).stdout == expected
+    (tmp_path / "text").write_bytes(b"na\xefve")
+    assert "text is not text in UTF-8" in in_process(command, *flags).stderr
+
+
+def test_a_pipe_of_a_text_from_windows(monkeypatch):
+    r"""A byte order mark and \r\n: /reset was an unknown command, and \r a part of each prompt."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff/set\r\nHello\r\n/reset\r\n\r\nHello \u2028\f\r\n"))
+    out = in_process(chat, *MODEL[:-2], "--dtype", "float32").stdout
+    assert out.splitlines() == ["temperature 0", "top_p 0.9", "prompt_lookup 0", HELLO, HELLO]
+
+
 def test_commands_by_pipe(monkeypatch, tmp_path):
     """In this process, with everything that a line may be."""
     (tmp_path / "five").write_text("5")

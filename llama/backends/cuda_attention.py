@@ -112,8 +112,8 @@ def attend_scratch(M: int, n_heads: int, kv_heads: int, D: int, device: torch.de
     splits = min(64, max(1, 2 * processors // (M * kv_heads)))
     shape = (M * kv_heads * splits, group)
     return Scratch(
-        torch.empty(*shape, d, device=device),
-        torch.empty(*shape, 2, device=device),
+        torch.empty(*shape, d, dtype=torch.float32, device=device),
+        torch.empty(*shape, 2, dtype=torch.float32, device=device),
         torch.zeros(M * kv_heads, dtype=torch.int32, device=device),
         splits,
     )

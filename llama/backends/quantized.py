@@ -16,7 +16,7 @@ import ctypes
 import importlib.util
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from torch import Tensor
 
 from ..layers import in_few_shapes
 from ..parallel import cpu_has, empty
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 GROUPS = (16, 32, 64, 128)
 
@@ -179,6 +182,9 @@ class Dequantized:
         self.shape = weight.shape
         self.nbytes = sum(part.nbytes for part in weight if part is not None)
 
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # nothing writes to it
+
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, dequantize(self.weight).type_as(x))
 
@@ -213,6 +219,9 @@ class Packed:
         pointers = [part.data_ptr() for part in self.parts]
         kind, zero = (4, 8 if least is None else 0) if weight.bits == 4 else (3, 0)
         self.native = cpu.CMatrix(kind, out, columns, columns // groups, zero, *pointers)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # nothing writes to it
 
     def __call__(self, x: Tensor) -> Tensor:
         from .cpu import matmul

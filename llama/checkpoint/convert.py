@@ -7,7 +7,6 @@ written through a mapping), so that the largest model converts on a small machin
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +23,9 @@ from . import hf
 from .folder import Checkpoint
 from .hf_tokenizer import tokenizer_files
 from .load import read_quantized
+from .paths import find_tokenizer
 from .plan import is_matrix, shapes, shard_dim
-from .write import LOCK, blank_file, check_new, new_folder, write_checklist, write_json
+from .write import LOCK, blank_file, check_new, nbytes, new_folder, write_checklist, write_file, write_json, writing
 
 HF_FILE = 2 * 10**9  # bytes of one model-0000n-of-0000m.safetensors, which are in memory together
 Stored = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # names of tensors, their shapes and dtypes
@@ -55,7 +55,7 @@ def convert(
     to: str,
     mp: int,
     dtype: torch.dtype | None,
-    tokenizer_path: Path,
+    tokenizer_path: str | os.PathLike[str] | None = None,
     quantize: str | None = None,
     group_size: int | None = None,
 ) -> None:
@@ -67,29 +67,30 @@ def convert(
     """
     if to not in ("meta", "hf"):
         raise ValueError(f"to is {to!r}; it must be meta or hf")
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.abspath(os.path.expanduser(target)))
     check_new(target)
-    tokenizer = Tokenizer(tokenizer_path)
     checkpoint = Checkpoint(source)
+    tokenizer_path = find_tokenizer(source, tokenizer_path)
+    tokenizer = Tokenizer(tokenizer_path)
     args = checkpoint.args(tokenizer.n_words)
     scheme = checkpoint.scheme_for(quantize, group_size)
     if scheme and to == "hf":
         raise ValueError(
             f"Hugging Face's layout has no place for {scheme}; write Meta's, or give an unquantized source"
         )
+    tokens = tokenizer_files(tokenizer.sp_model) if to == "hf" else {}
     job = Job(checkpoint, args, dtype or checkpoint.dtype(), scheme)
     stored = [entry for tensors in job.stored().items() for entry in tensors[1].items()]
     if to == "meta":
         check_divides(dict(stored), mp)
     size = sum(torch.Size(shape).numel() * element.itemsize for _, (shape, element) in stored)
     with new_folder(target, size) as folder, tqdm(total=2 * size, unit="B", unit_scale=True, disable=None) as bar:
-        shutil.copy(tokenizer_path, folder / "tokenizer.model")
+        write_file(folder / "tokenizer.model", tokenizer_path.read_bytes())
         if to == "meta":
             write_meta(job, folder, mp, bar)
         else:
-            write_hf(job, folder, bar)
-            pieces = [tokenizer.sp_model.id_to_piece(i) for i in range(tokenizer.n_words)]
-            write_json(folder, tokenizer_files(pieces))
+            write_hf(job, folder, bar, tokenizer.bos_id, tokenizer.eos_id)
+            write_json(folder, tokens)
         written = sorted(file for file in folder.iterdir() if file.name != LOCK)
         write_checklist(folder / "checklist.chk", written, bar.update)
 
@@ -127,7 +128,7 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
                 bar.update(part.nbytes)
 
 
-def write_hf(job: Job, folder: Path, bar: tqdm) -> None:
+def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: int = 2) -> None:
     """config.json, and one file of safetensors, or several with an index."""
     whole, names = shapes(job.args), hf.names(job.args.n_layers)
     sizes = {name: torch.Size(shape).numel() * job.dtype.itemsize for name, shape in whole.items()}
@@ -144,11 +145,13 @@ def write_hf(job: Job, folder: Path, bar: tqdm) -> None:
                 tensor = tensor.clone()  # tied: the format does not allow two names of one tensor
             tensors[names[name]] = tensor
             bar.update(tensor.nbytes)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        with writing(folder / file, nbytes(tensors)) as new:
+            save_file(tensors, new, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
     args, dtype = job.args, str(job.dtype).removeprefix("torch.")
     config = hf.config(job.checkpoint.params, args.ffn_hidden, args.vocab_size, dtype)
-    write_json(folder, {"config.json": config, "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2}})
+    ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": eos if eos >= 0 else None}
+    write_json(folder, {"config.json": config | ids, "generation_config.json": ids})
     if len(groups) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
         write_json(folder, {"model.safetensors.index.json": content})
@@ -158,10 +161,10 @@ def in_files(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in their order, in groups of up to `limit` bytes; a larger one is alone."""
     groups: list[list[str]] = [[]]
     free = limit
-    for name, nbytes in sizes.items():
-        if nbytes > free and groups[-1]:
+    for name, size in sizes.items():
+        if size > free and groups[-1]:
             groups.append([])
             free = limit
         groups[-1].append(name)
-        free -= nbytes
+        free -= size
     return groups

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from . import hf
+from .paths import mistaken
 
 # Rotary frequencies, which older files carry and which follow from params.json.
 IGNORED = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs|.*rotary_emb\.inv_freq")
@@ -75,7 +76,12 @@ def unreadable(path: Path, error: Exception) -> Exception:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "weights_only" in str(error):  # torch goes on to recommend that the file be trusted
         reason = "it holds other things than tensors"
-    return ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a readable shard; download it again ({reason})")
+    with path.open("rb") as file:
+        line = file.readline(100).strip()
+    if line and line.isascii() and line.decode().isprintable():  # what a server says in place of a file
+        reason = f"it is the text {line.decode()!r}"
+    reason, do = mistaken(path) or (reason, "download it again")
+    return ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a readable shard; {do} ({reason})")
 
 
 class File:
@@ -89,7 +95,10 @@ class File:
 
     @functools.cached_property
     def pages(self) -> mmap.mmap:
-        with self.path.open("rb") as file:  # NORESERVE: the file may be larger than memory
+        with self.path.open("rb") as file:
+            if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # NORESERVE: the file may be larger than memory
             return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
@@ -106,7 +115,8 @@ class File:
 
     def release(self) -> None:
         """Let what was read no longer count as memory of this process. Pages still in use are read again."""
-        self.pages.madvise(mmap.MADV_DONTNEED)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.pages.madvise(mmap.MADV_DONTNEED)
 
 
 class TorchFile(File):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from ..model import ModelArgs
 from . import hf
 from .files import READABLE, SafetensorsFile, TorchFile
 from .meta import read_params, read_scheme, shard_paths
-from .paths import listed, read_json
+from .paths import NO_CONFIG, advice, listed, read_json
 from .plan import is_matrix, shapes, shard_dim, slices
 
 Stored = Mapping[str, tuple[tuple[int, ...], set[torch.dtype]]]  # tensors: whole shapes, and the dtypes they may have
@@ -31,12 +33,14 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if (folder / "params.json").is_file():
-            self._open_meta(folder / "params.json")
-        elif (folder / "config.json").is_file():
-            self._open_hf(folder / "config.json")
+        params, config = folder / "params.json", folder / "config.json"
+        if params.is_file() and (any(folder.glob("consolidated.*.pth")) or not config.is_file()):
+            self._open_meta(params)
+        elif config.is_file():
+            self._open_hf(config)
         else:
-            raise FileNotFoundError(f"no params.json or config.json in {folder}; is it the folder of a checkpoint?")
+            do = advice(folder, NO_CONFIG, "is it the folder of a checkpoint?")
+            raise FileNotFoundError(f"no params.json or config.json in {folder}; {do}")
 
     def _open_meta(self, source: Path) -> None:
         self.layout, self.source = "meta", source
@@ -160,6 +164,23 @@ class Checkpoint:
             if dtype in READABLE and name.endswith(".weight")
         }
         return functools.reduce(torch.promote_types, found)
+
+    def fingerprint(self, args: ModelArgs, tokenizer: Path) -> dict[str, str]:
+        """What two folders of the same model have in common, in any layout and number of shards: the parameters, and
+        digests of the tokenizer's file and of the weights: their dtype, the norms and a row of each layer."""
+        names = ("dim", "n_layers", "n_heads", "kv_heads", "ffn_hidden", "vocab_size", "norm_eps", "rope_theta")
+        dtype, digest = self.dtype(), hashlib.md5(f"{self.dtype()} {self.scheme}".encode(), usedforsecurity=False)
+        for name, shape in shapes(args).items():
+            end = shape[0] if shard_dim(name) is None else 1
+            if end > 1 or (name.endswith("wv.weight") and not self.scheme):
+                part = self.read(name, shape, 0, end, dtype).contiguous()
+                digest.update(ctypes.string_at(part.data_ptr(), part.nbytes))
+        self.release()
+        return {
+            "params": str({name: getattr(args, name) for name in names}),
+            "tokenizer": hashlib.md5(tokenizer.read_bytes(), usedforsecurity=False).hexdigest(),
+            "weights": digest.hexdigest(),
+        }
 
     def scheme_for(self, quantize: str | None, group_size: int | None) -> Scheme | None:
         """The scheme to load in: the one asked for, or the one that the weights were saved in. ValueError if these

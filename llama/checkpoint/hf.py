@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .paths import listed, read_json
+from .paths import NO_WEIGHTS, advice, listed, read_json
 
 # Meta's name -> Hugging Face's, outside the layers and inside one.
 OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -24,15 +24,20 @@ INSIDE = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-# Keys of a Llama's config.json, and the values that this library can compute with.
+# Keys of a Llama's config.json, and the values that this library can compute with, besides null.
 SUPPORTED = {
     "model_type": ("llama",),
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "rope_scaling": (None,),
     "quantization_config": (None,),
 }
+# Parameters of a RoPE scaling that change nothing by themselves, and the scalings that change nothing at factor 1.
+UNSCALED = {
+    *("rope_theta", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+}
+BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 
 
 def safetensors_paths(folder: Path) -> list[Path]:
@@ -45,7 +50,9 @@ def safetensors_paths(folder: Path) -> list[Path]:
             raise ValueError(f"{index} has no weight_map from the names of weights to files; download it again")
         files = sorted(set(found.values()))
     if missing := [file for file in files if not (folder / file).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {listed(missing)}; download it again")
+        again = "download it again"
+        do = again if len(missing) < len(files) else advice(folder, NO_WEIGHTS, again)
+        raise FileNotFoundError(f"{folder} lacks {listed(missing)}; {do}")
     return [folder / file for file in files]
 
 
@@ -76,13 +83,8 @@ def to_halves(weight: Tensor, head_dim: int) -> Tensor:
 def params(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json -> the content of params.json. ValueError names what is not Llama 2's architecture."""
     for key, allowed in SUPPORTED.items():
-        if (value := config.get(key, allowed[0])) not in allowed:
+        if (value := config.get(key)) not in (None, *allowed):
             raise ValueError(f"{key} {value!r} is not supported; only {allowed[0]!r} is")
-    rope = config.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_parameters {rope!r} are not an object of keys and values")
-    if (kind := rope.get("rope_type", "default")) != "default":
-        raise ValueError(f"rope_parameters with rope_type {kind!r} are not supported; only 'default' is")
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if missing := [key for key in needed if key not in config]:
         raise ValueError(f"lacks the keys {listed(missing)}")
@@ -98,8 +100,26 @@ def params(config: Mapping[str, Any]) -> dict[str, Any]:
         result["n_kv_heads"] = kv_heads
     result |= ffn_params(dim, hidden)
     result |= {"norm_eps": config.get("rms_norm_eps", 1e-6), "vocab_size": vocab}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    theta = rope_theta(config)
     return result if theta == 10000.0 else {**result, "rope_theta": theta}
+
+
+def rope_theta(config: Mapping[str, Any]) -> float:
+    """The base of RoPE's frequencies. ValueError names a scaling, in whatever spelling it is written."""
+    theta = None
+    nested = {key: config.get(key) or {} for key in ("rope_parameters", "rope_scaling")}
+    flat = {
+        k: v for k, v in config.items() if k.startswith(("rope_", "rotary_", "partial_rotary_")) and k not in nested
+    }
+    for place, rope in {"config": flat, **nested}.items():  # the last theta counts, as in transformers
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"{place} {rope!r} is not an object of keys and values")
+        ignored = (None, False, 1, "default", *(BY_FACTOR if rope.get("factor") == 1 else ()))
+        scaling = [f"{k} {v!r}" for k, v in rope.items() if k not in UNSCALED and (v is True or v not in ignored)]
+        if scaling:
+            raise ValueError(f"{place} with {listed(scaling)} is not supported; only RoPE without scaling is")
+        theta = rope.get("rope_theta") or theta
+    return 10000.0 if theta is None else theta
 
 
 def ffn_params(dim: int, hidden: int) -> dict[str, Any]:
@@ -134,8 +154,6 @@ def config(params: Mapping[str, Any], hidden: int, vocab_size: int, dtype: str) 
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
         "pad_token_id": None,
         "initializer_range": 0.02,
         "use_cache": True,

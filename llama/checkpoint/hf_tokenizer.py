@@ -1,74 +1,321 @@
-"""The files that Hugging Face's AutoTokenizer loads, for a SentencePiece model."""
+"""The files that Hugging Face's AutoTokenizer loads, for a SentencePiece model: the same ids, or an error."""
 
 from __future__ import annotations
 
-from typing import Any
+import graphlib
+import itertools
+import json
+import random
+import re
+import struct
+import unicodedata
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
-NORMALIZER = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": "▁"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-    ],
-}
-DECODER = {
-    "type": "Sequence",
-    "decoders": [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-    ],
-}
-BPE = {
-    "type": "BPE",
-    "dropout": None,
-    "continuing_subword_prefix": None,
-    "end_of_word_suffix": None,
-    "fuse_unk": True,
-    "byte_fallback": True,
-    "ignore_merges": False,
-}
+from sentencepiece import SentencePieceProcessor
+
+SPACE = "▁"
 FLAGS = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+# Numbers of fields, and values, in sentencepiece_model.proto.
+PIECE, TRAINER, NORMALIZER, DENORMALIZER = 1, 2, 3, 5
+MODEL_TYPE, TYPE_BPE, SUFFIX, BYTE_FALLBACK = 3, 2, 24, 35
+NAME, CHARSMAP, DUMMY_PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 1, 2, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
 
-def post_processor(bos: str) -> dict[str, Any]:
+class Piece(NamedTuple):
+    text: str
+    score: float
+    type: int
+
+
+class Model(NamedTuple):
+    """What a SentencePiece model says of itself."""
+
+    pieces: list[Piece]
+    trainer: dict[int, Any]
+    normalizer: dict[int, Any]
+    denormalizer: dict[int, Any]
+
+    @staticmethod
+    def of(serialized: bytes) -> Model:
+        parts: dict[int, list[bytes]] = {}
+        for number, value in fields(serialized):
+            parts.setdefault(number, []).append(value)
+        entries = [dict(fields(entry)) for entry in parts[PIECE]]
+        pieces = [Piece(e[1].decode(), struct.unpack("<f", e.get(2, bytes(4)))[0], e.get(3, NORMAL)) for e in entries]
+        return Model(pieces, *(dict(fields(parts.get(i, [b""])[0])) for i in (TRAINER, NORMALIZER, DENORMALIZER)))
+
+
+def fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The numbers and values of a protobuf message's fields: ints, or bytes of messages, strings and floats."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = message[at], at + 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+        else:
+            size = {1: 8, 5: 4}.get(key & 7) or varint()
+            yield key >> 3, message[at : at + size]
+            at += size
+
+
+def tokenizer_files(sp: SentencePieceProcessor) -> dict[str, dict[str, Any]]:
+    """tokenizer.json and tokenizer_config.json of a SentencePiece model, checked against it on generated texts.
+    ValueError names what tokenizer.json has no place for. Texts that spell a control piece, such as <s>, are not text
+    to AutoTokenizer."""
+    model = Model.of(sp.serialized_model_proto())
+    texts = [piece.text for piece in model.pieces]
+    check_settings(model)
+    merges = merges_of(model.pieces)
+    symbols = [piece.text for piece in model.pieces if piece.type == USER_DEFINED]
+    roles = {"unk_token": sp.unk_id(), "bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "pad_token": sp.pad_id()}
+    names = {role: texts[id] for role, id in roles.items() if id >= 0}
+    special = [i for i, piece in enumerate(model.pieces) if piece.type in (UNKNOWN, CONTROL)]
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": texts[i], **FLAGS} for i in special],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers(sp, model.normalizer)},
+        "pre_tokenizer": pre_tokenizer(symbols) if symbols else None,
+        "post_processor": post_processor(texts[sp.bos_id()], sp.bos_id()) if sp.bos_id() >= 0 else None,
+        "decoder": {"type": "Sequence", "decoders": decoders(model.normalizer)},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": bool(model.trainer.get(BYTE_FALLBACK)),
+            "ignore_merges": bool(symbols),  # a user-defined piece is a word, and not of merges
+            "unk_token": names["unk_token"],
+            "vocab": {text: i for i, text in enumerate(texts)},
+            "merges": [[merge.left, merge.right] for merge in merges],
+        },
+    }
+    check(tokenizer, sp, model)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+    }
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+
+
+def refuse(problem: str) -> NoReturn:
+    raise ValueError(f"tokenizer.json cannot express this SentencePiece model: {problem}")
+
+
+def check_settings(model: Model) -> None:
+    """ValueError names a setting of a SentencePiece model that tokenizer.json has no place for."""
+    unused = [piece.text for piece in model.pieces if piece.type == UNUSED]
+    name = model.normalizer.get(NAME, b"").decode()
+    problems = {
+        "it is not of type BPE": model.trainer.get(MODEL_TYPE, 1) != TYPE_BPE,
+        "treat_whitespace_as_suffix is set": model.trainer.get(SUFFIX),
+        f"its normalization is {name!r}": model.normalizer.get(CHARSMAP) and name not in ("nfkc", "nmt_nfkc"),
+        "it normalizes what it decodes": model.denormalizer.get(CHARSMAP),
+        f"it has unused pieces: {unused[:3]}": unused,
+    }
+    for problem, given in problems.items():
+        if given:
+            refuse(problem)
+
+
+class Merge(NamedTuple):
+    score: float
+    id: int
+    left: str
+    right: str
+
+
+def merges_of(pieces: Sequence[Piece]) -> list[Merge]:
+    """All divisions of a piece into two others, as SentencePiece prefers them: those of the highest score, and of equal
+    ones the leftmost in the text."""
+    normal = {piece.text for piece in pieces if piece.type == NORMAL}
+    symbols = {piece.text for piece in pieces if piece.type == USER_DEFINED}  # are never merged
+    found = []
+    for i, piece in enumerate(pieces):
+        for cut in range(1, len(piece.text) if piece.type == NORMAL else 0):
+            halves = piece.text[:cut], piece.text[cut:]
+            missing = [half for half in halves if half not in normal]
+            if not missing:
+                found.append(Merge(piece.score, i, *halves))
+            elif all(len(half) == 1 and half not in symbols for half in missing):
+                refuse(f"its piece {piece.text!r} contains {missing[0]!r}, which is none")
+    found.sort(key=lambda merge: -merge.score)
+    groups = (list(group) for _, group in itertools.groupby(found, key=lambda merge: merge.score))
+    return [merge for group in groups for merge in leftmost_first(group)]
+
+
+def leftmost_first(merges: list[Merge]) -> list[Merge]:
+    """Merges of equal score, in an order in which a merge comes before those that need its right half as their left:
+    of a b d, SentencePiece merges a b. As given where there is no such order, and of so many that there is none."""
+    if len({merge.id for merge in merges}) == 1 or len(merges) > 10_000:
+        return merges
+    starting: dict[str, list[Merge]] = {}
+    for merge in merges:
+        starting.setdefault(merge.left, []).append(merge)
+    graph: graphlib.TopologicalSorter[Merge] = graphlib.TopologicalSorter({merge: [] for merge in merges})
+    for merge in merges:
+        for other in starting.get(merge.right, []):
+            if other.id != merge.id:
+                graph.add(other, merge)
+    try:
+        return [*graph.static_order()]
+    except graphlib.CycleError:
+        return merges
+
+
+def replace(pattern: str, content: str, regex: bool = True) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex" if regex else "String": pattern}, "content": content}
+
+
+def normalizers(sp: SentencePieceProcessor, spec: dict[int, Any]) -> list[dict[str, Any]]:
+    """What is done to a text before it is divided into pieces."""
+    space = SPACE if spec.get(ESCAPE_SPACES, True) else " "
+    found = nfkc(sp) if spec.get(CHARSMAP) else []
+    if spec.get(REMOVE_SPACES, True):
+        if normalized(sp, [f"{SPACE} "]) == [" "]:  # by a normalization to which the sign is a space
+            found.append(replace(SPACE, " ", regex=False))
+        found += [replace(rf"\A +|[ {space}]+\z", ""), replace(" {2,}", " ")]
+    found.append(replace(" ", space, regex=False))
+    return [*found, {"type": "Prepend", "prepend": space}] if spec.get(DUMMY_PREFIX, True) else found
+
+
+def normalized(sp: SentencePieceProcessor, texts: list[str]) -> list[str]:
+    """What SentencePiece makes of each text inside of another."""
+    found = (text.replace(SPACE, " ") for text in sp.normalize([f"0{text}0" for text in texts]))
+    return [text[text.index("0") + 1 : text.rindex("0")] for text in found]
+
+
+def nfkc(sp: SentencePieceProcessor) -> list[dict[str, Any]]:
+    """NFKC, and what SentencePiece does otherwise, found for every character. (The normalizer that Hugging Face has for
+    SentencePiece's table misses or drops characters with combining marks.)"""
+    assigned = (c for c in map(chr, range(1, 0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs"))
+    every = [character for character in assigned if character != SPACE]
+    before: dict[str, str] = {}  # new text -> characters that it replaces
+    kept: dict[str, str] = {}  # characters that NFKC would change to something else -> new text
+    for character, wanted in zip(every, normalized(sp, every), strict=True):
+        usual = unicodedata.normalize("NFKC", character)
+        if wanted != usual == character:
+            before[wanted] = before.get(wanted, "") + character
+        elif wanted != usual:
+            kept[character] = wanted
+    places = {character: chr(0x100000 + i) for i, character in enumerate(kept)}  # for private use
+    marks: dict[int, str] = {}
+    for character in every:
+        if order := unicodedata.combining(character):
+            marks[order] = marks.get(order, "") + character
+    # NFKC sorts marks and joins them to characters that are joined already. SentencePiece does neither, and a
+    # noncharacter before the mark prevents both.
+    pairs = [("".join(marks[high] for high in marks if high > low), marks[low]) for low in marks if low < max(marks)]
+    joined = "".join(character for character in every if len(unicodedata.normalize("NFKD", character)) > 1)
+    pairs.append((joined, "".join(marks.values())))
+    apart = "|".join(f"(?<={char_class(first)})(?={char_class(second)})" for first, second in pairs)
+    return [
+        *(replace(char_class(found), wanted) for wanted, found in before.items()),
+        *(replace(character, place, regex=False) for character, place in places.items()),
+        replace(apart, "\ufdd0"),
+        {"type": "NFKC"},
+        replace("\ufdd0", "", regex=False),
+        *(replace(place, kept[character], regex=False) for character, place in places.items()),
+    ]
+
+
+def char_class(characters: str) -> str:
+    """A regular expression for one of them, with ranges of neighbours."""
+    ranges: list[list[int]] = []
+    for code in sorted(map(ord, characters)):
+        if ranges and code == ranges[-1][1] + 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    return "[" + "".join(f"\\x{{{first:X}}}-\\x{{{last:X}}}" for first, last in ranges) + "]"
+
+
+def pre_tokenizer(symbols: Sequence[str]) -> dict[str, Any]:
+    """User-defined pieces are words of their own, wherever they are; a word that reads as the name of a byte is not."""
+    either = "|".join(re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True))
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    patterns = (either, r"\A<(?=0x[0-9A-F]{2}>\z)")
+    return {"type": "Sequence", "pretokenizers": [{**split, "pattern": {"Regex": regex}} for regex in patterns]}
+
+
+def post_processor(bos: str, id: int) -> dict[str, Any]:
     """BOS before each text."""
     first, second = (
         [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": name, "type_id": i}}]
         for i, name in enumerate("AB")
     )
-    special = {bos: {"id": bos, "ids": [1], "tokens": [bos]}}
+    special = {bos: {"id": bos, "ids": [id], "tokens": [bos]}}
     return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": special}
 
 
-def tokenizer_files(pieces: list[str]) -> dict[str, dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json of a SentencePiece BPE model with Llama 2's settings. `pieces` are in
-    the order of ids: unk, bos, eos, 256 bytes, merged pieces from the first merge on, and single characters."""
-    unk, bos, eos = pieces[:3]
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    # A merge is any division of a piece into two others; SentencePiece joins the pair whose result has the lowest id.
-    merges = [
-        [piece[:i], piece[i:]]
-        for piece in pieces[259:]
-        for i in range(1, len(piece))
-        if piece[:i] in ids and piece[i:] in ids
-    ]
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": pieces[i], **FLAGS} for i in range(3)],
-        "normalizer": NORMALIZER,
-        "pre_tokenizer": None,
-        "post_processor": post_processor(bos),
-        "decoder": DECODER,
-        "model": {**BPE, "unk_token": unk, "vocab": ids, "merges": merges},
-    }
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": unk,
-        "bos_token": bos,
-        "eos_token": eos,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
-    }
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+def decoders(spec: dict[int, Any]) -> list[dict[str, Any]]:
+    """How tokens become text: the first space goes where encoding adds one, and all of them where it removes them."""
+    count = 1000 if spec.get(REMOVE_SPACES, True) else int(spec.get(DUMMY_PREFIX, True))
+    first = {"type": "Strip", "content": " ", "start": count, "stop": 0}
+    return [replace(SPACE, " ", regex=False), {"type": "ByteFallback"}, {"type": "Fuse"}, *([first] if count else [])]
+
+
+WORDS = (
+    "the fox naïve Ångström Việt Nam ﬁne ①② Ⅳ ½ ㎏ x² ™ Ｆｕｌｌ～ ｶﾞｷﾞ がぎ 한국어 你好 مُحَمَّد ش\u0651\u064e שָׁלוֹם ज़रा น้ำ"
+)
+WORDS += (
+    " й Ελλάδα ß ﬁ\u0301 é\u0323 <0x41> [INST] <<SYS>> 12 3.14 don't 🙂 👩‍👩‍👧 a\u200bb \ufeffx … “q” – \u00a0 \u3000z"
+)
+SPACES = ["", "", " ", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", SPACE]
+
+
+def generated(model: Model) -> Iterator[str]:
+    """Texts on which two tokenizers may differ: each piece, alone and behind another, pieces of equal score that
+    overlap, and random ones of pieces, words of several scripts and spaces."""
+    rng = random.Random(0)
+    symbols = [piece.text for piece in model.pieces if piece.type == USER_DEFINED]
+    pieces = [piece.text for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED)]
+    for text in pieces:
+        yield text.replace(SPACE, " ")
+        yield rng.choice(symbols or pieces) + text
+    by_score: dict[float, list[str]] = {}
+    for piece in model.pieces:
+        if piece.type == NORMAL and len(piece.text) > 1:
+            by_score.setdefault(piece.score, []).append(piece.text)
+    for equal in by_score.values():
+        some = rng.sample(equal, min(len(equal), 100))
+        for first, second in itertools.permutations(some, 2):
+            yield from (first + second[i:] for i in range(1, len(second)) if first.endswith(second[:i]))
+    words = WORDS.split(" ") + symbols * 9
+    words += [unicodedata.normalize(form, word) for word in words for form in ("NFC", "NFD", "NFKC", "NFKD")]
+    for _ in range(3000):
+        parts = [rng.choice(rng.choice((words, words, pieces))) + rng.choice(SPACES) for _ in range(rng.randrange(9))]
+        yield rng.choice(SPACES) + "".join(parts)
+
+
+def check(tokenizer: dict[str, Any], sp: SentencePieceProcessor, model: Model) -> None:
+    """ValueError names a text to which tokenizer.json gives other ids than SentencePiece."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        warnings.warn("tokenizer.json is not checked: the package tokenizers is not installed", stacklevel=2)
+        return
+    theirs = Tokenizer.from_str(json.dumps(tokenizer))
+    special = [token["content"] for token in tokenizer["added_tokens"]]
+    for text in generated(model):
+        if any(name in text for name in special):
+            continue
+        ours, found = sp.encode(text), theirs.encode(text, add_special_tokens=False).ids
+        if ours != found:
+            refuse(f"{text!r} would be {found} instead of {ours}")

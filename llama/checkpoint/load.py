@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..backends.quantized import Quantized, Rows, Scheme, kernel, quantize, stack
 from ..model import ModelArgs
-from ..parallel import empty, rank, world_size
+from ..parallel import empty, gather_objects, rank, world_size
 from .plan import fused_groups, is_matrix, rank_range, shapes, shard_dim
 
 
@@ -73,6 +73,15 @@ def load(
                     final[name] = weights.read(name, whole[name], *ranges[name], dtype, device, out)
             bar.update(sum(local[name].numel() for name in names))
     model.load_state_dict(final, strict=True, assign=True)
+
+
+def check_same(values: Mapping[str, object]) -> None:
+    """ValueError names those of the values in which the ranks differ: their slices would be of different models."""
+    ranks = gather_objects(values)
+    differ = [key for key in values if any(other[key] != values[key] for other in ranks)]
+    if differ:
+        named = "; ".join(f"{key}: {[other[key] for other in ranks]}" for key in differ)
+        raise ValueError(f"the ranks differ in {named}; give all of them the same arguments and the same checkpoint")
 
 
 def read_quantized(

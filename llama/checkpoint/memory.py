@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +15,12 @@ import torch
 
 from ..backends.quantized import Scheme
 from ..model import ModelArgs
+from .paths import read_text
 from .plan import is_matrix, rank_range, shapes, shard_dim
+
+# The files of a cgroup with its limit, what it uses, and the rest; the fields of the last that are page cache.
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file", "total_active_file")
+V2 = ("memory.max", "memory.current", "memory.stat", "inactive_file", "active_file")
 
 
 class Footprint(NamedTuple):
@@ -48,22 +57,55 @@ def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Sche
     return Footprint(weights, cache * dtype.itemsize, widest * positions + logits)
 
 
-def available(device: torch.device) -> int:
+def available(device: torch.device, root: Path = Path("/")) -> int:
     """Free bytes of a device for this rank: of a GPU's memory, or of main memory divided by the ranks on this node.
-    2**63 where the system does not report it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    What is only cached counts as free. 2**63 where the system does not report it."""
+    if device.type == "cuda":  # blocks that torch keeps for its next tensors are free to this process
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    free = 2**63
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdecimal():
-        free = min(free, int(text) - int(used.read_text()))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    host = mac_memory() if sys.platform == "darwin" else linux_memory(root)
+    return min([host, *cgroup_memory(root)]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def linux_memory(root: Path) -> int:
+    """Bytes of main memory that are free or hold page cache."""
+    if not (meminfo := root / "proc/meminfo").exists():
+        return 2**63
+    fields = {name: int(value.split()[0]) for name, value in re.findall(r"(\S+):(.+)", read_text(meminfo))}
+    names = ("MemAvailable",) if "MemAvailable" in fields else ("MemFree", "Buffers", "Cached")  # before Linux 3.14
+    return 1024 * sum(fields.get(name, 0) for name in names)
+
+
+def mac_memory() -> int:
+    """The same on macOS: free and inactive pages, as psutil counts them. vm_stat prints speculative ones, which are
+    free, apart."""
+    try:
+        text = subprocess.run(["vm_stat"], capture_output=True, encoding="utf-8", check=True).stdout
+        pages = {name: int(count) for name, count in re.findall(r"Pages (\w+): +(\d+)", text)}
+        return int(text.split("page size of ")[1].split()[0]) * sum(
+            pages[name] for name in ("free", "speculative", "inactive")
+        )
+    except (OSError, subprocess.SubprocessError, LookupError, ValueError):
+        return 2**63
+
+
+def cgroup_memory(root: Path) -> Iterator[int]:
+    """Bytes below each limit on this process: of its cgroup and of those around it, in version 1 or 2. Page cache is
+    not counted as used: the kernel drops it before it ends a process."""
+    groups = root / "proc/self/cgroup"
+    for line in read_text(groups).splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, names = root / "sys/fs/cgroup" / ("memory" if controllers else ""), V1 if controllers else V2
+        group = top / path.strip("/")  # in a container perhaps the host's path, of which only the top is here
+        for folder in (group, *group.parents):
+            limit, used, stat = (folder / name for name in names[:3])
+            if folder.is_relative_to(top) and limit.exists() and (text := read_text(limit).strip()).isdecimal():
+                fields = dict(line.split() for line in read_text(stat).splitlines()) if stat.exists() else {}
+                yield int(text) - int(read_text(used)) + sum(int(fields.get(name, 0)) for name in names[3:])
 
 
 def shortage(needed: Footprint, free: int, device: torch.device, world_size: int) -> str | None:

@@ -1,20 +1,70 @@
-"""Paths that a caller gives, and the JSON files of a checkpoint: checked, and named when something is wrong."""
+"""Paths that a caller gives, text files and JSON files: checked, and named when something is wrong."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+# How files begin (patterns) that came in place of others: what such a file is, and what to do.
+MISTAKEN = {
+    b"version https://git-lfs": ("it is a git-lfs pointer", "run git lfs pull where it was cloned"),
+    rb"<[!?a-zA-Z]": ("it is a web page", "download it again"),
+    b"GGUF": ("it is a GGUF file", "take the model in safetensors"),
+    rb"\x1f\x8b": ("it is compressed", "decompress it with gunzip"),
+    rb"\{\s*\"": ("it is JSON", "take the file itself"),
+}
+# What a folder without weights, or without a description of them, may hold: a pattern of names, and what to do.
+FOREIGN = {
+    "adapter_config.json": "it is the folder of a LoRA adapter: merge_and_unload of peft merges it into its model",
+    "*.gguf": "{} is a GGUF file, which is not read: take the model in safetensors",
+    "pytorch_model*.bin": "{} is not read: save_pretrained of transformers writes the model as safetensors",
+}
+NO_CONFIG = {
+    **FOREIGN,
+    "consolidated.*.pth": "download params.json, which belongs to {}",
+    "*.safetensors": "download config.json, which belongs to {}",
+    "*/params.json": "give {}",
+    "*/config.json": "give {}",
+    "snapshots/*/config.json": "it is the top folder of a download from Hugging Face: give {}",
+    "*/snapshots/*/config.json": "it is a folder of downloads from Hugging Face: give {}",
+}
+NO_WEIGHTS = {
+    "model.safetensors": "it has model.safetensors: remove the index, which is of other files",
+    "model.safetensors.index.*.json": "rename {} to model.safetensors.index.json",
+    "model-*-of-*.safetensors": "download model.safetensors.index.json again, which should name {}",
+    "model*.safetensors": "rename {} to model.safetensors",
+    "consolidated.*.pth": "download params.json, which belongs to {}",
+    **FOREIGN,
+}
+
+
+def advice(folder: Path, cases: Mapping[str, str], otherwise: str) -> str:
+    """What to do about a folder that lacks something, by the first of the `cases` that it is."""
+    for pattern, words in cases.items():
+        if found := sorted(folder.glob(pattern)):
+            names = [str(path.parent) if "/" in pattern else path.name for path in found]
+            return words.format(" or ".join(names[:3]))
+    return otherwise
+
+
+def mistaken(path: Path) -> tuple[str, str] | None:
+    """What a file is that came in place of another, and what to do; None if it does not look like that."""
+    with path.open("rb") as file:
+        start = file.read(200).removeprefix(codecs.BOM_UTF8).lstrip()
+    return next((found for pattern, found in MISTAKEN.items() if re.match(pattern, start)), None)
+
 
 def check_path(value: Any, name: str, kind: Literal["file", "folder"]) -> Path:
-    """`value` as the path of an existing file or folder. FileNotFoundError or ValueError otherwise, which name the
-    argument `name`."""
+    """`value`, with `~` expanded, as the path of an existing file or folder. FileNotFoundError or ValueError otherwise,
+    which name the argument `name`."""
     if not isinstance(value, (str, os.PathLike)):  # a flag without a value arrives as True
         raise ValueError(f"{name} is {value!r}; it must be the path of a {kind}")
-    path = Path(value)
+    path = Path(os.path.expanduser(value))
     if str(value) and (path.is_dir() if kind == "folder" else path.is_file()):
         return path
     # A command of several lines pasted on one turns its backslash, line end and "--flag" into the word " --flag".
@@ -23,29 +73,46 @@ def check_path(value: Any, name: str, kind: Literal["file", "folder"]) -> Path:
             f"{name} is {str(value)!r}, which looks like a flag and not like the path of a {kind}; "
             "remove the backslashes of a command that was pasted on one line"
         )
-    raise FileNotFoundError(f"{name} {path} is not an existing {kind}")
+    other = f" but a {'folder' if kind == 'file' else 'file'}" if path.exists() else ""
+    raise FileNotFoundError(f"{name} {path} is not an existing {kind}{other}")
 
 
 def find_tokenizer(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str] | None) -> Path:
     """The tokenizer's file: `tokenizer_path` if given, else tokenizer.model in the checkpoint's folder or one folder
     up. FileNotFoundError if there is none."""
-    if tokenizer_path is not None:
-        return check_path(tokenizer_path, "tokenizer_path", "file")
     folders = dict.fromkeys([ckpt_dir, ckpt_dir.absolute().parent, ckpt_dir.resolve().parent])
-    for folder in folders:
-        if (path := folder / "tokenizer.model").is_file():
-            return path
-    raise FileNotFoundError(f"no tokenizer.model in {' or '.join(map(str, folders))}; give tokenizer_path")
+    paths = [folder / "tokenizer.model" for folder in folders]
+    if tokenizer_path is not None:
+        paths = [check_path(tokenizer_path, "tokenizer_path", "file")]
+    if not (found := [path for path in paths if path.is_file()]):
+        json = "; tokenizer.json is not read" if (ckpt_dir / "tokenizer.json").is_file() else ""
+        raise FileNotFoundError(f"no tokenizer.model in {' or '.join(map(str, folders))}; give tokenizer_path{json}")
+    if wrong := mistaken(found[0]):
+        raise ValueError(f"{found[0]} is not a tokenizer.model; {wrong[1]} ({wrong[0]})")
+    return found[0]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. ValueError names a file that holds none."""
+def read_text(path: Path) -> str:
+    """The text of a file, as any program may have saved it: in UTF-8, or in UTF-16 with its byte order mark, and with
+    lines that end in \\r\\n. ValueError names a file of another encoding."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__} and not an object of keys and values")
+        return content.decode(encoding).replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON object in a file, or with `kind` list a list. ValueError names a file that holds none."""
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        reason = "; ".join(mistaken(path) or [str(error)])
+        raise ValueError(f"{path} is not JSON: {reason}") from error
+    if not isinstance(content, kind):
+        wanted = "an object of keys and values" if kind is dict else "a list"
+        raise ValueError(f"{path} holds {type(content).__name__} and not {wanted}")
     return content
 
 

@@ -1,8 +1,8 @@
-"""Writing a checkpoint: shards, the list of their md5 sums, and a folder that gets its name when it is complete."""
+"""Writing a checkpoint: files and a folder that get their names when they are complete, and md5 sums."""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
 import mmap
@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from .files import TorchFile
 from .plan import shard_dim
 
 LOCK = ".lock"  # a file in a folder that is being written, locked by the process that writes it
+
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # a disk, a file system's file, a quota
 
 
 def split(state: Mapping[str, Tensor], mp: int) -> list[dict[str, Tensor]]:
@@ -35,24 +39,23 @@ def split(state: Mapping[str, Tensor], mp: int) -> list[dict[str, Tensor]]:
 
 def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: Mapping[str, Any], mp: int = 1) -> None:
     """Write a whole model as a checkpoint of `mp` shards in Meta's layout, with params.json and checklist.chk."""
-    folder, parts = Path(ckpt_dir), split(state, mp)
+    folder, parts = Path(os.path.expanduser(ckpt_dir)), split(state, mp)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
+    write_json(folder, {"params.json": params})
     names = ["params.json"]
     for i, part in enumerate(parts):
         names.append(f"consolidated.{i:02d}.pth")
-        # clone: a view would take its whole storage with it into the file. Renamed when complete: a model that is in
-        # use may be a view of the file of that name.
-        new = folder / f".{names[-1]}.partial"
-        torch.save({name: tensor.clone().contiguous() for name, tensor in part.items()}, new)
-        new.replace(folder / names[-1])
+        # clone: a view would take its whole storage with it into the file.
+        copies = {name: tensor.clone().contiguous() for name, tensor in part.items()}
+        with writing(folder / names[-1], nbytes(copies)) as new:
+            torch.save(copies, new)
     write_checklist(folder / "checklist.chk", [folder / name for name in names])
 
 
 def write_checklist(path: Path, files: Iterable[Path], progress: Callable[[int], object] = lambda size: None) -> None:
     """The md5 sums of files in the same folder, in the format of md5sum; `progress` as for `digest`."""
     lines = [f"{digest(file, 'md5', progress)}  {file.name}\n" for file in files]
-    path.write_text("".join(lines), encoding="utf-8")
+    write_file(path, "".join(lines).encode())
 
 
 def digest(path: Path, kind: str, progress: Callable[[int], object] = lambda size: None) -> str:
@@ -67,19 +70,60 @@ def digest(path: Path, kind: str, progress: Callable[[int], object] = lambda siz
 
 def write_json(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_file(folder / name, f"{json.dumps(content, ensure_ascii=False)}\n".encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """A file with this content, or an OSError that names it."""
+    with writing(path, len(content)) as new:
+        new.write_bytes(content)
+
+
+def nbytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+@contextmanager
+def writing(path: Path, size: int) -> Iterator[Path]:
+    """A new file of about `size` bytes, to be written in the block, which gets the name `path` at its end: a block that
+    fails leaves what was there. A model that is in use may be a view of that. A full disk, which every library reports
+    in its own way, is an OSError that names the path and its size."""
+    path = path.resolve()
+    device = path.exists() and not path.is_file()  # such as /dev/null
+    new = path if device else path.with_name(f".{path.name}.partial")
+    try:
+        yield new
+        if not device:
+            new.replace(path)
+    except BaseException as error:
+        if not device:
+            new.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno not in FULL:
+            error.filename = str(path)
+        elif isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            free = shutil.disk_usage(path.parent).free
+            reason = str(error).split("\n")[0]  # torch's, of a full disk, is about a position
+            reason = os.strerror(errno.ENOSPC) if isinstance(error, RuntimeError) and free < size else reason
+            raise OSError(f"{path} needs {size:,} bytes and its disk has {free:,} free ({reason})") from error
+        raise
 
 
 def blank_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """A new file of tensors with these shapes and dtypes, whose values are not read, and its tensors, mapped: writing
     to them writes to the disk."""
-    with torch.serialization.skip_data():
-        torch.save(dict(tensors), path)
-    if hasattr(os, "posix_fallocate"):  # otherwise a full disk would end the process in the middle of a copy
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-        return torch.load(path, mmap=True, weights_only=True)
+    with writing(path, nbytes(tensors)) as new:
+        with torch.serialization.skip_data():
+            torch.save(dict(tensors), new)
+        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would end the process in the middle of a copy
+            with new.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
+    offsets = TorchFile(path).offsets
+    with path.open("r+b") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
+    return {
+        name: torch.frombuffer(pages, dtype=like.dtype, offset=offsets[name], count=like.numel()).view(like.shape)
+        for name, like in tensors.items()
+    }
 
 
 def check_new(target: Path) -> None:
@@ -101,9 +145,13 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
     if folder.exists() and not lock.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is in the way; it is not of a conversion, so move or remove it")
     folder.mkdir(exist_ok=True)
-    with lock.open("w") as file:
+    with lock.open("wb") as file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except ImportError:  # Windows, which removes no file, and renames no folder with one, that a process has open
+            file.close()
         except BlockingIOError as error:
             raise FileExistsError(f"{target} is being written by another process") from error
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from ast import literal_eval
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import parallel
+from ..checkpoint import write_file
 from ..conversation import Chat
 from ..generation import Llama
 from .terminal import next_line, terminal
@@ -109,13 +111,15 @@ def command(chat: Chat, line: str) -> Chat:
         return Chat(chat.llama, dialog=system, **chat.options)
     if name == "/system":
         return Chat(chat.llama, rest or None, **chat.options)
+    file = Path(os.path.expanduser(rest))
     if name == "/save" and rest:
-        parallel.ask_first_rank(Path(rest).write_bytes, json.dumps(chat.dialog, indent=1, ensure_ascii=False).encode())
+        text = json.dumps(chat.dialog, indent=1, ensure_ascii=False)
+        parallel.ask_first_rank(write_file, file, text.encode())
         say(f"saved to {rest}\n")
     elif name == "/load" and rest:
-        text = parallel.ask_first_rank(Path(rest).read_bytes)
+        saved = parallel.ask_first_rank(file.read_bytes)
         try:
-            loaded = Chat(chat.llama, dialog=json.loads(text), **chat.options)
+            loaded = Chat(chat.llama, dialog=json.loads(saved), **chat.options)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{rest}: {error}") from error
         say(f"{len(loaded.dialog)} messages\n")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fire.decorators import SetParseFns
-
 from .. import parallel
-from ..checkpoint import check_path, find_tokenizer
+from ..checkpoint import check_path
 from ..checkpoint import convert as checkpoint_convert
 
 
-@SetParseFns(dst=str)  # or a folder named 2024_01 would become 202401
 def convert(
     src: str,
     dst: str,
@@ -36,5 +33,4 @@ def convert(
     """
     folder = check_path(src, "src", "folder")
     asked = None if dtype is None else parallel.as_dtype(dtype)
-    tokenizer = find_tokenizer(folder, tokenizer_path)
-    checkpoint_convert.convert(folder, Path(str(dst)), to, mp, asked, tokenizer, quantize, group_size)
+    checkpoint_convert.convert(folder, Path(dst), to, mp, asked, tokenizer_path, quantize, group_size)

@@ -17,6 +17,7 @@ from .. import backends, parallel
 from ..backends import cpu
 from ..backends.quantized import Scheme
 from ..checkpoint import Checkpoint, available, check_path, digest, divides, find_tokenizer, footprint, shapes, shortage
+from ..checkpoint.paths import read_text
 from ..model import ModelArgs
 from ..tokenizer import Tokenizer
 
@@ -137,7 +138,7 @@ def verify_sums(lists: Sequence[Path], needed: Sequence[Path]) -> None:
     differ, or are `needed` and in no list, and a line that is of neither format."""
     expected = []
     for path in lists:
-        for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        for line in filter(str.strip, read_text(path).split("\n")):
             if not (match := re.fullmatch(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{64}) [ *]?(.+)", line.strip())):
                 raise ValueError(f"{path}: {line!r} is no line of md5sum or sha256sum")
             expected.append((path.parent / match[2].strip(), match[1].lower()))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -286,7 +285,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes of the peak of memory so far: of a GPU, or of the whole process."""
+    """Bytes of the peak of memory so far: of a GPU, or of the whole process; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

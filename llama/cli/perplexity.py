@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from fire.decorators import SetParseFns
 from tqdm import tqdm
 
 from .. import parallel, scoring
-from ..checkpoint import check_path
+from ..checkpoint import check_path, read_text
 from ..generation import Llama
 
 
-@SetParseFns(file=str)
 def perplexity(
     file: str,
     ckpt_dir: str,
@@ -40,7 +38,7 @@ def perplexity(
     step = window // 2 if stride is None else stride
     if type(window) is not int or type(step) is not int or not 0 < step < window:
         raise ValueError(f"window is {window!r} and stride {step!r}; they must be whole, 0 < stride < window")
-    text = check_path(file, "file", "file").read_text(encoding="utf-8")
+    text = read_text(check_path(file, "file", "file"))
     llama = Llama.build(
         ckpt_dir, tokenizer_path, window, batch, device=device, dtype=dtype, quantize=quantize, group_size=group_size
     )

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import fire
 
@@ -23,29 +27,87 @@ LONGEST = 2000  # characters of an error's line
 
 def run(command: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
     """Call a function, or the one of several that the command line names, with its flags, within `readable_errors`."""
-    calls: list[Callable[[], None]] = []
     keep_memory()
-
-    def note(function: Callable[..., None]) -> Callable[..., None]:
-        # fire complains about flags that a function does not have only after calling it
-        return functools.wraps(function)(lambda *args, **flags: calls.append(partial(function, *args, **flags)))
-
     with readable_errors():
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
-        if isinstance(command, dict):
-            fire.Fire({name: note(function) for name, function in command.items()})
-        else:
-            fire.Fire(note(command))
-        for call in calls:
+        if launched() == 1:  # otherwise a rank that waits for another would be deaf
+            end_on_signals()
+        for call in parse(command, sys.argv[1:]):
             call()
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and a closed terminal end this process as an exception does, so that what is half written goes."""
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one
+            with suppress(ValueError):  # in another thread than the main one
+                signal.signal(number, end)
+
+
+def parse(
+    command: Callable[..., None] | Mapping[str, Callable[..., None]], args: Sequence[str]
+) -> list[Callable[[], None]]:
+    """The calls that a command line asks for. Texts and paths, by the types of a function's arguments, are taken as
+    they are typed; the others fire reads as Python. ValueError for a text's flag without a value."""
+    calls: list[Callable[[], None]] = []
+
+    def note(function: Callable[..., None]) -> Callable[..., None]:
+        # fire complains about flags that a function does not have only after calling it
+        noted = functools.wraps(function)(lambda *args, **flags: calls.append(partial(function, *args, **flags)))
+        return fire.decorators.SetParseFns(**texts(function))(noted)
+
+    if isinstance(command, Mapping):
+        chosen = command.get(args[0]) if args else None
+        fire.Fire({name: note(function) for name, function in command.items()}, [*attached(args, chosen)])
+    else:
+        fire.Fire(note(command), [*attached(args, command)])
+    return calls
+
+
+def texts(function: Callable[..., None]) -> dict[str, Callable[[str], Any]]:
+    """The arguments that may be a str or a path, and how to read each."""
+    hints: dict[str, Any] = {}
+    with suppress(NameError):  # of a script whose types only type checkers import
+        hints = get_type_hints(function)
+    kinds = {name: {hint, *(get_origin(kind) or kind for kind in get_args(hint))} for name, hint in hints.items()}
+    return {name: _list_or_text if list in some else str for name, some in kinds.items() if some & {str, Path}}
+
+
+def _list_or_text(value: str) -> Any:
+    parsed = fire.parser.DefaultParseValue(value) if value.lstrip().startswith(("[", "(")) else value
+    return parsed if isinstance(parsed, (list, tuple)) else value
+
+
+def attached(args: Sequence[str], function: Callable[..., None] | None) -> Iterator[str]:
+    """`--name value` as `--name=value` where that is a text: fire would take `-` for a separator, and a flag without a
+    value for true."""
+    names, rest = texts(function) if function else {}, iter(args)
+    for arg in rest:
+        name = arg.lstrip("-").replace("-", "_")
+        text = name if name in names else name.removeprefix("no")
+        if not arg.startswith("-") or text not in names:
+            yield arg
+            continue
+        value = next(rest, "--")
+        if text != name or re.fullmatch(r"--|--?[A-Za-z][\w-]*(=.*)?", value, re.DOTALL):
+            raise ValueError(f"{arg} needs a value; one that looks like a flag is given as --{text}=VALUE")
+        yield f"--{text}={value}"
 
 
 def keep_memory() -> None:
     """Let glibc keep freed memory for the next tensor instead of returning it to the system: page faults take a quarter
     of a long prompt's time on a CPU. It affects the whole process, so that only commands do it."""
-    allocator = ctypes.CDLL(None)
+    try:
+        allocator = ctypes.CDLL(None)
+    except TypeError:  # Windows
+        return
     if hasattr(allocator, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # what malloc.h calls them
         allocator.mallopt(trim_threshold, 2**31 - 1)

@@ -55,8 +55,11 @@ def terminal() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool], b
     if parallel.rank() > 0 or not sys.stdin.isatty():
         yield _piped, lambda: False, False
         return
-    import termios
-
+    try:
+        import termios
+    except ImportError:  # Windows, where Ctrl-C ends the program
+        yield lambda: _joined(input), lambda: False, True
+        return
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
     raw = termios.tcgetattr(fd)
@@ -86,9 +89,9 @@ def terminal() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool], b
 
 
 def _piped() -> str | None:
-    """One prompt a line."""
+    """One prompt a line, as other programs write them: a byte order mark and \\r are not part of it."""
     line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
+    return line.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r") if line else None
 
 
 def _joined(read: Callable[[str], str]) -> str | None:

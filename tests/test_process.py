@@ -1,0 +1,390 @@
+"""The process around a model: what a caller has set in PyTorch, forks and copies, and other systems."""
+
+import contextlib
+import copy
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from small import MODELS, ROOT, TOKENIZER, random_model, save_random
+
+from llama import Chat, Llama, parallel
+from llama.backends import cpu
+from llama.checkpoint.convert import convert
+from llama.request import Request
+
+IDS = [[1, 306, 590], [1, 99]]
+
+
+def build(**options):
+    options = {"device": "cpu", "dtype": "float32", "max_seq_len": 64, "max_batch_size": 2, **options}
+    return Llama.build(MODELS / "small", **options)
+
+
+@contextlib.contextmanager
+def setting(put, value, back):
+    put(value)
+    try:
+        yield
+    finally:
+        put(back)
+
+
+AMBIENT = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast of float16": lambda: torch.autocast("cpu", torch.float16),
+    "device": lambda: torch.device("meta"),
+    "default device": lambda: setting(torch.set_default_device, "meta", None),
+    "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
+    "bfloat16": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "gradients": torch.enable_grad,
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "deterministic": lambda: setting(torch.use_deterministic_algorithms, True, False),
+    "threads": lambda: setting(torch.set_num_threads, 1, torch.get_num_threads()),
+}
+
+
+def everything(llama):
+    """Tokens, and numbers, of every way to compute with a model."""
+    llama.engine.forget()
+    penalties = {"repetition_penalty": 1.1, "frequency_penalty": 0.0137, "presence_penalty": 0.1}
+    [event] = llama.text_stream(["Once upon"], max_gen_len=1, logprobs=True)
+    tokens = (
+        llama.generate(IDS[:1], 4, temperature=0)[0],
+        llama.generate(IDS, 4, temperature=[0.9, 2.0], top_p=[0.9, 0.8], min_p=0.01, seed=1, logit_bias={5: 1.007})[0],
+        llama.generate(IDS, 4, temperature=0.5, top_k=[50, 0], seed=2, **penalties)[0],
+        llama.generate([[1, 306, 306, 306]], 4, temperature=0, prompt_lookup=2)[0],
+        llama.engine.sampler.counts.dtype,
+    )
+    score = llama.score(["The opposite of hot is"], [" cold."])[0]["sum"]
+    return tokens, [*event.logprobs, score, *llama.embed(["Hello"])[0].tolist()]
+
+
+@pytest.fixture(scope="module")
+def usual():
+    llama = build()
+    return llama, *everything(llama)
+
+
+@pytest.mark.parametrize("ambient", AMBIENT)
+def test_what_the_caller_has_set_changes_nothing(ambient, usual):
+    """Within autocast: an error of index_put; within a default device: tensors without data; within another default
+    dtype: embeddings, top_p and penalties of that dtype."""
+    outside, tokens, numbers = usual
+    with AMBIENT[ambient]():
+        for llama in (outside, build()):
+            found, values = everything(llama)
+            assert found == tokens
+            assert values == pytest.approx(numbers, abs=1e-4)
+
+
+@pytest.mark.parametrize("ambient", ["autocast", "device", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [{"quantize": "int8"}, {"quantize": "int4"}, {"dtype": "bfloat16"}, {"compile": True}],
+    ids=["int8", "int4", "bfloat16", "compile"],
+)
+def test_nor_with_other_weights_and_backends(ambient, options):
+    expected = build(**options).generate(IDS, 3, temperature=0)
+    with AMBIENT[ambient]():
+        assert build(**options).generate(IDS, 3, temperature=0) == expected
+
+
+@pytest.mark.parametrize("ambient", [name for name in AMBIENT if "autocast" not in name])
+def test_nor_for_a_model_that_is_called(ambient):
+    model, ids = random_model(), torch.tensor(IDS[:1]) % 128
+    expected = model(ids)
+    with AMBIENT[ambient]():
+        found = model(ids)
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_model_that_is_called_follows_autocast():
+    """As any module does; it failed where its cache is of another dtype."""
+    model, ids = random_model(), torch.tensor(IDS[:1]) % 128
+    expected = model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids)
+    assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_built_in_inference_mode_and_called_with_gradients():
+    """The cache was a tensor of inference mode, which nothing outside may write to."""
+    with torch.inference_mode():
+        llama = build()
+    llama.model.requires_grad_(True)(torch.tensor(IDS[:1])).sum().backward()
+    assert llama.model.norm.weight.grad.abs().sum() > 0
+
+
+def test_embeddings_train_what_comes_after_them():
+    torch.nn.Linear(128, 2)(build().embed(["Hello"])).sum().backward()
+
+
+# Forks, copies, interrupts, signals
+
+
+def in_child(function):
+    """What a function returns in a forked child, or the error as text; "nothing" if it does not end."""
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        signal.alarm(20)  # which ends the process
+        try:
+            result = function()
+        except BaseException as error:
+            result = f"{type(error).__name__}: {error}"
+        os.write(writer, json.dumps(result).encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    with open(reader) as file:
+        return json.loads(file.read() or '"nothing"')
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"compile": True}], ids=["plain", "int8", "compile"])
+def test_a_forked_child_goes_on(options):
+    """It waited for threads that only its parent has, as workers of gunicorn and multiprocessing did."""
+    llama = build(**options)
+    expected = llama.generate(IDS, 8, temperature=0)[0]
+    assert in_child(lambda: llama.generate(IDS, 8, temperature=0)[0]) == expected
+    assert in_child(lambda: build(**options).generate(IDS, 8, temperature=0)[0]) == expected
+    assert llama.generate(IDS, 8, temperature=0)[0] == expected
+
+
+def test_a_child_that_is_forked_while_another_thread_generates():
+    """The lock was held by a thread that the child does not have."""
+    llama = build()
+    expected = llama.generate(IDS[:1], 8, temperature=0)[0]
+    step, inside, forked = llama.engine.step, threading.Event(), threading.Event()
+
+    def slow():
+        inside.set()
+        forked.wait(30)
+        return step()
+
+    with mock.patch.object(llama.engine, "step", slow):
+        thread = threading.Thread(target=llama.generate, args=(IDS, 3))
+        thread.start()
+        inside.wait(30)
+        assert llama.engine.lock.locked()
+        found = in_child(lambda: (vars(llama.engine).pop("step"), llama.generate(IDS[:1], 8, temperature=0)[0])[1])
+        forked.set()
+        thread.join()
+    assert found == expected
+
+
+def test_a_child_does_not_read_its_parents_stream():
+    """It would get what the parent gets too."""
+    llama = build()
+    expected = [event.tokens for event in llama.text_stream(["Once upon a time"], max_gen_len=8, temperature=0)]
+    stream = llama.text_stream(["Once upon a time"], max_gen_len=8, temperature=0)
+    llama.engine.submit(waiting := Request([1, 306], 10))  # that no slot was free for
+    error = "RuntimeError: the process was forked, and this stream is its parent's"
+    assert in_child(lambda: [*stream]) == error
+    assert in_child(lambda: f"{type(waiting.error).__name__}: {waiting.error}") == error
+    assert [event.tokens for event in stream] == expected
+
+
+def _child_of_a_rank():
+    llama = build()
+    return in_child(lambda: llama.generate(IDS, 3)), in_child(lambda: parallel.gather_objects(1))
+
+
+def test_a_child_does_not_speak_for_its_rank(ranks):
+    """To the other ranks it would be their neighbour, who says everything twice."""
+    for told in ranks(2).run(_child_of_a_rank):
+        assert all("is that of the process this one was forked from" in error for error in told)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}, {"quantize": "int8", "compile": True}],
+    ids=["float32", "bfloat16", "int8", "int4", "int8 compiled"],
+)
+def test_a_deep_copy_is_a_model_of_its_own(options):
+    """copy.deepcopy said "cannot pickle '_thread.lock' object"."""
+    llama = build(**options)
+    expected = llama.generate(IDS, 3, temperature=0)
+    twin = copy.deepcopy(llama)
+    assert twin.generate(IDS, 3) == llama.generate(IDS, 3)  # the generator of seeds stands where it stood
+    with torch.no_grad():
+        for weight in [*llama.model.parameters(), *llama.model.buffers()]:
+            weight.fill_(0.5)
+    assert twin.engine is not llama.engine and twin.engine.compile == llama.engine.compile
+    assert twin.generate(IDS, 3, temperature=0) == expected
+    assert llama.generate(IDS, 3, temperature=0) != expected
+
+
+def test_a_copied_chat_goes_on_with_the_same_model():
+    llama = Llama.build(MODELS / "small-chat", max_seq_len=256, device="cpu", dtype="float32")
+    chat = Chat(llama, temperature=0)
+    chat.say("My name is Tom.")
+    twin = copy.deepcopy(chat)
+    assert twin.llama is llama
+    assert twin.say("What is my name?") == chat.say("What is my name?") == "Your name is Tom."
+    twin.say("Hello")
+    assert len(chat.dialog) == 4 and len(twin.dialog) == 6
+
+
+@pytest.mark.parametrize(
+    "what", [lambda llama: llama, lambda llama: llama.engine, Chat], ids=["Llama", "engine", "Chat"]
+)
+def test_pickle_says_what_to_do(what):
+    with pytest.raises(TypeError, match=r"not pickled .*; call Llama\.build in the process that needs it"):
+        pickle.dumps(what(build()))
+
+
+def test_a_turn_after_an_interrupted_one():
+    """An interrupted cell keeps its stream alive through the traceback. When that went, the chat's dialog became what
+    it had been, without the turns since."""
+    chat = Chat(Llama.build(MODELS / "small-chat", max_seq_len=256, max_batch_size=1, device="cpu", dtype="float32"))
+    chat.set(temperature=0)
+    interrupted = chat.stream("My name is Tom.")
+    said = next(interrupted).text
+    chat.say("What is 3 + 4?")
+    dialog = [*chat.dialog]
+    assert dialog[1]["content"] == said and len(dialog) == 4
+    interrupted.close()
+    assert chat.dialog == dialog
+
+
+def test_a_stream_that_was_left_open_is_in_nobodys_way():
+    llama = build(max_batch_size=1)
+    expected = llama.generate(IDS[:1], 6, temperature=0)
+    stream = llama.text_stream(["Once upon a time"])
+    next(stream)
+    assert llama.generate(IDS[:1], 6, temperature=0) == expected
+    stream.close()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_nothing_that_is_half_written(tmp_path, name):
+    """A conversion that was ended left its hidden folder, of the model's size."""
+    code = f"""
+import time
+from pathlib import Path
+from llama.checkpoint.write import new_folder
+from llama.cli import script
+
+def main():
+    with new_folder(Path({str(tmp_path / "new")!r}), 1) as folder:
+        (folder / "half").write_text("half")
+        print("now", flush=True)
+        time.sleep(30)
+
+script.run(main)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(getattr(signal, name))
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 128 + getattr(signal, name)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_compiler_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(command, **options):
+        Path(command[-1]).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cpu.library()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
+
+
+# Other systems
+
+HIDE = """
+import ctypes, mmap, os, runpy, signal, sys
+import fairscale.nn.model_parallel, fire, safetensors.torch, sentencepiece, torch, torch.testing, tqdm
+
+for name in ("fcntl", "grp", "pwd", "resource", "termios", "tty"):
+    sys.modules[name] = None
+unix = {mmap: ("MADV_", "MAP_", "PROT_"), signal: ("SIGALRM", "SIGHUP", "SIGKILL", "alarm", "setitimer")}
+unix[os] = ("fork", "getpgid", "getuid", "killpg", "posix_", "register_at_fork", "sched_", "sysconf", "uname")
+for module, starts in unix.items():
+    for name in [name for name in vars(module) if name.startswith(starts)]:
+        delattr(module, name)
+mmap.mmap = type("mmap", (mmap.mmap,), {"madvise": property()})
+load = ctypes.CDLL
+
+def CDLL(name, *args):
+    if name is None:
+        raise TypeError("argument of type 'NoneType' is not iterable")
+    return load(name, *args)
+
+ctypes.CDLL = CDLL
+for sys.argv in COMMANDS:
+    try:
+        print("==", *sys.argv)
+        if sys.argv[0] == "-m":
+            sys.argv = sys.argv[1:]
+            runpy.run_module(sys.argv[0], run_name="__main__")
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        print("left with", end.code)
+"""
+
+
+def test_nothing_needs_what_only_unix_has(tmp_path):
+    """fcntl and resource were imported, and flags of mmap used, so that on Windows no command began. What the library
+    opens as text has a named encoding."""
+    small, llama = str(MODELS / "small"), ["-m", "llama"]
+    commands = [
+        [str(ROOT / "example_text_completion.py"), "--max_gen_len", "2"],
+        [str(ROOT / "example_chat_completion.py"), "--max_gen_len", "2"],
+        [*llama, "inspect", small, "--verify"],
+        [*llama, "convert", small, str(tmp_path / "meta"), "--mp", "2"],
+        [*llama, "convert", small, str(tmp_path / "hf"), "--to", "hf"],
+        [*llama, "inspect", str(tmp_path / "meta"), "--verify"],
+        [*llama, "inspect", str(tmp_path / "hf"), "--verify"],
+        [*llama, "bench", "--ckpt_dir", small, "--prompts", "8", "--batches", "1", "--repeats", "1", "--tokens", "2"],
+        [*llama, "chat", str(MODELS / "small-chat"), "--max_gen_len", "2"],
+        [*llama, "perplexity", str(MODELS / "small" / "params.json"), small, "--window", "64"],
+    ]
+    run = [sys.executable, "-X", "warn_default_encoding", "-c", HIDE.replace("COMMANDS", repr(commands))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(run, capture_output=True, input="Hello\n", env=environment, timeout=100, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "left" not in done.stdout and done.stdout.count("verified: ") == 3 and done.stdout.count("> ") == 8
+    mine = [line for line in done.stderr.splitlines() if "EncodingWarning" in line and str(ROOT / "llama") in line]
+    assert not mine
+
+
+def test_files_that_are_written_have_the_same_ends_of_lines_everywhere(tmp_path):
+    """Text files of Windows end lines in two characters, and md5sum then finds none of the files in a list."""
+
+    def write_text(path, text, encoding=None, errors=None, newline=None):
+        return path.write_bytes(text.replace("\n", newline or "\r\n").encode(encoding))
+
+    with mock.patch.object(Path, "write_text", write_text):
+        save_random(tmp_path / "model")
+        shutil.copy(TOKENIZER, tmp_path / "model")
+        convert(tmp_path / "model", tmp_path / "hf", "hf", 1, None, tmp_path / "model" / "tokenizer.model")
+    for path in tmp_path.rglob("*"):
+        if path.suffix in (".chk", ".json"):
+            assert b"\r" not in path.read_bytes(), path
+
+
+def test_line_ends_of_checked_out_files_are_those_of_their_sums():
+    """git on Windows would change what models/ says of itself."""
+    files = subprocess.run(
+        ["git", "ls-files", "models"], cwd=ROOT, capture_output=True, encoding="utf-8"
+    ).stdout.split()
+    if not files:
+        pytest.skip("no git checkout")
+    told = subprocess.run(["git", "check-attr", "text", "eol", "--", *files], cwd=ROOT, capture_output=True, text=True)
+    for file in files:
+        assert f"{file}: text: unset" in told.stdout or f"{file}: eol: lf" in told.stdout
