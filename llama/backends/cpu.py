@@ -93,7 +93,7 @@ def cpu_name() -> str:
 def cached() -> Path:
     """The library's file in the user's cache directory: one for each source, command, compiler and CPU."""
     parts = command()
-    version = subprocess.run([parts[0], "--version"], capture_output=True, text=True, errors="replace").stdout
+    version = subprocess.run([parts[0], "--version"], capture_output=True, encoding="utf-8", errors="replace").stdout
     state = [source.read_text(encoding="utf-8") for source in SOURCES], parts, version, cpu_name()
     name = f"native-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.so"
     made = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-reference" / name
@@ -110,7 +110,7 @@ def cached() -> Path:
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
     """Of several processes one compiles, where files can be locked."""
-    with path.open("w") as lock:
+    with path.open("wb") as lock:
         with suppress(ImportError):
             import fcntl  # which Windows lacks
 
@@ -122,13 +122,15 @@ def compiled(parts: Sequence[str], made: Path) -> Path:
     """Compile native.cpp to a file."""
     log.warning("compiling native.cpp for this CPU, once, which takes about ten seconds")
     new = made.with_suffix(f".{os.getpid()}")
-    done = subprocess.run([*parts, str(SOURCES[0]), "-o", str(new)], capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        [*parts, str(SOURCES[0]), "-o", str(new)], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         new.unlink(missing_ok=True)
         errors = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
         raise RuntimeError(errors[0] if errors else f"{parts[0]} ended with {done.returncode}")
     new.replace(made)
-    made.with_suffix(".sha256").write_text(digest(made))
+    made.with_suffix(".sha256").write_text(digest(made), encoding="utf-8")
     return made
 
 
@@ -139,14 +141,14 @@ def digest(path: Path) -> str:
 def whole(made: Path) -> bool:
     """Whether a library is there as it was written: to load a damaged one may end the process."""
     sums = made.with_suffix(".sha256")
-    return made.exists() and sums.exists() and sums.read_text() == digest(made)
+    return made.exists() and sums.exists() and sums.read_text(encoding="utf-8") == digest(made)
 
 
 @cache
 def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
     """A container's share of the CPUs, as a number of them."""
     with suppress(OSError, ValueError):
-        limit, period = path.read_text().split()
+        limit, period = path.read_text(encoding="utf-8").split()
         return int(limit) / int(period)
     return math.inf
 
