@@ -195,6 +195,24 @@ def test_what_is_not_llama_2_is_refused_by_name(tmp_path, change, message):
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize("rows", [1, 24])
+def test_rows_behind_the_tokenizers_are_padding(tmp_path, rows):
+    """A padding token, or as many rows as make a multiple of something, made a folder "differ" from its tokenizer."""
+    model = save_hugging_face(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat((weights[name], torch.ones(rows, weights[name].shape[1])))
+    save_file(weights, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + rows}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": config["vocab_size"]}))
+    assert relative_error(_load(tmp_path, TOKENS)[2], model(TOKENS)) < 1e-5
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 1024, "<|user|>": 1025}))
+    with pytest.raises(ValueError, match=r"added_tokens.json adds <\|user\|> to the tokenizer's 1024 pieces"):
+        _load(tmp_path, TOKENS)
+
+
 @pytest.mark.parametrize(
     "change",
     [

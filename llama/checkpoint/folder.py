@@ -76,6 +76,8 @@ class Checkpoint:
             args = ModelArgs(**self.params)
         except ValueError as error:
             raise ValueError(f"{self.source}: {error}") from error
+        if self.layout == "hf" and args.vocab_size == self.vocab_size() > n_words:
+            args.vocab_size = self.trim(n_words)
         if args.vocab_size not in (-1, n_words):
             given = f"{self.source}: vocab_size {args.vocab_size}"
             raise ValueError(f"{given} differs from the tokenizer's {n_words} pieces")
@@ -89,6 +91,18 @@ class Checkpoint:
         args = dataclasses.replace(args, vocab_size=n_words)
         self.check(args)
         return args
+
+    def trim(self, n_words: int) -> int:
+        """Leave out the rows of a vocabulary behind the tokenizer's, which others add so that their number is a
+        multiple of something, or for padding. ValueError names tokens that mean something."""
+        path = self.folder / "added_tokens.json"
+        added = read_json(path) if path.exists() else {}
+        if odd := [token for token, id in added.items() if id >= n_words and "pad" not in token.lower()]:
+            raise ValueError(f"{path} adds {listed(odd)} to the tokenizer's {n_words} pieces, which cannot be encoded")
+        for file in self.files:
+            for name in {"tok_embeddings.weight", "output.weight"} & {*file.shapes}:
+                file.shapes[name] = (n_words, *file.shapes[name][1:])
+        return n_words
 
     def check(self, args: ModelArgs) -> None:
         """Compare the files with the model's shape. ValueError names every tensor of a file that is missing,
