@@ -184,7 +184,7 @@ def c_matrix(weight: Any) -> CMatrix | None:
 def matmul(matrix: CMatrix, x: Tensor) -> Tensor:
     """x (..., in) times the transpose of a matrix -> (..., out), in the dtype of x."""
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-    y = torch.empty(len(rows), matrix.out)
+    y = torch.empty(len(rows), matrix.out, dtype=torch.float32)
     lib = library()
     lib.llama_threads(threads())
     lib.llama_matmul(ctypes.byref(matrix), rows.data_ptr(), y.data_ptr(), len(rows))
@@ -273,7 +273,7 @@ class Native:
         check(batch.sequences, self.model.params)  # what C++ does not
         self.lib.llama_threads(threads())
         x = self.embed(batch.tokens)
-        y, begin = torch.empty(min(len(x), PASS), x.shape[1]), 0
+        y, begin = torch.empty(min(len(x), PASS), x.shape[1], dtype=torch.float32), 0
         for spans in passes(batch.sequences, PASS):
             rows = sum(length for _, _, length in spans)
             places = (ctypes.c_int64 * (3 * len(spans)))(*(number for span in spans for number in span))
@@ -285,7 +285,7 @@ class Native:
         """Embeddings (N, dim) in float32."""
         if world_size() > 1:  # each has some columns
             return all_gather(F.embedding(tokens, self.embeddings)).float()
-        x, tokens = torch.empty(len(tokens), self.c.dim), tokens.contiguous()
+        x, tokens = torch.empty(len(tokens), self.c.dim, dtype=torch.float32), tokens.contiguous()
         odd = self.lib.llama_embed(ctypes.byref(self.c), tokens.data_ptr(), x.data_ptr(), len(x))
         if odd >= 0:
             raise IndexError(f"a token is out of range of a vocabulary of {self.c.vocabulary}")
@@ -307,7 +307,7 @@ class Native:
     def logits(self, hidden: Tensor) -> Tensor:
         if len(hidden) > self.most:
             return self.model.logits(hidden.type_as(self.model.norm.weight))
-        x, y = hidden.float().contiguous(), torch.empty(len(hidden), self.c.output.out)
+        x, y = hidden.float().contiguous(), torch.empty(len(hidden), self.c.output.out, dtype=torch.float32)
         self.lib.llama_logits(ctypes.byref(self.c), x.data_ptr(), y.data_ptr(), len(x))
         return all_gather(y)
 
