@@ -292,14 +292,18 @@ script.run(main)
 
 
 def test_a_compiler_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    real = subprocess.run
+
     def interrupted(command, **options):
+        if command[-1] == "--version":
+            return real(command, **options)
         Path(command[-1]).write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(subprocess, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cpu.library()
+        cpu.library.__wrapped__()
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
 
 

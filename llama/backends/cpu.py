@@ -122,14 +122,15 @@ def compiled(parts: Sequence[str], made: Path) -> Path:
     """Compile native.cpp to a file."""
     log.warning("compiling native.cpp for this CPU, once, which takes about ten seconds")
     new = made.with_suffix(f".{os.getpid()}")
-    done = subprocess.run(
-        [*parts, str(SOURCES[0]), "-o", str(new)], capture_output=True, encoding="utf-8", errors="replace"
-    )
-    if done.returncode:
+    try:
+        command = [*parts, str(SOURCES[0]), "-o", str(new)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
+            raise RuntimeError(errors[0] if errors else f"{parts[0]} ended with {done.returncode}")
+        new.replace(made)
+    finally:
         new.unlink(missing_ok=True)
-        errors = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
-        raise RuntimeError(errors[0] if errors else f"{parts[0]} ended with {done.returncode}")
-    new.replace(made)
     made.with_suffix(".sha256").write_text(digest(made), encoding="utf-8")
     return made
 
