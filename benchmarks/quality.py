@@ -1,103 +1,139 @@
-"""What quantization costs: perplexity of the bundled models, and divergence from the unquantized model at a real shape.
+"""What quantization costs: perplexity, and how far the next token's distribution diverges from the unquantized model's.
 
-    python benchmarks/quality.py [--rows 256] [--shape 1.1B]
+    python benchmarks/quality.py                      # of the bundled models
+    python benchmarks/quality.py --model FOLDER       # of any other, whose tokenizer transformers loads
 
-Perplexity is of fresh documents of the generator that wrote the training text (seed 1000), in float32: the documents
-for `small`, the answers in conversations for `small-chat`. The divergence is Kullback and Leibler's, of the next
-token's distribution, with random weights.
+The bundled models read fresh documents of the generator that wrote their training text (seed 1000): `small` documents,
+`small-chat` the answers in conversations. Another model reads Python's own description of itself (`pydoc topics`), in
+windows of 400 tokens, or the text given. All is in float32, with the rounded weights; "as computed" is by the fastest
+product that this machine has, which may round activations too. What calibrates is what the model writes itself, or
+`--calibrate FILE`. The divergence is Kullback and Leibler's, the mean of all tokens.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from pydoc_data import topics
 
 import fire
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
-from llama.backends.quantized import Scheme, dequantize, quantize
+from llama import ModelArgs, Tokenizer, Transformer, parallel
+from llama.backends.quantized import Quantized, Scheme, dequantize, kernel
+from llama.checkpoint import Checkpoint, is_matrix, read_quantized, shapes, shard_dim
+from llama.checkpoint.calibrate import calibrated, windows
 from llama.cli import measure
+from llama.cli.convert import AT_ONCE, OWN, WINDOW, own_text
+from llama.engine import Engine
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 sys.path.insert(0, str(ROOT / "tools"))
 from train_small import batches  # noqa: E402
 
-SCHEMES = [Scheme(8, 0), *(Scheme(4, group) for group in (32, 64, 128))]
+SCHEMES = [Scheme(8), *(Scheme(4, group, False) for group in (32, 64, 128)), Scheme(4, 32)]
+Data = list[tuple[Tensor, Tensor]]  # tokens and targets (B, T); targets below 0 do not count
+Matrices = Mapping[str, Quantized]
 
 
 @torch.inference_mode()
-def perplexity(model: Transformer, data: list[tuple[Tensor, Tensor]]) -> float:
-    total = count = 0.0
+def logprobs(model: Transformer, data: Data) -> Iterator[Tensor]:
+    """Of all tokens that count, (n, V) at a time."""
     for tokens, targets in data:
-        for row, wanted in zip(tokens.split(8), targets.split(8), strict=True):
-            total += float(F.cross_entropy(model(row).flatten(0, 1), wanted.flatten(), reduction="sum"))
-            count += int((wanted >= 0).sum())
-    return math.exp(total / count)
+        for row, wanted in zip(tokens, targets, strict=True):
+            yield model(row[None])[0, wanted >= 0].log_softmax(-1)
 
 
-def round_weights(model: Transformer, scheme: Scheme, search: bool) -> None:
-    """Replace each matrix by its rounded values, in float32: rounding of weights alone."""
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2 and "tok_embeddings" not in name:
-            weight.copy_(dequantize(quantize(weight, scheme, search)))
+def perplexity(found: Iterator[Tensor], exact: list[Tensor], data: Data) -> tuple[float, float]:
+    """And the divergence from `exact`."""
+    rows = (wanted[wanted >= 0] for _, targets in data for wanted in targets)
+    total = divergence = count = 0.0
+    for ours, theirs, wanted in zip(found, exact, rows, strict=True):
+        total -= float(ours.gather(1, wanted[:, None]).sum())
+        divergence += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
+        count += len(wanted)
+    return math.exp(total / count), divergence / count
 
 
-def main(rows: int = 256, shape: str = "1.1B") -> None:
+def model(source: Checkpoint, args: ModelArgs, matrices: Matrices = {}, computed: bool = False) -> Transformer:  # noqa: B006
+    """In float32, with matrices in place of its own."""
+    found = measure.loaded(source, args, CPU, torch.float32)
+    for name, matrix in matrices.items():
+        layer = found.get_submodule(name.removesuffix(".weight"))
+        del layer.weight
+        layer.weight = kernel(matrix, CPU, True) if computed else torch.nn.Parameter(dequantize(matrix), False)  # type: ignore[assignment]
+    return found
+
+
+def rounded(source: Checkpoint, args: ModelArgs, scheme: Scheme, search: bool) -> Matrices:
+    whole = {name: shape for name, shape in shapes(args).items() if is_matrix(name)}
+    sizes = {name: (0, shape[shard_dim(name) or 0]) for name, shape in whole.items()}
+    return {name: read_quantized(source, name, whole[name], *sizes[name], scheme, search) for name in whole}
+
+
+def report(name: str, source: Checkpoint, args: ModelArgs, data: Data, text: Callable[[], list[int]]) -> None:
+    exact = [*logprobs(model(source, args), data)]
+    base, _ = perplexity(iter(exact), exact, data)
+    print(f"\n{name}: perplexity {base:.4f} of {sum(map(len, exact)):,} tokens. Change of it, and divergence:")
+    print("| | nearest | search | calibrated | as computed |\n|---|---:|---:|---:|---:|", flush=True)
+    for scheme in SCHEMES:
+        ways: list[Callable[[], Matrices]] = [
+            partial(rounded, source, args, scheme, False),
+            partial(rounded, source, args, scheme, True),
+            lambda: dict(calibrated(source, args, scheme, windows(text(), args.vocab_size))),  # noqa: B023
+        ]
+        cells = []
+        for way in ways:
+            matrices = way()
+            for computed in (False, True) if way is ways[-1] else (False,):
+                changed = model(source, args, matrices, computed)
+                value, divergence = perplexity(logprobs(changed, data), exact, data)
+                cells.append(f"{value / base - 1:+.2%}, {divergence:.5f}")
+        print(f"| {scheme} | {' | '.join(cells)} |", flush=True)
+
+
+def main(model: str | None = None, text: str | None = None, calibrate: str | None = None, tokens: int = 1200) -> None:
     parallel.init_model_parallel()
-    torch.manual_seed(0)
+    [cpu] = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")}
+    print(f"{cpu.split(': ')[1]}, {torch.get_num_threads()} thread(s)")
+    if model is not None:
+        report_other(Path(str(model)), text, calibrate, tokens)
+        return
+    tokenizer = Tokenizer(str(ROOT / "models" / "tokenizer.model"))
     for name, chat, context in (("small", 0.0, 256), ("small-chat", 1.0, 512)):
-        folder = ROOT / "models" / name
-
-        def build(quantize: str | None = None, group_size: int = 64, compile: bool = False) -> Transformer:
-            options = {"dtype": "float32", "quantize": quantize, "group_size": group_size, "compile": compile}
-            return Llama.build(folder, None, context, 8, device="cpu", **options).model  # type: ignore[arg-type]  # noqa: B023
-
-        tokenizer = Tokenizer(str(ROOT / "models" / "tokenizer.model"))
-        count = max(1, rows * context // 8192)
-        data = list(islice(batches(tokenizer, 1000, chat, context), count))
-        exact = perplexity(build(), data)
-        print(f"{name}: perplexity {exact:.4f} of {sum(int((t >= 0).sum()) for _, t in data):,} tokens")
-        for scheme in SCHEMES:
-            cells = []
-            for search in (False, True) if scheme.bits == 4 else (False,):
-                model = build()
-                round_weights(model, scheme, search)
-                cells.append(f"{'searched' if search else 'nearest'} {perplexity(model, data) / exact - 1:+.3%}")
-            for compiled in (False, True) if scheme.bits == 4 else (False,):
-                fast = build(f"int{scheme.bits}", scheme.group or 64, compiled)
-                how = "compiled" if compiled else "as computed (nearest)"
-                cells.append(f"{how} {perplexity(fast, data) / exact - 1:+.3%}")
-            print(f"  {scheme!s:>24}: {'; '.join(cells)}", flush=True)
-    if shape:
-        divergence(shape)
+        source = Checkpoint(ROOT / "models" / name)
+        data = list(islice(batches(tokenizer, 1000, chat, context), 8))
+        args = source.args(tokenizer.n_words)
+        report(name, source, args, data, own(source, args, tokenizer.bos_id, tokenizer.eos_id))
 
 
-@torch.inference_mode()
-def divergence(shape: str) -> None:
-    """Of 128 random tokens, with random weights."""
-    args = ModelArgs(**measure.SHAPES[shape], vocab_size=32000, max_batch_size=1, max_seq_len=128)
-    tokens = torch.randint(3, 32000, (1, 128))
-    exact: Tensor | None = None
-    print(f"{shape}, random weights, nearest, as computed")
-    for scheme, compiled in ((None, False), *((scheme, False) for scheme in SCHEMES), (Scheme(4, 64), True)):
-        torch.manual_seed(0)
-        model = measure.loaded(measure.RandomWeights(CPU), args, CPU, torch.float32, scheme, compiled)
-        logits = model(tokens)[0].double()
-        if exact is None:
-            exact = logits
-            continue
-        kl = F.kl_div(logits.log_softmax(-1), exact.log_softmax(-1), reduction="batchmean", log_target=True)
-        error = (logits - exact).norm() / exact.norm()
-        how = f"{scheme}, compiled" if compiled else str(scheme)
-        print(
-            f"  {how:>34}: divergence {float(kl):.5f} nats a token; error of the logits {float(error):.3f}", flush=True
-        )
+def own(source: Checkpoint, args: ModelArgs, bos: int, eos: int) -> Callable[[], list[int]]:
+    sized = ModelArgs(**{**vars(args), "max_batch_size": AT_ONCE, "max_seq_len": WINDOW})
+    return cache(lambda: own_text(Engine.of(measure.loaded(source, sized, CPU, torch.float32)), bos, eos, OWN))
+
+
+def report_other(folder: Path, text: str | None, calibrate: str | None, tokens: int) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    names = ("exceptions", "naming", "objects", "types", "with", "yield", "while", "strings")
+    held = Path(text).read_text("utf-8") if text else "\n".join(topics.topics[name] for name in names)
+    rows = torch.tensor(tokenizer(held)["input_ids"][: tokens // 400 * 400 + 1])
+    data = [(rows[:-1].view(-1, 400), rows[1:].view(-1, 400))]
+    source = Checkpoint(folder)
+    args = source.args(source.vocab_size())
+    if calibrate:
+        ids = tokenizer(Path(calibrate).read_text("utf-8"))["input_ids"][:OWN]
+        report(folder.name, source, args, data, lambda: ids)
+    else:
+        report(folder.name, source, args, data, own(source, args, tokenizer.bos_token_id, tokenizer.eos_token_id))
 
 
 if __name__ == "__main__":

@@ -71,16 +71,16 @@ class Scheme(NamedTuple):
         return sum(torch.Size(s).numel() * t.itemsize for s, t in self.stored(name, shape).values())
 
 
-def scheme(quantize: str | None, group_size: int | None = None) -> Scheme | None:
+def scheme(quantize: str | None, group_size: int | None = None, symmetric: bool = False) -> Scheme | None:
     """The scheme that a caller names: int8 with a scale for each row, or int4 in groups of 32 columns, or either in
-    groups of another size. ValueError for another."""
+    groups of another size; int8 is always symmetric. ValueError for another."""
     if quantize not in (None, "int8", "int4"):
         raise ValueError(f"quantize is {quantize!r}; it must be int8 or int4")
     if group_size is not None and (type(group_size) is not int or group_size not in GROUPS):
         raise ValueError(f"group_size is {group_size!r}; it must be one of {', '.join(map(str, GROUPS))}")
     if quantize is None:
         return None
-    return Scheme(8, group_size or 0) if quantize == "int8" else Scheme(4, group_size or 32, symmetric=False)
+    return Scheme(8, group_size or 0) if quantize == "int8" else Scheme(4, group_size or 32, symmetric)
 
 
 class Quantized(NamedTuple):
@@ -99,28 +99,70 @@ class Quantized(NamedTuple):
         return len(self.q), self.q.shape[1] * (8 // self.bits)
 
 
-def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
-    """Round a matrix (out, in) to the nearest numbers that `scheme` has."""
+def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Quantized:
+    """Round a matrix (out, in) to the nearest numbers that `scheme` has. The extremes of a group decide on its scale
+    and min; or, with the importance (in,) of each column, a search for the least squared error, weighted by it."""
     groups = weight.float().unflatten(1, (-1, scheme.columns(weight.shape[1])))  # (out, groups, columns)
+    found = extremes(groups, scheme) if importance is None else search(groups, scheme, importance)
+    return assign(numbers(groups, *found, scheme), *found, scheme)
+
+
+def extremes(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scale and min (out, groups, 1) of weights (out, groups, columns), so that the numbers reach both ends."""
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    if scheme.symmetric:
-        # Of 4 bits there is one more negative number, which the largest weight takes: the scale may be negative.
-        most = torch.where(high > -low, high, low)
-        scale = (most / -8 if scheme.bits == 4 else most.abs() / 127).half()
-        least = scale.new_zeros(())
-    else:
-        scale, least = ((high - low) / (2**scheme.bits - 1)).half(), low.half()
-    return assign(groups, scale, None if scheme.symmetric else least, scheme)
+    if not scheme.symmetric:
+        return ((high - low) / (2**scheme.bits - 1)).half(), low.half()
+    # Of 4 bits there is one more negative number, which the largest weight takes: the scale may be negative.
+    most = torch.where(high > -low, high, low)
+    return (most / -8 if scheme.bits == 4 else most.abs() / 127).half(), None
 
 
-def assign(groups: Tensor, scale: Tensor, least: Tensor | None, scheme: Scheme) -> Quantized:
-    """The nearest numbers to weights (out, groups, columns), given scale and min (out, groups, 1)."""
+def search(groups: Tensor, scheme: Scheme, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+    """As `extremes`, with less weighted squared error, or as much: from several ranges, round and fit in turn."""
+    h = importance.float().view(groups.shape[1:])
+    best = scale, least = extremes(groups, scheme)
+    lowest = torch.full_like(scale, torch.inf, dtype=torch.float32)
+    for share in (1.1, 1.0, 0.9, 0.8, 0.7):
+        scale, least = extremes(groups * share, scheme)
+        for _ in range(4):
+            q = numbers(groups, scale, least, scheme)
+            error = ((values(q, scale, least) - groups).square_() * h).sum(-1, keepdim=True)
+            better = error < lowest  # false for a scale that is infinite or NaN
+            lowest = torch.where(better, error, lowest)
+            kept = torch.where(better, scale, best[0])
+            best = kept, None if least is None or best[1] is None else torch.where(better, least, best[1])
+            scale, least = fit(groups, q, h, least is None)
+    return best
+
+
+def fit(groups: Tensor, q: Tensor, h: Tensor, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """The scale and min of least weighted squared error, given the numbers: weighted linear regression."""
+    total = h.sum(-1, keepdim=True).clamp_(min=1e-30)
+    center = 0 if symmetric else (h * q).sum(-1, keepdim=True) / total
+    slope = h * (q - center)
+    scale = ((slope * groups).sum(-1, keepdim=True) / (slope * q).sum(-1, keepdim=True).clamp_(min=1e-30)).half()
+    return scale, None if symmetric else ((h * groups).sum(-1, keepdim=True) / total - scale.float() * center).half()
+
+
+def numbers(weight: Tensor, scale: Tensor, least: Tensor | None, scheme: Scheme) -> Tensor:
+    """q in float32, the nearest to weights, given scale and min of a shape that spreads over theirs."""
     step = torch.where(scale == 0, 1.0, scale.float())
-    q = ((groups - (0 if least is None else least.float())) / step).round_()
+    low, high = (-127, 127) if scheme.bits == 8 else (-8, 7) if least is None else (0, 15)
+    return ((weight - (0 if least is None else least.float())) / step).round_().clamp_(low, high)
+
+
+def values(q: Tensor, scale: Tensor, least: Tensor | None) -> Tensor:
+    """What q stands for, in float32."""
+    found = q.float() * scale.float()
+    return found if least is None else found.add_(least.float())
+
+
+def assign(q: Tensor, scale: Tensor, least: Tensor | None, scheme: Scheme) -> Quantized:
+    """A matrix of numbers (out, groups, columns), with scale and min (out, groups, 1)."""
     scale, least = scale[..., 0], None if least is None else least[..., 0]
     if scheme.bits == 8:
-        return Quantized(q.clamp_(-127, 127).to(torch.int8).flatten(1), scale, least)
-    return Quantized(pack((q + 8 if least is None else q).clamp_(0, 15).to(torch.uint8).flatten(1)), scale, least)
+        return Quantized(q.to(torch.int8).flatten(1), scale, least)
+    return Quantized(pack((q + 8 if least is None else q).to(torch.uint8).flatten(1)), scale, least)
 
 
 def pack(q: Tensor) -> Tensor:
@@ -135,9 +177,10 @@ def unpack(q: Tensor) -> Tensor:
 def dequantize(weight: Quantized) -> Tensor:
     """The matrix (out, in) in float32."""
     q, scale, least = weight
-    numbers = q.float() if weight.bits == 8 else unpack(q).float() - (8 if least is None else 0)
-    found = numbers.unflatten(1, (scale.shape[1], -1)) * scale.float()[..., None]
-    return (found if least is None else found + least.float()[..., None]).flatten(1)
+    whole = q if weight.bits == 8 else unpack(q) if least is not None else unpack(q).to(torch.int8) - 8
+    return values(
+        whole.unflatten(1, (scale.shape[1], -1)), scale[..., None], None if least is None else least[..., None]
+    ).flatten(1)
 
 
 def stack(weights: Sequence[Quantized]) -> Quantized:

@@ -1,13 +1,14 @@
 """A checkpoint -> a new folder, in Meta's layout for any number of ranks or in Hugging Face's.
 
-One tensor of the source is in memory at a time, and of the target what one file of Hugging Face's holds (Meta's are
-written through a mapping), so that the largest model converts on a small machine.
+One tensor of the source is in memory at a time (one layer where a text calibrates), and of the target what one file of
+Hugging Face's holds (Meta's are written through a mapping), so that the largest model converts on a small machine.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from ..backends.quantized import Scheme
 from ..model import ModelArgs
 from ..tokenizer import Tokenizer
 from . import hf
+from .calibrate import calibrated, windows
 from .folder import Checkpoint
 from .hf_tokenizer import tokenizer_files
 from .load import read_quantized
@@ -38,6 +40,8 @@ class Job(NamedTuple):
     args: ModelArgs
     dtype: torch.dtype
     scheme: Scheme | None = None
+    search: bool = False
+    text: Tensor | None = None  # that calibrates, see `calibrate.windows`
 
     def stored(self) -> dict[str, Stored]:
         """The tensors that each weight is stored as in Meta's layout."""
@@ -58,12 +62,16 @@ def convert(
     tokenizer_path: str | os.PathLike[str] | None = None,
     quantize: str | None = None,
     group_size: int | None = None,
+    symmetric: bool = False,
+    search: bool = False,
+    text: Callable[[], Sequence[int]] | None = None,
 ) -> None:
     """Write the checkpoint in `source` to a new folder: `to` is meta, for `mp` ranks, its matrices quantized or not, or
-    hf.
+    hf. They are rounded to the nearest numbers, or with a `search` of scales, or calibrated by the ids that `text`
+    returns, which is called when all else is known to be right.
 
     Raises FileExistsError for a `target` that exists, OSError when the disk is too small and ValueError for a model
-    that cannot be divided into `mp` shards or quantized so.
+    that cannot be divided into `mp` shards or quantized so, and for a text that is too short.
     """
     if to not in ("meta", "hf"):
         raise ValueError(f"to is {to!r}; it must be meta or hf")
@@ -73,17 +81,21 @@ def convert(
     tokenizer_path = find_tokenizer(source, tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path)
     args = checkpoint.args(tokenizer.n_words)
-    scheme = checkpoint.scheme_for(quantize, group_size)
+    scheme = checkpoint.scheme_for(quantize, group_size, symmetric)
     if scheme and to == "hf":
         raise ValueError(
             f"Hugging Face's layout has no place for {scheme}; write Meta's, or give an unquantized source"
         )
+    if text and checkpoint.scheme:
+        raise ValueError(f"{source} is quantized already, to {scheme}; calibrate with the original weights")
     tokens = tokenizer_files(tokenizer.sp_model) if to == "hf" else {}
-    job = Job(checkpoint, args, dtype or checkpoint.dtype(), scheme)
+    job = Job(checkpoint, args, dtype or checkpoint.dtype(), scheme, search)
     stored = [entry for tensors in job.stored().items() for entry in tensors[1].items()]
     if to == "meta":
         check_divides(dict(stored), mp)
     size = sum(torch.Size(shape).numel() * element.itemsize for _, (shape, element) in stored)
+    if text:
+        job = job._replace(text=windows(text(), args.vocab_size))
     with new_folder(target, size) as folder, tqdm(total=2 * size, unit="B", unit_scale=True, disable=None) as bar:
         write_file(folder / "tokenizer.model", tokenizer_path.read_bytes())
         if to == "meta":
@@ -105,27 +117,37 @@ def check_divides(stored: Stored, mp: int) -> None:
 
 def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     """params.json and `mp` shards."""
-    stored = job.stored()
     quantization = {"quantization": job.scheme.params()} if job.scheme else {}
     write_json(folder, {"params.json": job.checkpoint.params | quantization})
-    for rank in range(mp):
-        blank = {}
-        for name, (shape, dtype) in ((name, entry) for tensors in stored.values() for name, entry in tensors.items()):
-            dim = shard_dim(name)
-            blank[name] = torch.empty([n // mp if i == dim else n for i, n in enumerate(shape)], dtype=dtype)
-        file = blank_file(blank, folder / f"consolidated.{rank:02d}.pth")
-        for name, shape in shapes(job.args).items():
-            dim = shard_dim(name)
-            size = shape[dim or 0]  # even slices, also of key-value heads, where there may be more shards than heads
-            begin, end = (0, size) if dim is None else (rank * size // mp, (rank + 1) * size // mp)
-            if job.scheme and is_matrix(name):
-                matrix = read_quantized(job.checkpoint, name, shape, begin, end, job.scheme)
-                found = [part for part in matrix if part is not None]
-            else:
-                found = [job.checkpoint.read(name, shape, begin, end, job.dtype)]
-            for key, part in zip(stored[name], found, strict=True):
-                file[key].copy_(part)
-                bar.update(part.nbytes)
+    blank = {}
+    for key, (shape, dtype) in ((key, entry) for found in job.stored().values() for key, entry in found.items()):
+        dim = shard_dim(key)  # even slices, also of key-value heads, where there may be more shards than heads
+        blank[key] = torch.empty([n // mp if i == dim else n for i, n in enumerate(shape)], dtype=dtype)
+    files = [blank_file(blank, folder / f"consolidated.{rank:02d}.pth") for rank in range(mp)]
+    for key, tensor in tensors(job):
+        dim = shard_dim(key)
+        for file, part in zip(files, [tensor] * mp if dim is None else tensor.chunk(mp, dim), strict=True):
+            file[key].copy_(part)
+        bar.update(tensor.nbytes)
+
+
+def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
+    """Names of the tensors that are stored in Meta's layout, and each whole."""
+    stored, whole = job.stored(), shapes(job.args)
+    sizes = {name: shape[shard_dim(name) or 0] for name, shape in whole.items()}
+    matrices = [name for name in whole if job.scheme and is_matrix(name)]
+    for name in (name for name in whole if name not in matrices):
+        yield name, job.checkpoint.read(name, whole[name], 0, sizes[name], job.dtype)
+    if not job.scheme:
+        return
+    if job.text is not None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        rounded = calibrated(job.checkpoint, job.args, job.scheme, job.text, device)
+    else:
+        read = partial(read_quantized, job.checkpoint, scheme=job.scheme, search=job.search)
+        rounded = ((name, read(name, whole[name], 0, sizes[name])) for name in matrices)
+    for name, matrix in rounded:
+        yield from zip(stored[name], (part for part in matrix if part is not None), strict=True)
 
 
 def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: int = 2) -> None:

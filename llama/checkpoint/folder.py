@@ -196,10 +196,10 @@ class Checkpoint:
             "weights": digest.hexdigest(),
         }
 
-    def scheme_for(self, quantize: str | None, group_size: int | None) -> Scheme | None:
+    def scheme_for(self, quantize: str | None, group_size: int | None, symmetric: bool = False) -> Scheme | None:
         """The scheme to load in: the one asked for, or the one that the weights were saved in. ValueError if these
         differ."""
-        asked = scheme(quantize, group_size)
+        asked = scheme(quantize, group_size, symmetric)
         if asked and self.scheme and (asked.bits, group_size or self.scheme.group) != self.scheme[:2]:
             raise ValueError(f"{self.folder} is quantized already, to {self.scheme}; it cannot become {asked}")
         return self.scheme or asked

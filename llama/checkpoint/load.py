@@ -85,10 +85,16 @@ def check_same(values: Mapping[str, object]) -> None:
 
 
 def read_quantized(
-    weights: Weights, name: str, shape: tuple[int, ...], begin: int, end: int, scheme: Scheme
+    weights: Weights,
+    name: str,
+    shape: tuple[int, ...],
+    begin: int,
+    end: int,
+    scheme: Scheme,
+    search: bool = False,
 ) -> Quantized:
     """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a matrix whose whole shape is `shape`: as it
-    was saved in the scheme, or quantized here, a few rows at a time."""
+    was saved in the scheme, or quantized here, a few rows at a time, to the nearest numbers or by a search."""
     dim, scheme = shard_dim(name) or 0, scheme.of(name)
     if weights.scheme:
         found = []
@@ -106,5 +112,6 @@ def read_quantized(
     first, last = (0, shape[1]) if dim == 1 and not scheme.group else (begin, end)
     part = [last - first if i == dim else n for i, n in enumerate(shape)]
     matrix = weights.read(name, shape, first, last, weights.dtype(), "cpu", torch.empty(part, dtype=weights.dtype()))
-    rounded = stack([quantize(rows, scheme) for rows in matrix.split(256)])
+    importance = torch.ones(part[1]) if search else None
+    rounded = stack([quantize(rows, scheme, importance) for rows in matrix.split(256)])
     return rounded if (first, last) == (begin, end) else rounded._replace(q=rounded.q[:, begin:end])

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tqdm import tqdm
+
 from .. import parallel
-from ..checkpoint import check_path
+from ..checkpoint import check_path, find_tokenizer
 from ..checkpoint import convert as checkpoint_convert
+from ..checkpoint.calibrate import LEAST, WINDOW
+from ..engine import Engine
+from ..generation import Llama
+from ..request import Request
+from ..sampling import SamplingParams
+from ..tokenizer import Tokenizer
+
+OWN = 4 * LEAST  # tokens that a model writes to calibrate with
+AT_ONCE = 16  # texts that it writes at a time
 
 
 def convert(
@@ -18,6 +29,9 @@ def convert(
     tokenizer_path: str | None = None,
     quantize: str | None = None,
     group_size: int | None = None,
+    symmetric: bool = False,
+    search: bool | None = None,
+    calibrate: str | None = None,
 ) -> None:
     """Write the checkpoint in SRC, in either layout, to the new folder DST.
 
@@ -30,7 +44,44 @@ def convert(
         tokenizer_path: tokenizer.model; by default the one in src or one folder up
         quantize: int8 or int4, for meta: the matrices are stored quantized, and loaded as they are stored
         group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
+        symmetric: int4 without a minimum of each group, half a bit less for each weight in groups of 32
+        search: search each group's scale for the least squared error; by default for int4
+        calibrate: a text in UTF-8, or auto for one that the model writes: round so that what the model makes of it
+            changes least
     """
     folder = check_path(src, "src", "folder")
     asked = None if dtype is None else parallel.as_dtype(dtype)
-    checkpoint_convert.convert(folder, Path(dst), to, mp, asked, tokenizer_path, quantize, group_size)
+    named = {"symmetric": symmetric, "search": search, "calibrate": calibrate}
+    if quantize is None and (alone := [name for name, value in named.items() if value]):
+        raise ValueError(f"{alone[0]} is of quantization; it needs --quantize int8 or int4")
+    for name, value in named.items():
+        if name != "calibrate" and value not in (None, True, False):
+            raise ValueError(f"{name} is {value!r}; it must be True or False")
+    if calibrate not in (None, "auto"):
+        calibrate = str(check_path(calibrate, "calibrate", "file"))
+    tokenizer = find_tokenizer(folder, tokenizer_path)
+
+    def text() -> list[int]:
+        if calibrate == "auto":
+            llama = Llama.build(folder, tokenizer, WINDOW, AT_ONCE)
+            return own_text(llama.engine, llama.tokenizer.bos_id, llama.tokenizer.eos_id, OWN)
+        return Tokenizer(tokenizer).encode(Path(str(calibrate)).read_text("utf-8"), bos=True, eos=False)
+
+    searched = quantize == "int4" if search is None else search
+    given = (asked, tokenizer, quantize, group_size, symmetric, searched, text if calibrate else None)
+    checkpoint_convert.convert(folder, Path(dst), to, mp, *given)
+
+
+def own_text(engine: Engine, bos: int, eos: int, count: int) -> list[int]:
+    """At least `count` ids that a model samples at temperature 1, in texts that begin with BOS."""
+    ids: list[int] = []
+    seed, limit = 0, min(WINDOW, engine.model.params.max_seq_len)
+    with tqdm(desc="writing", total=count, unit="token", disable=None, leave=False) as bar:
+        while len(ids) < count:
+            seeds = range(seed, seed + -(-(count - len(ids)) // limit))
+            requests = [Request([bos], limit, SamplingParams(temperature=1.0, seed=seed), (eos,)) for seed in seeds]
+            for events in engine.run(requests):
+                bar.update(sum(len(event.tokens) for event in events))
+            ids += [id for request in requests for id in request.ids]
+            seed = seeds.stop
+    return ids

@@ -1,0 +1,171 @@
+"""Rounding a model's matrices so that what they compute changes least, by a text that goes through it layer by layer.
+
+GPTQ (Frantar et al. 2022, arXiv 2210.17323). For inputs X (tokens, in) of a matrix W (out, in), rounding that changes W
+by E changes its outputs by X Eᵀ, whose squares sum to the trace of E H Eᵀ with H = Xᵀ X, the Hessian. Columns are
+rounded one by one, the most important first, and those that are left take up what has gone wrong so far. With H = U Uᵀ,
+U upper triangular, the sum is that of (E U)², and column j of it is 0 where
+
+    E[:, j] = -sum over i < j of E[:, i] U[i, j] / U[j, j]
+
+so that this is what is added to column j of W before it is rounded. Scale and min of each group are fixed before, by
+`quantized.search` with H's diagonal as the importance of columns. A layer's inputs come from layers that are rounded
+already. One layer's weights are in memory at a time, in float32, and its activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backends.quantized import Quantized, Scheme, assign, dequantize, numbers, quantize, search, stack, values
+from ..batch import Batch, groups
+from ..model import Layout, ModelArgs, TransformerBlock, rope_frequencies
+from ..parallel import init_model_parallel
+from .load import Weights
+from .plan import shapes, shard_dim
+
+WINDOW = 256  # tokens of a text that attend to each other
+LEAST, MOST = 1024, 16384  # tokens of a text: fewer say too little of a matrix's inputs; more are left out
+TOGETHER = 4  # windows that are computed at a time
+ROWS = 4096  # of a matrix that are rounded at a time
+BLOCK = 128  # columns whose errors are carried on one by one; to those behind them they are carried at once
+
+
+def windows(ids: Sequence[int], vocab_size: int) -> Tensor:
+    """A text, cut into rows (B, WINDOW). ValueError for one that is too short."""
+    if len(ids) < LEAST:
+        raise ValueError(f"the text to calibrate with has {len(ids):,} tokens; at least {LEAST:,} are needed")
+    tokens = torch.tensor(ids[: min(len(ids), MOST) // WINDOW * WINDOW]).view(-1, WINDOW)
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(f"the text to calibrate with holds ids outside of 0 to {vocab_size - 1}")
+    return tokens
+
+
+@torch.inference_mode()
+def calibrated(
+    weights: Weights, args: ModelArgs, scheme: Scheme, text: Tensor, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Quantized]]:
+    """The name of each matrix, and the matrix rounded, from the first layer's on, by a text of `windows`.
+    FloatingPointError names a matrix whose inputs are not finite."""
+    init_model_parallel(1)
+    layouts = [layout(part, args) for part in text.to(device).split(TOGETHER)]
+    table = read(weights, "tok_embeddings.weight", args)
+    x = [F.embedding(one.batch.tokens.cpu(), table).to(device) for one in layouts]
+    for i in range(args.n_layers):
+        with torch.device("meta"):
+            layer = TransformerBlock(args)
+        prefix = f"layers.{i}."
+        found = {name: read(weights, prefix + name, args).to(device) for name, _ in layer.named_parameters()}
+        layer.load_state_dict(found, assign=True)
+        for name, matrix in through(layer, x, layouts, scheme):
+            yield prefix + name, matrix
+        weights.release()
+    norm = read(weights, "norm.weight", args).to(device)
+    hessian = moments("output.weight", (F.rms_norm(part, norm.shape, norm, args.norm_eps) for part in x))
+    yield "output.weight", gptq(read(weights, "output.weight", args), hessian, scheme.of("output.weight"))
+
+
+def layout(tokens: Tensor, args: ModelArgs) -> Layout:
+    batch = Batch.rows(tokens, 0, args)
+    return Layout(batch, rope_frequencies(batch.positions, args.head_dim, args.rope_theta), groups(batch))
+
+
+def read(weights: Weights, name: str, args: ModelArgs) -> Tensor:
+    shape = shapes(args)[name]
+    return weights.read(name, shape, 0, shape[shard_dim(name) or 0], torch.float32)
+
+
+def through(
+    layer: TransformerBlock, x: list[Tensor], layouts: Sequence[Layout], scheme: Scheme
+) -> Iterator[tuple[str, Quantized]]:
+    """Round a layer's matrices in the order in which they are multiplied by, each with the inputs that those before it
+    give, and replace the inputs `x` of the layer by its outputs."""
+
+    def fit(names: Sequence[str], inputs: Iterable[Tensor]) -> Iterator[tuple[str, Quantized]]:
+        hessian = moments(names[0], inputs)
+        for name in names:
+            linear = layer.get_submodule(name.removesuffix(".weight"))
+            matrix = gptq(linear.weight, hessian, scheme)  # type: ignore[arg-type]
+            linear.weight = nn.Parameter(dequantize(matrix).to(x[0].device), requires_grad=False)
+            yield name, matrix
+
+    attention, feed_forward = layer.attention, layer.feed_forward
+    normed = [layer.attention_norm(part) for part in x]
+    yield from fit([f"attention.{name}.weight" for name in ("wq", "wk", "wv")], normed)
+    wo, attention.wo = attention.wo, nn.Identity()  # type: ignore[assignment]
+    mixed = [attention(part, one) for part, one in zip(normed, layouts, strict=True)]
+    attention.wo = wo
+    yield from fit(["attention.wo.weight"], mixed)
+    x[:] = [part + wo(y) for part, y in zip(x, mixed, strict=True)]
+    normed = [layer.ffn_norm(part) for part in x]
+    yield from fit([f"feed_forward.{name}.weight" for name in ("w1", "w3")], normed)
+    w2, feed_forward.w2 = feed_forward.w2, nn.Identity()  # type: ignore[assignment]
+    gated = [feed_forward(part) for part in normed]
+    feed_forward.w2 = w2
+    yield from fit(["feed_forward.w2.weight"], gated)
+    x[:] = [part + w2(y) for part, y in zip(x, gated, strict=True)]
+
+
+def moments(name: str, inputs: Iterable[Tensor]) -> Tensor:
+    """The sum of X^T X (in, in) of inputs X (tokens, in) of the matrix `name`."""
+    total = sum(x.t() @ x for x in inputs)
+    assert isinstance(total, Tensor)
+    if not total.isfinite().all():
+        raise FloatingPointError(f"the text to calibrate with gives {name} inputs that are NaN or infinite")
+    return total
+
+
+def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
+    """A matrix (out, in), on any device, rounded for inputs with this Hessian (in, in), on the CPU. What each row gives
+    is never further off, by these inputs, than what rounding it to the nearest numbers does."""
+    hessian, upper, order = factor(hessian)
+    ratios = upper / upper.diagonal()
+    found = [round_rows(rows, hessian, ratios, order, scheme) for rows in weight.to(hessian).split(ROWS)]
+    return Quantized(*(None if part is None else part.cpu() for part in stack(found)))  # type: ignore[arg-type]
+
+
+def factor(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The Hessian, damped so that it can be divided by; the upper triangular U with U U^T = H in the order of columns;
+    and this order, by importance. A column whose inputs are 0 is left to itself."""
+    mean, share = hessian.diagonal().mean().clamp(min=1e-20), 0.01
+    while True:
+        damped = hessian + torch.diag((mean * share).expand(len(hessian)))
+        order = damped.diagonal().argsort(descending=True, stable=True)
+        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order].flip(0, 1))
+        if not failed:
+            return damped, lower.flip(0, 1), order
+        share *= 10
+
+
+def round_rows(weight: Tensor, hessian: Tensor, ratios: Tensor, order: Tensor, scheme: Scheme) -> Quantized:
+    """Rows (out, in) of a matrix; `ratios` are U[i, j] / U[j, j]."""
+    columns = weight.shape[1]
+    shaped = weight.unflatten(1, (-1, scheme.columns(columns)))  # (out, groups, columns)
+    scale, least = search(shaped, scheme, hessian.diagonal())
+
+    def by_column(part: Tensor) -> Tensor:  # (out, groups, 1 or columns) -> (in, out), in order
+        return part.expand_as(shaped).flatten(1).t()[order]
+
+    exact, step, low = by_column(shaped), by_column(scale), None if least is None else by_column(least)
+    error, q = torch.zeros_like(exact), torch.empty_like(exact)
+    for begin in range(0, columns, BLOCK):
+        end = min(begin + BLOCK, columns)
+        wanted = exact[begin:end] + ratios[:begin, begin:end].t() @ error[:begin]
+        for j in range(begin, end):
+            column = wanted[j - begin] + ratios[begin:j, j] @ error[begin:j]
+            q[j] = numbers(column, step[j], None if low is None else low[j], scheme)
+            error[j] = exact[j] - values(q[j], step[j], None if low is None else low[j])
+    found = assign(q[order.argsort()].t().unflatten(1, shaped.shape[1:]), scale, least, scheme)
+    nearest = quantize(weight, scheme)
+    worse = loss(found, weight, hessian) > loss(nearest, weight, hessian)
+    parts = ((a, b) for a, b in zip(found, nearest, strict=True) if a is not None and b is not None)
+    return Quantized(*(torch.where(worse, b, a) for a, b in parts))
+
+
+def loss(rounded: Quantized, weight: Tensor, hessian: Tensor) -> Tensor:
+    """The squared change (out, 1) of each output."""
+    error = dequantize(rounded) - weight
+    return ((error @ hessian) * error).sum(-1, keepdim=True)
