@@ -122,7 +122,7 @@ def search(groups: Tensor, scheme: Scheme, importance: Tensor) -> tuple[Tensor, 
     h = importance.float().view(groups.shape[1:])
     best = scale, least = extremes(groups, scheme)
     lowest = torch.full_like(scale, torch.inf, dtype=torch.float32)
-    for share in (1.1, 1.0, 0.9, 0.8, 0.7):
+    for share in (1.0, 1.1, 0.9, 0.8, 0.7):
         scale, least = extremes(groups * share, scheme)
         for _ in range(4):
             q = numbers(groups, scale, least, scheme)

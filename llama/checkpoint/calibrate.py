@@ -60,8 +60,7 @@ def calibrated(
         prefix = f"layers.{i}."
         found = {name: read(weights, prefix + name, args).to(device) for name, _ in layer.named_parameters()}
         layer.load_state_dict(found, assign=True)
-        for name, matrix in through(layer, x, layouts, scheme):
-            yield prefix + name, matrix
+        yield from through(layer, prefix, x, layouts, scheme)
         weights.release()
     norm = read(weights, "norm.weight", args).to(device)
     hessian = moments("output.weight", (F.rms_norm(part, norm.shape, norm, args.norm_eps) for part in x))
@@ -79,33 +78,33 @@ def read(weights: Weights, name: str, args: ModelArgs) -> Tensor:
 
 
 def through(
-    layer: TransformerBlock, x: list[Tensor], layouts: Sequence[Layout], scheme: Scheme
+    layer: TransformerBlock, prefix: str, x: list[Tensor], layouts: Sequence[Layout], scheme: Scheme
 ) -> Iterator[tuple[str, Quantized]]:
     """Round a layer's matrices in the order in which they are multiplied by, each with the inputs that those before it
     give, and replace the inputs `x` of the layer by its outputs."""
 
     def fit(names: Sequence[str], inputs: Iterable[Tensor]) -> Iterator[tuple[str, Quantized]]:
-        hessian = moments(names[0], inputs)
+        hessian = moments(f"{prefix}{names[0]}.weight", inputs)
         for name in names:
-            linear = layer.get_submodule(name.removesuffix(".weight"))
+            linear = layer.get_submodule(name)
             matrix = gptq(linear.weight, hessian, scheme)  # type: ignore[arg-type]
             linear.weight = nn.Parameter(dequantize(matrix).to(x[0].device), requires_grad=False)
-            yield name, matrix
+            yield f"{prefix}{name}.weight", matrix
 
     attention, feed_forward = layer.attention, layer.feed_forward
     normed = [layer.attention_norm(part) for part in x]
-    yield from fit([f"attention.{name}.weight" for name in ("wq", "wk", "wv")], normed)
+    yield from fit([f"attention.{name}" for name in ("wq", "wk", "wv")], normed)
     wo, attention.wo = attention.wo, nn.Identity()  # type: ignore[assignment]
     mixed = [attention(part, one) for part, one in zip(normed, layouts, strict=True)]
     attention.wo = wo
-    yield from fit(["attention.wo.weight"], mixed)
+    yield from fit(["attention.wo"], mixed)
     x[:] = [part + wo(y) for part, y in zip(x, mixed, strict=True)]
     normed = [layer.ffn_norm(part) for part in x]
-    yield from fit([f"feed_forward.{name}.weight" for name in ("w1", "w3")], normed)
+    yield from fit([f"feed_forward.{name}" for name in ("w1", "w3")], normed)
     w2, feed_forward.w2 = feed_forward.w2, nn.Identity()  # type: ignore[assignment]
     gated = [feed_forward(part) for part in normed]
     feed_forward.w2 = w2
-    yield from fit(["feed_forward.w2.weight"], gated)
+    yield from fit(["feed_forward.w2"], gated)
     x[:] = [part + w2(y) for part, y in zip(x, gated, strict=True)]
 
 

@@ -200,7 +200,11 @@ class Checkpoint:
         """The scheme to load in: the one asked for, or the one that the weights were saved in. ValueError if these
         differ."""
         asked = scheme(quantize, group_size, symmetric)
-        if asked and self.scheme and (asked.bits, group_size or self.scheme.group) != self.scheme[:2]:
+        if (
+            asked
+            and self.scheme
+            and ((asked.bits, group_size or self.scheme.group) != self.scheme[:2] or symmetric > self.scheme.symmetric)
+        ):
             raise ValueError(f"{self.folder} is quantized already, to {self.scheme}; it cannot become {asked}")
         return self.scheme or asked
 
