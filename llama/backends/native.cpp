@@ -171,7 +171,10 @@ static void round_row(const float *x, T *q, float *scale, float *sums, int64_t i
             total += n;
             if (sizeof(T) == 2) {
                 auto pairs = __builtin_convertvector(n, Vector<int16_t, BYTES / 2>::type);
-                for (int i = 0; i < L; i += 4) std::swap(pairs[i + 1], pairs[i + 2]);
+                for (int i = 0; i < L; i += 4) {
+                    const int16_t second = pairs[i + 1];
+                    pairs[i + 1] = pairs[i + 2], pairs[i + 2] = second;
+                }
                 put(q + k, pairs);
             } else {
                 put(q + k, __builtin_convertvector(n, Vector<int8_t, BYTES / 4>::type));

@@ -325,7 +325,8 @@ class Cuda(Dequantized):
         q, scale, least = self.weight
         if least is None and weight.bits == 4:
             least = -8 * scale
-        self.matrix = Matrix(q.contiguous(), scale.contiguous(), least, weight.bits, self.shape[1] // scale.shape[1])
+        group = self.shape[1] // scale.shape[1] if weight.bits == 4 else 0
+        self.matrix = Matrix(q.contiguous(), scale.contiguous(), least, weight.bits, group)
         del self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
