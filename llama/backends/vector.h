@@ -148,9 +148,10 @@ INLINE float largest(F x) {
 INLINE F exp(F x) {
     const F low = splat(-87.0f), high = splat(88.0f);
     x = low > x ? low : high < x ? high : x;
-    const F n = (x * 1.44269504f + 12582912.0f) - 12582912.0f, f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const F biased = x * 1.44269504f + 12582912.0f, n = biased - 12582912.0f;  // n also in the low bits of `biased`
+    const F f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     const F e = (((((f / 720 + 1.0f / 120) * f + 1.0f / 24) * f + 1.0f / 6) * f + 0.5f) * f + 1) * f + 1;
-    return (F)((I)e + (__builtin_convertvector(n, I) << 23));
+    return x == x ? (F)((I)e + (((I)biased - 0x4B400000) << 23)) : x;
 }
 
 // --- dot products of bytes: to each of L sums, four products of neighbours are added
