@@ -647,8 +647,8 @@ struct Model : torch::CustomClassHolder {
         layers.push_back({attention_norm, qkv, wo, ffn_norm, w13, w2, cache});
     }
 
-    // The last layer's output (N, dim) for N tokens: those of spans, one behind the other, each of which is given by the
-    // row, the position and the number of its tokens.
+    // The last layer's output (N, dim) of a packed batch of N tokens. `places` has three numbers for each sequence: its
+    // slot, the position of its first token, and how many tokens it has.
     Tensor hidden(const Tensor &tokens, const std::vector<int64_t> &places) const {
         const int64_t N = tokens.numel(), dim = embeddings.size(1);
         const std::vector<Span> where = spans(places, N);
