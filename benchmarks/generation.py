@@ -103,7 +103,7 @@ def prefix(repeats: int) -> None:
 
 
 def lookup(repeats: int) -> None:
-    """What follows a token is made to depend on it alone, in circles of so many tokens that a text repeats, or not."""
+    """Make the next token depend on the last one alone, in cycles that are short, so that a text repeats, or long."""
     model = shaped("110M", 1, 640)
     layers: Any = model.layers
     for layer in layers:

@@ -115,9 +115,8 @@ class Chat:
         self.dialog = dialog[:-1] if reason == "refused" else [*dialog, {"role": "assistant", "content": said}]
 
     def fitting(self, dialog: Sequence[Message]) -> list[Message]:
-        """A dialog without its oldest turns, where it leaves no space for an answer. If some must go, so many go that
-        half of the context is free and the next turns need not begin anew. ValueError where none that could go are
-        left, and still no space."""
+        """Drop the oldest turns of a dialog that leaves no space for an answer, until half of the context is free, so
+        that the next turns drop none and reuse the cache. Raises ValueError if the last turn alone leaves no space."""
         space = self.llama.model.params.max_seq_len
         answer = min(self.most, space // 4 if self.options["max_gen_len"] is None else space // 2)
         tokenizer, first = self.llama.tokenizer, int(dialog[0]["role"] == "system")

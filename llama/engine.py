@@ -48,7 +48,7 @@ class Pass(NamedTuple):
     # were, then on several ranks whether requests must go.
     read: Callable[[], list[int]]
     logprobs: Callable[[], list[float]] | None
-    failed: list[Request]  # who observed what was not finite
+    failed: list[Request]  # their observers found values that are not finite
 
 
 class Engine:
@@ -244,7 +244,7 @@ class Engine:
     # A pass
 
     def _sample(self, rows: list[Row], hidden: Tensor) -> Pass:
-        """Sample by hidden states (N, dim); nothing here waits for a GPU, but for requests that observe."""
+        """Sample by hidden states (N, dim). This does not wait for a GPU, unless a request has an observer."""
         at, index, failed, sound = 0, list[int](), [], list[Tensor]()
         for row in rows:
             if row.of_prompt:

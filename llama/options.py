@@ -65,7 +65,7 @@ class Options(TypedDict, total=False):
     seed: int | Sequence[int | None] | None
     stop: str | Sequence[str] | Sequence[Sequence[str]]  # strings before which a text ends; a list of str is for all
     stop_token_ids: Sequence[int] | Sequence[Sequence[int]]  # ids before which it ends; a list of int is for all
-    min_gen_len: int | Sequence[int]  # tokens before which it does not end, but for max_gen_len
+    min_gen_len: int | Sequence[int]  # the least number of new tokens, unless max_gen_len is smaller
     prompt_lookup: int  # draft tokens, copied from the text so far, tried with each step: the same tokens, sooner
 
 

@@ -132,7 +132,7 @@ class Ranks(NamedTuple):
     size: int = 1
     rank: int = 0  # this process's place among them
     first: int = 0  # the global rank of their first
-    group: Any = None  # what they speak through; one process needs none
+    group: Any = None  # their process group; None for one process
     world: Any = None  # the default group that `group` is a part of
 
 

@@ -30,7 +30,7 @@ class Event(NamedTuple):
     """What a step has brought one of several requests."""
 
     row: int  # the number of its prompt
-    text: str = ""  # final: it lags behind tokens that are part of a character or perhaps of a stop string
+    text: str = ""  # final: tokens that may be part of a character or of a stop string are held back
     tokens: list[int] = []  # noqa: RUF012 - never changed
     logprobs: list[float] = []  # noqa: RUF012 - of each token, if asked for
     finish_reason: str | None = None  # "eos", "stop", "length" or "refused": once, at the end

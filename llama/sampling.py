@@ -203,7 +203,7 @@ class Sampler:
 
     def candidates(self, logits: Tensor, probs: Tensor, rows: Rows) -> Tensor:
         """Ids (B, M) by falling logits, of which high temperatures make equal probabilities; equals in the order of
-        their ids. They are as many as can matter to any row."""
+        their ids. M is large enough for the settings of every row."""
         M = max(FEW, 64 + max(row.top_k for row in rows.params))
         if M < logits.shape[-1] and logits.device.type != "cuda":  # to ask there what is enough would wait for it
             top_k, top_p, min_p = rows.filters

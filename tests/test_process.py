@@ -283,9 +283,16 @@ def main():
 
 script.run(main)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    number = getattr(signal, name)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup it is ignored
+    )
     assert process.stdout.readline() == "now\n"
-    process.send_signal(getattr(signal, name))
+    process.send_signal(number)
     assert process.communicate(timeout=30) == ("", "")
     assert process.returncode == 128 + getattr(signal, name)
     assert [*tmp_path.iterdir()] == []

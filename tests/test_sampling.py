@@ -256,8 +256,9 @@ def test_each_row_of_a_batch_is_filtered_as_transformers_filters_it_alone(vocab_
         if not sampling.excludes(row):
             continue
         expected = transformers_distribution(alone, row)
-        assert (found - expected).abs().sum() < 2e-3  # sums that are rounded otherwise may move the last token
-        assert torch.equal(found, distribution(alone[None], [row])[0])
+        # Sums that are rounded otherwise may move the last token; a row alone is rounded otherwise on some CPUs.
+        assert (found - expected).abs().sum() < 2e-3
+        assert (found - distribution(alone[None], [row])[0]).abs().sum() < 1e-4
 
 
 def test_top_k_beside_a_row_without():

@@ -33,8 +33,8 @@ def copy_slot(model: Transformer, source: int, target: int, length: int) -> None
 
 
 class Called:
-    """A Transformer whose own `forward` has hooks or is a user's, called as its callers do: with tokens (B, T), whose
-    rows it sees in slots from 0 on. What passes for hidden states holds the logits too."""
+    """A Transformer whose own `forward` has hooks or is a user's. It is called with tokens (B, T), as a user calls it,
+    and sees their rows in slots from 0 on. `hidden` returns hidden states and logits side by side (N, dim + V)."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -61,8 +61,8 @@ class Called:
 log = logging.getLogger(__name__)
 OURS: set[type[nn.Module]] = {Transformer, TransformerBlock, Attention, FeedForward, KVCache, RMSNorm, nn.ModuleList}
 OURS |= {layers.ColumnParallelLinear, layers.RowParallelLinear, layers.ParallelEmbedding}
-FORWARD = {module: module.forward for module in OURS}  # which a user may replace in the class too
-LARGE = 50e6  # bytes of weights from which on a CPU compiling pays, though nobody asks for it
+FORWARD = {module: module.forward for module in OURS}  # a user may replace it in the class
+LARGE = 50e6  # bytes of weights above which a CPU's model is compiled by default
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 

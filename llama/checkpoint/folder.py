@@ -93,8 +93,8 @@ class Checkpoint:
         return args
 
     def trim(self, n_words: int) -> int:
-        """Leave out the rows of a vocabulary behind the tokenizer's, which others add so that their number is a
-        multiple of something, or for padding. ValueError names tokens that mean something."""
+        """Ignore rows of the vocabulary beyond the tokenizer's pieces: padding tokens, or rows that round their number
+        up. ValueError names added tokens other than padding."""
         path = self.folder / "added_tokens.json"
         added = read_json(path) if path.exists() else {}
         if odd := [token for token, id in added.items() if id >= n_words and "pad" not in token.lower()]:

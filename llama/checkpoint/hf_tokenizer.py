@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a SentencePiece model says of itself."""
+    """The fields of a SentencePiece model."""
 
     pieces: list[Piece]
     trainer: dict[int, Any]
@@ -98,7 +98,7 @@ def tokenizer_files(sp: SentencePieceProcessor) -> dict[str, dict[str, Any]]:
             "end_of_word_suffix": None,
             "fuse_unk": True,
             "byte_fallback": bool(model.trainer.get(BYTE_FALLBACK)),
-            "ignore_merges": bool(symbols),  # a user-defined piece is a word, and not of merges
+            "ignore_merges": bool(symbols),  # a user-defined piece has no merges
             "unk_token": names["unk_token"],
             "vocab": {text: i for i, text in enumerate(texts)},
             "merges": [[merge.left, merge.right] for merge in merges],
@@ -161,8 +161,9 @@ def merges_of(pieces: Sequence[Piece]) -> list[Merge]:
 
 
 def leftmost_first(merges: list[Merge]) -> list[Merge]:
-    """Merges of equal score, in an order in which a merge comes before those that need its right half as their left:
-    of a b d, SentencePiece merges a b. As given where there is no such order, and of so many that there is none."""
+    """Sort merges of equal score so that a merge comes before those whose left half is its right half: in the text
+    a b d, SentencePiece merges a b first. Where no such order exists, the order stays. More than 10,000 merges, as in a
+    model in which all scores are equal, are not sorted."""
     if len({merge.id for merge in merges}) == 1 or len(merges) > 10_000:
         return merges
     starting: dict[str, list[Merge]] = {}
@@ -196,7 +197,7 @@ def normalizers(sp: SentencePieceProcessor, spec: dict[int, Any]) -> list[dict[s
 
 
 def normalized(sp: SentencePieceProcessor, texts: list[str]) -> list[str]:
-    """What SentencePiece makes of each text inside of another."""
+    """Each text as SentencePiece normalizes it inside a longer one."""
     found = (text.replace(SPACE, " ") for text in sp.normalize([f"0{text}0" for text in texts]))
     return [text[text.index("0") + 1 : text.rindex("0")] for text in found]
 

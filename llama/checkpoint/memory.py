@@ -59,7 +59,7 @@ def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Sche
 
 def available(device: torch.device, root: Path = Path("/")) -> int:
     """Free bytes of a device for this rank: of a GPU's memory, or of main memory divided by the ranks on this node.
-    What is only cached counts as free. 2**63 where the system does not report it."""
+    Page cache counts as free. 2**63 where the system does not report it."""
     if device.type == "cuda":  # blocks that torch keeps for its next tensors are free to this process
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -100,7 +100,7 @@ def cgroup_memory(root: Path) -> Iterator[int]:
         if controllers and "memory" not in controllers.split(","):
             continue
         top, names = root / "sys/fs/cgroup" / ("memory" if controllers else ""), V1 if controllers else V2
-        group = top / path.strip("/")  # in a container perhaps the host's path, of which only the top is here
+        group = top / path.strip("/")  # in some containers this is the host's path, and only `top` exists
         for folder in (group, *group.parents):
             limit, used, stat = (folder / name for name in names[:3])
             if folder.is_relative_to(top) and limit.exists() and (text := read_text(limit).strip()).isdecimal():

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-# How files begin (patterns) that came in place of others: what such a file is, and what to do.
+# Beginnings (patterns) of files that were saved in place of the expected one: what such a file is, and what to do.
 MISTAKEN = {
     b"version https://git-lfs": ("it is a git-lfs pointer", "run git lfs pull where it was cloned"),
     rb"<[!?a-zA-Z]": ("it is a web page", "download it again"),
@@ -53,7 +53,7 @@ def advice(folder: Path, cases: Mapping[str, str], otherwise: str) -> str:
 
 
 def mistaken(path: Path) -> tuple[str, str] | None:
-    """What a file is that came in place of another, and what to do; None if it does not look like that."""
+    """What a file is, and what to do, if it is not the expected one by how it begins; else None."""
     with path.open("rb") as file:
         start = file.read(200).removeprefix(codecs.BOM_UTF8).lstrip()
     return next((found for pattern, found in MISTAKEN.items() if re.match(pattern, start)), None)

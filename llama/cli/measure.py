@@ -285,7 +285,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes of the peak of memory so far: of a GPU, or of the whole process; 0 where the system does not tell."""
+    """Bytes of the peak of memory so far: of a GPU, or of the whole process; 0 where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

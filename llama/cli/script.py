@@ -32,14 +32,14 @@ def run(command: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
-        if launched() == 1:  # otherwise a rank that waits for another would be deaf
+        if launched() == 1:  # a rank that waits for another would not react to it
             end_on_signals()
         for call in parse(command, sys.argv[1:]):
             call()
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and a closed terminal end this process as an exception does, so that what is half written goes."""
+    """Let SIGTERM and a closed terminal end this process as an exception does, so that partial files are removed."""
 
     def end(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)
