@@ -123,10 +123,12 @@ def test_what_is_not_finite_stays_so_in_its_row(compiled):
 @pytest.mark.skipif(not cpu_has("avx512_vnni"), reason="oneDNN packs so for AVX-512 VNNI and AMX alone")
 @pytest.mark.parametrize("rows", [3, 12, 13, 70])
 def test_many_rows_of_eight_bits_are_onednns_where_it_multiplies_whole_matrices(rows):
-    """With AMX. The weights are held once: both read them where oneDNN has packed them."""
+    """With AMX. The weights are held once: both read them where oneDNN has packed them. oneDNN gets activations of 16
+    bits, native.cpp of 8."""
     weight, x = quantize(torch.randn(192, 320), Scheme(8)), torch.randn(2, rows, 320)
     tiles, packed = quantized.Tiles(weight), quantized.Packed(weight)
-    assert relative_error(tiles(x), packed(x)) < 1e-5
+    assert relative_error(tiles(x), F.linear(x, dequantize(weight))) < (1e-4 if 2 * rows > tiles.native_rows else 1e-2)
+    assert relative_error(packed(x), F.linear(x, dequantize(weight))) < 1e-2
     assert tiles.parts[0].data_ptr() == torch.ops.mkldnn.data_ptr(tiles.packed) == tiles.native.weight
 
 
@@ -217,7 +219,7 @@ def test_ranks_share_a_quantized_model(ranks, folder, tmp_path, world_size, kind
     expected = logits(build(folder, kind, 32).model)
     path = folder
     if saved:
-        path, flags = tmp_path / "saved", ("--group_size", 32, "--tokenizer_path", TOKENIZER)
+        path, flags = tmp_path / "saved", ("--nosearch", "--group_size", 32, "--tokenizer_path", TOKENIZER)
         assert not in_process(convert, folder, path, "--quantize", kind, *flags).returncode
     for found, _ in ranks(world_size).run(on_ranks, path, None if saved else kind):
         assert relative_error(found, expected) < 0.04  # each rank rounds activations of its own

@@ -61,7 +61,7 @@ def load(made: Path) -> Any:
     lib, pointer, i64 = ctypes.CDLL(str(made)), ctypes.c_void_p, ctypes.c_int64
     lib.llama_instructions.restype = ctypes.c_char_p
     lib.llama_embed.argtypes, lib.llama_embed.restype = (pointer, pointer, pointer, i64), i64
-    lib.llama_tile.argtypes, lib.llama_tile.restype = (i64, i64), i64
+    lib.llama_tile.restype = i64
     lib.llama_matmul.argtypes = pointer, pointer, pointer, i64
     lib.llama_attention.argtypes = pointer, i64, pointer, pointer, pointer, pointer, i64, i64
     lib.llama_feed_forward.argtypes = pointer, i64, pointer, pointer, pointer, i64

@@ -9,8 +9,8 @@
 //            columns 4 t .. in the low halves of the bytes, columns block / 2 + 4 t .. in the high halves
 //   scale    for each group, one number of each output; min the same
 //
-// A token's activations are rounded to 8 bits, with one scale for each group: x = scale q. So
-// w x = sum of scale_w scale_x (q_w q_x) + min scale_x (sum of q_x), where q_w q_x is a dot product of bytes.
+// A token's activations are rounded to 8 bits as well, x = scale q, with a scale for each 32 columns, or 16. So w x is the
+// sum of scale_w scale_x (q_w q_x) + min_w x, where q_w q_x is a dot product of bytes.
 
 #include "threads.h"
 #include "vector.h"
@@ -146,22 +146,29 @@ static void float_matmul(const T *w, const float *x, float *y, int64_t rows, int
 // --------------------------------------------------------------------------------------------------------------------
 // Matmuls of integers
 
-// Outputs of a tile. Where groups are long, sums of floats may leave the registers while integers are summed, which
-// leaves space for a wide tile.
-static int64_t tile_size(int64_t bits, int64_t group) { return bits == 8 && group >= 256 ? WIDE_V * L : INT_V * L; }
+constexpr int TILE_N = TILE_V * L;  // outputs of a tile
 
-struct Row {       // of x, rounded
-    const void *q;  // Int8 or, for weights of 4 bits, int8_t
-    const float *scale, *sum;  // of each group: NaN where x is not finite; the sum of q
+// Rows of x in 8 bits. Their groups are 32 columns, or 16, whatever the weights' are: large activations are few, and
+// take precision from those in their own group alone.
+struct Row {
+    void *q;         // Int8 or, for weights of 4 bits, int8_t
+    float *scale;    // of each group; NaN where x is not finite
+    int32_t *start;  // of each group: its sum of q times what the weights' numbers have more than they stand for, negative
+    float *total;    // of each group of the weights: the sum of scale q
 };
 
+static int64_t group_of_x(const Matrix &m) { return m.group % 32 ? 16 : 32; }
+
 template <typename T>
-static void round_row(const float *x, T *q, float *scale, float *sums, int64_t in, int64_t group) {
-    for (int64_t g = 0; g < in / group; g++, x += group, q += group) {
-        F most = splat(1e-30f), zero = {};
+static void round_row(const float *x, const Matrix &m, T *q, const Row &to) {
+    const int64_t group = group_of_x(m);
+    const int32_t zero = m.kind == INT8 ? BIAS : m.zero;
+    std::fill_n(to.total, m.in / m.group, 0.0f);
+    for (int64_t g = 0; g < m.in / group; g++, x += group, q += group) {
+        F most = splat(1e-30f), nothing = {};
         for (int64_t k = 0; k < group; k += L) {
             most = larger(most, magnitude(load(x + k)));
-            zero += load(x + k) * 0.0f;
+            nothing += load(x + k) * 0.0f;
         }
         const float s = largest(most) / 127;
         I total = {};
@@ -180,111 +187,115 @@ static void round_row(const float *x, T *q, float *scale, float *sums, int64_t i
                 put(q + k, __builtin_convertvector(n, Vector<int8_t, BYTES / 4>::type));
             }
         }
-        scale[g] = s + sum(zero), sums[g] = sum(__builtin_convertvector(total, F));
+        const float all = sum(__builtin_convertvector(total, F));
+        to.scale[g] = s + sum(nothing), to.start[g] = -zero * (int32_t)all;
+        to.total[g * group / m.group] += to.scale[g] * all;
     }
 }
 
-// Dot products of a tile's group with R rows; `w` moves on to the next group.
-template <int R, int V>
-INLINE void int8_dots(const uint8_t *&w, const Row *x, int64_t begin, int64_t end, I (&dots)[R][V]) {
-    for (int64_t k = begin / 4; k < end / 4; k++, w += V * BYTES) {
-        for (int i = 0; i < V * BYTES; i += 64) prefetch(w + i + 4096);
+// Dot products of `group` columns of V vectors of a tile with R rows.
+template <int group, int R, int V>
+INLINE void int8_dots(const uint8_t *w, bool cold, const Row *x, int64_t begin, I (&dots)[R][V]) {
+#pragma GCC unroll 8
+    for (int k = 0; k < group / 4; k++, w += TILE_N * 4) {
+        for (int i = 0; cold && i < V * BYTES; i += 64) prefetch(w + i + 4096);
         for (int half = 0; half < HALVES; half++) {
             B weights[V];
             for (int v = 0; v < V; v++) weights[v] = columns(get<B>(w + v * BYTES), half);
             for (int r = 0; r < R; r++) {
-                const I row = splat(get<int32_t>((const int32_t *)x[r].q + k * HALVES + half));
+                const I row = splat(get<int32_t>((const int32_t *)x[r].q + (begin / 4 + k) * HALVES + half));
                 for (int v = 0; v < V; v++) dots[r][v] = dot8(dots[r][v], weights[v], row);
             }
         }
     }
 }
-template <int block, int R, int V>
-INLINE void int4_dots(const uint8_t *&w, const Row *x, int64_t begin, int64_t end, I (&dots)[R][V]) {
-    for (int64_t k = begin; k < end; k += block) {
-        I part[R][V];
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) part[r][v] = HALVES == 2 ? I{} : dots[r][v];
+template <int group, int R, int V>
+INLINE void int4_dots(const uint8_t *w, bool cold, const Row *x, int64_t begin, I (&dots)[R][V]) {
+    I part[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) part[r][v] = HALVES == 2 ? I{} : dots[r][v];
 #pragma GCC unroll 4
-        for (int t = 0; t < block / 8; t++, w += V * BYTES) {
-            for (int i = 0; i < V * BYTES; i += 64) prefetch(w + i + 4096);
-            for (int half = 0; half < 2; half++) {
-                B weights[V];
-                for (int v = 0; v < V; v++) {
-                    const B both = get<B>(w + v * BYTES);
-                    weights[v] = (half ? (B)((I16)both >> 4) : both) & 15;
-                }
-                for (int r = 0; r < R; r++) {
-                    const I row = splat(get<int32_t>((const int8_t *)x[r].q + k + half * block / 2 + 4 * t));
-                    for (int v = 0; v < V; v++) part[r][v] = dot4(part[r][v], weights[v], row);
-                }
+    for (int t = 0; t < group / 8; t++, w += TILE_N * 4) {
+        for (int i = 0; cold && i < V * BYTES; i += 64) prefetch(w + i + 4096);
+        for (int half = 0; half < 2; half++) {
+            B weights[V];
+            for (int v = 0; v < V; v++) {
+                const B both = get<B>(w + v * BYTES);
+                weights[v] = (half ? (B)((I16)both >> 4) : both) & 15;
+            }
+            for (int r = 0; r < R; r++) {
+                const I row = splat(get<int32_t>((const int8_t *)x[r].q + begin + half * group / 2 + 4 * t));
+                for (int v = 0; v < V; v++) part[r][v] = dot4(part[r][v], weights[v], row);
             }
         }
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) dots[r][v] = HALVES == 2 ? widen(dots[r][v], part[r][v]) : part[r][v];
     }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) dots[r][v] = HALVES == 2 ? widen(dots[r][v], part[r][v]) : part[r][v];
 }
 
-// A tile's outputs, V vectors, of R rows; the first n are stored.
-template <int R, int V, int bits, int block>
-__attribute__((noinline)) static void int_rows(const Matrix &m, int64_t tile, const Row *x, float *y, int64_t stride,
-                                               int64_t n) {
-    constexpr int N = V * L;
-    const int64_t groups = m.in / m.group;
-    const uint8_t *w = (const uint8_t *)m.weight + tile * N * m.in * bits / 8;
-    const Half *scale = m.scale + tile * groups * N, *min = m.min ? m.min + tile * groups * N : nullptr;
-    const int32_t zero = bits == 8 ? BIAS : m.zero;
-    constexpr bool wide = bits == 8 && V == WIDE_V;  // sums of long groups are too large for a float to be exact
+// V vectors of a tile's outputs, from output `first` of the tile on, of R rows; the first n are stored. `cold`: the
+// weights come from memory.
+template <int R, int V, int bits, int group>
+__attribute__((noinline)) static void int_rows(const Matrix &m, int64_t tile, int64_t first, const Row *x, float *y,
+                                               int64_t stride, int64_t n, bool cold) {
+    const int64_t groups = m.in / m.group, begin = tile * groups * TILE_N + first;
+    const uint8_t *w = (const uint8_t *)m.weight + tile * TILE_N * m.in * bits / 8 + first * 4;
     F total[R][V] = {};
-    for (int64_t g = 0; g < groups; g++) {
-        I dots[R][V] = {};
-        if constexpr (bits == 8) int8_dots(w, x, g * m.group, (g + 1) * m.group, dots);
-        else int4_dots<block>(w, x, g * m.group, (g + 1) * m.group, dots);
+    for (int64_t g = 0, k = 0; g < groups; g++) {
+        F part[R][V] = {};
+        for (const int64_t end = k + m.group; k < end; k += group, w += TILE_N * group * bits / 8) {
+            I dots[R][V];
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < V; v++) dots[r][v] = splat(x[r].start[k / group]);
+            if constexpr (bits == 8) int8_dots<group>(w, cold, x, k, dots);
+            else int4_dots<group>(w, cold, x, k, dots);
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < V; v++) part[r][v] += __builtin_convertvector(dots[r][v], F) * x[r].scale[k / group];
+        }
         for (int v = 0; v < V; v++) {
-            const F s = load(scale + g * N + v * L);
-            const F low = (min ? load(min + g * N + v * L) : F{}) - (float)(wide ? 0 : zero) * s;
-            for (int r = 0; r < R; r++) {
-                const I dot = wide ? dots[r][v] - zero * (int32_t)x[r].sum[g] : dots[r][v];
-                const float by = x[r].scale[g];
-                total[r][v] += __builtin_convertvector(dot, F) * (s * by) + low * (by * x[r].sum[g]);
-            }
+            const F scale = load(m.scale + begin + g * TILE_N + v * L);
+            const F min = m.min ? load(m.min + begin + g * TILE_N + v * L) : F{};
+            for (int r = 0; r < R; r++) total[r][v] += part[r][v] * scale + min * x[r].total[g];
         }
     }
     for (int r = 0; r < R; r++)
         if (n >= V * L)
             for (int v = 0; v < V; v++) store(y + r * stride + v * L, total[r][v]);
-        else
+        else if (n > 0)
             memcpy(y + r * stride, total[r], n * sizeof(float));
 }
 
 // Rows of x as matrices like m take them, valid until the next call.
 static const Row *rounded(const Matrix &m, const float *x, int64_t rows) {
-    const int64_t groups = m.in / m.group, size = m.in * (m.kind == INT8 ? sizeof(Int8) : 1);
-    Row *row = (Row *)scratch<ROWS>(rows * (size + groups * 2 * sizeof(float) + sizeof(Row)) + 64);
-    float *scale = (float *)(row + rows), *sums = scale + rows * groups;
-    char *q = (char *)(sums + rows * groups);
+    const int64_t size = m.in * (m.kind == INT8 ? sizeof(Int8) : 1), groups = m.in / group_of_x(m), own = m.in / m.group;
+    char *memory = (char *)scratch<ROWS>(rows * (sizeof(Row) + size + (2 * groups + own) * sizeof(float)) + 64);
+    Row *row = (Row *)memory;
+    float *numbers = (float *)(row + rows);
+    char *q = (char *)(numbers + rows * (2 * groups + own));
     each_row(rows, m.in, [&](int64_t r) {
-        const auto round = [&](auto *to) { round_row(x + r * m.in, to, scale + r * groups, sums + r * groups, m.in, m.group); };
-        m.kind == INT8 ? round((Int8 *)(q + r * size)) : round((int8_t *)(q + r * size));
-        row[r] = {q + r * size, scale + r * groups, sums + r * groups};
+        float *at = numbers + r * (2 * groups + own);
+        row[r] = {q + r * size, at, (int32_t *)(at + groups), at + 2 * groups};
+        m.kind == INT8 ? round_row(x + r * m.in, m, (Int8 *)row[r].q, row[r]) : round_row(x + r * m.in, m, (int8_t *)row[r].q, row[r]);
     });
     return row;
 }
 
 static void int_matmul(const Matrix &m, const Row *row, float *y, int64_t rows, int64_t stride) {
-    const int64_t N = tile_size(m.kind == INT8 ? 8 : 4, m.group);
-    parallel_for((m.out + N - 1) / N, 1, [&](int64_t begin, int64_t end) {
+    parallel_for((m.out + TILE_N - 1) / TILE_N, 1, [&](int64_t begin, int64_t end) {
         for (int64_t r0 = 0; r0 < rows; r0 += ROW_BLOCK)
             for (int64_t tile = begin; tile < end; tile++) {
-                const auto by = [&](auto most, auto V, auto bits, auto block) {
+                const auto by = [&](auto bits, auto group) {
+                    constexpr int most = bits == 8 ? INT8_ROWS : INT4_ROWS;
                     in_steps<most>(r0, std::min(rows, r0 + ROW_BLOCK), [&](auto R, int64_t r) {
-                        int_rows<R, V, bits, block>(m, tile, row + r, y + r * stride + tile * N, stride, m.out - tile * N);
+                        constexpr int V = R * TILE_V > most * INT_V ? INT_V : TILE_V;
+                        for (int64_t first = 0; first < TILE_N; first += V * L) {
+                            const int64_t o = tile * TILE_N + first;
+                            int_rows<R, V, bits, group>(m, tile, first, row + r, y + r * stride + o, stride, m.out - o, r == 0);
+                        }
                     });
                 };
-                if (N == WIDE_V * L && m.kind == INT8) by(number<INT8_ROWS>, number<WIDE_V>, number<8>, number<0>);
-                else if (m.kind == INT8) by(number<INT8_ROWS>, number<INT_V>, number<8>, number<0>);
-                else if (m.group % 32) by(number<INT4_ROWS>, number<INT_V>, number<4>, number<16>);
-                else by(number<INT4_ROWS>, number<INT_V>, number<4>, number<32>);
+                if (m.kind == INT8) m.group % 32 ? by(number<8>, number<16>) : by(number<8>, number<32>);
+                else m.group % 32 ? by(number<4>, number<16>) : by(number<4>, number<32>);
             }
     });
 }
@@ -299,7 +310,8 @@ static void matmul(const Matrix *m, int count, const float *x, float *y, int64_t
         if (m[i].kind < INT8) {
             by_kind(m[i].kind, (void *)m[i].weight, [&](auto *w) { float_matmul(w, x, y, rows, m[i].out, m[i].in, out); });
         } else {
-            if (!row || m[i].kind != m[i - 1].kind || m[i].group != m[i - 1].group) row = rounded(m[i], x, rows);
+            const Matrix &last = m[std::max(0, i - 1)];
+            if (!row || last.kind != m[i].kind || last.group != m[i].group || last.zero != m[i].zero) row = rounded(m[i], x, rows);
             int_matmul(m[i], row, y, rows, out);
         }
     }
@@ -526,7 +538,7 @@ static void feed_forward_layer(const Model &m, const Layer &l, float *x, const f
 }
 
 extern "C" {
-int64_t llama_tile(int64_t bits, int64_t group) { return tile_size(bits, group); }
+int64_t llama_tile() { return TILE_N; }
 const char *llama_instructions() { return INSTRUCTIONS; }
 void llama_threads(int n) {
     if (n != pool->size()) pool->resize(n);
@@ -577,7 +589,7 @@ void llama_logits(const Model *m, float *x, float *logits, int64_t rows) {
 
 // q (out, in), a byte each -> tiles. Numbers of outputs that are missing in the last tile are 0.
 void llama_pack(int64_t bits, const uint8_t *q, uint8_t *to, int64_t out, int64_t in, int64_t group) {
-    const int64_t N = tile_size(bits, group), block = group % 32 ? 16 : 32, size = N * in * bits / 8;
+    const int64_t N = TILE_N, block = group % 32 ? 16 : 32, size = N * in * bits / 8;
     parallel_for((out + N - 1) / N, 1, [&](int64_t tile, int64_t end) {
         for (; tile < end; tile++) {
             uint8_t *at = to + tile * size;

@@ -233,14 +233,14 @@ class Dequantized:
 
 
 class Packed:
-    """Tiles that native.cpp multiplies by. Rows of x are rounded to 127ths of the largest number in each group of
-    theirs, so that what a row gives is its own affair."""
+    """Tiles that native.cpp multiplies by. Rows of x are rounded to 127ths of the largest number in each 32 columns, so
+    that a row's result does not depend on the others."""
 
     def __init__(self, weight: Quantized) -> None:
         from . import cpu
 
         (out, columns), groups, lib = weight.shape, weight.scale.shape[1], cpu.library()
-        self.shape, tile = weight.shape, lib.llama_tile(weight.bits, columns // groups)
+        self.shape, tile = weight.shape, lib.llama_tile()
         tiles = -(-out // tile)
 
         def tiled(part: Tensor) -> Tensor:  # (out, groups) -> (tiles, groups, tile)
@@ -274,7 +274,8 @@ class Packed:
 
 class Tiles(Packed):
     """The same on CPUs that multiply whole matrices of 8 bits (AMX): many rows by oneDNN, from the same memory. It
-    takes bytes without a sign, around 128."""
+    takes bytes without a sign, around 128, and one scale for a whole row of x: so each number of x is two, the second
+    one 254 times as fine."""
 
     native_rows = 12  # up to which native.cpp is faster
 
@@ -294,13 +295,16 @@ class Tiles(Packed):
         return super().__call__(x) if few else in_few_shapes(self.rounded, x)
 
     def rounded(self, x: Tensor) -> Tensor:
-        rows = x.float()
-        largest = rows.abs().amax(-1, keepdim=True)  # a row of zeros becomes nonsense, times 0
-        q = (rows * (127 / largest)).round_().add_(128).to(torch.uint8)
+        step = x.float().abs().amax(-1, keepdim=True) / 127  # 0 in a row of zeros, which become nonsense, times 0
+        numbers = x / step
+        coarse = numbers.round()
+        fine = numbers.sub_(coarse).mul_(254).round_()
+        q = torch.cat((coarse, fine)).add_(128).to(torch.uint8)
         y = torch.ops.onednn.qlinear_pointwise(
-            q, 1 / 127, 128, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            q, 1.0, 128, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return y.mul_(largest).type_as(x)
+        coarse, fine = y.chunk(2)
+        return coarse.add_(fine, alpha=1 / 254).mul_(step).type_as(x)
 
 
 class Rows:
