@@ -114,6 +114,13 @@ def llama_cpp_decoder(source: Source) -> Callable[[Rows], list[int]]:
     path = write_gguf(source, Path(folder.name) / "model.gguf")
     quiet = lib.llama_log_callback(lambda *args: None)
     lib.llama_log_set(quiet, ctypes.c_void_p())
+    if source.scheme:  # as llama-quantize does: with q4_0 the output matrix becomes q6_K
+        how, original = lib.llama_model_quantize_default_params(), path
+        how.ftype = lib.LLAMA_FTYPE_MOSTLY_Q8_0 if source.scheme.bits == 8 else lib.LLAMA_FTYPE_MOSTLY_Q4_0
+        path = path.with_name("quantized.gguf")
+        if lib.llama_model_quantize(str(original).encode(), str(path).encode(), how):
+            raise RuntimeError("llama.cpp did not quantize")
+        original.unlink()
     args, model = source.args, lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
     options = lib.llama_context_default_params()
     options.n_ctx = args.max_batch_size * args.max_seq_len
@@ -163,9 +170,7 @@ def write_gguf(source: Source, path: Path) -> Path:
 
     args = source.args
     types = gguf.GGMLQuantizationType
-    dtype = types.F32 if source.dtype == torch.float32 else types.F16
-    if source.scheme:
-        dtype = types.Q8_0 if source.scheme.bits == 8 else types.Q4_0
+    dtype = types.F32 if source.dtype == torch.float32 and not source.scheme else types.F16
     file = gguf.GGUFWriter(path, "llama")
     file.add_context_length(4096)
     file.add_embedding_length(args.dim)

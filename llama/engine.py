@@ -44,9 +44,10 @@ class Slot:
 class Pass(NamedTuple):
     rows: list[Row]
     ids: Tensor  # (M,) on the device, M the number of samples of all rows
-    # The ids, then for each whether its logits were finite, then for each row of a prompt whether its hidden states
-    # were, then on several ranks whether requests must go.
-    read: Callable[[], list[int]]
+    # The ids, then for each the sum of its logits, then for each row of a prompt the sum of its hidden states, which
+    # are not finite where one number is not; then on several ranks whether requests must go. In float32, which holds
+    # all ids below 2^24.
+    read: Callable[[], list[float]]
     logprobs: Callable[[], list[float]] | None
     failed: list[Request]  # their observers found values that are not finite
 
@@ -245,27 +246,27 @@ class Engine:
 
     def _sample(self, rows: list[Row], hidden: Tensor) -> Pass:
         """Sample by hidden states (N, dim). This does not wait for a GPU, unless a request has an observer."""
-        at, index, failed, sound = 0, list[int](), [], list[Tensor]()
+        at, index, failed, prompts = 0, list[int](), [], list[Tensor]()
         for row in rows:
             if row.of_prompt:
-                part = hidden[at : at + row.length]
-                sound.append(part.isfinite().all().view(1))
-                if row.request.observe and not row.request.observe(part, row.start, self.backend.logits):
+                prompts.append(hidden[at : at + row.length])
+                if row.request.observe and not row.request.observe(prompts[-1], row.start, self.backend.logits):
                     failed.append(row.request)
             at += row.length
             index += range(at - row.samples, at)
-        device = hidden.device
-        ids, chances = torch.empty(0, dtype=torch.long, device=device), None
-        finite = ids
-        if index:
-            logits = self.backend.logits(hidden if len(index) == len(hidden) else hidden[index])
-            ids = choose(logits, [row for row in rows if row.samples], self.sampler)
-            finite = logits.sum(-1).isfinite()  # what is not finite makes the sum so
-        message = torch.cat((ids, finite, *sound))
+        chances = None
+        ids = sums = torch.empty(0, dtype=torch.long, device=hidden.device)
+        logits = self.backend.logits(hidden if len(index) == len(hidden) else hidden[index]) if index else hidden
+        with backends.single_threaded(self.backend):
+            sound = [part.sum(dtype=torch.float32).view(1) for part in prompts]
+            if index:
+                ids = choose(logits, [row for row in rows if row.samples], self.sampler)
+                sums = logits.sum(-1)
+        message = torch.cat((ids.float(), sums, *sound))
         if world_size() > 1:
-            cancels = torch.tensor([len(self.cancelled) > 0]).to(device, non_blocking=True)
+            cancels = torch.tensor([len(self.cancelled) > 0]).to(hidden.device, non_blocking=True)
             message = broadcast(torch.cat((message, cancels)))
-            ids = message[: len(index)]
+            ids = message[: len(index)].long()
         if index and any(row.request.logprobs for row in rows):
             chances = to_host(token_logprobs(logits, ids))
         return Pass(rows, ids, to_host(message), chances, failed)
@@ -282,7 +283,7 @@ class Engine:
         sound = iter(values[2 * M :])
         for row in current.rows:
             request, where = row.request, slice(at, at := at + row.samples)
-            right = not row.of_prompt or next(sound)
+            right = not row.of_prompt or math.isfinite(next(sound))
             if request.finish:  # before this pass, which was launched too early to know
                 continue
             right = right and request not in current.failed
@@ -298,13 +299,13 @@ class Engine:
                 outputs.append(request.emit(taken, chances[where][: len(taken)] if request.logprobs else []))
         return outputs
 
-    def _take(self, row: Row, ids: Sequence[int], finite: Sequence[int]) -> bool:
+    def _take(self, row: Row, ids: Sequence[float], sums: Sequence[float]) -> bool:
         """Give a request the ids that were sampled for it, up to the first that its draft did not foresee; whether the
         logits of each were finite."""
         request, slot, right = row.request, self.slots[row.request.slot], 0
         known = row.start + row.length - len(row.draft)
-        for n, (id, drafted) in enumerate(zip(ids, [*row.draft, -1], strict=False)):
-            if not finite[n]:
+        for n, (id, drafted) in enumerate(zip(map(int, ids), [*row.draft, -1], strict=False)):
+            if not math.isfinite(sums[n]):
                 return False
             request.take(id)
             if request.finish or id != drafted:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -110,6 +111,19 @@ def choose(model: Transformer, compile: bool = False) -> Backend:
     except ImportError as error:
         log.warning("the model itself computes, which is slower: %s", error)
     return model
+
+
+@contextmanager
+def single_threaded(backend: Backend) -> Iterator[None]:
+    """PyTorch's operations in one thread, where a backend has threads of its own: those of OpenMP spin for milliseconds
+    before they sleep, on the cores that the next pass needs."""
+    before = torch.get_num_threads()
+    try:
+        if getattr(backend, "own_threads", False):
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def fingerprint(model: Transformer) -> object:

@@ -241,6 +241,8 @@ def backend(model: Transformer) -> Backend:
 class Native:
     """The model in C++."""
 
+    own_threads = True
+
     def __init__(self, model: Transformer, matrices: Sequence[Any], output: CMatrix) -> None:
         self.model, self.lib, p = model, library(), model.params
         self.kept: list[Tensor] = []  # that only the structures point to

@@ -47,14 +47,16 @@ static void by_kind(int64_t kind, void *numbers, const Work &work) {
 // --------------------------------------------------------------------------------------------------------------------
 // Matmuls of floats
 
-// O outputs of R rows by dot products: reads weights once, as fast as memory gives them.
+// O outputs of R rows by dot products: reads weights once, as fast as memory gives them. A core keeps more cache lines in
+// flight when it reads several streams; `ahead` is how far, in weights, it prefetches each.
 template <int R, int O, typename T>
 static void dot_rows(const T *w, const float *x, float *y, int64_t stride, int64_t in) {
+    const int64_t ahead = std::min<int64_t>(in, 2048 / sizeof(T));
     F total[R][O] = {};
     for (int64_t k = 0; k < in; k += L) {
         F weights[O];
         for (int o = 0; o < O; o++) {
-            if (k * sizeof(T) % 64 == 0) prefetch(w + (O + o) * in + k);  // the next outputs
+            if (k * sizeof(T) % 64 == 0) prefetch(w + o * in + k + ahead + (k + ahead < in ? 0 : (O - 1) * in));
             weights[o] = load(w + o * in + k);
         }
         for (int r = 0; r < R; r++) {
@@ -109,7 +111,7 @@ static void float_matmul(const T *w, const float *x, float *y, int64_t rows, int
         return parallel_for(out, 12, [&](int64_t n, int64_t end) {
             for (; n + 12 <= end; n += 12)
                 in_steps<DOT_ROWS>(0, rows, [&](auto R, int64_t r) {
-                    constexpr int O = R == 1 ? 2 : 3;
+                    constexpr int O = R == 1 ? 12 : 3;
                     for (int64_t o = n; o < n + 12; o += O)
                         dot_rows<R, O>(w + o * in, x + r * in, y + r * stride + o, stride, in);
                 });
@@ -233,29 +235,35 @@ INLINE void int4_dots(const uint8_t *w, bool cold, const Row *x, int64_t begin, 
         for (int v = 0; v < V; v++) dots[r][v] = HALVES == 2 ? widen(dots[r][v], part[r][v]) : part[r][v];
 }
 
-// V vectors of a tile's outputs, from output `first` of the tile on, of R rows; the first n are stored. `cold`: the
-// weights come from memory.
-template <int R, int V, int bits, int group>
+// V vectors of a tile's outputs, from output `first` of the tile on, of R rows; the first n are stored. `same`: weights
+// and x have the same groups. `cold`: the weights come from memory.
+template <int R, int V, int bits, int group, bool same>
 __attribute__((noinline)) static void int_rows(const Matrix &m, int64_t tile, int64_t first, const Row *x, float *y,
                                                int64_t stride, int64_t n, bool cold) {
     const int64_t groups = m.in / m.group, begin = tile * groups * TILE_N + first;
     const uint8_t *w = (const uint8_t *)m.weight + tile * TILE_N * m.in * bits / 8 + first * 4;
     F total[R][V] = {};
     for (int64_t g = 0, k = 0; g < groups; g++) {
-        F part[R][V] = {};
-        for (const int64_t end = k + m.group; k < end; k += group, w += TILE_N * group * bits / 8) {
+        F part[R][V] = {}, scale[V];
+        for (int v = 0; v < V; v++) scale[v] = load(m.scale + begin + g * TILE_N + v * L);
+        for (const int64_t end = k + (same ? group : m.group); k < end; k += group, w += TILE_N * group * bits / 8) {
             I dots[R][V];
             for (int r = 0; r < R; r++)
                 for (int v = 0; v < V; v++) dots[r][v] = splat(x[r].start[k / group]);
             if constexpr (bits == 8) int8_dots<group>(w, cold, x, k, dots);
             else int4_dots<group>(w, cold, x, k, dots);
             for (int r = 0; r < R; r++)
-                for (int v = 0; v < V; v++) part[r][v] += __builtin_convertvector(dots[r][v], F) * x[r].scale[k / group];
+                for (int v = 0; v < V; v++) {
+                    const F dot = __builtin_convertvector(dots[r][v], F), by = splat(x[r].scale[k / group]);
+                    if (same) total[r][v] += dot * (by * scale[v]);
+                    else part[r][v] += dot * by;
+                }
         }
-        for (int v = 0; v < V; v++) {
-            const F scale = load(m.scale + begin + g * TILE_N + v * L);
-            const F min = m.min ? load(m.min + begin + g * TILE_N + v * L) : F{};
-            for (int r = 0; r < R; r++) total[r][v] += part[r][v] * scale + min * x[r].total[g];
+        for (int v = 0; v < V && !same; v++)
+            for (int r = 0; r < R; r++) total[r][v] += part[r][v] * scale[v];
+        for (int v = 0; v < V && m.min; v++) {
+            const F min = load(m.min + begin + g * TILE_N + v * L);
+            for (int r = 0; r < R; r++) total[r][v] += min * x[r].total[g];
         }
     }
     for (int r = 0; r < R; r++)
@@ -284,18 +292,22 @@ static void int_matmul(const Matrix &m, const Row *row, float *y, int64_t rows, 
     parallel_for((m.out + TILE_N - 1) / TILE_N, 1, [&](int64_t begin, int64_t end) {
         for (int64_t r0 = 0; r0 < rows; r0 += ROW_BLOCK)
             for (int64_t tile = begin; tile < end; tile++) {
-                const auto by = [&](auto bits, auto group) {
+                const auto by = [&](auto bits, auto group, auto same) {
                     constexpr int most = bits == 8 ? INT8_ROWS : INT4_ROWS;
                     in_steps<most>(r0, std::min(rows, r0 + ROW_BLOCK), [&](auto R, int64_t r) {
                         constexpr int V = R * TILE_V > most * INT_V ? INT_V : TILE_V;
                         for (int64_t first = 0; first < TILE_N; first += V * L) {
                             const int64_t o = tile * TILE_N + first;
-                            int_rows<R, V, bits, group>(m, tile, first, row + r, y + r * stride + o, stride, m.out - o, r == 0);
+                            int_rows<R, V, bits, group, same>(m, tile, first, row + r, y + r * stride + o, stride, m.out - o, r == 0);
                         }
                     });
                 };
-                if (m.kind == INT8) m.group % 32 ? by(number<8>, number<16>) : by(number<8>, number<32>);
-                else m.group % 32 ? by(number<4>, number<16>) : by(number<4>, number<32>);
+                const auto by_group = [&](auto bits) {
+                    if (m.group == 32) by(bits, number<32>, number<true>);
+                    else if (m.group % 32 == 0) by(bits, number<32>, number<false>);
+                    else by(bits, number<16>, number<false>);
+                };
+                m.kind == INT8 ? by_group(number<8>) : by_group(number<4>);
             }
     });
 }
@@ -362,6 +374,7 @@ static void attend(const float *q, const T *k, const T *v, float *y, int64_t S, 
         for (int64_t j = 0; j < std::min<int64_t>(L, S - s); j++) {
             F part[Q] = {};
             for (int64_t d = 0; d < D; d += L) {
+                if (d * sizeof(T) % 64 == 0) prefetch(v + (s + j) * D + d);  // as a core reads two streams faster
                 const F key = load(k + (s + j) * D + d);
                 for (int i = 0; i < Q; i++) part[i] += load(q + i * D + d) * key;
             }
@@ -370,19 +383,16 @@ static void attend(const float *q, const T *k, const T *v, float *y, int64_t S, 
         for (int i = 0; i < Q; i++) store(scores + i * whole + s, sums(dots[i]));
     }
     for (int i = 0; i < Q; i++) total[i] = 1 / softmax(scores + i * whole, S);
-    const auto mix = [&](auto V, int64_t d) {
+    in_steps<Q == 1 ? 8 : Q == 2 ? 4 : 2>(0, D / L, [&](auto V, int64_t first) {
         F sum[Q][V] = {};
         for (int64_t s = 0; s < S; s++)
             for (int p = 0; p < V; p++) {
-                const F value = load(v + s * D + d + p * L);
+                const F value = load(v + s * D + (first + p) * L);
                 for (int i = 0; i < Q; i++) sum[i][p] += scores[i * whole + s] * value;
             }
         for (int i = 0; i < Q; i++)
-            for (int p = 0; p < V; p++) store(y + i * D + d + p * L, sum[i][p] * total[i]);
-    };
-    int64_t d = 0;
-    for (; d + 2 * L <= D; d += 2 * L) mix(std::integral_constant<int, 2>(), d);
-    for (; d < D; d += L) mix(std::integral_constant<int, 1>(), d);
+            for (int p = 0; p < V; p++) store(y + i * D + (first + p) * L, sum[i][p] * total[i]);
+    });
 }
 
 struct Heads {
@@ -421,14 +431,11 @@ static void attend_many(const Heads &h, const float *qkv, const T *cache, const 
                 total[r] = 1 / softmax(scores + r * S, visible);
                 std::fill(scores + r * S + visible, scores + r * S + end, 0);
             }
-            const auto mix = [&](auto V, int64_t d) {
+            in_steps<FLOAT_V>(0, D / L, [&](auto V, int64_t d) {
                 in_steps<FLOAT_ROWS>(0, rows, [&](auto R, int64_t r) {
-                    outer_rows<R, V>(v + d, D, scores + r * S, S, to + r * H * D + d, H * D, end, false);
+                    outer_rows<R, V>(v + d * L, D, scores + r * S, S, to + r * H * D + d * L, H * D, end, false);
                 });
-            };
-            int64_t d = 0;
-            for (; d + FLOAT_N <= D; d += FLOAT_N) mix(std::integral_constant<int, FLOAT_V>(), d);
-            for (; d < D; d += L) mix(std::integral_constant<int, 1>(), d);
+            });
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t j = 0; j < D; j++) to[r * H * D + j] *= total[r];
         }
