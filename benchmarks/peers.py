@@ -124,7 +124,7 @@ def llama_cpp_decoder(source: Source) -> Callable[[Rows], list[int]]:
     args, model = source.args, lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
     options = lib.llama_context_default_params()
     options.n_ctx = args.max_batch_size * args.max_seq_len
-    options.n_seq_max, options.n_batch, options.n_ubatch = args.max_batch_size, 2048, 512
+    options.n_seq_max, options.n_batch, options.n_ubatch = args.max_batch_size, options.n_ctx, 512
     options.n_threads = options.n_threads_batch = torch.get_num_threads()
     context = lib.llama_init_from_model(model, options)
     memory = lib.llama_get_memory(context)

@@ -1,7 +1,7 @@
 """Greedy generation for four prompts of 16, 64, 128 and 256 tokens, 32 new tokens each, beside Hugging Face's Llama and
 llama.cpp.
 
-    python benchmarks/ragged_batch.py [--threads 2] [--repeats 5] [--compile]
+    python benchmarks/ragged_batch.py [--threads 2] [--repeats 5] [--nocompile]
 
 110M shape (dim 768, 12 layers, 12 heads, FFN 2048, vocabulary 32000), the same random float32 weights, the two in turn.
 Needs the extras `test` and `bench`.
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 LENGTHS, NEW = (16, 64, 128, 256), 32
 
 
-def main(threads: int = 2, repeats: int = 5, compile: bool = False) -> None:
+def main(threads: int = 2, repeats: int = 5, compile: bool = True) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     parallel.init_model_parallel()

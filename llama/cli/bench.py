@@ -25,6 +25,7 @@ def prepare(
     device: str | None = None,
     batches: int | tuple[int, ...] = (1, 8, 32),
     prompts: int | tuple[int, ...] = (128, 512, 2048),
+    context: int = 128,
     tokens: int = 32,
     repeats: int = 5,
     quantize: str | None = None,
@@ -41,13 +42,14 @@ def prepare(
         device: cuda, mps or cpu; by default the first of them that is available
         batches: batch sizes to decode, one or several numbers
         prompts: lengths of prompts to prefill, one or several numbers
-        tokens: new tokens to decode, after a prompt of 128
+        context: length of the prompts behind which tokens are decoded
+        tokens: new tokens to decode
         repeats: number of measurements of each
         quantize: int8 or int4
         group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
         compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
     """
-    many = {"batches": batches, "prompts": prompts, "tokens": tokens, "repeats": repeats}
+    many = {"batches": batches, "prompts": prompts, "context": context, "tokens": tokens, "repeats": repeats}
     sizes = {name: [value] if isinstance(value, int) else [*value] for name, value in many.items()}
     for name, values in sizes.items():
         least = 2 if name == "tokens" else 1
@@ -59,7 +61,7 @@ def prepare(
     target = parallel.choose_device(device)
     parallel.use(target)
     cases = [measure.Case(1, length, 1) for length in sizes["prompts"]]
-    cases += [measure.Case(batch, 128, tokens) for batch in sizes["batches"]]
+    cases += [measure.Case(batch, context, tokens) for batch in sizes["batches"]]
     args = ModelArgs(**measure.SHAPES[shape], vocab_size=32000)
     rounding = scheme(quantize, group_size)
     weights: Weights = measure.RandomWeights(target, rounding)
