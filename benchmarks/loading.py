@@ -3,7 +3,8 @@ Hugging Face's from_pretrained on the same weights: seconds, and the peak of mem
 
     python benchmarks/loading.py [--repeats 3] [--folder SOMEWHERE_WITH_5_GB]
 
-Then the same weights from a checkpoint that was quantized to int4 in groups of 64, the rest in float32.
+Then the same weights in int8, which loading rounds, and from a checkpoint that was quantized to int4, the rest in
+float32, both as native.cpp multiplies by them.
 
 Every run is a process of its own, in turn, which first touches as much memory as the weights take, in small pages and
 in large ones, and gives it back: a virtual machine may wait seconds for memory from its host, and whoever comes second
@@ -26,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from llama import ModelArgs, Transformer, parallel
-from llama.backends.quantized import Scheme
+from llama.backends.quantized import scheme
 from llama.checkpoint import Checkpoint, load, save, shapes
 from llama.checkpoint.convert import Job, write_hf, write_meta
 
@@ -48,17 +49,19 @@ def prepare(folder: Path) -> None:
 def quantize(folder: Path) -> None:
     """The same weights in int4, without a tokenizer: the plan of `convert`, which wants one."""
     checkpoint = Checkpoint(folder / "meta")
-    args, scheme = checkpoint.args(VOCAB), Scheme(4, 64)
     (folder / "int4").mkdir()
-    write_meta(Job(checkpoint, args, torch.bfloat16, scheme), folder / "int4", 1, tqdm(disable=True))
+    write_meta(
+        Job(checkpoint, checkpoint.args(VOCAB), torch.bfloat16, scheme("int4")), folder / "int4", 1, tqdm(disable=True)
+    )
 
 
 def one(who: str, folder: str, dtype: str) -> None:
     """Load once and print time and memory."""
-    if dtype != "int4":
+    quantized = dtype in ("int8", "int4")
+    if not quantized:
         from transformers import LlamaForCausalLM
 
-    final = getattr(torch, "float32" if dtype == "int4" else dtype)
+    final = getattr(torch, "float32" if quantized else dtype)
     for new in (torch.empty, parallel.empty):  # a virtual machine gets memory when it first touches it
         new((PARAMETERS * final.itemsize,), dtype=torch.uint8).fill_(1)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -69,7 +72,7 @@ def one(who: str, folder: str, dtype: str) -> None:
         args = checkpoint.args(VOCAB)
         with torch.device("meta"):
             model = Transformer(ModelArgs(**{**args.__dict__, "max_batch_size": 0}))
-        load(model, checkpoint, args, torch.device("cpu"), final, checkpoint.scheme)
+        load(model, checkpoint, args, torch.device("cpu"), final, scheme(dtype) if quantized else None, quantized)
     else:
         began = time.perf_counter()
         model = LlamaForCausalLM.from_pretrained(Path(folder) / "hf", dtype=final)
@@ -87,8 +90,9 @@ def main(repeats: int = 3, folder: str | None = None) -> None:
         prepare(Path(root))
         quantize(Path(root))
         print(f"torch {torch.__version__}; {repeats} repeats in turn; medians")
-        for dtype in ("bfloat16", "float32", "int4"):
-            runs: dict[str, list[dict[str, float]]] = {"ours": []} if dtype == "int4" else {"ours": [], "hf": []}
+        for dtype in ("bfloat16", "float32", "int8", "int4"):
+            peers = [] if dtype in ("int8", "int4") else ["hf"]
+            runs: dict[str, list[dict[str, float]]] = {who: [] for who in ["ours", *peers]}
             for i in range(repeats + 1):
                 for who, results in runs.items():
                     command = [sys.executable, __file__, "one", who, root, dtype]
@@ -98,12 +102,10 @@ def main(repeats: int = 3, folder: str | None = None) -> None:
             for who, results in runs.items():
                 seconds, peak = (statistics.median(r[key] for r in results) for key in ("seconds", "peak"))
                 own = results[0]["own"]
-                bound = own * 1.10 + 300e6
+                bound = own * 1.20 + 300e6
                 print(f"{dtype:>9} {who:>5}: {seconds:.2f} s, peak {peak / 1e9:.2f} GB ({own / 1e9:.2f} GB of weights; "
-                      f"x 1.10 + 300 MB = {bound / 1e9:.2f} GB)")  # fmt: skip
-            if dtype == "int4":
-                size = sum(file.stat().st_size for file in (Path(root) / "int4").iterdir())
-                print(f"{dtype:>9} on disk: {size / 1e9:.3f} GB")
+                      f"x 1.20 + 300 MB = {bound / 1e9:.2f} GB)")  # fmt: skip
+            if not peers:
                 continue
             pairs = zip(runs["ours"], runs["hf"], strict=True)
             print(f"{dtype:>9} ours / hf: {statistics.median(a['seconds'] / b['seconds'] for a, b in pairs):.2f}")

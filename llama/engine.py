@@ -143,7 +143,8 @@ class Engine:
                 rows, tokens = self._following(current) if current else self._schedule()
                 if not rows:
                     break
-                launched = self._sample(rows, self.backend.hidden(arrange(rows, tokens)))
+                spans = [Span(row.request.slot, row.start, row.length) for row in rows]
+                launched = self._sample(rows, self.backend.hidden(Batch.arrange(tokens, spans)))
                 current, self.ahead = (current, launched) if current else (launched, None)
             return self._read(current) if current else []
         except BaseException as error:
@@ -268,7 +269,8 @@ class Engine:
             message = broadcast(torch.cat((message, cancels)))
             ids = message[: len(index)].long()
         if index and any(row.request.logprobs for row in rows):
-            chances = to_host(token_logprobs(logits, ids))
+            with backends.single_threaded(self.backend):
+                chances = to_host(token_logprobs(logits, ids))
         return Pass(rows, ids, to_host(message), chances, failed)
 
     def _read(self, current: Pass) -> list[Event]:
@@ -370,10 +372,6 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
-
-
-def arrange(rows: Sequence[Row], tokens: Tensor) -> Batch:
-    return Batch.arrange(tokens, [Span(row.request.slot, row.start, row.length) for row in rows])
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:

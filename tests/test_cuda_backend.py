@@ -78,9 +78,8 @@ def test_many_tokens_go_through_cublas(strides, monkeypatch):
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 3, 80])
 def test_quantized_matrices(scheme, rows):
-    weight = quantized.quantize(
-        torch.randn(40, 352, generator=torch.Generator().manual_seed(0)), quantized.scheme(scheme, 32)
-    )
+    matrix = torch.randn(40, 352, generator=torch.Generator().manual_seed(0))
+    weight = quantized.quantize(matrix, quantized.scheme(scheme))
     x = torch.randn(rows, 352, generator=torch.Generator().manual_seed(1))
     exact = x.double() @ quantized.dequantize(weight).double().t()
     assert relative_error(quantized.Cuda(weight, torch.device("cpu"))(x).double(), exact) < 1e-3
@@ -160,7 +159,7 @@ def test_quantized_matrices_that_several_layers_share(scheme):
         ):
             ours = [getattr(getattr(layer, part), name) for name in names.split()]
             theirs = [getattr(getattr(same, part), name) for name in names.split()]
-            rounded = [quantized.quantize(linear.weight, quantized.scheme(scheme, 32)) for linear in ours]
+            rounded = [quantized.quantize(linear.weight, quantized.scheme(scheme)) for linear in ours]
             whole, at = quantized.Cuda(quantized.stack(rounded), torch.device("cpu")), 0
             for linear, other, weight in zip(ours, theirs, rounded, strict=True):
                 other.weight.copy_(quantized.dequantize(weight))

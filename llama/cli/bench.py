@@ -49,12 +49,7 @@ def prepare(
         group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
         compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
     """
-    many = {"batches": batches, "prompts": prompts, "context": context, "tokens": tokens, "repeats": repeats}
-    sizes = {name: [value] if isinstance(value, int) else [*value] for name, value in many.items()}
-    for name, values in sizes.items():
-        least = 2 if name == "tokens" else 1
-        if not all(type(value) is int and value >= least for value in values):
-            raise ValueError(f"{name} is {many[name]!r}; it must be of numbers from {least} on")
+    sizes = numbers(batches=batches, prompts=prompts, context=context, tokens=tokens, repeats=repeats)
     if shape not in measure.SHAPES:
         raise ValueError(f"shape is {shape!r}; it must be one of {', '.join(measure.SHAPES)}")
     parallel.init_model_parallel()
@@ -79,6 +74,16 @@ def prepare(
         raise MemoryError(problem)
     native = needed.weights > backends.LARGE if compile is None else compile
     return Job(source, native, cases, repeats, str(ckpt_dir or shape))
+
+
+def numbers(**given: int | tuple[int, ...]) -> dict[str, list[int]]:
+    """Each argument as a list. ValueError for what is not of whole numbers from 1 on; tokens are at least 2."""
+    sizes = {name: [value] if isinstance(value, int) else [*value] for name, value in given.items()}
+    for name, values in sizes.items():
+        least = 2 if name == "tokens" else 1
+        if not all(type(value) is int and value >= least for value in values):
+            raise ValueError(f"{name} is {given[name]!r}; it must be of numbers from {least} on")
+    return sizes
 
 
 class Job(NamedTuple):

@@ -1,0 +1,343 @@
+// Matmuls: y (rows, out) = x (rows, in) times the transpose of a matrix (out, in).
+//
+// Activations are float32. Matrices have their weights (out, in) in float32, float16 or bfloat16 as they lie in memory, or
+// quantized: w = scale q + min, q of 8 or 4 bits, scale and min in float16 for each group of columns. Quantized weights are
+// packed in tiles of TILE_N outputs, so that a register holds the same columns of several outputs:
+//
+//   8 bits   for every 4 columns, 4 bytes of each output
+//   4 bits   for every block of 32 columns (16 where groups are as small), 4 bytes of each output for every 8 columns:
+//            columns 4 t .. in the low halves of the bytes, columns block / 2 + 4 t .. in the high halves
+//   scale    for each group, one number of each output; min the same
+//
+// A token's activations are rounded to 8 bits as well, x = scale q, with a scale for each 32 columns, or 16. So w x is the
+// sum of scale_w scale_x (q_w q_x) + min_w x, where q_w q_x is a dot product of bytes.
+#pragma once
+
+#include "threads.h"
+#include "vector.h"
+
+constexpr int FLOAT_N = FLOAT_V * L;                 // outputs of a tile of floats
+constexpr int64_t ROW_BLOCK = 96;                    // rows of x that pass a tile while they stay in the L2 cache
+
+enum Kind : int64_t { FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 };
+
+struct Matrix {
+    int64_t kind, out, in, group, zero;  // zero: what 4 bits have more than q
+    const void *weight;
+    const Half *scale, *min;  // min may be missing
+};
+
+template <int n>
+constexpr std::integral_constant<int, n> number{};
+
+// Calls work(integral_constant<R>, r) for rows from r on, up to `most` at a time.
+template <int most, typename Work>
+INLINE void in_steps(int64_t r, int64_t rows, const Work &work) {
+    for (; r + most <= rows; r += most) work(std::integral_constant<int, most>(), r);
+    if constexpr (most > 1) in_steps<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
+}
+
+// Calls work with a pointer to numbers of a kind.
+template <typename Work>
+static void by_kind(int64_t kind, void *numbers, const Work &work) {
+    if (kind == FLOAT32) work((float *)numbers);
+    else if (kind == FLOAT16) work((Half *)numbers);
+    else work((BFloat16 *)numbers);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Matmuls of floats
+
+// O outputs of R rows by dot products: reads weights once, as fast as memory gives them. A core keeps more cache lines in
+// flight when it reads several streams; `ahead` is how far, in weights, it prefetches each.
+template <int R, int O, typename T>
+static void dot_rows(const T *w, const float *x, float *y, int64_t stride, int64_t in) {
+    const int64_t ahead = std::min<int64_t>(in, 2048 / sizeof(T));
+    F total[R][O] = {};
+    for (int64_t k = 0; k < in; k += L) {
+        F weights[O];
+        for (int o = 0; o < O; o++) {
+            if (k * sizeof(T) % 64 == 0) prefetch(w + o * in + k + ahead + (k + ahead < in ? 0 : (O - 1) * in));
+            weights[o] = load(w + o * in + k);
+        }
+        for (int r = 0; r < R; r++) {
+            const F row = load(x + r * in + k);
+            for (int o = 0; o < O; o++) total[r][o] += weights[o] * row;
+        }
+    }
+    constexpr int many = R * O;
+    for (int begin = 0; begin < many; begin += L) {
+        F some[L] = {};
+        for (int i = 0; i < std::min(L, many - begin); i++) some[i] = total[(begin + i) / O][(begin + i) % O];
+        const F found = sums(some);
+        for (int i = 0; i < std::min(L, many - begin); i++) y[(begin + i) / O * stride + (begin + i) % O] = found[i];
+    }
+}
+
+// V vectors of outputs of R rows: y (+)= x w, with w (K, V L), whose rows are `width` apart.
+template <int R, int V>
+static void outer_rows(const float *w, int64_t width, const float *x, int64_t in, float *y, int64_t stride, int64_t K,
+                       bool add) {
+    F total[R][V] = {};
+    for (int64_t k = 0; k < K; k++, w += width) {
+        F weights[V];
+        for (int v = 0; v < V; v++) weights[v] = load(w + v * L);
+        for (int r = 0; r < R; r++) {
+            const F row = splat(x[r * in + k]);
+            for (int v = 0; v < V; v++) total[r][v] += row * weights[v];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) {
+            float *to = y + r * stride + v * L;
+            store(to, add ? load(to) + total[r][v] : total[r][v]);
+        }
+}
+
+// Rows w (n, K), which are `stride` apart, as columns of a tile (K, FLOAT_N); the last row again where n is smaller.
+template <typename T>
+static void transpose_tile(const T *w, int64_t stride, int64_t K, int64_t n, float *to) {
+    for (int v = 0; v < FLOAT_V; v++)
+        for (int64_t k = 0; k < K; k += L) {
+            F x[L];
+            for (int i = 0; i < L; i++) x[i] = load(w + std::min<int64_t>(v * L + i, n - 1) * stride + k);
+            transpose(x);
+            for (int i = 0; i < L; i++) store(to + (k + i) * FLOAT_N + v * L, x[i]);
+        }
+}
+
+template <typename T>
+static void float_matmul(const T *w, const float *x, float *y, int64_t rows, int64_t out, int64_t in, int64_t stride) {
+    if (rows <= 16)
+        return parallel_for(out, 12, [&](int64_t n, int64_t end) {
+            for (; n + 12 <= end; n += 12)
+                in_steps<DOT_ROWS>(0, rows, [&](auto R, int64_t r) {
+                    constexpr int O = R == 1 ? 12 : 3;
+                    for (int64_t o = n; o < n + 12; o += O)
+                        dot_rows<R, O>(w + o * in, x + r * in, y + r * stride + o, stride, in);
+                });
+            for (; n < end; n++)
+                in_steps<DOT_ROWS>(0, rows, [&](auto R, int64_t r) {
+                    dot_rows<R, 1>(w + n * in, x + r * in, y + r * stride + n, stride, in);
+                });
+        });
+    // Blocks of the weights are transposed, so that no sum needs to be taken across a vector.
+    constexpr int64_t deep = 4096 / FLOAT_N, block = 4 * FLOAT_N;  // a tile is half of the L1 cache
+    parallel_for(out, FLOAT_N, [&](int64_t begin, int64_t end) {
+        float *tiles = (float *)scratch<TILE>(block * deep * sizeof(float)), last[FLOAT_ROWS * FLOAT_N];
+        for (int64_t n = begin; n < end; n += block)
+            for (int64_t k = 0; k < in; k += deep) {
+                const int64_t K = std::min(deep, in - k), stop = std::min(end, n + block);
+                for (int64_t m = n; m < stop; m += FLOAT_N)
+                    transpose_tile(w + m * in + k, in, K, end - m, tiles + (m - n) * deep);
+                for (int64_t r0 = 0; r0 < rows; r0 += ROW_BLOCK)
+                    for (int64_t m = n; m < stop; m += FLOAT_N)
+                        in_steps<FLOAT_ROWS>(r0, std::min(rows, r0 + ROW_BLOCK), [&](auto R, int64_t r) {
+                            const float *tile = tiles + (m - n) * deep, *from = x + r * in + k;
+                            float *to = y + r * stride + m;
+                            if (end - m >= FLOAT_N)
+                                return outer_rows<R, FLOAT_V>(tile, FLOAT_N, from, in, to, stride, K, k > 0);
+                            outer_rows<R, FLOAT_V>(tile, FLOAT_N, from, in, last, FLOAT_N, K, false);
+                            for (int i = 0; i < R; i++)
+                                for (int64_t o = 0; o < end - m; o++)
+                                    to[i * stride + o] = last[i * FLOAT_N + o] + (k ? to[i * stride + o] : 0);
+                        });
+            }
+    });
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Matmuls of integers
+
+constexpr int TILE_N = TILE_V * L;  // outputs of a tile
+
+// Rows of x in 8 bits. Their groups are 32 columns, or 16, whatever the weights' are: large activations are few, and
+// take precision from those in their own group alone.
+struct Row {
+    void *q;         // Int8 or, for weights of 4 bits, int8_t
+    float *scale;    // of each group; NaN where x is not finite
+    int32_t *start;  // of each group: its sum of q times what the weights' numbers have more than they stand for, negative
+    float *total;    // of each group of the weights: the sum of scale q
+};
+
+static int64_t group_of_x(const Matrix &m) { return m.group % 32 ? 16 : 32; }
+
+template <typename T>
+static void round_row(const float *x, const Matrix &m, T *q, const Row &to) {
+    const int64_t group = group_of_x(m);
+    const int32_t zero = m.kind == INT8 ? BIAS : m.zero;
+    std::fill_n(to.total, m.in / m.group, 0.0f);
+    for (int64_t g = 0; g < m.in / group; g++, x += group, q += group) {
+        F most = splat(1e-30f), nothing = {};
+        for (int64_t k = 0; k < group; k += L) {
+            most = larger(most, magnitude(load(x + k)));
+            nothing += load(x + k) * 0.0f;
+        }
+        const float s = largest(most) / 127;
+        I total = {};
+        const F inverse = splat(1 / s);
+        for (int64_t k = 0; k < group; k += L) {
+            const I n = nearest(load(x + k) * inverse);
+            total += n;
+            if (sizeof(T) == 2) {
+                auto pairs = __builtin_convertvector(n, Vector<int16_t, BYTES / 2>::type);
+                for (int i = 0; i < L; i += 4) {
+                    const int16_t second = pairs[i + 1];
+                    pairs[i + 1] = pairs[i + 2], pairs[i + 2] = second;
+                }
+                put(q + k, pairs);
+            } else {
+                put(q + k, __builtin_convertvector(n, Vector<int8_t, BYTES / 4>::type));
+            }
+        }
+        const float all = sum(__builtin_convertvector(total, F));
+        to.scale[g] = s + sum(nothing), to.start[g] = -zero * (int32_t)all;
+        to.total[g * group / m.group] += to.scale[g] * all;
+    }
+}
+
+// Dot products of `group` columns of V vectors of a tile with R rows.
+template <int group, int R, int V>
+INLINE void int8_dots(const uint8_t *w, bool cold, const Row *x, int64_t begin, I (&dots)[R][V]) {
+#pragma GCC unroll 8
+    for (int k = 0; k < group / 4; k++, w += TILE_N * 4) {
+        for (int i = 0; cold && i < V * BYTES; i += 64) prefetch(w + i + 4096);
+        for (int half = 0; half < HALVES; half++) {
+            B weights[V];
+            for (int v = 0; v < V; v++) weights[v] = columns(get<B>(w + v * BYTES), half);
+            for (int r = 0; r < R; r++) {
+                const I row = splat(get<int32_t>((const int32_t *)x[r].q + (begin / 4 + k) * HALVES + half));
+                for (int v = 0; v < V; v++) dots[r][v] = dot8(dots[r][v], weights[v], row);
+            }
+        }
+    }
+}
+template <int group, int R, int V>
+INLINE void int4_dots(const uint8_t *w, bool cold, const Row *x, int64_t begin, I (&dots)[R][V]) {
+    I part[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) part[r][v] = HALVES == 2 ? I{} : dots[r][v];
+#pragma GCC unroll 4
+    for (int t = 0; t < group / 8; t++, w += TILE_N * 4) {
+        for (int i = 0; cold && i < V * BYTES; i += 64) prefetch(w + i + 4096);
+        for (int half = 0; half < 2; half++) {
+            B weights[V];
+            for (int v = 0; v < V; v++) {
+                const B both = get<B>(w + v * BYTES);
+                weights[v] = (half ? (B)((I16)both >> 4) : both) & 15;
+            }
+            for (int r = 0; r < R; r++) {
+                const I row = splat(get<int32_t>((const int8_t *)x[r].q + begin + half * group / 2 + 4 * t));
+                for (int v = 0; v < V; v++) part[r][v] = dot4(part[r][v], weights[v], row);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) dots[r][v] = HALVES == 2 ? widen(dots[r][v], part[r][v]) : part[r][v];
+}
+
+// V vectors of a tile's outputs, from output `first` of the tile on, of R rows; the first n are stored. `same`: weights
+// and x have the same groups. `cold`: the weights come from memory.
+template <int R, int V, int bits, int group, bool same>
+__attribute__((noinline)) static void int_rows(const Matrix &m, int64_t tile, int64_t first, const Row *x, float *y,
+                                               int64_t stride, int64_t n, bool cold) {
+    const int64_t groups = m.in / m.group, begin = tile * groups * TILE_N + first;
+    const uint8_t *w = (const uint8_t *)m.weight + tile * TILE_N * m.in * bits / 8 + first * 4;
+    F total[R][V] = {};
+    for (int64_t g = 0, k = 0; g < groups; g++) {
+        F part[R][V] = {}, scale[V];
+        for (int v = 0; v < V; v++) scale[v] = load(m.scale + begin + g * TILE_N + v * L);
+        for (const int64_t end = k + (same ? group : m.group); k < end; k += group, w += TILE_N * group * bits / 8) {
+            I dots[R][V];
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < V; v++) dots[r][v] = splat(x[r].start[k / group]);
+            if constexpr (bits == 8) int8_dots<group>(w, cold, x, k, dots);
+            else int4_dots<group>(w, cold, x, k, dots);
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < V; v++) {
+                    const F dot = __builtin_convertvector(dots[r][v], F), by = splat(x[r].scale[k / group]);
+                    if (same) total[r][v] += dot * (by * scale[v]);
+                    else part[r][v] += dot * by;
+                }
+        }
+        for (int v = 0; v < V && !same; v++)
+            for (int r = 0; r < R; r++) total[r][v] += part[r][v] * scale[v];
+        for (int v = 0; v < V && m.min; v++) {
+            const F min = load(m.min + begin + g * TILE_N + v * L);
+            for (int r = 0; r < R; r++) total[r][v] += min * x[r].total[g];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        if (n >= V * L)
+            for (int v = 0; v < V; v++) store(y + r * stride + v * L, total[r][v]);
+        else if (n > 0)
+            memcpy(y + r * stride, total[r], n * sizeof(float));
+}
+
+// Rows of x as matrices like m take them, valid until the next call.
+static const Row *rounded(const Matrix &m, const float *x, int64_t rows) {
+    const int64_t size = m.in * (m.kind == INT8 ? sizeof(Int8) : 1), groups = m.in / group_of_x(m), own = m.in / m.group;
+    char *memory = (char *)scratch<ROWS>(rows * (sizeof(Row) + size + (2 * groups + own) * sizeof(float)) + 64);
+    Row *row = (Row *)memory;
+    float *numbers = (float *)(row + rows);
+    char *q = (char *)(numbers + rows * (2 * groups + own));
+    each_row(rows, m.in, [&](int64_t r) {
+        float *at = numbers + r * (2 * groups + own);
+        row[r] = {q + r * size, at, (int32_t *)(at + groups), at + 2 * groups};
+        m.kind == INT8 ? round_row(x + r * m.in, m, (Int8 *)row[r].q, row[r]) : round_row(x + r * m.in, m, (int8_t *)row[r].q, row[r]);
+    });
+    return row;
+}
+
+// Tiles from `begin` to `end` of a matrix.
+static void int_tiles(const Matrix &m, const Row *row, float *y, int64_t rows, int64_t stride, int64_t begin, int64_t end) {
+    for (int64_t r0 = 0; r0 < rows; r0 += ROW_BLOCK)
+        for (int64_t tile = begin; tile < end; tile++) {
+            const auto by = [&](auto bits, auto group, auto same) {
+                constexpr int most = bits == 8 ? INT8_ROWS : INT4_ROWS;
+                in_steps<most>(r0, std::min(rows, r0 + ROW_BLOCK), [&](auto R, int64_t r) {
+                    constexpr int V = R * TILE_V > most * INT_V ? INT_V : TILE_V;
+                    for (int64_t first = 0; first < TILE_N; first += V * L) {
+                        const int64_t o = tile * TILE_N + first;
+                        float *to = y + r * stride + o;
+                        int_rows<R, V, bits, group, same>(m, tile, first, row + r, to, stride, m.out - o, r == 0);
+                    }
+                });
+            };
+            const auto by_group = [&](auto bits) {
+                if (m.group == 32) by(bits, number<32>, number<true>);
+                else if (m.group % 32 == 0) by(bits, number<32>, number<false>);
+                else by(bits, number<16>, number<false>);
+            };
+            m.kind == INT8 ? by_group(number<8>) : by_group(number<4>);
+        }
+}
+
+// Matrices of one kind, one below the other: as one job, as threads wait for each other at the end of each.
+static void int_matmul(const Matrix *m, int count, const Row *row, float *y, int64_t rows, int64_t stride) {
+    const auto tiles = [&](int i) { return (m[i].out + TILE_N - 1) / TILE_N; };
+    int64_t all = 0;
+    for (int i = 0; i < count; i++) all += tiles(i);
+    parallel_for(all, 1, [&](int64_t begin, int64_t end) {
+        float *to = y;
+        for (int i = 0; i < count; to += m[i].out, begin -= tiles(i), end -= tiles(i), i++)
+            int_tiles(m[i], row, to, rows, stride, std::max<int64_t>(begin, 0), std::min(end, tiles(i)));
+    });
+}
+
+// y (rows, out) = x (rows, in) times the transpose of matrices one below the other, `out` in all.
+static void matmul(const Matrix *m, int count, const float *x, float *y, int64_t rows) {
+    int64_t out = 0;
+    for (int i = 0; i < count; i++) out += m[i].out;
+    for (int i = 0, n = 1; i < count; i += n, n = 1) {
+        const Matrix &first = m[i];
+        const auto like = [&](const Matrix &b) { return b.kind == first.kind && b.group == first.group && b.zero == first.zero; };
+        if (first.kind < INT8) {
+            by_kind(first.kind, (void *)first.weight, [&](auto *w) { float_matmul(w, x, y, rows, first.out, first.in, out); });
+        } else {
+            while (i + n < count && like(m[i + n])) n++;
+            int_matmul(m + i, n, rounded(first, x, rows), y, rows, out);
+        }
+        for (int j = 0; j < n; j++) y += m[i + j].out;
+    }
+}
