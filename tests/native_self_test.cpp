@@ -97,7 +97,10 @@ static void test_integers(int64_t bits_, int64_t rows, int64_t out, int64_t in, 
     for (auto &value : scales) value = 0.01f + 0.005f * uniform();
     for (auto &value : mins) value = 0.1f * uniform();
     const auto scale = narrowed<Half>(scales), min = narrowed<Half>(mins);
-    llama_pack(bits_, q.data(), packed.data(), out, in, group);
+    std::vector<uint8_t> stored = q;
+    if (bits_ == 4)
+        for (int64_t i = 0; i < out * in; i += 2) stored[i / 2] = q[i] | q[i + 1] << 4;
+    llama_pack(bits_, stored.data(), packed.data(), out, in, group);
     const Matrix m{bits_ == 4 ? INT4 : INT8, out, in, group, zero, packed.data(), scale.data(), with_min ? min.data() : nullptr};
     llama_matmul(&m, x.data(), y.data(), rows);
     std::vector<double> right(rows * out), rounded(rows * in);

@@ -267,7 +267,8 @@ void llama_logits(const Model *m, float *x, float *logits, int64_t rows) {
     pool->rest();
 }
 
-// q (out, in), a byte each -> tiles. Numbers of outputs that are missing in the last tile are 0.
+// q (out, in), a byte each, or two in a byte, the even columns in the low halves -> tiles. Outputs that are missing in the
+// last tile are 0.
 void llama_pack(int64_t bits, const uint8_t *q, uint8_t *to, int64_t out, int64_t in, int64_t group) {
     const int64_t N = TILE_N, block = group % 32 ? 16 : 32, size = N * in * bits / 8;
     parallel_for((out + N - 1) / N, 1, [&](int64_t tile, int64_t end) {
@@ -275,13 +276,17 @@ void llama_pack(int64_t bits, const uint8_t *q, uint8_t *to, int64_t out, int64_
             uint8_t *at = to + tile * size;
             memset(at, 0, size);
             for (int64_t n = 0; n < std::min<int64_t>(N, out - tile * N); n++) {
-                const uint8_t *row = q + (tile * N + n) * in;
-                if (bits == 8)
+                const uint8_t *row = q + (tile * N + n) * in * bits / 8;
+                if (bits == 8) {
                     for (int64_t k = 0; k < in; k += 4) memcpy(at + k * N + n * 4, row + k, 4);
-                else
-                    for (int64_t k = 0; k < in; k += block)
-                        for (int64_t j = 0; j < block / 2; j++)
-                            at[(k / 8 + j / 4) * N * 4 + n * 4 + j % 4] = row[k + j] | row[k + block / 2 + j] << 4;
+                    continue;
+                }
+                for (int64_t k = 0; k < in; k += block)
+                    for (int64_t j = 0; j < block / 2; j += 2) {
+                        const uint8_t low = row[(k + j) / 2], high = row[(k + block / 2 + j) / 2];
+                        uint8_t *pair = at + (k / 8 + j / 4) * N * 4 + n * 4 + j % 4;
+                        pair[0] = (low & 15) | high << 4, pair[1] = low >> 4 | (high & 240);
+                    }
             }
         }
     });

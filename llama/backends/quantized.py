@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 GROUPS = (16, 32, 64, 128)
+AT_ONCE = 2**22  # weights that are rounded together, so that what this needs in between is little memory
 
 
 class Scheme(NamedTuple):
@@ -102,9 +103,12 @@ class Quantized(NamedTuple):
 def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Quantized:
     """Round a matrix (out, in) to the nearest numbers that `scheme` has. The extremes of a group decide on its scale
     and min; or, with the importance (in,) of each column, a search for the least squared error, weighted by it."""
-    groups = weight.float().unflatten(1, (-1, scheme.columns(weight.shape[1])))  # (out, groups, columns)
-    found = extremes(groups, scheme) if importance is None else search(groups, scheme, importance)
-    return assign(numbers(groups, *found, scheme), *found, scheme)
+    parts = []
+    for rows in weight.split(max(1, AT_ONCE // weight.shape[1])):
+        groups = rows.float().unflatten(1, (-1, scheme.columns(weight.shape[1])))  # (out, groups, columns)
+        found = extremes(groups, scheme) if importance is None else search(groups, scheme, importance)
+        parts.append(assign(numbers(groups, *found, scheme), *found, scheme))
+    return stack(parts)
 
 
 def extremes(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
@@ -246,16 +250,9 @@ class Packed:
         def tiled(part: Tensor) -> Tensor:  # (out, groups) -> (tiles, groups, tile)
             return F.pad(part, (0, 0, 0, tiles * tile - out)).view(tiles, tile, groups).transpose(1, 2).contiguous()
 
-        q = empty((tiles * tile * columns * weight.bits // 8,), torch.uint8)
-        size = tile * columns * weight.bits // 8
-        rows = weight.q.contiguous()
+        q, numbers = empty((tiles * tile * columns * weight.bits // 8,), torch.uint8), weight.q.contiguous()
         lib.llama_threads(cpu.threads())
-        step = 64 * tile  # outputs at a time, as a byte each
-        for begin in range(0, out, step):
-            some = rows[begin : begin + step]
-            some = some.view(torch.uint8) if weight.bits == 8 else unpack(some)
-            at = q[begin // tile * size :]
-            lib.llama_pack(weight.bits, some.data_ptr(), at.data_ptr(), len(some), columns, columns // groups)
+        lib.llama_pack(weight.bits, numbers.data_ptr(), q.data_ptr(), out, columns, columns // groups)
         scale, least = tiled(weight.scale), None if weight.min is None else tiled(weight.min)
         self.parts = [part for part in (q, scale, least) if part is not None]
         self.nbytes = sum(part.nbytes for part in self.parts)
