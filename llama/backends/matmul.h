@@ -55,12 +55,14 @@ static void dot_rows(const T *w, const float *x, float *y, int64_t stride, int64
     const int64_t ahead = std::min<int64_t>(in, 2048 / sizeof(T));
     F total[R][O] = {};
     for (int64_t k = 0; k < in; k += L) {
-        F row[R];
-        for (int r = 0; r < R; r++) row[r] = load(x + r * in + k);
+        F weights[O];
         for (int o = 0; o < O; o++) {
             if (k * sizeof(T) % 64 == 0) prefetch(w + o * in + k + ahead + (k + ahead < in ? 0 : (O - 1) * in));
-            const F weights = load(w + o * in + k);
-            for (int r = 0; r < R; r++) total[r][o] += weights * row[r];
+            weights[o] = load(w + o * in + k);
+        }
+        for (int r = 0; r < R; r++) {
+            const F row = load(x + r * in + k);
+            for (int o = 0; o < O; o++) total[r][o] += weights[o] * row;
         }
     }
     constexpr int many = R * O;
