@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 GROUPS = (16, 32, 64, 128)
-AT_ONCE = 2**22  # weights that are rounded together, so that what this needs in between is little memory
 
 
 class Scheme(NamedTuple):
@@ -103,12 +102,9 @@ class Quantized(NamedTuple):
 def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Quantized:
     """Round a matrix (out, in) to the nearest numbers that `scheme` has. The extremes of a group decide on its scale
     and min; or, with the importance (in,) of each column, a search for the least squared error, weighted by it."""
-    parts = []
-    for rows in weight.split(max(1, AT_ONCE // weight.shape[1])):
-        groups = rows.float().unflatten(1, (-1, scheme.columns(weight.shape[1])))  # (out, groups, columns)
-        found = extremes(groups, scheme) if importance is None else search(groups, scheme, importance)
-        parts.append(assign(numbers(groups, *found, scheme), *found, scheme))
-    return stack(parts)
+    groups = weight.float().unflatten(1, (-1, scheme.columns(weight.shape[1])))  # (out, groups, columns)
+    found = extremes(groups, scheme) if importance is None else search(groups, scheme, importance)
+    return assign(numbers(groups, *found, scheme), *found, scheme)
 
 
 def extremes(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
