@@ -22,7 +22,7 @@ constexpr int64_t ROW_BLOCK = 96;                    // rows of x that pass a ti
 enum Kind : int64_t { FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 };
 
 struct Matrix {
-    int64_t kind, out, in, group, zero;  // zero: what 4 bits have more than q
+    int64_t kind, out, in, group, zero;  // weights of 4 bits are stored as q + zero
     const void *weight;
     const Half *scale, *min;  // min may be missing
 };
@@ -151,12 +151,12 @@ static void float_matmul(const T *w, const float *x, float *y, int64_t rows, int
 
 constexpr int TILE_N = TILE_V * L;  // outputs of a tile
 
-// Rows of x in 8 bits. Their groups are 32 columns, or 16, whatever the weights' are: large activations are few, and
-// take precision from those in their own group alone.
+// A row of x in 8 bits. Its groups are 32 columns, or 16, whatever the groups of the weights: a large activation takes
+// precision only from those in its own group, and few are large.
 struct Row {
     void *q;         // Int8 or, for weights of 4 bits, int8_t
     float *scale;    // of each group; NaN where x is not finite
-    int32_t *start;  // of each group: its sum of q times what the weights' numbers have more than they stand for, negative
+    int32_t *start;  // of each group: -zero times the sum of q, with which the dot products of stored weights begin
     float *total;    // of each group of the weights: the sum of scale q
 };
 
