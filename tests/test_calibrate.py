@@ -201,9 +201,9 @@ def test_search_is_the_default_of_four_bits_and_can_be_left_out(folder, tmp_path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--calibrate", "auto"), "calibrate is of quantization; it needs --quantize int8 or int4"),
-        (("--symmetric",), "symmetric is of quantization"),
-        (("--search",), "search is of quantization"),
+        (("--calibrate", "auto"), "calibrate needs --quantize int8 or int4"),
+        (("--symmetric",), "symmetric needs --quantize"),
+        (("--search",), "search needs --quantize"),
         (("--quantize", "int4", "--search", "3"), "search is 3; it must be True or False"),
         (("--quantize", "int4", "--calibrate", "nowhere.txt"), "calibrate nowhere.txt is not an existing file"),
         (("--quantize", "int4", "--calibrate", "EMPTY"), "has 1 tokens; at least 1,024 are needed"),

@@ -246,9 +246,9 @@ class Packed:
         def tiled(part: Tensor) -> Tensor:  # (out, groups) -> (tiles, groups, tile)
             return F.pad(part, (0, 0, 0, tiles * tile - out)).view(tiles, tile, groups).transpose(1, 2).contiguous()
 
-        q, numbers = empty((tiles * tile * columns * weight.bits // 8,), torch.uint8), weight.q.contiguous()
+        q, stored = empty((tiles * tile * columns * weight.bits // 8,), torch.uint8), weight.q.contiguous()
         lib.llama_threads(cpu.threads())
-        lib.llama_pack(weight.bits, numbers.data_ptr(), q.data_ptr(), out, columns, columns // groups)
+        lib.llama_pack(weight.bits, stored.data_ptr(), q.data_ptr(), out, columns, columns // groups)
         scale, least = tiled(weight.scale), None if weight.min is None else tiled(weight.min)
         self.parts = [part for part in (q, scale, least) if part is not None]
         self.nbytes = sum(part.nbytes for part in self.parts)
@@ -267,8 +267,8 @@ class Packed:
 
 class Tiles(Packed):
     """The same on CPUs that multiply whole matrices of 8 bits (AMX): many rows by oneDNN, from the same memory. It
-    takes bytes without a sign, around 128, and one scale for a whole row of x: so each number of x is two, the second
-    one 254 times as fine."""
+    takes unsigned bytes, around 128, and one scale for a whole row of x. So each activation becomes two bytes, the
+    second with a 254th of the first's step."""
 
     native_rows = 12  # up to which native.cpp is faster
 

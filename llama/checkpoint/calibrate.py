@@ -1,8 +1,8 @@
-"""Rounding a model's matrices so that what they compute changes least, by a text that goes through it layer by layer.
+"""Quantize a model's matrices so that their outputs change least, on a text that passes through it layer by layer.
 
 GPTQ (Frantar et al. 2022, arXiv 2210.17323). For inputs X (tokens, in) of a matrix W (out, in), rounding that changes W
 by E changes its outputs by X Eᵀ, whose squares sum to the trace of E H Eᵀ with H = Xᵀ X, the Hessian. Columns are
-rounded one by one, the most important first, and those that are left take up what has gone wrong so far. With H = U Uᵀ,
+rounded one by one, the most important first, and the remaining ones compensate for the error so far. With H = U Uᵀ,
 U upper triangular, the sum is that of (E U)², and column j of it is 0 where
 
     E[:, j] = -sum over i < j of E[:, i] U[i, j] / U[j, j]
@@ -28,10 +28,10 @@ from .load import Weights
 from .plan import shapes, shard_dim
 
 WINDOW = 256  # tokens of a text that attend to each other
-LEAST, MOST = 1024, 16384  # tokens of a text: fewer say too little of a matrix's inputs; more are left out
+LEAST, MOST = 1024, 16384  # tokens of a text: fewer are too small a sample of a matrix's inputs; more are ignored
 TOGETHER = 4  # windows that are computed at a time
 ROWS = 4096  # of a matrix that are rounded at a time
-BLOCK = 128  # columns whose errors are carried on one by one; to those behind them they are carried at once
+BLOCK = 128  # columns whose errors are propagated one by one; to the columns behind them they are propagated together
 
 
 def windows(ids: Sequence[int], vocab_size: int) -> Tensor:
@@ -118,8 +118,8 @@ def moments(name: str, inputs: Iterable[Tensor]) -> Tensor:
 
 
 def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
-    """A matrix (out, in), on any device, rounded for inputs with this Hessian (in, in), on the CPU. What each row gives
-    is never further off, by these inputs, than what rounding it to the nearest numbers does."""
+    """A matrix (out, in), on any device, rounded for inputs with this Hessian (in, in), on the CPU. The output
+    error of each row, for these inputs, is never above that of rounding to the nearest numbers."""
     hessian, upper, order = factor(hessian)
     ratios = upper / upper.diagonal()
     found = [round_rows(rows, hessian, ratios, order, scheme) for rows in weight.to(hessian).split(ROWS)]

@@ -67,8 +67,8 @@ def convert(
     text: Callable[[], Sequence[int]] | None = None,
 ) -> None:
     """Write the checkpoint in `source` to a new folder: `to` is meta, for `mp` ranks, its matrices quantized or not, or
-    hf. They are rounded to the nearest numbers, or with a `search` of scales, or calibrated by the ids that `text`
-    returns, which is called when all else is known to be right.
+    hf. They are rounded to the nearest numbers, or with a `search` for scales, or calibrated with the ids that `text`
+    returns, which is called after all other arguments have been checked.
 
     Raises FileExistsError for a `target` that exists, OSError when the disk is too small and ValueError for a model
     that cannot be divided into `mp` shards or quantized so, and for a text that is too short.

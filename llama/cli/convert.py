@@ -46,14 +46,14 @@ def convert(
         group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
         symmetric: int4 without a minimum of each group, half a bit less for each weight in groups of 32
         search: search each group's scale for the least squared error; by default for int4
-        calibrate: a text in UTF-8, or auto for one that the model writes: round so that what the model makes of it
-            changes least
+        calibrate: a text file in UTF-8, or auto for text that the model generates: quantize by GPTQ, so that the
+            outputs of each layer on this text change least
     """
     folder = check_path(src, "src", "folder")
     asked = None if dtype is None else parallel.as_dtype(dtype)
     named = {"symmetric": symmetric, "search": search, "calibrate": calibrate}
     if quantize is None and (alone := [name for name, value in named.items() if value]):
-        raise ValueError(f"{alone[0]} is of quantization; it needs --quantize int8 or int4")
+        raise ValueError(f"{alone[0]} needs --quantize int8 or int4")
     for name, value in named.items():
         if name != "calibrate" and value not in (None, True, False):
             raise ValueError(f"{name} is {value!r}; it must be True or False")
