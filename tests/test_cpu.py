@@ -171,7 +171,7 @@ def test_a_home_that_cannot_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-O0"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu.tempfile, "tempdir", str(tmp_path))
-    assert cpu.library.__wrapped__().llama_tile(8, 256) > 0
+    assert cpu.library.__wrapped__().llama_tile() > 0
 
 
 @needs_cpp
@@ -180,7 +180,7 @@ def test_a_damaged_file_is_compiled_again(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-O0"])
     made = cpu.cached()
     made.write_bytes(made.read_bytes()[:1000])
-    assert cpu.library.__wrapped__().llama_tile(8, 256) > 0
+    assert cpu.library.__wrapped__().llama_tile() > 0
 
 
 def test_without_a_compiler_there_is_none(compiler, caplog):

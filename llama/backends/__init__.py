@@ -117,10 +117,12 @@ def choose(model: Transformer, compile: bool = False) -> Backend:
 def single_threaded(backend: Backend) -> Iterator[None]:
     """PyTorch's operations in one thread, where a backend has threads of its own: those of OpenMP spin for milliseconds
     before they sleep, on the cores that the next pass needs."""
+    if not getattr(backend, "own_threads", False):
+        yield
+        return
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        if getattr(backend, "own_threads", False):
-            torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(before)
