@@ -33,7 +33,7 @@ from ..parallel import all_gather, all_reduce, cpu_has, world_size
 from . import Backend
 
 log = logging.getLogger(__name__)
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "matmul.h", "threads.h", "vector.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "matmul.h", "float_matmul.h", "threads.h", "vector.h")]
 FLAGS = ["-std=c++17", "-O3", "-pthread", "-fPIC", "-shared"]
 # What a pass makes of so many tokens stays in the last-level cache.
 PASS = 512

@@ -13,11 +13,9 @@
 // sum of scale_w scale_x (q_w q_x) + min_w x, where q_w q_x is a dot product of bytes.
 #pragma once
 
-#include "threads.h"
-#include "vector.h"
+#include "float_matmul.h"
 
-constexpr int FLOAT_N = FLOAT_V * L;                 // outputs of a tile of floats
-constexpr int64_t ROW_BLOCK = 96;                    // rows of x that pass a tile while they stay in the L2 cache
+constexpr int64_t ROW_BLOCK = 96;  // rows of x that pass a tile while they stay in the L2 cache
 
 enum Kind : int64_t { FLOAT32, FLOAT16, BFLOAT16, INT8, INT4 };
 
@@ -27,123 +25,12 @@ struct Matrix {
     const Half *scale, *min;  // min may be missing
 };
 
-template <int n>
-constexpr std::integral_constant<int, n> number{};
-
-// Calls work(integral_constant<R>, r) for rows from r on, up to `most` at a time.
-template <int most, typename Work>
-INLINE void in_steps(int64_t r, int64_t rows, const Work &work) {
-    for (; r + most <= rows; r += most) work(std::integral_constant<int, most>(), r);
-    if constexpr (most > 1) in_steps<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
-}
-
 // Calls work with a pointer to numbers of a kind.
 template <typename Work>
 static void by_kind(int64_t kind, void *numbers, const Work &work) {
     if (kind == FLOAT32) work((float *)numbers);
     else if (kind == FLOAT16) work((Half *)numbers);
     else work((BFloat16 *)numbers);
-}
-
-// --------------------------------------------------------------------------------------------------------------------
-// Matmuls of floats
-
-// O outputs of R rows by dot products: reads weights once, as fast as memory gives them. A core keeps more cache lines in
-// flight when it reads several streams; `ahead` is how far, in weights, it prefetches each.
-template <int R, int O, typename T>
-static void dot_rows(const T *w, const float *x, float *y, int64_t stride, int64_t in) {
-    const int64_t ahead = std::min<int64_t>(in, 2048 / sizeof(T));
-    F total[R][O] = {};
-    for (int64_t k = 0; k < in; k += L) {
-        F weights[O];
-        for (int o = 0; o < O; o++) {
-            if (k * sizeof(T) % 64 == 0) prefetch(w + o * in + k + ahead + (k + ahead < in ? 0 : (O - 1) * in));
-            weights[o] = load(w + o * in + k);
-        }
-        for (int r = 0; r < R; r++) {
-            const F row = load(x + r * in + k);
-            for (int o = 0; o < O; o++) total[r][o] += weights[o] * row;
-        }
-    }
-    constexpr int many = R * O;
-    for (int begin = 0; begin < many; begin += L) {
-        F some[L] = {};
-        for (int i = 0; i < std::min(L, many - begin); i++) some[i] = total[(begin + i) / O][(begin + i) % O];
-        const F found = sums(some);
-        for (int i = 0; i < std::min(L, many - begin); i++) y[(begin + i) / O * stride + (begin + i) % O] = found[i];
-    }
-}
-
-// V vectors of outputs of R rows: y (+)= x w, with w (K, V L), whose rows are `width` apart.
-template <int R, int V>
-static void outer_rows(const float *w, int64_t width, const float *x, int64_t in, float *y, int64_t stride, int64_t K,
-                       bool add) {
-    F total[R][V] = {};
-    for (int64_t k = 0; k < K; k++, w += width) {
-        F weights[V];
-        for (int v = 0; v < V; v++) weights[v] = load(w + v * L);
-        for (int r = 0; r < R; r++) {
-            const F row = splat(x[r * in + k]);
-            for (int v = 0; v < V; v++) total[r][v] += row * weights[v];
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) {
-            float *to = y + r * stride + v * L;
-            store(to, add ? load(to) + total[r][v] : total[r][v]);
-        }
-}
-
-// Rows w (n, K), which are `stride` apart, as columns of a tile (K, FLOAT_N); the last row again where n is smaller.
-template <typename T>
-static void transpose_tile(const T *w, int64_t stride, int64_t K, int64_t n, float *to) {
-    for (int v = 0; v < FLOAT_V; v++)
-        for (int64_t k = 0; k < K; k += L) {
-            F x[L];
-            for (int i = 0; i < L; i++) x[i] = load(w + std::min<int64_t>(v * L + i, n - 1) * stride + k);
-            transpose(x);
-            for (int i = 0; i < L; i++) store(to + (k + i) * FLOAT_N + v * L, x[i]);
-        }
-}
-
-template <typename T>
-static void float_matmul(const T *w, const float *x, float *y, int64_t rows, int64_t out, int64_t in, int64_t stride) {
-    if (rows <= 16)
-        return parallel_for(out, 12, [&](int64_t n, int64_t end) {
-            for (; n + 12 <= end; n += 12)
-                in_steps<DOT_ROWS>(0, rows, [&](auto R, int64_t r) {
-                    constexpr int O = R == 1 ? 12 : 3;
-                    for (int64_t o = n; o < n + 12; o += O)
-                        dot_rows<R, O>(w + o * in, x + r * in, y + r * stride + o, stride, in);
-                });
-            for (; n < end; n++)
-                in_steps<DOT_ROWS>(0, rows, [&](auto R, int64_t r) {
-                    dot_rows<R, 1>(w + n * in, x + r * in, y + r * stride + n, stride, in);
-                });
-        });
-    // Blocks of the weights are transposed, so that no sum needs to be taken across a vector.
-    constexpr int64_t deep = 4096 / FLOAT_N, block = 4 * FLOAT_N;  // a tile is half of the L1 cache
-    parallel_for(out, FLOAT_N, [&](int64_t begin, int64_t end) {
-        float *tiles = (float *)scratch<TILE>(block * deep * sizeof(float)), last[FLOAT_ROWS * FLOAT_N];
-        for (int64_t n = begin; n < end; n += block)
-            for (int64_t k = 0; k < in; k += deep) {
-                const int64_t K = std::min(deep, in - k), stop = std::min(end, n + block);
-                for (int64_t m = n; m < stop; m += FLOAT_N)
-                    transpose_tile(w + m * in + k, in, K, end - m, tiles + (m - n) * deep);
-                for (int64_t r0 = 0; r0 < rows; r0 += ROW_BLOCK)
-                    for (int64_t m = n; m < stop; m += FLOAT_N)
-                        in_steps<FLOAT_ROWS>(r0, std::min(rows, r0 + ROW_BLOCK), [&](auto R, int64_t r) {
-                            const float *tile = tiles + (m - n) * deep, *from = x + r * in + k;
-                            float *to = y + r * stride + m;
-                            if (end - m >= FLOAT_N)
-                                return outer_rows<R, FLOAT_V>(tile, FLOAT_N, from, in, to, stride, K, k > 0);
-                            outer_rows<R, FLOAT_V>(tile, FLOAT_N, from, in, last, FLOAT_N, K, false);
-                            for (int i = 0; i < R; i++)
-                                for (int64_t o = 0; o < end - m; o++)
-                                    to[i * stride + o] = last[i * FLOAT_N + o] + (k ? to[i * stride + o] : 0);
-                        });
-            }
-    });
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -284,7 +171,8 @@ static const Row *rounded(const Matrix &m, const float *x, int64_t rows) {
     each_row(rows, m.in, [&](int64_t r) {
         float *at = numbers + r * (2 * groups + own);
         row[r] = {q + r * size, at, (int32_t *)(at + groups), at + 2 * groups};
-        m.kind == INT8 ? round_row(x + r * m.in, m, (Int8 *)row[r].q, row[r]) : round_row(x + r * m.in, m, (int8_t *)row[r].q, row[r]);
+        if (m.kind == INT8) round_row(x + r * m.in, m, (Int8 *)row[r].q, row[r]);
+        else round_row(x + r * m.in, m, (int8_t *)row[r].q, row[r]);
     });
     return row;
 }
@@ -313,15 +201,17 @@ static void int_tiles(const Matrix &m, const Row *row, float *y, int64_t rows, i
         }
 }
 
-// Matrices of one kind, one below the other: as one job, as threads wait for each other at the end of each.
-static void int_matmul(const Matrix *m, int count, const Row *row, float *y, int64_t rows, int64_t stride) {
-    const auto tiles = [&](int i) { return (m[i].out + TILE_N - 1) / TILE_N; };
+// Calls work(matrix, y, begin, end) for parts, of `unit` outputs, of matrices one below the other: as one job, as threads
+// wait for each other at the end of each.
+template <typename Work>
+static void each_part(const Matrix *m, int count, float *y, int64_t unit, const Work &work) {
+    const auto parts = [&](int i) { return (m[i].out + unit - 1) / unit; };
     int64_t all = 0;
-    for (int i = 0; i < count; i++) all += tiles(i);
+    for (int i = 0; i < count; i++) all += parts(i);
     parallel_for(all, 1, [&](int64_t begin, int64_t end) {
         float *to = y;
-        for (int i = 0; i < count; to += m[i].out, begin -= tiles(i), end -= tiles(i), i++)
-            int_tiles(m[i], row, to, rows, stride, std::max<int64_t>(begin, 0), std::min(end, tiles(i)));
+        for (int i = 0; i < count; to += m[i].out, begin -= parts(i), end -= parts(i), i++)
+            if (begin < parts(i) && end > 0) work(m[i], to, std::max<int64_t>(begin, 0), std::min(end, parts(i)));
     });
 }
 
@@ -332,11 +222,22 @@ static void matmul(const Matrix *m, int count, const float *x, float *y, int64_t
     for (int i = 0, n = 1; i < count; i += n, n = 1) {
         const Matrix &first = m[i];
         const auto like = [&](const Matrix &b) { return b.kind == first.kind && b.group == first.group && b.zero == first.zero; };
+        while (i + n < count && like(m[i + n])) n++;
         if (first.kind < INT8) {
-            by_kind(first.kind, (void *)first.weight, [&](auto *w) { float_matmul(w, x, y, rows, first.out, first.in, out); });
+            const int64_t unit = rows > FEW ? FLOAT_N : DOT_N;
+            by_kind(first.kind, (void *)first.weight, [&](auto *weight) {
+                using T = std::remove_pointer_t<decltype(weight)>;
+                const float *from = columns<T>(x, rows, first.in);
+                each_part(m + i, n, y, unit, [&](const Matrix &b, float *to, int64_t begin, int64_t end) {
+                    const auto outputs = rows > FEW ? outer_outputs<T> : dot_outputs<T>;
+                    outputs((const T *)b.weight, b.in, from, to, rows, out, begin * unit, std::min(b.out, end * unit));
+                });
+            });
         } else {
-            while (i + n < count && like(m[i + n])) n++;
-            int_matmul(m + i, n, rounded(first, x, rows), y, rows, out);
+            const Row *row = rounded(first, x, rows);
+            each_part(m + i, n, y, TILE_N, [&](const Matrix &b, float *to, int64_t begin, int64_t end) {
+                int_tiles(b, row, to, rows, out, begin, end);
+            });
         }
         for (int j = 0; j < n; j++) y += m[i + j].out;
     }

@@ -56,11 +56,34 @@ INLINE void put(void *to, T x) {
 
 INLINE F splat(float x) { return x - (F){}; }
 INLINE I splat(int32_t x) { return x - (I){}; }
+// n floats, as often as a vector holds them.
+template <int n>
+INLINE F repeat(const float *from) {
+    if constexpr (n == 2) return (F)(get<int64_t>(from) - (Vector<int64_t>::type){});
+    else return splat(*from);
+}
+// x in a register: GCC would load it again wherever it is used, and loads are what limits some loops.
+INLINE F once(F x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
 INLINE void prefetch(const void *from) { __builtin_prefetch(from, 0, 2); }  // into the L2 cache
 
 // --- floats of 32 and 16 bits in memory
 
-INLINE U wide(const void *from) { return __builtin_convertvector(get<Vector<uint16_t, BYTES / 2>::type>(from), U); }
+INLINE U wide(const void *from) {  // GCC converts each quarter alone
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+    return (U)_mm512_cvtepu16_epi32(get<__m256i>(from));
+#elif defined(__AVX2__)
+    return (U)_mm256_cvtepu16_epi32(get<__m128i>(from));
+#else
+    return __builtin_convertvector(get<Vector<uint16_t, BYTES / 2>::type>(from), U);
+#endif
+}
 INLINE void narrow(void *to, U x) { put(to, __builtin_convertvector(x, Vector<uint16_t, BYTES / 2>::type)); }
 
 INLINE F load(const float *from) { return get<F>(from); }

@@ -1,0 +1,183 @@
+// Matmuls of floats: y (rows, out) = x (rows, in) times the transpose of w (out, in), in float32, float16 or bfloat16.
+#pragma once
+
+#include "threads.h"
+#include "vector.h"
+
+constexpr int FLOAT_N = FLOAT_V * L;  // outputs of a tile
+
+template <int n>
+constexpr std::integral_constant<int, n> number{};
+
+// Calls work(integral_constant<R>, r) for rows from r on, up to `most` at a time.
+template <int most, typename Work>
+INLINE void in_steps(int64_t r, int64_t rows, const Work &work) {
+    for (; r + most <= rows; r += most) work(std::integral_constant<int, most>(), r);
+    if constexpr (most > 1) in_steps<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
+}
+
+// Fetches the weights `ahead` of column k of O rows w (O, in): a core keeps more cache lines in flight when it reads
+// several streams.
+template <int O, typename T>
+INLINE void prefetch_rows(const T *w, int64_t in, int64_t k) {
+    const int64_t ahead = std::min<int64_t>(in, 2048 / sizeof(T)), from = k + ahead + (k + ahead < in ? 0 : (O - 1) * in);
+    for (int o = 0; o < O && k * sizeof(T) % 64 == 0; o++) prefetch(w + o * in + from);
+}
+
+// O outputs of R rows by dot products. x comes by blocks of L columns (in / L, R, L).
+template <int R, int O, typename T>
+static void dot_rows(const T *w, int64_t in, const float *x, float *y, int64_t stride) {
+    F total[R][O] = {};
+    for (int64_t k = 0; k < in; k += L, x += R * L) {
+        prefetch_rows<O>(w, in, k);
+        F weights[O];
+        for (int o = 0; o < O; o++) weights[o] = once(load(w + o * in + k));
+        for (int r = 0; r < R; r++) {
+            const F row = once(load(x + r * L));
+            for (int o = 0; o < O; o++) total[r][o] += weights[o] * row;
+        }
+    }
+#pragma GCC unroll 8
+    for (int begin = 0; begin < R * O; begin += L) {
+        F some[L] = {};
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++)
+            if (begin + i < R * O) some[i] = total[(begin + i) / O][(begin + i) % O];
+        const F found = sums(some);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++)
+            if (begin + i < R * O) y[(begin + i) / O * stride + (begin + i) % O] = found[i];
+    }
+}
+
+// O outputs of SIDE rows, which lie side by side in a vector, by blocks of WIDE columns (in / WIDE, SIDE, WIDE). With
+// float32 weights this reads O streams as fast as for one row, where dot products have registers for three.
+constexpr int SIDE = std::min(L, 8), WIDE = L / SIDE;
+template <int O>
+static void side_by_side(const float *w, int64_t in, const float *x, float *y, int64_t stride) {
+    F total[O] = {};
+    for (int64_t k = 0; k < in; k += L) {
+        prefetch_rows<O>(w, in, k);
+        float near[O * L];
+        for (int o = 0; o < O; o++) store(near + o * L, load(w + o * in + k));
+        for (int i = 0; i < SIDE; i++, x += L) {
+            const F rows = load(x);
+            for (int o = 0; o < O; o++) total[o] += repeat<WIDE>(near + o * L + i * WIDE) * rows;
+        }
+    }
+    for (int o = 0; o < O; o++)
+        for (int r = 0; r < SIDE; r++) {
+            float sum = total[o][r * WIDE];
+            for (int i = 1; i < WIDE; i++) sum += total[o][r * WIDE + i];
+            y[r * stride + o] = sum;
+        }
+}
+
+// V vectors of outputs of R rows: y (+)= x w, with w (K, V L), whose rows are `width` apart.
+template <int R, int V>
+static void outer_rows(const float *w, int64_t width, const float *x, int64_t in, float *y, int64_t stride, int64_t K,
+                       bool add) {
+    F total[R][V];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) total[r][v] = add ? load(y + r * stride + v * L) : F{};
+    for (int64_t k = 0; k < K; k++, w += width) {
+        F weights[V];
+        for (int v = 0; v < V; v++) weights[v] = load(w + v * L);
+        for (int r = 0; r < R; r++) {
+            const F row = splat(x[r * in + k]);
+            for (int v = 0; v < V; v++) total[r][v] += row * weights[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) store(y + r * stride + v * L, total[r][v]);
+}
+
+// Rows w (n, K), which are `stride` apart, as columns of a tile (K, FLOAT_N); the last row again where n is smaller.
+template <typename T>
+static void transpose_tile(const T *w, int64_t stride, int64_t K, int64_t n, float *to) {
+    for (int v = 0; v < FLOAT_V; v++)
+        for (int64_t k = 0; k < K; k += L) {
+            F x[L];
+            for (int i = 0; i < L; i++) x[i] = load(w + std::min<int64_t>(v * L + i, n - 1) * stride + k);
+            transpose(x);
+            for (int i = 0; i < L; i++) store(to + (k + i) * FLOAT_N + v * L, x[i]);
+        }
+}
+
+constexpr int64_t FEW = 16, DOT_N = 12;             // rows by dot products, outputs of a part of theirs
+constexpr int64_t DEEP = 256, BLOCK = 4 * FLOAT_N;  // a tile (DEEP, FLOAT_N) is read from the L2 cache, x from the L1 cache
+template <typename T>
+constexpr int MOST = std::is_same_v<T, float> ? SIDE : DOT_ROWS;  // a few rows pass in groups of up to MOST
+template <typename T, int R>
+constexpr bool IS_SIDE = std::is_same_v<T, float> && R == SIDE;  // such a group by side_by_side
+
+// x (rows, in) by blocks of columns, (in / deep, rows, deep): row r of it. A core reads x as one stream then; rows a power
+// of two apart would share a few lines of its L1 cache.
+template <int64_t deep>
+INLINE void by_columns(const float *x, int64_t r, int64_t rows, int64_t in, float *to) {
+    for (int64_t k = 0; k < in; k += deep) {
+        const int64_t K = deep > L ? std::min(deep, in - k) : deep;
+        memcpy(to + k * rows + r * K, x + r * in + k, K * sizeof(float));
+    }
+}
+
+// x as the two functions below take it, valid until the next call.
+template <typename T>
+static const float *columns(const float *x, int64_t rows, int64_t in) {
+    if (rows == 1) return x;
+    float *to = (float *)scratch<COLUMNS>(rows * in * sizeof(float));
+    if (rows > FEW)
+        each_row(rows, in, [&](int64_t r) { by_columns<DEEP>(x, r, rows, in, to); });
+    else
+        in_steps<MOST<T>>(0, rows, [&](auto R, int64_t r) {
+            for (int i = 0; i < R; i++) by_columns<IS_SIDE<T, R> ? WIDE : L>(x + r * in, i, R, in, to + r * in);
+        });
+    return to;
+}
+
+// Outputs from `begin` to `end` of a few rows.
+template <typename T>
+static void dot_outputs(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
+                        int64_t end) {
+    for (int64_t n = begin; n < end; n += DOT_N)
+        in_steps<MOST<T>>(0, rows, [&](auto R, int64_t r) {
+            const auto outputs = [&](auto O, int64_t o) {
+                if constexpr (IS_SIDE<T, R>) side_by_side<O>(w + o * in, in, x + r * in, y + r * stride + o, stride);
+                else dot_rows<R, O>(w + o * in, in, x + r * in, y + r * stride + o, stride);
+            };
+            constexpr int O = IS_SIDE<T, R> ? DOT_N : std::min<int>(DOT_N, 3 * DOT_ROWS / R);
+            int64_t o = n;
+            for (; o + O <= std::min(end, n + DOT_N); o += O) outputs(number<O>, o);
+            for (; o < std::min(end, n + DOT_N); o++) outputs(number<1>, o);
+        });
+}
+
+// Outputs from `begin` to `end` of many rows. Blocks of the weights are transposed, so that no sum needs to be taken
+// across a vector.
+template <typename T>
+static void outer_outputs(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
+                          int64_t end) {
+    float *tiles = (float *)scratch<TILE>(BLOCK * DEEP * sizeof(float)), last[FLOAT_ROWS * FLOAT_N];
+    for (int64_t n = begin; n < end; n += BLOCK)
+        for (int64_t k = 0; k < in; k += DEEP) {
+            const int64_t K = std::min(DEEP, in - k), stop = std::min(end, n + BLOCK);
+            for (int64_t m = n; m < stop; m += FLOAT_N)
+                transpose_tile(w + m * in + k, in, K, end - m, tiles + (m - n) * DEEP);
+            in_steps<FLOAT_ROWS>(0, rows, [&](auto R, int64_t r) {
+                const float *from = x + k * rows + r * K, *tile = tiles;
+                float *to = y + r * stride + n;
+                int64_t m = n;
+                for (; m + FLOAT_N <= stop; m += FLOAT_N, tile += FLOAT_N * DEEP, to += FLOAT_N)
+                    outer_rows<R, FLOAT_V>(tile, FLOAT_N, from, K, to, stride, K, k > 0);
+                if (m == stop) return;
+                outer_rows<R, FLOAT_V>(tile, FLOAT_N, from, K, last, FLOAT_N, K, false);
+                for (int i = 0; i < R; i++)
+                    for (int64_t o = 0; o < stop - m; o++)
+                        to[i * stride + o] = last[i * FLOAT_N + o] + (k ? to[i * stride + o] : 0);
+            });
+        }
+}
