@@ -26,7 +26,7 @@ import fire
 import torch
 from tqdm import tqdm
 
-from llama import ModelArgs, Transformer, parallel
+from llama import ModelArgs, Transformer, devices, parallel
 from llama.backends.quantized import scheme
 from llama.checkpoint import Checkpoint, load, save, shapes
 from llama.checkpoint.convert import Job, write_hf, write_meta
@@ -62,7 +62,7 @@ def one(who: str, folder: str, dtype: str) -> None:
         from transformers import LlamaForCausalLM
 
     final = getattr(torch, "float32" if quantized else dtype)
-    for new in (torch.empty, parallel.empty):  # a virtual machine gets memory when it first touches it
+    for new in (torch.empty, devices.empty):  # a virtual machine gets memory when it first touches it
         new((PARAMETERS * final.itemsize,), dtype=torch.uint8).fill_(1)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     if who == "ours":

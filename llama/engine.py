@@ -24,8 +24,9 @@ from . import backends
 from .backends import Backend
 from .batch import Batch
 from .batch import Sequence as Span
+from .devices import own_context
 from .model import Transformer
-from .parallel import broadcast, broadcast_object, own_context, world_size
+from .parallel import broadcast, broadcast_object, world_size
 from .request import Event, Request, Row, choose
 from .sampling import Sampler, token_logprobs
 

@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from . import backends, parallel
+from . import devices, parallel
 from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
-from .checkpoint import Checkpoint, available, check_path, check_same, find_tokenizer, footprint, load, shortage
+from .checkpoint import (
+    Checkpoint,
+    available,
+    check_path,
+    check_same,
+    choose_dtype,
+    find_tokenizer,
+    footprint,
+    load,
+    shortage,
+)  # fmt: skip
 from .engine import Engine
 from .model import Transformer
 from .options import Options, Settings, plain_arguments, spread_options
@@ -74,7 +84,7 @@ class Llama:
         self.generator = torch.Generator().manual_seed(seed)  # where prompts without a seed of their own get one
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Llama:
-        with parallel.own_context(inference=False), self.engine.lock:
+        with devices.own_context(inference=False), self.engine.lock:
             twin = Llama(copy.deepcopy(self.model, memo), self.tokenizer)
         twin.generator.set_state(self.generator.get_state())
         twin.engine.compile = self.engine.compile
@@ -82,7 +92,7 @@ class Llama:
 
     @staticmethod
     @plain_arguments
-    @parallel.own_context(inference=False)
+    @devices.own_context(inference=False)
     def build(
         ckpt_dir: str | os.PathLike[str],
         tokenizer_path: str | os.PathLike[str] | None = None,
@@ -101,7 +111,7 @@ class Llama:
 
         `max_seq_len` counts the tokens of prompt and answer together; with `max_batch_size` it sizes the cache.
         `tokenizer_path` defaults to tokenizer.model in the folder or one up. `device` defaults to CUDA, then MPS, then
-        CPU; `dtype` to the checkpoint's, or float32 where the CPU has no instructions for it. `quantize` rounds the
+        CPU; `dtype` to the checkpoint's, or float32 where PyTorch would be slower in it. `quantize` rounds the
         matrices to int8, or to int4 in groups of `group_size` columns (32); one that was saved so needs none.
         On a CPU, models of more than 50 MB are computed by C++ that is compiled once, in about ten seconds: `compile`
         says whether, for any model.
@@ -112,8 +122,8 @@ class Llama:
         check_seed(seed)
         parallel.init_model_parallel(model_parallel_size)
         with parallel.all_or_none():
-            on = parallel.choose_device(device)
-            parallel.use(on)
+            on = devices.choose_device(device)
+            devices.use(on)
             folder = check_path(ckpt_dir, "ckpt_dir", "folder")
             weights = Checkpoint(folder)
             tokenizer_file = find_tokenizer(folder, tokenizer_path)
@@ -123,18 +133,17 @@ class Llama:
                 raise ValueError("max_batch_size is 0; it must be positive")
             with torch.device("meta"):
                 model = Transformer(args)
-            final = parallel.choose_dtype(dtype, on, weights.dtype())
-            rounding = weights.scheme_for(quantize, group_size)
-            needed, free = footprint(args, parallel.world_size(), final, rounding), available(on)
-            if check_memory and (problem := shortage(needed, free, on, parallel.world_size())):
+            rounding, ranks = weights.scheme_for(quantize, group_size), parallel.world_size()
+            final, native = choose_dtype(args, ranks, on, weights.dtype(), rounding, dtype, compile)
+            needed, free = footprint(args, ranks, final, rounding), available(on)
+            if check_memory and (problem := shortage(needed, free, on, ranks)):
                 raise MemoryError(problem)
             plan: dict[str, object] = {"device": on.type, "dtype": final, "quantize": rounding}
             plan |= {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-            if parallel.world_size() > 1:  # nodes may have copies of their own
+            if ranks > 1:  # nodes may have copies of their own
                 plan |= weights.fingerprint(args, tokenizer_file)
         check_same(plan)
         with parallel.all_or_none():
-            native = needed.weights > backends.LARGE if compile is None else compile
             load(model, weights, args, on, final, rounding, native)
             model.allocate_cache()
         llama = Llama(model.eval().requires_grad_(False), tokenizer, seed)

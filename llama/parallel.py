@@ -1,4 +1,4 @@
-"""Processes: which device this one computes on, which ranks share the model, and what they must agree on.
+"""Ranks: which processes share a model, and what they must agree on.
 
 One process needs no launcher, no environment variables and no network. Several are started by torchrun; the global rank
 chooses the shard of the weights, the local rank chooses the GPU.
@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import atexit
 import functools
-import math
-import mmap
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakSet
 
@@ -25,105 +22,10 @@ import torch.distributed as dist
 T = TypeVar("T")
 P = ParamSpec("P")
 Exchange = Callable[[torch.Tensor], torch.Tensor]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-LARGE_PAGE = 2**21
 
 open_streams: WeakSet[Any] = WeakSet()  # to be closed at exit, while the ranks still hear each other
 _store: dist.Store | None = None  # where the ranks settle which of them reports a failure
 _joined: Any = None  # the default group, if it was not the caller who made it
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Device, dtype, groups
-
-
-def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of this rank: CUDA, then MPS, then CPU unless `device` says which; under torchrun `cuda` means the GPU
-    of the local rank. Raises ValueError for a device that this machine does not have."""
-    several = launched() > 1
-    if device is None:
-        # gloo cannot reduce tensors that live on MPS, so several ranks on a Mac compute on its CPU.
-        mps = torch.backends.mps.is_available() and not several
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device {device!r} is not one that torch knows; use cuda, mps or cpu") from error
-    if chosen.type == "mps" and several:
-        raise ValueError("device 'mps' serves one process only; use device='cpu' for several ranks on a Mac")
-    if chosen.type == "cuda":
-        count = torch.cuda.device_count()
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        index = local if chosen.index is None else chosen.index
-        if several and index != local:
-            raise ValueError(f"device {str(device)!r} on local rank {local}: with several ranks give 'cuda'")
-        if index >= count:
-            raise ValueError(
-                f"device cuda:{index} is wanted but this machine has {count} GPUs; "
-                f"lower --nproc_per_node or use device='cpu'"
-            )
-        return torch.device("cuda", index)
-    if (chosen.type == "mps" and not torch.backends.mps.is_available()) or chosen.type not in ("cpu", "mps"):
-        raise ValueError(f"device {str(device)!r} is not available here; use cuda, mps or cpu")
-    return chosen
-
-
-def use(device: torch.device) -> None:
-    """Make a GPU the current one where each rank has its own: NCCL and kernels of other libraries go by that. On a CPU,
-    compute on this rank's share of the cores, where torchrun sets a single thread by default."""
-    if processes() == 1:
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif device.type == "cpu" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
-
-
-def cores(root: Path = Path("/sys/devices/system/cpu")) -> int:
-    """The physical cores that this process may use: two threads of one core multiply no faster than one."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    siblings = (root / f"cpu{i}" / "topology" / "thread_siblings_list" for i in allowed)
-    return len({path.read_text(encoding="utf-8") if path.exists() else str(path) for path in siblings})
-
-
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype, or its name, of those that weights may have; ValueError for another."""
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
-        raise ValueError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
-    return found
-
-
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, saved: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: `dtype` if given, else the checkpoint's own `saved`, except on CPUs without matrix
-    instructions for it, where float32 is several times faster."""
-    if dtype is not None:
-        return as_dtype(dtype)
-    if saved not in DTYPES.values():
-        return torch.float32
-    if device.type != "cpu":
-        return saved
-    # Measured on two cores: 1,000 GFLOP/s in bfloat16 with AMX, 50 with AVX-512 alone, 150-220 in float32.
-    units = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16",)}.get(saved, ())
-    return saved if cpu_has(*units) else torch.float32
-
-
-def cpu_has(*units: str) -> bool:
-    """Whether this CPU has one of these, by the names that torch.cpu.get_capabilities has for them."""
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(found.get(unit) for unit in units)
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """A tensor for weights. On Linux a CPU's lies in large pages, where it may, and is read a few percent faster."""
-    size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(*shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
 class Ranks(NamedTuple):
@@ -138,19 +40,6 @@ class Ranks(NamedTuple):
 
 UNKNOWN = Ranks()
 _ranks = UNKNOWN
-
-
-@contextmanager
-def own_context(inference: bool = True) -> Iterator[None]:
-    """Let PyTorch compute in a block as if the caller had set nothing: without autocast, with new tensors on the CPU,
-    and in inference mode or out of it. The default dtype is one for all threads, so that no code may count on it."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(inference))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def init_model_parallel(model_parallel_size: int | None = None) -> None:

@@ -497,13 +497,15 @@ def test_ranks_compute_in_native_code(ranks, quantize):
 
 
 @needs_cpp
-def test_large_models_are_compiled_by_default(monkeypatch):
+def test_large_models_are_compiled_by_default_in_their_own_dtype(monkeypatch):
     options = {"max_seq_len": 64, "max_batch_size": 2, "device": "cpu"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # no matrix instructions for bfloat16
     for large, compile, expected in ((0, None, cpu.Native), (0, False, Transformer), (1e9, None, Transformer)):
         monkeypatch.setattr(backends, "LARGE", large)
         llama = Llama.build(MODELS / "small-chat", compile=compile, **options)
         llama.text_completion(["Once"], max_gen_len=1)
         assert type(llama.engine.backend) is expected
+        assert llama.model.norm.weight.dtype == (torch.bfloat16 if expected is cpu.Native else torch.float32)
 
 
 # Launching ahead

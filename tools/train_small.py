@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this reposito
 
 import corpus
 
-from llama import Llama, ModelArgs, Tokenizer, Transformer, chat, checkpoint, parallel
+from llama import Llama, ModelArgs, Tokenizer, Transformer, chat, checkpoint, devices, parallel
 from llama.checkpoint import files
 
 # vocab_size -1: the tokenizer decides, as in Llama 2's own files. Every width divides by two, for two shards.
@@ -132,7 +132,7 @@ def train(model: Transformer, data: Iterator[tuple[Tensor, Tensor]], steps: int,
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
     # The weights stay float32; matrix products are several times faster in bfloat16 on CPUs with instructions for it.
-    fast = parallel.choose_dtype(None, torch.device("cpu"), torch.bfloat16) is torch.bfloat16
+    fast = devices.choose_dtype(None, torch.device("cpu"), torch.bfloat16) is torch.bfloat16
     began = time.time()
     for step in range(steps):
         warm, done = min(1.0, (step + 1) / (steps / 20)), step / steps

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import layers
 from ..batch import Batch, groups
-from ..model import Attention, FeedForward, KVCache, RMSNorm, Transformer, TransformerBlock
+from ..model import Attention, FeedForward, KVCache, ModelArgs, RMSNorm, Transformer, TransformerBlock
 
 
 class Backend(Protocol):
@@ -91,6 +91,18 @@ def customized(model: Transformer) -> bool:
     """Whether the model computes more than its weights say. A backend that reads weights alone would skip that."""
     everywhere = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
     return bool(everywhere) or any(map(changed, modules(model)))
+
+
+def native(args: ModelArgs, device: torch.device, weights: int, compile: bool | None = None) -> bool:
+    """Whether native.cpp will compute a model of so many bytes of weights; compiles it if need be. `compile` says
+    whether it should: by default if the weights are large."""
+    if device.type != "cpu" or not (weights > LARGE if compile is None else compile):
+        return False
+    try:
+        from . import cpu
+    except ImportError:
+        return False
+    return cpu.fits(args) and cpu.library() is not None
 
 
 def choose(model: Transformer, compile: bool = False) -> Backend:

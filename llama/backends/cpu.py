@@ -28,12 +28,14 @@ from torch import Tensor
 
 from ..batch import Batch, check
 from ..batch import Sequence as Span
-from ..model import Transformer, rope_frequencies
-from ..parallel import all_gather, all_reduce, cpu_has, world_size
+from ..devices import cpu_has
+from ..model import ModelArgs, Transformer, rope_frequencies
+from ..parallel import all_gather, all_reduce, world_size
 from . import Backend
 
 log = logging.getLogger(__name__)
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "matmul.h", "float_matmul.h", "threads.h", "vector.h")]
+SOURCE = Path(__file__).with_name("native.cpp")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 FLAGS = ["-std=c++17", "-O3", "-pthread", "-fPIC", "-shared"]
 # What a pass makes of so many tokens stays in the last-level cache.
 PASS = 512
@@ -94,7 +96,7 @@ def cached() -> Path:
     """The library's file in the user's cache directory: one for each source, command, compiler and CPU."""
     parts = command()
     version = subprocess.run([parts[0], "--version"], capture_output=True, encoding="utf-8", errors="replace").stdout
-    state = [source.read_text(encoding="utf-8") for source in SOURCES], parts, version, cpu_name()
+    state = [source.read_text(encoding="utf-8") for source in (SOURCE, *HEADERS)], parts, version, cpu_name()
     name = f"native-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.so"
     made = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-reference" / name
     if whole(made):
@@ -123,7 +125,7 @@ def compiled(parts: Sequence[str], made: Path) -> Path:
     log.warning("compiling native.cpp for this CPU, once, which takes about ten seconds")
     new = made.with_suffix(f".{os.getpid()}")
     try:
-        command = [*parts, str(SOURCES[0]), "-o", str(new)]
+        command = [*parts, str(SOURCE), "-o", str(new)]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line or "failed" in line]
@@ -219,16 +221,15 @@ class CModel(ctypes.Structure):
     _fields_ += [("output", CMatrix), ("layer", ctypes.POINTER(CLayer))]
 
 
-def fits(model: Transformer) -> bool:
+def fits(args: ModelArgs) -> bool:
     """Whether all sizes are whole vectors."""
-    p = model.params
-    sizes = p.head_dim, p.dim, p.dim // world_size(), p.ffn_hidden // world_size()
-    return not any(size % 16 for size in sizes) and model.norm.weight.dtype in KINDS
+    sizes = args.head_dim, args.dim, args.dim // world_size(), args.ffn_hidden // world_size()
+    return not any(size % 16 for size in sizes)
 
 
 def backend(model: Transformer) -> Backend:
     """native.cpp for the whole model; the model itself where that cannot compute a part."""
-    if not fits(model) or library() is None:
+    if not fits(model.params) or model.norm.weight.dtype not in KINDS or library() is None:
         return model
     blocks: Any = model.layers
     heads = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..devices import cpu_has, empty
 from ..layers import in_few_shapes
-from ..parallel import cpu_has, empty
 
 if TYPE_CHECKING:
     from typing_extensions import Self

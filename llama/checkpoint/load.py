@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..backends.quantized import Quantized, Rows, Scheme, kernel, quantize, stack
+from ..devices import empty
 from ..model import ModelArgs
-from ..parallel import empty, gather_objects, rank, world_size
+from ..parallel import gather_objects, rank, world_size
 from .plan import fused_groups, is_matrix, rank_range, shapes, shard_dim
 
 

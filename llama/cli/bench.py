@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import backends, parallel
+from .. import devices, parallel
 from ..backends.quantized import scheme
-from ..checkpoint import Checkpoint, Weights, available, check_path, find_tokenizer, footprint, shortage
+from ..checkpoint import Checkpoint, Weights, available, check_path, choose_dtype, find_tokenizer, footprint, shortage
 from ..model import ModelArgs, Transformer
 from ..tokenizer import Tokenizer
 from . import measure
@@ -53,8 +53,8 @@ def prepare(
     if shape not in measure.SHAPES:
         raise ValueError(f"shape is {shape!r}; it must be one of {', '.join(measure.SHAPES)}")
     parallel.init_model_parallel()
-    target = parallel.choose_device(device)
-    parallel.use(target)
+    target = devices.choose_device(device)
+    devices.use(target)
     cases = [measure.Case(1, length, 1) for length in sizes["prompts"]]
     cases += [measure.Case(batch, context, tokens) for batch in sizes["batches"]]
     args = ModelArgs(**measure.SHAPES[shape], vocab_size=32000)
@@ -67,12 +67,12 @@ def prepare(
         args = checkpoint.args(Tokenizer(find_tokenizer(folder, tokenizer_path)).n_words)
         rounding, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()
     args = measure.fitting(args, cases)
-    source = measure.Source(weights, args, target, parallel.choose_dtype(dtype, target, saved), rounding)
     ranks = parallel.world_size()
-    needed = footprint(args, ranks, source.dtype, rounding)
+    final, native = choose_dtype(args, ranks, target, saved, rounding, dtype, compile)
+    source = measure.Source(weights, args, target, final, rounding)
+    needed = footprint(args, ranks, final, rounding)
     if problem := shortage(needed, available(target), target, ranks):
         raise MemoryError(problem)
-    native = needed.weights > backends.LARGE if compile is None else compile
     return Job(source, native, cases, repeats, str(ckpt_dir or shape))
 
 

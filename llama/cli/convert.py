@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import parallel
+from .. import devices
 from ..checkpoint import check_path, find_tokenizer
 from ..checkpoint import convert as checkpoint_convert
 from ..checkpoint.calibrate import LEAST, WINDOW
@@ -50,7 +50,7 @@ def convert(
             outputs of each layer on this text change least
     """
     folder = check_path(src, "src", "folder")
-    asked = None if dtype is None else parallel.as_dtype(dtype)
+    asked = None if dtype is None else devices.as_dtype(dtype)
     named = {"symmetric": symmetric, "search": search, "calibrate": calibrate}
     if quantize is None and (alone := [name for name, value in named.items() if value]):
         raise ValueError(f"{alone[0]} needs --quantize int8 or int4")

@@ -13,7 +13,7 @@ from shlex import quote
 import torch
 from tqdm import tqdm
 
-from .. import backends, parallel
+from .. import backends, devices
 from ..backends import cpu
 from ..backends.quantized import Scheme
 from ..checkpoint import Checkpoint, available, check_path, digest, divides, find_tokenizer, footprint, shapes, shortage
@@ -61,10 +61,13 @@ def inspect(
         missing = f"missing: {error}"
     args = checkpoint.args(checkpoint.vocab_size() if tokenizer is None else Tokenizer(tokenizer).n_words)
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    target = parallel.choose_device(device)
-    chosen = parallel.choose_dtype(dtype, target, checkpoint.dtype())
+    target = devices.choose_device(device)
+    scheme, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()
+    wanted = devices.choose_dtype(dtype, target, saved, native=True)
+    native, by = computes(args, target, footprint(args, 1, wanted, scheme).weights)
+    chosen = devices.choose_dtype(dtype, target, saved, native)
     rows = describe(checkpoint, args) | {"tokenizer": tokenizer or missing}
-    rows |= fit(args, world_size, chosen, checkpoint.scheme_for(quantize, group_size), target)
+    rows |= fit(args, world_size, chosen, scheme, target) | {"computes": by}
     rows["run"] = (
         f"torchrun --nproc_per_node {rows.pop('ranks')} example_text_completion.py --ckpt_dir {quote(str(folder))} "
         f"--tokenizer_path {quote(str(tokenizer or 'TOKENIZER.MODEL'))} "
@@ -112,21 +115,20 @@ def fit(
         f"{args.max_batch_size} x {args.max_seq_len} positions, {ranks} rank(s)",
         "here": f"{device} with {each[ranks] / 1e9:.2f} GB free for each rank",
         "fits": problems[ranks] or "yes",
-        "computes": computes(device, needed[ranks].weights),
         "ranks": ranks,
     }
 
 
-def computes(device: torch.device, weights: int) -> str:
-    """What computes a model of so many bytes of weights on a device."""
+def computes(args: ModelArgs, device: torch.device, weights: int) -> tuple[bool, str]:
+    """Whether native.cpp computes a model of so many bytes of weights on a device, and what does."""
     if device.type == "cuda" and importlib.util.find_spec("triton"):
-        return "Triton kernels and CUDA graphs"
-    if device.type != "cpu" or weights < backends.LARGE:
-        return "PyTorch"
+        return False, "Triton kernels and CUDA graphs"
+    if device.type != "cpu" or weights < backends.LARGE or not cpu.fits(args):
+        return False, "PyTorch"
     try:
-        return f"C++, compiled for this CPU by {cpu.command()[0]}"
+        return True, f"C++, compiled for this CPU by {cpu.command()[0]}"
     except RuntimeError as error:
-        return f"PyTorch, as {error}"
+        return False, f"PyTorch, as {error}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
