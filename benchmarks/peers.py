@@ -7,7 +7,6 @@ unquantized weights, and llama.cpp quantizes them itself, to q8_0 or q4_0. Needs
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -45,8 +44,7 @@ def transformers_model(source: Source) -> Any:
     import transformers
 
     args = source.args
-    params = {key: value for key, value in dataclasses.asdict(args).items() if "max_" not in key and value is not None}
-    config = transformers.LlamaConfig(**hf.config(params, args.ffn_hidden, args.vocab_size, "float32"))
+    config = transformers.LlamaConfig(**hf.config(args, "float32"))
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     state = {}

@@ -1,9 +1,10 @@
 """Llama 2 inference: `from llama import Llama`."""
 
+from .args import ModelArgs
 from .chat import Dialog, encode_dialog, render_dialog
 from .conversation import Chat
 from .generation import Llama
-from .model import ModelArgs, Transformer
+from .model import Transformer
 from .stream import Event, Stream
 from .tokenizer import Tokenizer
 

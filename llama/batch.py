@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .model import ModelArgs
+    from .args import ModelArgs
 
 
 class Sequence(NamedTuple):

@@ -1,8 +1,9 @@
-"""The Llama 2 transformer: token ids in, logits out, with its key-value cache inside.
+"""The Llama transformer: token ids in, logits out, with its key-value cache inside.
 
-Touvron et al. 2023, "Llama 2: Open Foundation and Fine-Tuned Chat Models" (arXiv 2307.09288): a decoder (Vaswani et
-al. 2017) with pre-normalization by RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary position embeddings
-(Su et al. 2021) and grouped-query attention (Ainslie et al. 2023). Parameters carry the names in Meta's files.
+Touvron et al. 2023, "Llama 2: Open Foundation and Fine-Tuned Chat Models" (arXiv 2307.09288), and Grattafiori et al.
+2024, "The Llama 3 Herd of Models" (arXiv 2407.21783): a decoder (Vaswani et al. 2017) with pre-normalization by RMSNorm
+(Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), rotary position embeddings (Su et al. 2021) and grouped-query attention
+(Ainslie et al. 2023). Parameters carry the names in Meta's files.
 
 The forward pass takes a packed batch: see batch.py. Everything but attention treats a token alone.
 
@@ -12,68 +13,17 @@ Shapes:  N tokens of a batch   B sequences   T tokens of each   S positions atte
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .args import ModelArgs, RopeScaling
 from .batch import Batch, Group, groups
 from .layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from .parallel import divide, init_model_parallel, world_size
-
-
-@dataclass
-class ModelArgs:
-    """A model's shape, by the keys of params.json, and how much cache to hold. ValueError for impossible values."""
-
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int | None = None  # None: as many as n_heads
-    vocab_size: int = -1  # -1: the tokenizer decides
-    multiple_of: int = 256  # the hidden size of the feed-forward layer is rounded up to a multiple of this
-    ffn_dim_multiplier: float | None = None
-    norm_eps: float = 1e-5
-    max_batch_size: int = 32  # 0: no cache, for training
-    max_seq_len: int = 2048
-    rope_theta: float = 10000.0  # last, as callers of the public implementation count on the order of the others
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.default is None:
-                continue
-            kind: Any = Real if "float" in str(field.type) else Integral
-            if isinstance(value, bool) or not isinstance(value, kind) or not -math.inf < value < math.inf:
-                raise ValueError(f"{field.name} is {value!r}, which is not int{' or float' * (kind is Real)}")
-            unset = {"vocab_size": -1, "max_batch_size": 0}.get(field.name)
-            if not 0 < value < 2**31 and value != unset:
-                raise ValueError(f"{field.name} is {value}; it must be positive and below 2^31")
-        if self.dim % self.n_heads or self.head_dim % 2:
-            raise ValueError(f"dim {self.dim} cannot be divided into n_heads {self.n_heads} heads of even size")
-        if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.kv_heads}")
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def ffn_hidden(self) -> int:
-        """7B: int(2 * 4 * 4096 / 3) = 10922, rounded up to a multiple of 256 = 11008."""
-        hidden = int(2 * 4 * self.dim / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
-        return self.multiple_of * math.ceil(hidden / self.multiple_of)
 
 
 class RMSNorm(nn.Module):
@@ -88,12 +38,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_frequencies(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """cos + i sin of the angles of RoPE, complex (N, 1, D/2): pair i rotates by position / theta^(2i/D)."""
+def rope_frequencies(positions: Tensor, args: ModelArgs) -> Tensor:
+    """cos + i sin of the angles of RoPE, complex (N, 1, D/2): pair i rotates by position / theta^(2i/D), scaled."""
     # Not theta ** -x: its rounding differs, and at position 4,000 shows in the fifth digit of the logits.
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (D/2,)
+    exponents = torch.arange(0, args.head_dim, 2, device=positions.device).float() / args.head_dim
+    frequencies = scaled(1.0 / args.rope_theta**exponents, args.rope_scaling)  # (D/2,)
     angles = positions[:, None, None].float() * frequencies
     return torch.complex(angles.cos(), angles.sin())
+
+
+def scaled(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
+    """Frequencies of RoPE for texts longer than those of pretraining, which had 8192 tokens for Llama 3: pairs that
+    rotate less than `low_freq_factor` times over these are slowed by `factor`, pairs that rotate more than
+    `high_freq_factor` times are not, and those between change smoothly. "linear" slows all."""
+    if scaling is None or scaling.rope_type == "linear":
+        return frequencies / (scaling.factor if scaling else 1)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    wavelengths = 2 * torch.pi / frequencies
+    fast = (scaling.original_max_position_embeddings / wavelengths - low) / (high - low)  # 0: slow, 1: fast
+    between = (1 - fast) * frequencies / scaling.factor + fast * frequencies
+    return torch.where(fast < 0, frequencies / scaling.factor, torch.where(fast > 1, frequencies, between))
 
 
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -238,8 +202,7 @@ class Transformer(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last layer's output (N, dim) for a packed batch."""
-        p = self.params
-        layout = Layout(batch, rope_frequencies(batch.positions, p.head_dim, p.rope_theta), groups(batch))
+        layout = Layout(batch, rope_frequencies(batch.positions, self.params), groups(batch))
         x = self.tok_embeddings(batch.tokens)
         for layer in self.layers:
             x = layer(x, layout)

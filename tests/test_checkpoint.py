@@ -194,9 +194,6 @@ def test_keys_of_params_json_that_change_nothing(tmp_path, change):
     edit_params(tmp_path, **change)
     assert not set(checkpoint.Checkpoint(tmp_path).params) & set(change)
     build(tmp_path)
-    edit_params(tmp_path, use_scaled_rope=True)
-    with pytest.raises(ValueError, match="unknown keys use_scaled_rope"):
-        build(tmp_path)
 
 
 def test_torchs_older_file_format_is_read(folder):

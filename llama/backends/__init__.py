@@ -12,8 +12,9 @@ import torch.nn.modules.module as hooks
 from torch import Tensor, nn
 
 from .. import layers
+from ..args import ModelArgs
 from ..batch import Batch, groups
-from ..model import Attention, FeedForward, KVCache, ModelArgs, RMSNorm, Transformer, TransformerBlock
+from ..model import Attention, FeedForward, KVCache, RMSNorm, Transformer, TransformerBlock
 
 
 class Backend(Protocol):

@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..args import ModelArgs
 from ..batch import Batch, check
 from ..batch import Sequence as Span
 from ..devices import cpu_has
-from ..model import ModelArgs, Transformer, rope_frequencies
+from ..model import Transformer, rope_frequencies
 from ..parallel import all_gather, all_reduce, world_size
 from . import Backend
 
@@ -256,7 +257,7 @@ class Native:
             layer.ffn_norm = self.floats(block.ffn_norm.weight)
             layer.cache = block.attention.cache.kv.data_ptr()
         attention, weight, self.embeddings = blocks[0].attention, model.norm.weight, model.tok_embeddings.weight
-        cos_sin = torch.view_as_real(rope_frequencies(torch.arange(p.max_seq_len), p.head_dim, p.rope_theta))
+        cos_sin = torch.view_as_real(rope_frequencies(torch.arange(p.max_seq_len), p))
         self.c = CModel(
             *(p.dim, p.ffn_hidden // world_size(), model.n_layers),
             *(model.vocab_size, KINDS[self.embeddings.dtype], KINDS[weight.dtype]),

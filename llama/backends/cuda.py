@@ -68,7 +68,7 @@ class Cuda:
             self.layers.append(Layer(norms[0], qkv, wo, norms[1], w13, w2, attention.cache.kv))
         self.n_heads, self.kv_heads, self.head_dim = attention.n_heads, attention.n_kv_heads, p.head_dim
         positions = torch.arange(p.max_seq_len, device=self.device)
-        self.cos_sin = torch.view_as_real(rope_frequencies(positions, p.head_dim, p.rope_theta)).contiguous()
+        self.cos_sin = torch.view_as_real(rope_frequencies(positions, p)).contiguous()
         self.few = FEW[self.layers[0].wo.bits]
         self.graphs: dict[int, Graph] = {}
         self.pool: Any = None  # which all graphs share

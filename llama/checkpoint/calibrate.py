@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..args import ModelArgs
 from ..backends.quantized import Quantized, Scheme, assign, dequantize, numbers, quantize, search, stack, values
 from ..batch import Batch, groups
-from ..model import Layout, ModelArgs, TransformerBlock, rope_frequencies
+from ..model import Layout, TransformerBlock, rope_frequencies
 from ..parallel import init_model_parallel
 from .load import Weights
 from .plan import shapes, shard_dim
@@ -69,7 +70,7 @@ def calibrated(
 
 def layout(tokens: Tensor, args: ModelArgs) -> Layout:
     batch = Batch.rows(tokens, 0, args)
-    return Layout(batch, rope_frequencies(batch.positions, args.head_dim, args.rope_theta), groups(batch))
+    return Layout(batch, rope_frequencies(batch.positions, args), groups(batch))
 
 
 def read(weights: Weights, name: str, args: ModelArgs) -> Tensor:

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..args import ModelArgs
 from ..backends.quantized import Scheme
-from ..model import ModelArgs
 from ..tokenizer import Tokenizer
 from . import hf
 from .calibrate import calibrated, windows
@@ -118,11 +118,14 @@ def check_divides(stored: Stored, mp: int) -> None:
 def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     """params.json and `mp` shards."""
     quantization = {"quantization": job.scheme.params()} if job.scheme else {}
-    write_json(folder, {"params.json": job.checkpoint.params | quantization})
+    scaled = {"use_scaled_rope": True} if job.args.rope_scaling else {}  # all that Meta's loader reads of it
+    write_json(folder, {"params.json": job.checkpoint.params | scaled | quantization})
     blank = {}
     for key, (shape, dtype) in ((key, entry) for found in job.stored().values() for key, entry in found.items()):
         dim = shard_dim(key)  # even slices, also of key-value heads, where there may be more shards than heads
         blank[key] = torch.empty([n // mp if i == dim else n for i, n in enumerate(shape)], dtype=dtype)
+    if job.args.tie_word_embeddings and mp == 1 and not job.scheme:
+        blank["output.weight"] = blank["tok_embeddings.weight"]  # one storage, as in Meta's files
     files = [blank_file(blank, folder / f"consolidated.{rank:02d}.pth") for rank in range(mp)]
     for key, tensor in tensors(job):
         dim = shard_dim(key)
@@ -153,6 +156,8 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
 def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: int = 2) -> None:
     """config.json, and one file of safetensors, or several with an index."""
     whole, names = shapes(job.args), hf.names(job.args.n_layers)
+    if job.args.tie_word_embeddings:
+        del whole["output.weight"]
     sizes = {name: torch.Size(shape).numel() * job.dtype.itemsize for name, shape in whole.items()}
     groups = in_files(sizes, HF_FILE)
     index: dict[str, str] = {}
@@ -163,15 +168,13 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: int = 2) -> N
             tensor = job.checkpoint.read(name, whole[name], 0, whole[name][shard_dim(name) or 0], job.dtype)
             if hf.is_permuted(name):
                 tensor = hf.to_halves(tensor, job.args.head_dim).contiguous()
-            if any(tensor.data_ptr() == other.data_ptr() for other in tensors.values()):
-                tensor = tensor.clone()  # tied: the format does not allow two names of one tensor
             tensors[names[name]] = tensor
             bar.update(tensor.nbytes)
         with writing(folder / file, nbytes(tensors)) as new:
             save_file(tensors, new, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
     args, dtype = job.args, str(job.dtype).removeprefix("torch.")
-    config = hf.config(job.checkpoint.params, args.ffn_hidden, args.vocab_size, dtype)
+    config = hf.config(args, dtype, job.checkpoint.positions)
     ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": eos if eos >= 0 else None}
     write_json(folder, {"config.json": config | ids, "generation_config.json": ids})
     if len(groups) > 1:

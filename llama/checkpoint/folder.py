@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..args import ModelArgs
 from ..backends.quantized import Scheme, scheme
-from ..model import ModelArgs
 from . import hf
 from .files import READABLE, SafetensorsFile, TorchFile
 from .meta import read_params, read_scheme, shard_paths
@@ -30,6 +30,7 @@ class Checkpoint:
     files: Sequence[TorchFile | SafetensorsFile]
     holders: dict[str, Sequence[TorchFile | SafetensorsFile]]  # the files that hold a weight, in the order of ranks
     scheme: Scheme | None  # of weights that were quantized before they were saved
+    positions: int | None = None  # the longest text, where the files say so
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,7 +57,9 @@ class Checkpoint:
             self.params = hf.params(config)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        names, head_dim = hf.names(self.params["n_layers"]), self.params["dim"] // self.params["n_heads"]
+        names = hf.names(self.params["n_layers"])
+        head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
+        self.positions = config.get("max_position_embeddings")
         files = [SafetensorsFile(path, names, head_dim) for path in hf.safetensors_paths(self.folder)]
         if config.get("tie_word_embeddings") and not any("output.weight" in file.shapes for file in files):
             for file in files:
@@ -81,16 +84,23 @@ class Checkpoint:
         if args.vocab_size not in (-1, n_words):
             given = f"{self.source}: vocab_size {args.vocab_size}"
             raise ValueError(f"{given} differs from the tokenizer's {n_words} pieces")
-        [rows, *_] = self.files[0].shapes.get("layers.0.attention.wq.weight") or [args.dim]
-        present, saved = len(self.files), args.dim // max(rows, 1)
+        [rows, *_] = self.files[0].shapes.get("layers.0.attention.wq.weight") or [args.n_heads * args.head_dim]
+        present, saved = len(self.files), args.n_heads * args.head_dim // max(rows, 1)
         if self.layout == "meta" and present < saved:
             lacking = listed(f"consolidated.{i:02d}.pth" for i in range(present, saved))
             raise FileNotFoundError(f"{self.folder} has {present} of {saved} shards; download {lacking}")
         if (size := self.vocab_size()) not in (0, n_words):
             raise ValueError(f"the tokenizer has {n_words} pieces and the weights in {self.folder} {size}: not a pair")
-        args = dataclasses.replace(args, vocab_size=n_words)
+        args = dataclasses.replace(args, vocab_size=n_words, tie_word_embeddings=self.tied())
         self.check(args)
         return args
+
+    def tied(self) -> bool:
+        """Whether the output matrix is the embeddings, and not a copy of them."""
+        output, embeddings = "output.weight", "tok_embeddings.weight"
+        files = self.holders.get(output, [])
+        places = [(file.offsets.get(output), file.offsets.get(embeddings, -1)) for file in files]
+        return bool(places) and all(here == there for here, there in places)
 
     def trim(self, n_words: int) -> int:
         """Ignore rows of the vocabulary beyond the tokenizer's pieces: padding tokens, or rows that round their number
@@ -182,7 +192,8 @@ class Checkpoint:
     def fingerprint(self, args: ModelArgs, tokenizer: Path) -> dict[str, str]:
         """What two folders of the same model have in common, in any layout and number of shards: the parameters, and
         digests of the tokenizer's file and of the weights: their dtype, the norms and a row of each layer."""
-        names = ("dim", "n_layers", "n_heads", "kv_heads", "ffn_hidden", "vocab_size", "norm_eps", "rope_theta")
+        names = ["dim", "n_layers", "n_heads", "kv_heads", "head_dim", "ffn_hidden", "vocab_size", "norm_eps"]
+        names += ["rope_theta", "rope_scaling"]
         dtype, digest = self.dtype(), hashlib.md5(f"{self.dtype()} {self.scheme}".encode(), usedforsecurity=False)
         for name, shape in shapes(args).items():
             end = shape[0] if shard_dim(name) is None else 1

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..args import ModelArgs
 from .paths import NO_WEIGHTS, advice, listed, read_json
 
 # Meta's name -> Hugging Face's, outside the layers and inside one.
@@ -30,7 +31,6 @@ SUPPORTED = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "quantization_config": (None,),
 }
 # Parameters of a RoPE scaling that change nothing by themselves, and the scalings that change nothing at factor 1.
 UNSCALED = {
@@ -38,6 +38,7 @@ UNSCALED = {
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 }
 BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def safetensors_paths(folder: Path) -> list[Path]:
@@ -85,6 +86,9 @@ def params(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, allowed in SUPPORTED.items():
         if (value := config.get(key)) not in (None, *allowed):
             raise ValueError(f"{key} {value!r} is not supported; only {allowed[0]!r} is")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", quantization) if isinstance(quantization, Mapping) else quantization
+        raise ValueError(f"weights quantized by {method} are not read; take the original ones, and give --quantize")
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if missing := [key for key in needed if key not in config]:
         raise ValueError(f"lacks the keys {listed(missing)}")
@@ -93,67 +97,91 @@ def params(config: Mapping[str, Any]) -> dict[str, Any]:
         if (type(value) is not int or value < 1) and (key in needed or value is not None):
             raise ValueError(f"{key} is {value!r}, not a positive whole number")
     dim, layers, heads, hidden, vocab = (config[key] for key in needed)
-    if config.get("head_dim") not in (None, dim / heads):
-        raise ValueError(f"head_dim {config['head_dim']} is not hidden_size {dim} / num_attention_heads {heads}")
     result = {"dim": dim, "n_layers": layers, "n_heads": heads}
+    if config.get("head_dim") not in (None, dim / heads):
+        result["head_dim"] = config["head_dim"]
     if (kv_heads := config.get("num_key_value_heads") or heads) != heads:
         result["n_kv_heads"] = kv_heads
     result |= ffn_params(dim, hidden)
     result |= {"norm_eps": config.get("rms_norm_eps", 1e-6), "vocab_size": vocab}
-    theta = rope_theta(config)
-    return result if theta == 10000.0 else {**result, "rope_theta": theta}
+    theta, scaling = rope(config)
+    result |= {} if theta == 10000.0 else {"rope_theta": theta}
+    return result if scaling is None else {**result, "rope_scaling": scaling}
 
 
-def rope_theta(config: Mapping[str, Any]) -> float:
-    """The base of RoPE's frequencies. ValueError names a scaling, in whatever spelling it is written."""
-    theta = None
+def rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """The base of RoPE's frequencies, and their scaling, in whatever spelling. ValueError names one that is not
+    supported."""
+    theta, scaling = None, None
     nested = {key: config.get(key) or {} for key in ("rope_parameters", "rope_scaling")}
     flat = {
         k: v for k, v in config.items() if k.startswith(("rope_", "rotary_", "partial_rotary_")) and k not in nested
     }
-    for place, rope in {"config": flat, **nested}.items():  # the last theta counts, as in transformers
-        if not isinstance(rope, Mapping):
-            raise ValueError(f"{place} {rope!r} is not an object of keys and values")
-        ignored = (None, False, 1, "default", *(BY_FACTOR if rope.get("factor") == 1 else ()))
-        scaling = [f"{k} {v!r}" for k, v in rope.items() if k not in UNSCALED and (v is True or v not in ignored)]
-        if scaling:
-            raise ValueError(f"{place} with {listed(scaling)} is not supported; only RoPE without scaling is")
-        theta = rope.get("rope_theta") or theta
-    return 10000.0 if theta is None else theta
+    for place, found in {"config": flat, **nested}.items():  # the last theta counts, as in transformers
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{place} {found!r} is not an object of keys and values")
+        theta = found.get("rope_theta") or theta
+        kind, ignored = found.get("rope_type", found.get("type")), [None, False, 1, "default"]
+        if kind in ("linear", "llama3") and place != "config" and found.get("factor") != 1:
+            scaling = scaling_of(found, kind, place)
+            ignored += kind, scaling["factor"]
+        elif found.get("factor") == 1:
+            ignored += BY_FACTOR
+        odd = [f"{k} {v!r}" for k, v in found.items() if k not in UNSCALED and (v is True or v not in ignored)]
+        if odd:
+            raise ValueError(f"{place} with {listed(odd)} is not supported; only linear and llama3 scaling of RoPE is")
+    return 10000.0 if theta is None else theta, scaling
+
+
+def scaling_of(found: Mapping[str, Any], kind: str, place: str) -> dict[str, Any]:
+    """A scaling by RopeScaling's names. ValueError for a number that is missing or none."""
+    numbers = {key: found.get(key) for key in (LLAMA3 if kind == "llama3" else LLAMA3[:1])}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"{place}: {kind} scaling of RoPE needs a positive number {key}; it is {value!r}")
+    return {**numbers, "rope_type": kind}
+
+
+# multiple_of and ffn_dim_multiplier of published models.
+PUBLISHED = ((256, None), (4096, 1.3), (1024, 1.3), (4096, 1.2), (256, 1.5))
 
 
 def ffn_params(dim: int, hidden: int) -> dict[str, Any]:
     """multiple_of and ffn_dim_multiplier that make a feed-forward layer of `hidden` units: those of a published model
     if one fits."""
     base = int(2 * 4 * dim / 3)
-    for multiple, factor in ((256, None), (4096, 1.3), (1024, 1.3), (hidden, None), (hidden, hidden / base)):
+    for multiple, factor in (*PUBLISHED, (hidden, None), (hidden, hidden / base)):
         width = base if factor is None else int(factor * base)
         if multiple * math.ceil(width / multiple) == hidden:
             return {"multiple_of": multiple} | ({} if factor is None else {"ffn_dim_multiplier": factor})
     raise AssertionError("the last pair always fits")
 
 
-def config(params: Mapping[str, Any], hidden: int, vocab_size: int, dtype: str) -> dict[str, Any]:
-    """params.json -> config.json of a model with `hidden` units in its feed-forward layers."""
-    heads = params["n_heads"]
+def config(args: ModelArgs, dtype: str, positions: int | None = None) -> dict[str, Any]:
+    """config.json. `positions` is the longest text, if the source says so."""
+    scaling = args.rope_scaling
+    shown = None if scaling is None else {"rope_type": scaling.rope_type, "factor": scaling.factor}
+    if scaling and scaling.rope_type == "llama3":
+        shown = scaling._asdict()
+    usual = 131072 if args.rope_scaling else {10000.0: 4096, 1e6: 16384}.get(args.rope_theta, 8192)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": params["dim"],
-        "intermediate_size": hidden,
-        "num_hidden_layers": params["n_layers"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": params.get("n_kv_heads") or heads,
-        "head_dim": params["dim"] // heads,
+        "hidden_size": args.dim,
+        "intermediate_size": args.ffn_hidden,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.kv_heads,
+        "head_dim": args.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": params["norm_eps"],
-        "rope_theta": params.get("rope_theta", 10000.0),
-        "rope_scaling": None,
-        "max_position_embeddings": 4096,
-        "vocab_size": vocab_size,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": shown,
+        "max_position_embeddings": positions or usual,
+        "vocab_size": args.vocab_size,
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": args.tie_word_embeddings,
         "pad_token_id": None,
         "initializer_range": 0.02,
         "use_cache": True,

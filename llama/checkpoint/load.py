@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..args import ModelArgs
 from ..backends.quantized import Quantized, Rows, Scheme, kernel, quantize, stack
 from ..devices import empty
-from ..model import ModelArgs
 from ..parallel import gather_objects, rank, world_size
 from .plan import fused_groups, is_matrix, rank_range, shapes, shard_dim
 
@@ -50,7 +50,8 @@ def load(
     """Give `model`, whose parameters may be on the meta device, this rank's slices of the weights, each in its final
     place and dtype: allocated once, or a view of the file where that is the same. With a scheme the matrices are
     quantized one by one, or read as they were saved in that scheme."""
-    whole, final = shapes(args), {}
+    whole = shapes(args)
+    final: dict[str, Tensor] = {}
     local = {name: weight.shape for name, weight in model.named_parameters()}
     ranges = {name: rank_range(name, whole[name][shard_dim(name) or 0], args, rank(), world_size()) for name in local}
     total = sum(shape.numel() for shape in local.values())
@@ -68,6 +69,8 @@ def load(
                     layer.weight = matrix if len(names) == 1 else Rows(matrix, end - size, end)  # type: ignore[assignment]
                 del parts
                 weights.release()
+            elif names == ["output.weight"] and args.tie_word_embeddings and world_size() == 1:
+                final["output.weight"] = final["tok_embeddings.weight"]
             else:
                 fused = empty((sum(rows), *local[names[0]][1:]), dtype, device)
                 for name, out in zip(names, fused.split(rows), strict=True):

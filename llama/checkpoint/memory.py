@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 from .. import backends, devices
+from ..args import ModelArgs
 from ..backends.quantized import Scheme
-from ..model import ModelArgs
 from .paths import read_text
 from .plan import is_matrix, rank_range, shapes, shard_dim
 
@@ -39,7 +39,7 @@ class Footprint(NamedTuple):
 def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Scheme | None = None) -> Footprint:
     """What one of `world_size` ranks holds of a model in `dtype`, its matrices in a scheme. 7B in bfloat16 on one rank:
     13.48 GB of weights, and for each position of the KV cache 2 tensors * 32 layers * 4096 * 2 bytes = 0.52 MB."""
-    weights = 0
+    weights, shared = 0, args.tie_word_embeddings and world_size == 1
     for name, shape in shapes(args).items():
         part = list(shape)
         if (dim := shard_dim(name)) is not None:
@@ -48,7 +48,7 @@ def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Sche
         if scheme and is_matrix(name):
             weights += scheme.nbytes(name, (shape[0], shape[1])) * math.prod(part) // math.prod(shape)
         else:
-            weights += math.prod(part) * dtype.itemsize
+            weights += math.prod(part) * dtype.itemsize * (not (shared and name == "output.weight"))
     positions = args.max_batch_size * args.max_seq_len
     kv_heads = max(args.kv_heads // world_size, 1)
     cache = 2 * args.n_layers * kv_heads * args.head_dim * positions

@@ -7,27 +7,56 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..args import ModelArgs, RopeScaling
 from ..backends.quantized import GROUPS, Scheme
-from ..model import ModelArgs
 from .paths import NO_CONFIG, advice, listed, read_json
 
 REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name.startswith("max_")]
 KNOWN.append("quantization")  # {"bits": 4, "group_size": 32, "symmetric": false}, as `convert` writes it
 
-UNSCALED = (("use_scaled_rope", False), ("rope_scaling_factor", 1))  # keys of later models, where they change nothing
+FIXED = {"tie_word_embeddings"}  # not in params.json: the weights show it
+REFUSED = {  # keys of other models, by what these are
+    "quantization_args": "weights that SpinQuant or QLoRA quantized",
+    "lora_args": "weights with LoRA adapters",
+    "moe_args": "a mixture of experts",
+    "rope_high_freq_factor": "a Llama 4",
+    "hidden_dim": "a pruned model",
+    "rope_freq_base": "a pruned model",
+    "vision": "a model of images and text",
+}
 
 
 def read_params(path: Path) -> dict[str, Any]:
     """The checked content of params.json. ValueError names an unknown or missing key."""
-    params = {
-        key: value for key, value in read_json(path).items() if value is not None and (key, value) not in UNSCALED
-    }
-    if unknown := [key for key in params if key not in KNOWN]:
+    content = read_json(path)
+    nested = content.get("model")
+    params = {k: v for k, v in (nested if isinstance(nested, dict) else content).items() if v is not None}
+    for key, kind in REFUSED.items():
+        if found := [name for name in params if name == key or (key == "vision" and name.startswith(key))]:
+            raise ValueError(f"{path} has the key {found[0]}: it is of {kind}, which is not supported")
+    if scaled := rope_scaling(params, path):
+        params["rope_scaling"] = scaled
+    if unknown := [key for key in params if key not in KNOWN or key in FIXED]:
         raise ValueError(f"{path} has unknown keys {listed(unknown)}; known are {listed(KNOWN)}")
     if missing := [key for key in REQUIRED if key not in params]:
         raise ValueError(f"{path} lacks the keys {listed(missing)}")
     return params
+
+
+def rope_scaling(params: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """The scaling of RoPE, taken out of the content of params.json. Meta's files say only whether there is one; its
+    factor is 32 for 3.2 1B and 3B, and else 8. `convert` writes all of it."""
+    scaled, factor = params.pop("use_scaled_rope", False), params.pop("rope_scaling_factor", None)
+    explicit = params.pop("rope_scaling", None)
+    if explicit is not None:
+        if not isinstance(explicit, dict) or not {*explicit} <= {*RopeScaling._fields} or "factor" not in explicit:
+            raise ValueError(f"{path}: rope_scaling is {explicit!r}; known are {listed(RopeScaling._fields)}")
+        return explicit
+    if scaled not in (True, False) or (not scaled and factor not in (None, 1)):
+        raise ValueError(f"{path}: use_scaled_rope is {scaled!r} and rope_scaling_factor {factor!r}")
+    usual = 32.0 if params.get("dim") in (2048, 3072) else 8.0
+    return RopeScaling(usual if factor is None else factor)._asdict() if scaled else None
 
 
 def read_scheme(quantization: Any, path: Path) -> Scheme | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ..model import ModelArgs
+from ..args import ModelArgs
 
 # The dimension along which a weight is split over ranks. The key is the last name before ".weight".
 SHARD_DIM: dict[str, int | None] = {

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import devices, parallel
+from ..args import ModelArgs
 from ..backends.quantized import scheme
 from ..checkpoint import Checkpoint, Weights, available, check_path, choose_dtype, find_tokenizer, footprint, shortage
-from ..model import ModelArgs, Transformer
+from ..model import Transformer
 from ..tokenizer import Tokenizer
 from . import measure
 

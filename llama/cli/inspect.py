@@ -14,11 +14,11 @@ import torch
 from tqdm import tqdm
 
 from .. import backends, devices
+from ..args import ModelArgs
 from ..backends import cpu
 from ..backends.quantized import Scheme
 from ..checkpoint import Checkpoint, available, check_path, digest, divides, find_tokenizer, footprint, shapes, shortage
 from ..checkpoint.paths import read_text
-from ..model import ModelArgs
 from ..tokenizer import Tokenizer
 
 SUMS = ("*.chk", "*.md5", "*.sha256", "*SUMS")  # names of files that list check sums

@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import parallel
+from ..args import ModelArgs
 from ..backends.quantized import Scheme
 from ..checkpoint import Weights, load, shard_dim
 from ..engine import Engine
 from ..layers import ColumnParallelLinear, RowParallelLinear
-from ..model import ModelArgs, Transformer
+from ..model import Transformer
 from ..request import Request
 
 SHAPES: dict[str, dict[str, Any]] = {

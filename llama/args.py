@@ -1,0 +1,71 @@
+"""A model's shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+
+class RopeScaling(NamedTuple):
+    """How frequencies of RoPE are scaled for long texts, by the names of Hugging Face's config.json."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    rope_type: str = "llama3"  # or linear, for which the factor alone counts
+
+
+@dataclass
+class ModelArgs:
+    """A model's shape, by the keys of params.json, and how much cache to hold. ValueError for impossible values."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # -1: the tokenizer decides
+    multiple_of: int = 256  # the hidden size of the feed-forward layer is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    max_batch_size: int = 32  # 0: no cache, for training
+    max_seq_len: int = 2048
+    rope_theta: float = 10000.0  # behind the others, whose order callers of the public implementation count on
+    rope_scaling: RopeScaling | None = None  # or a mapping of its fields
+    head_dim: int = 0  # 0: dim / n_heads
+    tie_word_embeddings: bool = False  # the output matrix is the embeddings: one tensor for both, on one rank
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, Mapping):
+            self.rope_scaling = RopeScaling(**self.rope_scaling)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if (value is None and field.default is None) or field.name in ("rope_scaling", "tie_word_embeddings"):
+                continue
+            kind: Any = Real if "float" in str(field.type) else Integral
+            if isinstance(value, bool) or not isinstance(value, kind) or not -math.inf < value < math.inf:
+                raise ValueError(f"{field.name} is {value!r}, which is not int{' or float' * (kind is Real)}")
+            unset = {"vocab_size": -1, "max_batch_size": 0, "head_dim": 0}.get(field.name)
+            if not 0 < value < 2**31 and value != unset:
+                raise ValueError(f"{field.name} is {value}; it must be positive and below 2^31")
+        if not self.head_dim and self.dim % self.n_heads == 0:
+            self.head_dim = self.dim // self.n_heads
+        if not self.head_dim or self.head_dim % 2:
+            raise ValueError(f"dim {self.dim} cannot be divided into n_heads {self.n_heads} heads of even size")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.kv_heads}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def ffn_hidden(self) -> int:
+        """7B: int(2 * 4 * 4096 / 3) = 10922, rounded up to a multiple of 256 = 11008."""
+        hidden = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * math.ceil(hidden / self.multiple_of)
