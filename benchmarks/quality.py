@@ -116,7 +116,7 @@ def main(model: str | None = None, text: str | None = None, calibrate: str | Non
 
 def own(source: Checkpoint, args: ModelArgs, bos: int, eos: int) -> Callable[[], list[int]]:
     sized = ModelArgs(**{**vars(args), "max_batch_size": AT_ONCE, "max_seq_len": WINDOW})
-    return cache(lambda: own_text(Engine.of(measure.loaded(source, sized, CPU, torch.float32)), bos, eos, OWN))
+    return cache(lambda: own_text(Engine.of(measure.loaded(source, sized, CPU, torch.float32)), bos, {eos}, OWN))
 
 
 def report_other(folder: Path, text: str | None, calibrate: str | None, tokens: int) -> None:

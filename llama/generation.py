@@ -110,9 +110,10 @@ class Llama:
         """Load the checkpoint in `ckpt_dir`, in Meta's layout or Hugging Face's, whatever number of shards it has.
 
         `max_seq_len` counts the tokens of prompt and answer together; with `max_batch_size` it sizes the cache.
-        `tokenizer_path` defaults to tokenizer.model in the folder or one up. `device` defaults to CUDA, then MPS, then
-        CPU; `dtype` to the checkpoint's, or float32 where PyTorch would be slower in it. `quantize` rounds the
-        matrices to int8, or to int4 in groups of `group_size` columns (32); one that was saved so needs none.
+        `tokenizer_path` defaults to tokenizer.model or tokenizer.json in the folder, or tokenizer.model one up;
+        `device` to CUDA, then MPS, then CPU; `dtype` to the checkpoint's, or float32 where PyTorch would be slower in
+        it. `quantize` rounds the matrices to int8, or to int4 in groups of `group_size` columns (32); one that was
+        saved so needs none.
         On a CPU, models of more than 50 MB are computed by C++ that is compiled once, in about ten seconds: `compile`
         says whether, for any model.
         Raises ValueError, FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank,
@@ -129,6 +130,7 @@ class Llama:
             tokenizer_file = find_tokenizer(folder, tokenizer_path)
             tokenizer = Tokenizer(tokenizer_file)
             args = replace(weights.args(tokenizer.n_words), max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+            tokenizer.eos_ids |= {id for id in weights.eos_ids() if id < tokenizer.n_words}
             if args.max_batch_size == 0:
                 raise ValueError("max_batch_size is 0; it must be positive")
             with torch.device("meta"):
@@ -336,7 +338,7 @@ class Llama:
             self._check(prompts, [f"prompt {i}" for i in range(len(prompts))])
         p = self.model.params
         every = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, **options}
-        return spread_options(len(prompts), p.vocab_size, self.tokenizer.eos_id, p.max_seq_len, self.generator, every)
+        return spread_options(len(prompts), p.vocab_size, self.tokenizer.eos_ids, p.max_seq_len, self.generator, every)
 
     def _check(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> None:
         params = self.model.params
@@ -371,7 +373,7 @@ class Llama:
             if echo:
                 text.preface(prompt)
             limit = min(self.model.params.max_seq_len, len(prompt) + own.max_new)
-            ends = {self.tokenizer.eos_id}, own.stop_ids
+            ends = self.tokenizer.eos_ids, own.stop_ids
             request = Request(prompt, limit, own.sampling, *ends, own.min_new, own.lookup, logprobs, text, echo=echo)
             if echo and logprobs:
                 request.observe = scores = Scores(prompt)

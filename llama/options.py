@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set, ValuesView
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, ValuesView
 from dataclasses import fields
 from functools import wraps
 from inspect import Parameter, signature
@@ -81,7 +81,7 @@ class Settings(NamedTuple):
 
 
 def spread_options(
-    B: int, vocab_size: int, eos_id: int, most: int, generator: torch.Generator, options: Mapping[str, Any]
+    B: int, vocab_size: int, eos_ids: Iterable[int], most: int, generator: torch.Generator, options: Mapping[str, Any]
 ) -> list[Settings]:
     """Options of each of B prompts, plain ones. None stands for a default: for max_gen_len `most`, for a seed one that
     is drawn. TypeError for an unknown name, ValueError that names a bad value and its limit."""
@@ -115,7 +115,7 @@ def spread_options(
         if wrong := [id for id in (*row.sampling.logit_bias, *row.stop_ids) if not 0 <= id < vocab_size]:
             raise ValueError(f"logit_bias or stop_token_ids has the id {wrong[0]}; ids go from 0 to {vocab_size - 1}")
         forbidden = {id for id, bias in row.sampling.logit_bias.items() if bias == -math.inf}
-        forbidden |= {eos_id, *row.stop_ids} if row.min_new else set()
+        forbidden |= {*eos_ids, *row.stop_ids} if row.min_new else set()
         if len(forbidden) >= vocab_size:
             raise ValueError(f"logit_bias and min_gen_len leave none of {vocab_size} ids to choose from")
         if "" in row.stop:

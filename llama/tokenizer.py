@@ -1,4 +1,4 @@
-"""Text <-> token ids, by the SentencePiece model that comes with the weights."""
+"""Text <-> token ids, by the tokenizer that comes with the weights."""
 
 from __future__ import annotations
 
@@ -7,47 +7,45 @@ import os
 from collections.abc import Sequence
 from operator import index
 from pathlib import Path
+from typing import Any
 
-from sentencepiece import SentencePieceProcessor
+from .vocabulary import open_vocabulary
 
 
 class Tokenizer:
-    """Llama 2's tokenizer: BPE with byte fallback, so that any text can be encoded and nothing is normalized away.
+    """The tokenizer of any Llama: tokenizer.model of Llama 1 and 2 (SentencePiece) or 3 (tiktoken), or tokenizer.json.
+    Any text can be encoded, and nothing is normalized away.
 
-    Attributes: n_words, the size of the vocabulary; bos_id, eos_id; pad_id, which is -1: there is no padding token.
-    Raises FileNotFoundError without a file at model_path and ValueError for one that is no SentencePiece model.
+    Attributes: n_words, the size of the vocabulary; bos_id, eos_id; eos_ids, which all end an answer; special, the ids
+    of special tokens by name, which text never becomes (in Llama 2 they have no names); pad_id, which is -1 where there
+    is no padding token. Raises FileNotFoundError without a file at model_path and ValueError for one of another kind.
     """
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
         path = Path(os.path.expanduser(model_path))
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer at {path}; give the path of tokenizer.model as tokenizer_path")
-        try:
-            self.sp_model = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} ({path.stat().st_size} bytes) is not a SentencePiece model: {error}") from error
-        self.n_words: int = self.sp_model.vocab_size()
-        self.bos_id: int = self.sp_model.bos_id()
-        self.eos_id: int = self.sp_model.eos_id()
-        self.pad_id: int = self.sp_model.pad_id()
-        # How the model decodes, of which it tells nothing else: the text of <unk>, and how many of two spaces that
-        # begin a text are dropped. 1: of a first word the space that encoding adds; 2: all; 0: none.
-        self.unknown: str = self.sp_model.decode([self.sp_model.unk_id()])
-        ids, piece = [self.sp_model.piece_to_id("▁"), *range(self.n_words)], self.sp_model.id_to_piece
-        space = next((id for id in ids if piece(id).startswith("▁")), None)
-        self.drops = 0 if space is None else 2 * len(piece(space)) - len(self.decode([space, space]))
+        self.vocabulary = open_vocabulary(path)
+        self.n_words, self.pad_id = self.vocabulary.n_words, self.vocabulary.pad_id
+        self.bos_id, self.eos_id, self.eos_ids = self.vocabulary.bos_id, self.vocabulary.eos_id, self.vocabulary.eos_ids
+        self.special = self.vocabulary.special
+
+    @property
+    def sp_model(self) -> Any:
+        """The SentencePieceProcessor of Llama 2's tokenizer; None for others."""
+        return getattr(self.vocabulary, "model", None)
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of a text, with BOS before and EOS after it if asked for; text that spells them stays text."""
         if not isinstance(s, str):
             raise ValueError(f"only a str can be encoded, not {s!r}")
         s.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
-        return [self.bos_id] * bos + self.sp_model.encode(s) + [self.eos_id] * eos
+        return [self.bos_id] * (bos and self.bos_id >= 0) + self.vocabulary.encode(s) + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int]) -> str:
-        """The text of ids. The space that marks the first word is dropped where SentencePiece does, which is where it
-        was added; bytes that form no character become U+FFFD."""
-        return self.sp_model.decode([*map(index, t)])
+        """The text of ids. The space that marks the first word is dropped where encoding adds it; special tokens have
+        no text; bytes that form no character become U+FFFD."""
+        return "".join(self.decode_pieces(t))
 
     def piece(self, id: int) -> str:
         """The text of one id inside of a text; U+FFFD for a byte."""
@@ -69,8 +67,8 @@ class Decoder:
     that of the ids `before`, if there are any: decode(before) + text = decode(before + ids)."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        self.sp_model, self.unknown, self.drops = tokenizer.sp_model, tokenizer.unknown, tokenizer.drops
-        self.bytes = codecs.getincrementaldecoder("utf-8")(EACH)
+        self.vocabulary = tokenizer.vocabulary
+        self.bytes = codecs.getincrementaldecoder("utf-8")(self.vocabulary.errors)
         self.empty = True  # nothing yet, so that a space is dropped
         for ids in (before[-4:], before):  # four hold any unfinished character, and mostly some text
             if self.empty:
@@ -79,24 +77,17 @@ class Decoder:
                     self.push(id)
 
     def push(self, id: int) -> str:
-        piece: str = self.sp_model.id_to_piece(id)
-        if self.sp_model.is_byte(id):
-            text = self.bytes.decode(bytes([int(piece[1:-1], 16)]))  # <0xE4>
+        piece = self.vocabulary.stands_for(id)
+        if isinstance(piece, bytes):
+            text = self.bytes.decode(piece)
         else:
             text = self.flush()
-            if self.sp_model.is_unknown(id):
-                text += self.unknown
-            elif not self.sp_model.is_control(id):
-                if self.empty and not text and self.drops and piece.startswith("▁"):
-                    piece, self.empty = piece[1:], self.drops > 1
-                text += piece.replace("▁", " ")
+            if self.empty and not text and self.vocabulary.drops and piece.startswith("▁"):
+                piece, self.empty = piece[1:], self.vocabulary.drops > 1
+            text += piece.replace("▁", " ")
         self.empty = self.empty and not text
         return text
 
     def flush(self) -> str:
         """What is left when no more ids come: bytes that wait are no character."""
         return self.bytes.decode(b"", final=True)
-
-
-EACH = "llama.each"  # U+FFFD for each byte, as SentencePiece has it; "replace" has one for several
-codecs.register_error(EACH, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]

@@ -249,10 +249,10 @@ def test_a_model_writes_what_calibrates_it():
     """In texts that begin with BOS, the same each time, of a model that ends its texts early too."""
     llama = Llama.build(MODELS / "small", max_seq_len=WINDOW, max_batch_size=8, device="cpu", dtype="float32")
     engine, bos, eos = llama.engine, llama.tokenizer.bos_id, llama.tokenizer.eos_id
-    found = own_text(engine, bos, eos, 300)
+    found = own_text(engine, bos, {eos}, 300)
     assert 300 <= len(found) < 600 and found[0] == bos and eos not in found
     assert found.count(bos) > 1
-    assert own_text(Engine.of(llama.model), bos, eos, 300) == found
+    assert own_text(Engine.of(llama.model), bos, {eos}, 300) == found
 
 
 def test_a_bundled_model_diverges_less(tmp_path, monkeypatch):

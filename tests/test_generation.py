@@ -179,7 +179,7 @@ def test_what_a_slot_remembers_is_forgotten_when_the_model_changes(tokenizer, ch
 def test_a_row_ends_before_eos_and_the_others_go_on(llama, monkeypatch):
     ids, logprobs = greedy(llama, PROMPTS, logprobs=True)
     eos = ids[1][4]
-    monkeypatch.setattr(llama.tokenizer, "eos_id", eos)
+    monkeypatch.setattr(llama.tokenizer, "eos_ids", {eos})
     shorter, shorter_logprobs = greedy(llama, PROMPTS, logprobs=True)
     for whole, cut, scores, whole_scores in zip(ids, shorter, shorter_logprobs, logprobs, strict=True):
         end = whole.index(eos) if eos in whole else len(whole)
@@ -190,7 +190,7 @@ def test_a_row_ends_before_eos_and_the_others_go_on(llama, monkeypatch):
 
 def test_generation_ends_when_all_rows_have(llama, monkeypatch):
     ids, _ = greedy(llama, [PROMPTS[0]])
-    monkeypatch.setattr(llama.tokenizer, "eos_id", ids[0][2])
+    monkeypatch.setattr(llama.tokenizer, "eos_ids", {ids[0][2]})
     with mock.patch.object(llama.model, "logits", wraps=llama.model.logits) as logits:
         assert greedy(llama, [PROMPTS[0]])[0] == [ids[0][: ids[0].index(ids[0][2])]]
     assert logits.call_count <= 3

@@ -316,7 +316,7 @@ from llama import Llama, parallel
 from llama.cli import script
 with script.readable_errors():
     llama = Llama.build({str(tmp_path / "model")!r}, {str(TOKENIZER)!r}, 2048, 1, device="cpu")
-    llama.tokenizer.eos_id = -1
+    llama.tokenizer.eos_ids = set()
     llama.generate([[1, 2, 3]], 3)
     pathlib.Path({str(tmp_path)!r}, f"pid{{parallel.rank()}}").write_text(str(os.getpid()))
     llama.generate([[1, 2, 3]], 2000)

@@ -127,13 +127,13 @@ def test_finish_reasons(llama, monkeypatch):
     ids = llama.generate([PROMPTS[0]], 10, temperature=0)[0][0]
     assert joined(llama.generate_stream([PROMPTS[0]], 0), 1)[0][3] == "length"
     assert joined(llama.generate_stream([PROMPTS[0]], 4, 0, stop_token_ids=[ids[2]]), 1)[0][1:] == (ids[:2], [], "stop")
-    monkeypatch.setattr(llama.tokenizer, "eos_id", ids[3])
+    monkeypatch.setattr(llama.tokenizer, "eos_ids", {ids[3]})
     assert joined(llama.generate_stream([PROMPTS[0]], 9, 0), 1)[0][1:] == (ids[: ids.index(ids[3])], [], "eos")
 
 
 def test_no_end_before_min_gen_len(llama, monkeypatch):
     ids = llama.generate([PROMPTS[0]], 10, temperature=0)[0][0]
-    monkeypatch.setattr(llama.tokenizer, "eos_id", ids[1])
+    monkeypatch.setattr(llama.tokenizer, "eos_ids", {ids[1]})
     [row] = llama.generate([PROMPTS[0]], 10, temperature=0, min_gen_len=6, stop_token_ids=[ids[2]])[0]
     assert len(row) >= 6
     assert not {ids[1], ids[2]} & set(row[:6])

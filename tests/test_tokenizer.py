@@ -118,7 +118,15 @@ def test_only_text_is_encoded():
 def test_files_that_are_no_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):
         Tokenizer(tmp_path / "tokenizer.model")
-    for content in (b"", b"<html>", b"IQ== 0\nIg== 1\n"):
+    for content in (b"", b"<html>"):
         (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises(ValueError, match=rf"\({len(content)} bytes\) is not a SentencePiece model"):
+        with pytest.raises(ValueError, match=rf"\({len(content)} bytes\) is not a SentencePiece model, or ranks"):
             Tokenizer(tmp_path / "tokenizer.model")
+    for content, why in {b"IQ== 0\nIg== 1\n": "has not each byte", b"IQ== 0\nIg==\n": "line 2 is not a token"}.items():
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ValueError, match=why):
+            Tokenizer(tmp_path / "tokenizer.model")
+    for content in (b"{}", b'{"a": 1', b'{"model": {"vocab": 3}}'):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(ValueError, match="is not a tokenizer.json"):
+            Tokenizer(tmp_path / "tokenizer.json")

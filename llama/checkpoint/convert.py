@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +20,9 @@ from tqdm import tqdm
 from ..args import ModelArgs
 from ..backends.quantized import Scheme
 from ..tokenizer import Tokenizer
+from ..vocabulary import BytePairs, SentencePieceFile
 from . import hf
+from .bpe_tokenizer import byte_pair_files, ranks_file
 from .calibrate import calibrated, windows
 from .folder import Checkpoint
 from .hf_tokenizer import tokenizer_files
@@ -88,7 +90,7 @@ def convert(
         )
     if text and checkpoint.scheme:
         raise ValueError(f"{source} is quantized already, to {scheme}; calibrate with the original weights")
-    tokens = tokenizer_files(tokenizer.sp_model) if to == "hf" else {}
+    tokens = files_of(tokenizer, tokenizer_path, to)
     job = Job(checkpoint, args, dtype or checkpoint.dtype(), scheme, search)
     stored = [entry for tensors in job.stored().items() for entry in tensors[1].items()]
     if to == "meta":
@@ -97,14 +99,31 @@ def convert(
     if text:
         job = job._replace(text=windows(text(), args.vocab_size))
     with new_folder(target, size) as folder, tqdm(total=2 * size, unit="B", unit_scale=True, disable=None) as bar:
-        write_file(folder / "tokenizer.model", tokenizer_path.read_bytes())
+        for name, content in tokens.items():
+            if isinstance(content, bytes):
+                write_file(folder / name, content)
+            else:
+                write_json(folder, {name: content})
         if to == "meta":
             write_meta(job, folder, mp, bar)
         else:
-            write_hf(job, folder, bar, tokenizer.bos_id, tokenizer.eos_id)
-            write_json(folder, tokens)
+            write_hf(job, folder, bar, tokenizer.bos_id, sorted(tokenizer.eos_ids | checkpoint.eos_ids()))
         written = sorted(file for file in folder.iterdir() if file.name != LOCK)
         write_checklist(folder / "checklist.chk", written, bar.update)
+
+
+def files_of(tokenizer: Tokenizer, path: Path, to: str) -> dict[str, Any]:
+    """The tokenizer's files in a layout: names, and bytes or JSON. ValueError if the layout has no place for it."""
+    kind = tokenizer.vocabulary
+    if isinstance(kind, BytePairs):
+        model = {"tokenizer.model": ranks_file(kind)}
+        return model if to == "meta" else byte_pair_files(kind)
+    if isinstance(kind, SentencePieceFile):
+        model = {"tokenizer.model": path.read_bytes()}
+        return model if to == "meta" else {**model, **tokenizer_files(kind.model)}
+    names = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    beside = {name: (path.parent / name).read_bytes() for name in names if (path.parent / name).is_file()}
+    return {"tokenizer.json": path.read_bytes(), **beside}
 
 
 def check_divides(stored: Stored, mp: int) -> None:
@@ -153,7 +172,7 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
         yield from zip(stored[name], (part for part in matrix if part is not None), strict=True)
 
 
-def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: int = 2) -> None:
+def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int] = (2,)) -> None:
     """config.json, and one file of safetensors, or several with an index."""
     whole, names = shapes(job.args), hf.names(job.args.n_layers)
     if job.args.tie_word_embeddings:
@@ -175,7 +194,8 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: int = 2) -> N
         index |= dict.fromkeys(tensors, file)
     args, dtype = job.args, str(job.dtype).removeprefix("torch.")
     config = hf.config(args, dtype, job.checkpoint.positions)
-    ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": eos if eos >= 0 else None}
+    ends = [*eos] if len(eos) > 1 else max(eos, default=None)
+    ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": ends}
     write_json(folder, {"config.json": config | ids, "generation_config.json": ids})
     if len(groups) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}

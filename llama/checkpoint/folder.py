@@ -95,6 +95,15 @@ class Checkpoint:
         self.check(args)
         return args
 
+    def eos_ids(self) -> set[int]:
+        """The ids that end an answer, besides the tokenizer's own, as Hugging Face's files have them."""
+        found: set[int] = set()
+        for path in (self.folder / "config.json", self.folder / "generation_config.json"):
+            if self.layout == "hf" and path.is_file():
+                ids = read_json(path).get("eos_token_id")
+                found |= {id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int and id >= 0}
+        return found
+
     def tied(self) -> bool:
         """Whether the output matrix is the embeddings, and not a copy of them."""
         output, embeddings = "output.weight", "tok_embeddings.weight"

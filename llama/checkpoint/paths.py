@@ -18,6 +18,7 @@ MISTAKEN = {
     rb"\x1f\x8b": ("it is compressed", "decompress it with gunzip"),
     rb"\{\s*\"": ("it is JSON", "take the file itself"),
 }
+ROLES = ("<unk>", "<s>", "</s>")  # tokens that every tokenizer.model of Llama 2's kind has
 # What a folder without weights, or without a description of them, may hold: a pattern of names, and what to do.
 FOREIGN = {
     "adapter_config.json": "it is the folder of a LoRA adapter: merge_and_unload of peft merges it into its model",
@@ -78,18 +79,27 @@ def check_path(value: Any, name: str, kind: Literal["file", "folder"]) -> Path:
 
 
 def find_tokenizer(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str] | None) -> Path:
-    """The tokenizer's file: `tokenizer_path` if given, else tokenizer.model in the checkpoint's folder or one folder
-    up. FileNotFoundError if there is none."""
+    """The tokenizer's file: `tokenizer_path` if given, else tokenizer.model in the checkpoint's folder, tokenizer.json
+    where that is alone or has more tokens, or tokenizer.model one folder up. FileNotFoundError if there is none."""
     folders = dict.fromkeys([ckpt_dir, ckpt_dir.absolute().parent, ckpt_dir.resolve().parent])
     paths = [folder / "tokenizer.model" for folder in folders]
+    paths.insert(0 if added_tokens(ckpt_dir) else 1, ckpt_dir / "tokenizer.json")
     if tokenizer_path is not None:
         paths = [check_path(tokenizer_path, "tokenizer_path", "file")]
     if not (found := [path for path in paths if path.is_file()]):
-        json = "; tokenizer.json is not read" if (ckpt_dir / "tokenizer.json").is_file() else ""
-        raise FileNotFoundError(f"no tokenizer.model in {' or '.join(map(str, folders))}; give tokenizer_path{json}")
-    if wrong := mistaken(found[0]):
+        raise FileNotFoundError(f"no tokenizer.model in {' or '.join(map(str, folders))}; give tokenizer_path")
+    if (wrong := mistaken(found[0])) and not (wrong[0] == "it is JSON" and found[0].suffix == ".json"):
         raise ValueError(f"{found[0]} is not a tokenizer.model; {wrong[1]} ({wrong[0]})")
     return found[0]
+
+
+def added_tokens(folder: Path) -> list[str]:
+    """Tokens, other than padding, that a folder of Hugging Face's adds to those of its tokenizer.model."""
+    path, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    found = list(read_json(path)) if path.is_file() else []
+    if config.is_file() and isinstance(tokens := read_json(config).get("added_tokens_decoder"), dict):
+        found += [token["content"] for token in tokens.values() if isinstance(token, dict) and "content" in token]
+    return [token for token in found if token not in ROLES and "pad" not in token.lower()]
 
 
 def read_text(path: Path) -> str:

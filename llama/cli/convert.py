@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from tqdm import tqdm
@@ -64,7 +65,7 @@ def convert(
     def text() -> list[int]:
         if calibrate == "auto":
             llama = Llama.build(folder, tokenizer, WINDOW, AT_ONCE)
-            return own_text(llama.engine, llama.tokenizer.bos_id, llama.tokenizer.eos_id, OWN)
+            return own_text(llama.engine, llama.tokenizer.bos_id, llama.tokenizer.eos_ids, OWN)
         return Tokenizer(tokenizer).encode(Path(str(calibrate)).read_text("utf-8"), bos=True, eos=False)
 
     searched = quantize == "int4" if search is None else search
@@ -72,14 +73,14 @@ def convert(
     checkpoint_convert.convert(folder, Path(dst), to, mp, *given)
 
 
-def own_text(engine: Engine, bos: int, eos: int, count: int) -> list[int]:
+def own_text(engine: Engine, bos: int, ends: Collection[int], count: int) -> list[int]:
     """At least `count` ids that a model samples at temperature 1, in texts that begin with BOS."""
     ids: list[int] = []
     seed, limit = 0, min(WINDOW, engine.model.params.max_seq_len)
     with tqdm(desc="writing", total=count, unit="token", disable=None, leave=False) as bar:
         while len(ids) < count:
             seeds = range(seed, seed + -(-(count - len(ids)) // limit))
-            requests = [Request([bos], limit, SamplingParams(temperature=1.0, seed=seed), (eos,)) for seed in seeds]
+            requests = [Request([bos], limit, SamplingParams(temperature=1.0, seed=seed), ends) for seed in seeds]
             for events in engine.run(requests):
                 bar.update(sum(len(event.tokens) for event in events))
             ids += [id for request in requests for id in request.ids]

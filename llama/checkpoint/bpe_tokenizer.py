@@ -1,0 +1,112 @@
+"""A tokenizer of byte pairs, such as Llama 3's, as the files of either layout."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from ..vocabulary import LLAMA3_WORDS, BytePairs, byte_characters
+
+FLAGS = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def ranks_file(pairs: BytePairs) -> bytes:
+    """tokenizer.model of Meta's layout."""
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(pairs.ranks.items(), key=second))
+    return b"".join(lines)
+
+
+def second(entry: tuple[bytes, int]) -> int:
+    return entry[1]
+
+
+def merges(pairs: BytePairs) -> Iterator[tuple[bytes, bytes]]:
+    """All pairs of tokens that make a token, in the order in which they are merged."""
+    ranks = pairs.ranks
+    for token, _ in sorted(ranks.items(), key=second):
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        yield from sorted(
+            (split for split in splits if split[0] in ranks and split[1] in ranks),
+            key=lambda split: (ranks[split[0]], ranks[split[1]]),
+        )
+
+
+def byte_pair_files(pairs: BytePairs) -> dict[str, dict[str, Any]]:
+    """tokenizer.json and tokenizer_config.json, compared with the original on generated texts where the package
+    tokenizers is installed. ValueError if they differ."""
+    shown = {byte: character for character, byte in byte_characters().items()}
+
+    def spell(token: bytes) -> str:
+        return "".join(map(shown.__getitem__, token))
+
+    bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
+    template = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": id, "content": name, **FLAGS} for name, id in pairs.special.items()],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": LLAMA3_WORDS}, "behavior": "Isolated", "invert": False},
+                byte_level,
+            ],
+        },
+        "post_processor": {
+            "type": "Sequence",
+            "processors": [
+                byte_level,
+                {
+                    "type": "TemplateProcessing",
+                    "single": template,
+                    "pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}],
+                    "special_tokens": {bos: {"id": bos, "ids": [pairs.bos_id], "tokens": [bos]}},
+                },
+            ],
+        },
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {spell(token): rank for token, rank in sorted(pairs.ranks.items(), key=second)},
+            "merges": [[spell(left), spell(right)] for left, right in merges(pairs)],
+        },
+    }
+    check(content, pairs)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    return {"tokenizer.json": content, "tokenizer_config.json": config}
+
+
+def check(content: dict[str, Any], pairs: BytePairs) -> None:
+    """ValueError with a generated text that tokenizer.json encodes to other ids."""
+    try:
+        import json
+
+        import tokenizers
+    except ImportError:
+        return
+    theirs, chance = tokenizers.Tokenizer.from_str(json.dumps(content)), random.Random(0)
+    tokens = [*pairs.ranks]
+    for _ in range(2000):
+        some = itertools.chain.from_iterable(chance.choice(tokens) for _ in range(chance.randrange(12)))
+        text = bytes(some).decode("utf-8", "ignore")
+        if theirs.encode(text, add_special_tokens=False).ids != pairs.encode(text):
+            raise ValueError(f"tokenizer.json would encode {text!r} to other ids")

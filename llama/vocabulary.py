@@ -1,0 +1,231 @@
+"""What is in a tokenizer's file: text -> token ids, and what each id stands for."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import codecs
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from sentencepiece import SentencePieceProcessor
+
+EACH = "llama.each"  # U+FFFD for each byte, as SentencePiece has it; "replace" has one for several
+codecs.register_error(EACH, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
+
+# How Llama 3 cuts a text into words, before bytes are merged; in the syntax of the package regex.
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The special tokens of Llama 3.1 to 3.3, from the number of ranks on; 3 has reserved ones in place of three of them.
+NAMED = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id"}
+NAMED |= {8: "eom_id", 9: "eot_id", 10: "python_tag"}
+RESERVED = iter(range(256 - len(NAMED)))
+LLAMA3_SPECIAL = [f"<|{NAMED.get(i) or f'reserved_special_token_{next(RESERVED)}'}|>" for i in range(256)]
+ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # a text, a message that expects a tool's result, a turn
+BLOCK, RUN = 400_000, 25_000  # characters, of which and of a run of which the regular expression is given no more
+
+
+class Vocabulary(Protocol):
+    """A tokenizer's file, opened."""
+
+    n_words: int
+    bos_id: int  # -1 for one that there is not
+    eos_id: int
+    pad_id: int
+    eos_ids: set[int]  # all that end an answer
+    special: dict[str, int]  # tokens that no text is encoded to
+    errors: str  # how bytes are shown that are no UTF-8
+    drops: int  # of spaces that begin a text, those that decoding drops: 0, 1 or 2 for all
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. Text that spells a special token stays text."""
+
+    def stands_for(self, id: int) -> str | bytes:
+        """Text, in which ▁ is a space, or bytes, which are text together with those around them."""
+
+
+class SentencePieceFile:
+    """tokenizer.model of Llama 2: BPE of characters with byte fallback, so that any text can be encoded."""
+
+    errors = EACH
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.model = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            size = path.stat().st_size
+            kinds = "a SentencePiece model, or ranks as tiktoken reads them, or tokenizer.json"
+            raise ValueError(f"{path} ({size} bytes) is not {kinds}: {error}") from error
+        model = self.model
+        self.n_words, self.pad_id = model.vocab_size(), model.pad_id()
+        self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
+        self.eos_ids, self.special = {self.eos_id}, dict[str, int]()
+        # How the model decodes, of which it tells nothing else: the text of <unk>, and how many of two spaces that
+        # begin a text are dropped. 1: of a first word the space that encoding adds; 2: all; 0: none.
+        self.unknown: str = model.decode([model.unk_id()])
+        ids, piece = [model.piece_to_id("▁"), *range(self.n_words)], model.id_to_piece
+        space = next((id for id in ids if piece(id).startswith("▁")), None)
+        self.drops = 0 if space is None else 2 * len(piece(space)) - len(model.decode([space, space]))
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text)
+
+    def stands_for(self, id: int) -> str | bytes:
+        piece: str = self.model.id_to_piece(id)
+        if self.model.is_byte(id):
+            return bytes([int(piece[1:-1], 16)])  # <0xE4>
+        if self.model.is_control(id):
+            return ""
+        return self.unknown if self.model.is_unknown(id) else piece
+
+
+class BytePairs:
+    """Llama 3's tokenizer: BPE of bytes, whose merges have the order of the ids."""
+
+    errors, drops, pad_id = "replace", 0, -1
+
+    def __init__(self, ranks: Mapping[bytes, int], special: Mapping[str, int]) -> None:
+        import tiktoken
+
+        self.ranks, self.special = dict(ranks), dict(special)
+        self.encoding = tiktoken.Encoding(
+            "llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=self.ranks, special_tokens=self.special
+        )
+        self.n_words = len(self.ranks) + len(self.special)
+        self.bos_id, self.eos_id = self.special["<|begin_of_text|>"], self.special["<|end_of_text|>"]
+        self.eos_ids = {self.special[name] for name in ENDS if name in self.special}
+        self.bytes = {id: token for token, id in self.ranks.items()}
+
+    @staticmethod
+    def of_ranks(path: Path) -> BytePairs:
+        """tokenizer.model: a line for each token, its bytes in base64 and its rank, which is its id."""
+        ranks: dict[bytes, int] = {}
+        for number, line in enumerate(path.read_bytes().split(b"\n")):
+            try:
+                if line:
+                    token, rank = line.split()
+                    ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error) as error:
+                raise ValueError(f"{path}: line {number + 1} is not a token in base64 and its rank") from error
+        if sorted(ranks.values()) != [*range(len(ranks))] or any(bytes([i]) not in ranks for i in range(256)):
+            raise ValueError(f"{path} has not each byte and each rank below {len(ranks)} once; download it again")
+        return BytePairs(ranks, {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)})
+
+    def encode(self, text: str) -> list[int]:
+        return [id for part in parts(text) for id in self.encoding.encode_ordinary(part)]
+
+    def stands_for(self, id: int) -> bytes:
+        return self.bytes.get(id, b"")
+
+
+def parts(text: str) -> Iterator[str]:
+    """A text in parts that are encoded alone, as Meta does: the regular expression fails on very long runs."""
+    for begin in range(0, len(text), BLOCK):
+        block, start = text[begin : begin + BLOCK], 0
+        for run in re.finditer(rf"\s{{{RUN + 1},}}|\S{{{RUN + 1},}}", block):
+            for cut in range(run.start() + RUN, run.end(), RUN):
+                yield block[start:cut]
+                start = cut
+        yield block[start:]
+
+
+def byte_characters() -> dict[str, int]:
+    """The character that GPT-2's files write for each byte: itself if it can be seen, else one from U+0100 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def tokenizer_json(path: Path) -> Vocabulary:
+    """tokenizer.json: Llama 3's needs no further package, as the ids of its tokens are their ranks; for any other
+    Hugging Face's package tokenizers encodes. ValueError names a file that is no tokenizer."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model, added = content["model"], content.get("added_tokens") or []
+        vocab, special = model["vocab"], {token["content"]: token["id"] for token in added if token["special"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a tokenizer.json: {error!r}") from error
+    own = {text: id for text, id in vocab.items() if text not in special} if isinstance(vocab, dict) else {}
+    words = f'"Regex": {json.dumps(LLAMA3_WORDS)}' in json.dumps(content.get("pre_tokenizer"))
+    if words and model.get("ignore_merges") and sorted(own.values()) == [*range(len(own))] and ENDS[0] in special:
+        characters = byte_characters()
+        return BytePairs({bytes(map(characters.__getitem__, text)): id for text, id in own.items()}, special)
+    return TokenizersFile(path, content)
+
+
+class TokenizersFile:
+    """Any other tokenizer.json, encoded by the package tokenizers. What ids stand for is read from the file, so that
+    text can be decoded piece by piece."""
+
+    pad_id = -1
+
+    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ValueError(f"{path} needs the package tokenizers: pip install tokenizers") from error
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises no other type
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        self.tokenizer.encode_special_tokens = True  # text that spells <s> stays text
+        self.n_words = self.tokenizer.get_vocab_size()
+        decoder = json.dumps(content.get("decoder"))
+        self.characters = byte_characters() if '"ByteLevel"' in decoder else None
+        self.errors = EACH if '"ByteFallback"' in decoder else "replace"
+        self.drops = int('"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder))
+        added = {token["content"]: token for token in content.get("added_tokens") or []}
+        self.special = {name: token["id"] for name, token in added.items() if token["special"]}
+        self.added = {token["id"]: name for name, token in added.items() if not token["special"]}
+        names = special_names(path.parent)
+        self.bos_id = self._id(names.get("bos_token"), "<s>", "<|begin_of_text|>")
+        self.eos_id = self._id(names.get("eos_token"), "</s>", "<|end_of_text|>", "<|endoftext|>")
+        self.eos_ids = {self.eos_id, *(self.special[name] for name in ENDS if name in self.special)} - {-1}
+
+    def _id(self, *names: str | None) -> int:
+        ids = (self.tokenizer.token_to_id(name) for name in names if name)
+        return next((id for id in ids if id is not None), -1)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def stands_for(self, id: int) -> str | bytes:
+        piece = self.tokenizer.id_to_token(id)
+        if piece is None or piece in self.special:
+            return b"" if self.characters else ""
+        if id in self.added:
+            return self.added[id]
+        if self.characters:
+            return bytes(self.characters[character] for character in piece)
+        if self.errors == EACH and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[1:-1], 16)])
+        return piece
+
+
+def special_names(folder: Path) -> dict[str, str]:
+    """bos_token and eos_token, as the files beside tokenizer.json name them."""
+    found = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            for role in ("bos_token", "eos_token"):
+                token = content.get(role)
+                if token := token.get("content") if isinstance(token, dict) else token:
+                    found[role] = token
+    return found
+
+
+def open_vocabulary(path: Path) -> Vocabulary:
+    """The tokenizer in a file of any kind, told by how it begins."""
+    with path.open("rb") as file:
+        start = file.read(200).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"{"):
+        return tokenizer_json(path)
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", start):
+        return BytePairs.of_ranks(path)
+    return SentencePieceFile(path)

@@ -1,0 +1,264 @@
+"""Tokenizers of every kind of file, compared with the packages that such files are written for."""
+
+import base64
+import itertools
+import json
+import random
+
+import pytest
+import tiktoken
+import tokenizers
+from small import MODELS, TOKENIZER
+
+from llama import Llama, Tokenizer
+from llama.checkpoint.bpe_tokenizer import byte_pair_files, merges, ranks_file
+from llama.checkpoint.convert import convert
+from llama.checkpoint.hf_tokenizer import tokenizer_files
+from llama.tokenizer import Decoder
+from llama.vocabulary import LLAMA3_SPECIAL, LLAMA3_WORDS, byte_characters, parts
+
+TEXT = (
+    "Once upon a time there was a little cat who said: don't, DON'T! It's 1234567 o'clock.\n\n\tdef f(x):\r\n"
+    "    return x + 3\n naïve café, Straße, 你好世界, 🦙🙂, résumé  two   spaces "
+)
+LETTERS = [
+    *"abcdehinorstuv EIT0123456789'.,!?-_<|>\n\t\r\u00a0\u3000éß你好🙂\u0301\ufffd",
+    "  ",
+    "'s",
+    "'LL",
+    "\r\n",
+    "<s>",
+]
+LETTERS += ["<|eot_id|>", "</s>", "▁", "the", " the", "ing", "\U0001f9d1\u200d\U0001f4bb"]
+
+
+def train_ranks(size=400):
+    """BPE of bytes: the pair that is most frequent in the text is merged next."""
+    import regex
+
+    ranks = {bytes([i]): i for i in random.Random(1).sample(range(256), 256)}
+    ranks = {token: i for i, token in enumerate(ranks)}
+    words = [[bytes([b]) for b in word.encode()] for word in regex.findall(LLAMA3_WORDS, TEXT * 3)]
+    while len(ranks) < 256 + size:
+        counts = {}
+        for word in words:
+            for pair in itertools.pairwise(word):
+                counts[pair] = counts.get(pair, 0) + 1
+        if not counts:
+            break
+        best = max(counts, key=counts.get)
+        ranks[best[0] + best[1]] = len(ranks)
+        for word in words:
+            i = 0
+            while i + 1 < len(word):
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [best[0] + best[1]]
+                i += 1
+    return ranks
+
+
+RANKS = train_ranks()
+
+
+def write_ranks(folder):
+    path = folder / "tokenizer.model"
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in RANKS.items()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory):
+    return Tokenizer(write_ranks(tmp_path_factory.mktemp("ranks")))
+
+
+def texts(count, seed=0):
+    chance = random.Random(seed)
+    for _ in range(count):
+        yield "".join(chance.choices(LETTERS, k=chance.randrange(25)))
+
+
+def pieces_join(tokenizer, ids):
+    """Whole, piece by piece, and behind any beginning."""
+    whole = tokenizer.decode(ids)
+    assert "".join(tokenizer.decode_pieces(ids)) == whole
+    cut = len(ids) // 2
+    decoder = Decoder(tokenizer)
+    before = "".join(map(decoder.push, ids[:cut])) + (decoder.flush() if cut == len(ids) else "")
+    assert before + "".join(tokenizer.decode_pieces(ids[cut:], ids[:cut])) == whole
+    return whole
+
+
+def test_ranks_are_encoded_as_tiktoken_does(llama3):
+    special = {name: len(RANKS) + i for i, name in enumerate(LLAMA3_SPECIAL)}
+    theirs = tiktoken.Encoding("test", pat_str=LLAMA3_WORDS, mergeable_ranks=RANKS, special_tokens=special)
+    for text in texts(20_000):
+        ids = llama3.encode(text, bos=False, eos=False)
+        assert ids == theirs.encode(text, disallowed_special=())
+        assert pieces_join(llama3, ids) == text
+    chance = random.Random(2)
+    for _ in range(2000):  # ids that are no text
+        ids = chance.choices(range(len(RANKS)), k=6)
+        assert pieces_join(llama3, ids) == theirs.decode_bytes(ids).decode("utf-8", "replace")
+
+
+def test_special_tokens_of_llama_3(llama3):
+    first = len(RANKS)
+    assert llama3.n_words == first + 256
+    assert (llama3.bos_id, llama3.eos_id, llama3.pad_id) == (first, first + 1, -1)
+    assert llama3.eos_ids == {first + 1, first + 8, first + 9}
+    names = {2: "reserved_special_token_0", 4: "finetune_right_pad_id", 5: "reserved_special_token_2"}
+    names |= {6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
+    names |= {11: "reserved_special_token_3", 255: "reserved_special_token_247"}
+    for id, name in names.items():
+        assert llama3.special[f"<|{name}|>"] == first + id
+    assert llama3.encode("x", bos=True, eos=True) == [first, *llama3.encode("x", False, False), first + 1]
+    for name in ("<|begin_of_text|>", "<|eot_id|>"):
+        ids = llama3.encode(name, bos=False, eos=False)
+        assert max(ids) < first and llama3.decode(ids) == name
+        assert llama3.decode([llama3.special[name]]) == ""
+
+
+@pytest.mark.parametrize("run", [" ", "x", "\n", "é", "x y"])
+def test_very_long_runs(llama3, run):
+    text = run * (1_000_000 // len(run))
+    assert "".join(parts(text)) == text
+    ids = llama3.encode(text, bos=False, eos=False)
+    assert llama3.decode(ids) == text
+
+
+def test_parts_are_cut_where_meta_cuts():
+    def slow(text):
+        found, run, white, begin = [], 0, None, 0
+        for i, character in enumerate(text):
+            if character.isspace() == white:
+                run += 1
+                if run > 25_000:
+                    found.append(text[begin:i])
+                    begin, run = i, 1
+            else:
+                run, white = 1, character.isspace()
+        return [*found, text[begin:]]
+
+    for text in ("a" * 60_000 + " " * 25_000 + "b" * 25_001, "ab " * 30_000, "", " " * 50_000 + "x", "\u3000" * 30_000):
+        assert [*parts(text)] == (slow(text) if text else [])
+
+
+def test_tokenizer_json_of_llama_3(llama3, tmp_path):
+    """Written, read without the package tokenizers, and read with it; the merges are those of transformers."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    files = byte_pair_files(llama3.vocabulary)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(files["tokenizer.json"]))
+    assert {chr(ord(c)): b for b, c in bytes_to_unicode().items()} == byte_characters()
+    ours, theirs = (
+        Tokenizer(tmp_path / "tokenizer.json"),
+        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")),
+    )
+    assert type(ours.vocabulary) is type(llama3.vocabulary)
+    assert (ours.n_words, ours.bos_id, ours.eos_ids, ours.special) == (
+        *(llama3.n_words, llama3.bos_id, llama3.eos_ids),
+        llama3.special,
+    )
+    theirs.encode_special_tokens = True
+    for text in texts(20_000, seed=3):
+        ids = ours.encode(text, bos=False, eos=False)
+        assert ids == llama3.encode(text, bos=False, eos=False)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+    assert all(left + right in RANKS for left, right in merges(llama3.vocabulary))
+    again = Tokenizer(write_bytes(tmp_path / "tokenizer.model", ranks_file(ours.vocabulary)))
+    assert again.vocabulary.ranks == RANKS
+
+
+def write_bytes(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def gpt2_json():
+    """Byte pairs with GPT-2's words and ids that are no ranks."""
+    model = tokenizers.models.BPE()
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    made.train_from_iterator([TEXT] * 3, trainer)
+    made.add_tokens(["<|im_start|>"])
+    return json.loads(made.to_str())
+
+
+def llama2_json(**changes):
+    return {**tokenizer_files(Tokenizer(TOKENIZER).sp_model)["tokenizer.json"], **changes}
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+JSON = {
+    "Llama 2": llama2_json,
+    "Llama 2 by transformers 5": lambda: llama2_json(normalizer=None, pre_tokenizer=METASPACE),
+    "GPT-2": gpt2_json,
+}
+
+
+@pytest.mark.parametrize("kind", JSON)
+def test_tokenizer_json_of_other_kinds(kind, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(JSON[kind]()))
+    ours, theirs = Tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
+    theirs.encode_special_tokens = True
+    assert ours.n_words == theirs.get_vocab_size()
+    for text in texts(5000, seed=4):
+        ids = ours.encode(text, bos=False, eos=False)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert pieces_join(ours, ids) == theirs.decode(ids, skip_special_tokens=True)
+    if kind == "Llama 2":
+        slow = Tokenizer(TOKENIZER)
+        assert (ours.bos_id, ours.eos_id) == (slow.bos_id, slow.eos_id)
+        assert all(ours.encode(t, True, True) == slow.encode(t, True, True) for t in texts(2000, seed=5))
+
+
+def test_without_the_package_its_name_is_said(tmp_path, monkeypatch):
+    import sys
+
+    (tmp_path / "tokenizer.json").write_text(json.dumps(gpt2_json()))
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="needs the package tokenizers: pip install tokenizers"):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_folder_with_tokenizer_json_alone_generates_and_converts(tmp_path):
+    from transformers import AutoTokenizer
+
+    convert(MODELS / "small-chat", tmp_path / "hf", "hf", 1, None)
+    llama = Llama.build(MODELS / "small-chat", max_seq_len=64, device="cpu", dtype="float32")
+    expected = llama.text_completion(["Once upon a time"], temperature=0, max_gen_len=12)
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    again = Llama.build(tmp_path / "hf", max_seq_len=64, device="cpu", dtype="float32")
+    assert again.text_completion(["Once upon a time"], temperature=0, max_gen_len=12) == expected
+    convert(tmp_path / "hf", tmp_path / "back", "hf", 1, None)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert theirs("Once upon")["input_ids"] == again.tokenizer.encode("Once upon", bos=True, eos=False)
+
+
+def test_added_tokens_are_in_tokenizer_json_alone(tmp_path):
+    """A fine-tune's own tokens, which its tokenizer.model of Llama 2 lacks."""
+    from safetensors.torch import load_file, save_file
+    from torch import cat, ones
+
+    convert(MODELS / "small-chat", tmp_path / "hf", "hf", 1, None)
+    path = tmp_path / "hf" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 1024, "content": "<|im_end|>"})
+    path.write_text(json.dumps(content))
+    (tmp_path / "hf" / "added_tokens.json").write_text('{"<|im_end|>": 1024}')
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = cat((weights[name], ones(1, weights[name].shape[1], dtype=weights[name].dtype)))
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "vocab_size": 1025, "eos_token_id": [2, 1024]}))
+    llama = Llama.build(tmp_path / "hf", max_seq_len=64, device="cpu", dtype="float32")
+    assert llama.tokenizer.n_words == llama.model.vocab_size == 1025
+    assert llama.tokenizer.special["<|im_end|>"] == 1024 and llama.tokenizer.eos_ids == {2, 1024}
