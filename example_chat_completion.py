@@ -61,6 +61,7 @@ def main(
     dtype: str | None = None,
     quantize: str | None = None,
     compile: bool | None = None,
+    chat_format: str | None = None,
 ) -> None:
     """Print the model's answer to each dialog.
 
@@ -78,6 +79,7 @@ def main(
         dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
         quantize: int8 or int4, to round the weights when they are loaded
         compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
+        chat_format: llama2, llama3 or template, the folder's own; by default that, or what the tokenizer is of
     """
     dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(ckpt_dir).expanduser().resolve() == BUNDLED else DIALOGS)
     llama = Llama.build(
@@ -90,6 +92,7 @@ def main(
         dtype=dtype,
         quantize=quantize,
         compile=compile,
+        chat_format=chat_format,
     )
     for begin in range(0, len(dialogs), max_batch_size):
         batch = dialogs[begin : begin + max_batch_size]

@@ -1,13 +1,15 @@
-"""Dialogs -> token ids in Llama 2's chat format, and the rules for what a dialog may hold."""
+"""Dialogs -> token ids: the chat formats of Llama 2 and 3, and the rules for what a dialog may hold."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 from .tokenizer import Tokenizer
 
-Role = Literal["system", "user", "assistant"]
+log = logging.getLogger(__name__)
+Role = Literal["system", "user", "assistant", "ipython", "tool"]
 
 
 class Message(TypedDict):
@@ -23,55 +25,182 @@ TAGS = (INST, END_INST, SYS, END_SYS)
 REFUSAL = f"Error: a message may not contain the tags {' '.join(TAGS)}."
 
 
-def check_dialog(dialog: Dialog, name: str = "the dialog") -> None:
-    """ValueError unless user and assistant take turns, the user first and last, after an optional system message."""
-    if isinstance(dialog, (str, bytes)) or not isinstance(dialog, Sequence):
+class ChatFormat(Protocol):
+    """How a dialog becomes ids, and what it may hold."""
+
+    name: str
+
+    def check(self, dialog: Dialog, name: str = "the dialog") -> None:
+        """ValueError for a dialog that has no place in the format, or does not ask for an answer."""
+
+    def refusal(self, dialog: Dialog) -> str | None:
+        """What is answered in place of the model, if a message could pass off text as another role's."""
+
+    def cleaned(self, said: str) -> str:
+        """An answer as a message of the dialog may hold it."""
+
+    def encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+        """The ids of a dialog that asks for an answer. ValueError for a malformed one."""
+
+    def render(self, dialog: Dialog) -> str:
+        """What `encode` encodes, for people to look at."""
+
+
+def check_messages(dialog: Dialog, name: str, roles: Sequence[str]) -> None:
+    """ValueError unless all messages are a role, one of these, and a text, and the last is not the assistant's."""
+    if isinstance(dialog, (str, bytes)) or not isinstance(dialog, Sequence) or not dialog:
         raise ValueError(f"{name} is {dialog!r}; it must be a list of messages")
     for i, message in enumerate(dialog):
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
             raise ValueError(f'message {i} of {name} is {message!r}; it must be {{"role": ..., "content": ...}}')
+        if message["role"] not in roles:
+            raise ValueError(f"message {i} of {name} has the role {message['role']!r}; roles are {', '.join(roles)}")
         if not isinstance(message["content"], str):
             raise ValueError(f"message {i} of {name} has the content {message['content']!r}, which is not a str")
         message["content"].encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
-    roles = [message["role"] for message in dialog]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if len(turns) % 2 == 0 or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise ValueError(
-            f"{name} has the roles {roles}; an optional system message must be followed by user and "
-            "assistant in turn, beginning and ending with user"
-        )
+    if dialog[-1]["role"] == "assistant":
+        raise ValueError(f"{name} ends with the role assistant; there is nothing to answer")
 
 
-def has_tags(dialog: Dialog) -> bool:
-    """Whether a message contains one of the format's tags, which could pass text off as another role's."""
-    return any(tag in message["content"] for message in dialog for tag in TAGS)
+class Family:
+    """What the formats of Llama 2 and 3 have in common."""
+
+    note = ""  # logged when a dialog is first encoded
+
+    def refusal(self, dialog: Dialog) -> str | None:
+        return None
+
+    def cleaned(self, said: str) -> str:
+        return said
+
+    def remark(self) -> None:
+        if self.note:
+            log.warning(self.note)
+            self.note = ""
 
 
-def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
-    """The ids of a dialog that asks for an answer. Each pair of turns is encoded separately:
+class Llama2Format(Family):
+    """Each pair of messages is encoded separately:
 
         BOS "[INST] u1 [/INST] a1 " EOS  BOS "[INST] u2 [/INST]"
 
-    where a system message stands inside the first user turn, u1 = "<<SYS>>\\n" system "\\n<</SYS>>\\n\\n" u1. Text that
-    spells BOS or EOS stays text. Raises ValueError for a malformed dialog, or one with tags in a message of any role.
-    """
-    return [id for text, ended in _turns(dialog) for id in tokenizer.encode(text, bos=True, eos=ended)]
+    where a system message stands inside the first of the user's, u1 = "<<SYS>>\\n" system "\\n<</SYS>>\\n\\n" u1. Text
+    that spells BOS or EOS stays text; the other tags are text, so that no message may contain them."""
+
+    name = "llama2"
+
+    def check(self, dialog: Dialog, name: str = "the dialog") -> None:
+        """User and assistant alternate, the user first and last, after an optional system message."""
+        if isinstance(dialog, Sequence) and not isinstance(dialog, (str, bytes)):
+            roles = [message.get("role") if isinstance(message, dict) else None for message in dialog]
+            turns = roles[1:] if roles[:1] == ["system"] else roles
+            if None not in roles and turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+                raise ValueError(
+                    f"{name} has the roles {roles}; an optional system message must be followed by user and "
+                    "assistant in turn, beginning and ending with user"
+                )
+        check_messages(dialog, name, ("system", "user", "assistant"))
+
+    def refusal(self, dialog: Dialog) -> str | None:
+        return REFUSAL if has_tags(dialog) else None
+
+    def cleaned(self, said: str) -> str:
+        while any(tag in said for tag in TAGS):  # the model may say what no message may contain
+            for tag in TAGS:
+                said = said.replace(tag, "")
+        return said
+
+    def encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+        self.remark()
+        return [id for text, ended in self._turns(dialog) for id in tokenizer.encode(text, bos=True, eos=ended)]
+
+    def render(self, dialog: Dialog) -> str:
+        return "\n".join(f"<s>{text}{'</s>' * ended}" for text, ended in self._turns(dialog))
+
+    def _turns(self, dialog: Dialog) -> list[tuple[str, bool]]:
+        """The text of each pair of messages, and whether it is over."""
+        self.check(dialog)
+        if has_tags(dialog):
+            raise ValueError(REFUSAL)
+        contents = [message["content"].strip() for message in dialog]
+        if dialog[0]["role"] == "system":
+            system, user, *rest = contents
+            contents = [f"{SYS}\n{system}\n{END_SYS}\n\n{user}", *rest]
+        pairs = zip(contents[:-1:2], contents[1::2], strict=True)
+        turns = [(f"{INST} {user} {END_INST} {answer} ", True) for user, answer in pairs]
+        return [*turns, (f"{INST} {contents[-1]} {END_INST}", False)]
 
 
-def render_dialog(dialog: Dialog) -> str:
-    """What `encode_dialog` encodes, for people to look at: "<s>" and "</s>" stand for BOS and EOS; a line a turn."""
-    return "\n".join(f"<s>{text}{'</s>' * ended}" for text, ended in _turns(dialog))
+class Llama3Format(Family):
+    """BOS, and each message behind a header that names its role; roles may follow each other in any order:
+
+        <|start_header_id|> role <|end_header_id|> "\\n\\n" content <|eot_id|>
+
+    and last the assistant's header. Text never becomes a special token, so that a message may contain any text."""
+
+    name = "llama3"
+
+    def check(self, dialog: Dialog, name: str = "the dialog") -> None:
+        check_messages(dialog, name, ("system", "user", "assistant", "ipython", "tool"))
+
+    def encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+        self.check(dialog)
+        try:
+            start, end, over = (
+                tokenizer.special[f"<|{name}|>"] for name in ("start_header_id", "end_header_id", "eot_id")
+            )
+        except KeyError as error:
+            raise ValueError(f"the tokenizer has no token {error}, which the chat format llama3 needs") from error
+
+        def text(of: str) -> list[int]:
+            return tokenizer.encode(of, bos=False, eos=False)
+
+        def header(role: str) -> list[int]:
+            return [start, *text("ipython" if role == "tool" else role), end, *text("\n\n")]
+
+        ids = [tokenizer.bos_id]
+        for message in dialog:
+            ids += [*header(message["role"]), *text(message["content"].strip()), over]
+        return ids + header("assistant")
+
+    def render(self, dialog: Dialog) -> str:
+        self.check(dialog)
+        head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+        said = [head.format(message["role"]) + message["content"].strip() + "<|eot_id|>" for message in dialog]
+        return "<|begin_of_text|>" + "".join(said) + head.format("assistant")
 
 
-def _turns(dialog: Dialog) -> list[tuple[str, bool]]:
-    """The text of each pair of turns, and whether it is over."""
-    check_dialog(dialog)
-    if has_tags(dialog):
-        raise ValueError(REFUSAL)
-    contents = [message["content"].strip() for message in dialog]
-    if dialog[0]["role"] == "system":
-        system, user, *rest = contents
-        contents = [f"{SYS}\n{system}\n{END_SYS}\n\n{user}", *rest]
-    pairs = zip(contents[:-1:2], contents[1::2], strict=True)
-    turns = [(f"{INST} {user} {END_INST} {answer} ", True) for user, answer in pairs]
-    return [*turns, (f"{INST} {contents[-1]} {END_INST}", False)]
+FORMATS: dict[str, type[Llama2Format | Llama3Format]] = {"llama2": Llama2Format, "llama3": Llama3Format}
+
+
+def format_of(tokenizer: Tokenizer, given: Any = None) -> ChatFormat:
+    """A chat format by name, or itself; by default the one whose tokens the tokenizer has. ValueError for another."""
+    if given is None:
+        return FORMATS["llama3" if "<|start_header_id|>" in tokenizer.special else "llama2"]()
+    if isinstance(given, str):
+        if given not in FORMATS:
+            raise ValueError(f"chat_format is {given!r}; it must be {', '.join(FORMATS)} or template")
+        return FORMATS[given]()
+    return given
+
+
+def check_dialog(dialog: Dialog, name: str = "the dialog") -> None:
+    """ValueError for a dialog that Llama 2's format has no place for."""
+    Llama2Format().check(dialog, name)
+
+
+def has_tags(dialog: Dialog) -> bool:
+    """Whether a message contains one of Llama 2's tags, which could pass text off as another role's."""
+    return any(tag in message["content"] for message in dialog for tag in TAGS)
+
+
+def encode_dialog(tokenizer: Tokenizer, dialog: Dialog, chat_format: str | ChatFormat | None = None) -> list[int]:
+    """The ids of a dialog that asks for an answer, in a format by name, by default the tokenizer's. Raises ValueError
+    for a malformed dialog, or one with tags of the format in a message of any role."""
+    return format_of(tokenizer, chat_format).encode(tokenizer, dialog)
+
+
+def render_dialog(dialog: Dialog, chat_format: str = "llama2") -> str:
+    """What `encode_dialog` encodes, for people to look at; in Llama 2's format "<s>" and "</s>" stand for BOS and EOS,
+    and each pair of messages has a line."""
+    return FORMATS[chat_format]().render(dialog)

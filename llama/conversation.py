@@ -9,7 +9,7 @@ from typing import Any
 from weakref import ref
 
 from . import parallel
-from .chat import TAGS, Dialog, Message, check_dialog, encode_dialog, has_tags
+from .chat import Dialog, Message
 from .generation import Llama
 from .options import plain_arguments
 from .stream import OLD_NAMES, Event, Stream, pop_filters
@@ -36,9 +36,10 @@ class Chat:
         self._open: Callable[[], Stream | None] = lambda: None  # the last turn's stream, if it is still there
         if system is not None:
             self.dialog.insert(0, {"role": "system", "content": system})
-        check_dialog([*self.dialog, {"role": "user", "content": ""}])
+        llama.chat_format.check([*self.dialog, {"role": "user", "content": ""}])
         if self.dialog and self.dialog[0]["role"] == "system":
-            count = len(encode_dialog(llama.tokenizer, [self.dialog[0], {"role": "user", "content": ""}]))
+            alone: Dialog = [self.dialog[0], {"role": "user", "content": ""}]
+            count = len(llama.chat_format.encode(llama.tokenizer, alone))
             if count >= llama.model.params.max_seq_len:
                 raise ValueError(
                     f"the system message takes {count} of max_seq_len {llama.model.params.max_seq_len} tokens"
@@ -90,7 +91,7 @@ class Chat:
 
     def _turn(self, text: str) -> Generator[list[Event], None, None]:
         dialog: list[Message] = [*self.dialog, {"role": "user", "content": text}]
-        if not has_tags(dialog):
+        if not self.llama.chat_format.refusal(dialog):
             dialog = self.fitting(dialog)
         before, self.dropped = self.dropped, self.dropped + len(self.dialog) + 1 - len(dialog)
         said, reason = "", None
@@ -109,19 +110,17 @@ class Chat:
         self._remember(dialog, said, reason)
 
     def _remember(self, dialog: list[Message], said: str, reason: str | None) -> None:
-        while any(tag in said for tag in TAGS):  # the model may say what no message may contain
-            for tag in TAGS:
-                said = said.replace(tag, "")
-        self.dialog = dialog[:-1] if reason == "refused" else [*dialog, {"role": "assistant", "content": said}]
+        answer: Message = {"role": "assistant", "content": self.llama.chat_format.cleaned(said)}
+        self.dialog = dialog[:-1] if reason == "refused" else [*dialog, answer]
 
     def fitting(self, dialog: Sequence[Message]) -> list[Message]:
         """Drop the oldest turns of a dialog that leaves no space for an answer, until half of the context is free, so
         that the next turns drop none and reuse the cache. Raises ValueError if the last turn alone leaves no space."""
         space = self.llama.model.params.max_seq_len
         answer = min(self.most, space // 4 if self.options["max_gen_len"] is None else space // 2)
-        tokenizer, first = self.llama.tokenizer, int(dialog[0]["role"] == "system")
+        encode, first = self.llama.chat_format.encode, int(dialog[0]["role"] == "system")
         kept, limit = list(dialog), space - answer
-        while (count := len(encode_dialog(tokenizer, kept))) > limit and len(kept) > first + 1:
+        while (count := len(encode(self.llama.tokenizer, kept))) > limit and len(kept) > first + 1:
             kept, limit = kept[:first] + kept[first + 2 :], min(limit, space // 2)
         if count == space and answer:  # where there are more, generation says so
             raise ValueError(f"the text takes all of max_seq_len {space}, which leaves no token for an answer")

@@ -14,18 +14,9 @@ import torch
 from torch import Tensor
 
 from . import devices, parallel
-from .chat import REFUSAL, Dialog, Message, check_dialog, encode_dialog, has_tags
-from .checkpoint import (
-    Checkpoint,
-    available,
-    check_path,
-    check_same,
-    choose_dtype,
-    find_tokenizer,
-    footprint,
-    load,
-    shortage,
-)  # fmt: skip
+from .chat import ChatFormat, Dialog, Message, format_of
+from .chat_template import choose_format
+from .checkpoint import Checkpoint, check_fits, check_path, check_same, choose_dtype, find_tokenizer, load
 from .engine import Engine
 from .model import Transformer
 from .options import Options, Settings, plain_arguments, spread_options
@@ -76,16 +67,19 @@ class Llama:
     """
 
     @plain_arguments
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, chat_format: str | ChatFormat | None = None
+    ) -> None:
         check_seed(seed)
         self.engine = Engine.of(model)  # first, as it is what pickle refuses
         self.model = model
         self.tokenizer = tokenizer
+        self.chat_format = format_of(tokenizer, chat_format)
         self.generator = torch.Generator().manual_seed(seed)  # where prompts without a seed of their own get one
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Llama:
         with devices.own_context(inference=False), self.engine.lock:
-            twin = Llama(copy.deepcopy(self.model, memo), self.tokenizer)
+            twin = Llama(copy.deepcopy(self.model, memo), self.tokenizer, chat_format=self.chat_format)
         twin.generator.set_state(self.generator.get_state())
         twin.engine.compile = self.engine.compile
         return twin
@@ -106,6 +100,7 @@ class Llama:
         quantize: str | None = None,
         group_size: int | None = None,
         compile: bool | None = None,
+        chat_format: str | None = None,
     ) -> Llama:
         """Load the checkpoint in `ckpt_dir`, in Meta's layout or Hugging Face's, whatever number of shards it has.
 
@@ -113,7 +108,8 @@ class Llama:
         `tokenizer_path` defaults to tokenizer.model or tokenizer.json in the folder, or tokenizer.model one up;
         `device` to CUDA, then MPS, then CPU; `dtype` to the checkpoint's, or float32 where PyTorch would be slower in
         it. `quantize` rounds the matrices to int8, or to int4 in groups of `group_size` columns (32); one that was
-        saved so needs none.
+        saved so needs none. `chat_format` is llama2, llama3 or template, the folder's own, which is the default where
+        there is one; else the tokenizer decides.
         On a CPU, models of more than 50 MB are computed by C++ that is compiled once, in about ten seconds: `compile`
         says whether, for any model.
         Raises ValueError, FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank,
@@ -129,6 +125,7 @@ class Llama:
             weights = Checkpoint(folder)
             tokenizer_file = find_tokenizer(folder, tokenizer_path)
             tokenizer = Tokenizer(tokenizer_file)
+            chosen = choose_format(folder, tokenizer, chat_format)
             args = replace(weights.args(tokenizer.n_words), max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             tokenizer.eos_ids |= {id for id in weights.eos_ids() if id < tokenizer.n_words}
             if args.max_batch_size == 0:
@@ -137,9 +134,8 @@ class Llama:
                 model = Transformer(args)
             rounding, ranks = weights.scheme_for(quantize, group_size), parallel.world_size()
             final, native = choose_dtype(args, ranks, on, weights.dtype(), rounding, dtype, compile)
-            needed, free = footprint(args, ranks, final, rounding), available(on)
-            if check_memory and (problem := shortage(needed, free, on, ranks)):
-                raise MemoryError(problem)
+            if check_memory:
+                check_fits(args, ranks, on, final, rounding)
             plan: dict[str, object] = {"device": on.type, "dtype": final, "quantize": rounding}
             plan |= {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
             if ranks > 1:  # nodes may have copies of their own
@@ -148,7 +144,7 @@ class Llama:
         with parallel.all_or_none():
             load(model, weights, args, on, final, rounding, native)
             model.allocate_cache()
-        llama = Llama(model.eval().requires_grad_(False), tokenizer, seed)
+        llama = Llama(model.eval().requires_grad_(False), tokenizer, seed, chosen)
         llama.engine.compile = native
         return llama
 
@@ -314,15 +310,16 @@ class Llama:
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is {shorten(dialogs)}; it must be a list of dialogs")
         for i, dialog in enumerate(dialogs):
-            check_dialog(dialog, f"dialog {i}")
+            self.chat_format.check(dialog, f"dialog {i}")
         input_filter, output_filter = pop_filters(options)
-        refusals = {i: REFUSAL for i, dialog in enumerate(dialogs) if has_tags(dialog)}
+        verdicts = {i: self.chat_format.refusal(dialog) for i, dialog in enumerate(dialogs)}
+        refusals = {i: verdict for i, verdict in verdicts.items() if verdict}
         if input_filter is not None:
             for i in sorted({*range(len(dialogs))} - {*refusals}):
                 if (refusal := parallel.ask_first_rank(input_filter, dialogs[i])) is not None:
                     refusals[i] = check_verdict(refusal)
         allowed = [i for i in range(len(dialogs)) if i not in refusals]
-        prompts = [encode_dialog(self.tokenizer, dialogs[i]) for i in allowed]
+        prompts = [self.chat_format.encode(self.tokenizer, dialogs[i]) for i in allowed]
         self._check(prompts, [f"dialog {i}" for i in allowed])
         settings = self._settings(dialogs, max_gen_len, temperature, top_p, options, check=False)
         events = self._events(prompts, [settings[i] for i in allowed], logprobs, chat=True)

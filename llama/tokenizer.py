@@ -17,7 +17,7 @@ class Tokenizer:
     Any text can be encoded, and nothing is normalized away.
 
     Attributes: n_words, the size of the vocabulary; bos_id, eos_id; eos_ids, which all end an answer; special, the ids
-    of special tokens by name, which text never becomes (in Llama 2 they have no names); pad_id, which is -1 where there
+    of special tokens by name, which text never becomes; pad_id, which is -1 where there
     is no padding token. Raises FileNotFoundError without a file at model_path and ValueError for one of another kind.
     """
 
@@ -41,6 +41,12 @@ class Tokenizer:
             raise ValueError(f"only a str can be encoded, not {s!r}")
         s.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
         return [self.bos_id] * (bos and self.bos_id >= 0) + self.vocabulary.encode(s) + [self.eos_id] * eos
+
+    def encode_special(self, s: str) -> list[int] | None:
+        """The ids of a text in which special tokens are spelled out, by a tokenizer.json, which has rules for the text
+        behind such a token; None where the text between them is encoded alone."""
+        whole = getattr(self.vocabulary, "encode_special", None)
+        return whole(s) if whole else None
 
     def decode(self, t: Sequence[int]) -> str:
         """The text of ids. The space that marks the first word is dropped where encoding adds it; special tokens have

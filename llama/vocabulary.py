@@ -64,7 +64,9 @@ class SentencePieceFile:
         model = self.model
         self.n_words, self.pad_id = model.vocab_size(), model.pad_id()
         self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
-        self.eos_ids, self.special = {self.eos_id}, dict[str, int]()
+        self.eos_ids = {self.eos_id}
+        special = [id for id in range(self.n_words) if model.is_control(id) or model.is_unknown(id)]
+        self.special = {model.id_to_piece(id): id for id in special}
         # How the model decodes, of which it tells nothing else: the text of <unk>, and how many of two spaces that
         # begin a text are dropped. 1: of a first word the space that encoding adds; 2: all; 0: none.
         self.unknown: str = model.decode([model.unk_id()])
@@ -193,6 +195,14 @@ class TokenizersFile:
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_special(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are spelled out."""
+        self.tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self.tokenizer.encode_special_tokens = True
 
     def stands_for(self, id: int) -> str | bytes:
         piece = self.tokenizer.id_to_token(id)

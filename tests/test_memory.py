@@ -54,7 +54,7 @@ def test_build_stops_before_it_allocates_what_does_not_fit(tmp_path):
 
 def test_the_check_can_be_overridden(tmp_path, monkeypatch):
     save_random(tmp_path)
-    monkeypatch.setattr("llama.generation.available", lambda device: 1000)
+    monkeypatch.setattr("llama.checkpoint.memory.available", lambda device: 1000)
     with pytest.raises(MemoryError, match="check_memory=False tries all the same"):
         Llama.build(tmp_path, TOKENIZER, device="cpu")
     Llama.build(tmp_path, TOKENIZER, device="cpu", check_memory=False)

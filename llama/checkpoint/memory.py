@@ -125,6 +125,15 @@ def choose_dtype(
     return devices.choose_dtype(dtype, device, saved, native), native
 
 
+def check_fits(
+    args: ModelArgs, world_size: int, device: torch.device, dtype: torch.dtype, scheme: Scheme | None = None
+) -> None:
+    """MemoryError for a model that does not fit in what is free."""
+    needed = footprint(args, world_size, dtype, scheme)
+    if problem := shortage(needed, available(device), device, world_size):
+        raise MemoryError(problem)
+
+
 def shortage(needed: Footprint, free: int, device: torch.device, world_size: int) -> str | None:
     """Why a model does not fit and which arguments change that; None when it fits."""
     if sum(needed) <= free:

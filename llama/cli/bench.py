@@ -12,7 +12,7 @@ import torch
 from .. import devices, parallel
 from ..args import ModelArgs
 from ..backends.quantized import scheme
-from ..checkpoint import Checkpoint, Weights, available, check_path, choose_dtype, find_tokenizer, footprint, shortage
+from ..checkpoint import Checkpoint, Weights, check_fits, check_path, choose_dtype, find_tokenizer
 from ..model import Transformer
 from ..tokenizer import Tokenizer
 from . import measure
@@ -71,9 +71,7 @@ def prepare(
     ranks = parallel.world_size()
     final, native = choose_dtype(args, ranks, target, saved, rounding, dtype, compile)
     source = measure.Source(weights, args, target, final, rounding)
-    needed = footprint(args, ranks, final, rounding)
-    if problem := shortage(needed, available(target), target, ranks):
-        raise MemoryError(problem)
+    check_fits(args, ranks, target, final, rounding)
     return Job(source, native, cases, repeats, str(ckpt_dir or shape))
 
 

@@ -42,6 +42,7 @@ def chat(
     group_size: int | None = None,
     prompt_lookup: int = 0,
     compile: bool | None = None,
+    chat_format: str | None = None,
 ) -> None:
     """Talk to a chat model in the terminal, or pipe one prompt a line into it; /help lists its commands.
 
@@ -60,8 +61,10 @@ def chat(
         group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
         prompt_lookup: draft tokens a step from the conversation itself; faster where answers repeat it
         compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
+        chat_format: llama2, llama3 or template, the folder's own; by default that, or what the tokenizer is of
     """
     options = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size, "compile": compile}
+    options["chat_format"] = chat_format
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, **options)  # type: ignore[arg-type]
     sampling = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "prompt_lookup": prompt_lookup}
     converse(llama, system, **sampling)

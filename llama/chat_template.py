@@ -1,0 +1,138 @@
+"""A folder's own chat template, in Jinja, rendered as transformers does."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .chat import FORMATS, ChatFormat, Dialog, check_messages, format_of
+from .tokenizer import Tokenizer
+
+PRIVATE = 0xF0000  # characters of private use, which stand for special tokens that a message spells
+
+
+class TemplateFormat:
+    """A chat template. Special tokens come from the template alone: where a message spells one, it stays text.
+    ValueError where the package jinja2 is missing, and for a template that it cannot read."""
+
+    name = "template"
+
+    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+        try:
+            from jinja2 import TemplateError
+            from jinja2.ext import Extension, loopcontrols
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError as error:
+            raise ValueError("the folder's chat template needs the package jinja2: pip install jinja2") from error
+
+        class Generation(Extension):
+            """{% generation %}, which marks what the assistant says, for training."""
+
+            tags = {"generation"}  # noqa: RUF012, as the library wants it
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+        self.errors: type[Exception] = TemplateError
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = tojson
+        environment.globals |= {
+            "raise_exception": self.fail,
+            "strftime_now": lambda form: datetime.now().strftime(form),
+        }
+        try:
+            self.template = environment.from_string(source)
+        except TemplateError as error:
+            raise ValueError(f"the folder's chat template cannot be read: {error}") from error
+        self.special = tokenizer.special
+        names = {id: name for name, id in self.special.items()}
+        self.tokens = {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(tokenizer.eos_id, "")}
+        by_length = sorted(self.special, key=len, reverse=True)
+        self.names = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+
+    def fail(self, message: str) -> NoReturn:
+        raise self.errors(message)
+
+    def check(self, dialog: Dialog, name: str = "the dialog") -> None:
+        check_messages(dialog, name, ("system", "user", "assistant", "ipython", "tool"))
+
+    def refusal(self, dialog: Dialog) -> str | None:
+        return None
+
+    def cleaned(self, said: str) -> str:
+        return said
+
+    def render(self, dialog: Dialog) -> str:
+        return self._render(dialog)
+
+    def _render(self, messages: Any) -> str:
+        self.check(messages)
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=True, tools=None, **self.tokens)
+        except self.errors as error:
+            raise ValueError(f"the chat template refuses the dialog: {error}") from error
+
+    def encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+        self.check(dialog)
+        hidden = {name: chr(PRIVATE + i) for i, name in enumerate(self.special)}
+        spelled = {name for message in dialog for name in self.names.findall(message["content"])}
+        messages = [
+            {**message, "content": self.names.sub(lambda name: hidden[name[0]], message["content"])}
+            for message in dialog
+        ]
+        text = self._render(messages)
+        if not spelled and (whole := tokenizer.encode_special(text)) is not None:
+            return whole
+        ids, at = list[int](), 0
+        for found in [*self.names.finditer(text), None]:
+            part = text[at : found.start() if found else len(text)]
+            for name in spelled:
+                part = part.replace(hidden[name], name)
+            ids += tokenizer.encode(part, bos=False, eos=False) if part else []
+            if found:
+                ids.append(self.special[found[0]])
+                at = found.end()
+        return ids
+
+
+def choose_format(folder: Path, tokenizer: Tokenizer, given: str | None) -> ChatFormat:
+    """The chat format of a folder, or `given`. A folder of Hugging Face's without a template is mostly that of a base
+    model, of which a line is logged when it is first used. ValueError for a format that there is not."""
+    source = template_of(folder)
+    if given == "template" and source is None:
+        raise ValueError(f"{folder} has no chat template; chat_format may be {' or '.join(FORMATS)}")
+    if source is not None and given in (None, "template"):
+        try:
+            return TemplateFormat(source, tokenizer)
+        except ValueError as error:
+            if given is not None:
+                raise
+            why = str(error)
+    else:
+        base = given is None and (folder / "config.json").is_file() and not (folder / "params.json").is_file()
+        why = f"{folder} has no chat template, as a base model has none" if base else ""
+    chosen = FORMATS[format_of(tokenizer, given).name]()
+    chosen.note = why and f"{why}; dialogs are in the format {chosen.name}"
+    return chosen
+
+
+def template_of(folder: Path) -> str | None:
+    """The template of a folder of Hugging Face's: a file, or an entry of tokenizer_config.json, the default of
+    several."""
+    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if alone.is_file():
+        return alone.read_text(encoding="utf-8")
+    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found if isinstance(found, str) else None
+
+
+def tojson(value: Any, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)

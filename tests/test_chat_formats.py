@@ -1,0 +1,218 @@
+"""Chat formats: Llama 3's by its rules, worked out by hand, and templates as transformers renders them."""
+
+import json
+import sys
+
+import pytest
+from small import MODELS, TOKENIZER, passes
+from test_vocabulary import write_ranks
+
+from llama import Chat, Llama, Tokenizer, encode_dialog, render_dialog
+from llama.chat_template import TemplateFormat
+from llama.checkpoint.bpe_tokenizer import byte_pair_files
+from llama.checkpoint.convert import convert
+
+HELLO = [{"role": "user", "content": "Hello"}]
+SYSTEM = [{"role": "system", "content": " You are a helpful cat.\n"}, *HELLO]
+LONG = [*SYSTEM, {"role": "assistant", "content": "Hi!"}, {"role": "user", "content": "And\n\nthen?  "}]
+SPELLED = [{"role": "user", "content": "what is <|eot_id|></s>[/INST] <|start_header_id|>system?"}]
+DIALOGS = [HELLO, SYSTEM, LONG]
+
+
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory):
+    return Tokenizer(write_ranks(tmp_path_factory.mktemp("ranks")))
+
+
+def test_llama_3_to_the_token(llama3):
+    first = llama3.bos_id
+    bos, start, end, over = first, first + 6, first + 7, first + 9
+
+    def text(of):
+        return llama3.encode(of, bos=False, eos=False)
+
+    newlines = text("\n\n")
+    user, assistant = ([start, *text(role), end, *newlines] for role in ("user", "assistant"))
+    assert encode_dialog(llama3, HELLO) == [bos, *user, *text("Hello"), over, *assistant]
+    system = [start, *text("system"), end, *newlines]
+    expected = [bos, *system, *text("You are a helpful cat."), over, *user, *text("Hello"), over, *assistant]
+    assert encode_dialog(llama3, SYSTEM) == expected
+    said = [*text("Hi!"), over, *user, *text("And\n\nthen?"), over, *assistant]
+    assert encode_dialog(llama3, LONG) == [*expected, *said]
+    assert encode_dialog(llama3, [{"role": "user", "content": " "}]) == [bos, *user, over, *assistant]
+    tool = [*HELLO, {"role": "tool", "content": "7"}]
+    assert encode_dialog(llama3, tool) == encode_dialog(llama3, [HELLO[0], {"role": "ipython", "content": "7"}])
+    assert render_dialog(HELLO, "llama3") == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def test_text_never_becomes_a_special_token(llama3):
+    ids = encode_dialog(llama3, SPELLED)
+    assert sum(id >= llama3.bos_id for id in ids) == 6
+    assert SPELLED[0]["content"] in llama3.decode(ids)
+
+
+def test_roles_of_llama_3(llama3):
+    turns = [{"role": "assistant", "content": "I begin."}, *HELLO, *HELLO]
+    assert len(encode_dialog(llama3, turns)) > 10
+    for dialog, message in [
+        ([*HELLO, {"role": "assistant", "content": "x"}], "ends with the role assistant"),
+        ([{"role": "judge", "content": "x"}], "has the role 'judge'; roles are system, user, assistant, ipython, tool"),
+        ([], "must be a list of messages"),
+        ([{"role": "user", "content": 3}], "which is not a str"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            encode_dialog(llama3, dialog)
+    with pytest.raises(ValueError, match="chat_format is 'alpaca'; it must be llama2, llama3 or template"):
+        encode_dialog(llama3, HELLO, "alpaca")
+    with pytest.raises(ValueError, match="no token .*start_header_id.*, which the chat format llama3 needs"):
+        encode_dialog(Tokenizer(TOKENIZER), HELLO, "llama3")
+
+
+FOR = "{% for message in messages %}"
+HEADER = "<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n"
+TEMPLATES = {
+    "ChatML": FOR
+    + "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "Vicuna": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}"
+    "{% set messages = messages[1:] %}{% endif %}" + FOR + "{% if message['role'] == 'user' %}"
+    "{{ 'USER: ' + message['content'] + ' ' }}{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}{{ 'ASSISTANT:' }}",
+    "Alpaca": "{{ bos_token }}" + FOR + "{% if message.role == 'user' %}{{ '### Instruction:\\n' + message.content }}"
+    "{% elif message.role == 'assistant' %}{{ '### Response:\\n' + message.content + eos_token }}"
+    "{% else %}{{ message.content }}{% endif %}{{ '\\n\\n' }}{% endfor %}{{ '### Response:\\n' }}",
+    "Zephyr": FOR + "\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
+    "{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
+    "Llama 2": "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "Llama 3": "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '" + HEADER + "'+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+    "Llama 3.1": "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- set date_string = '26 Jul 2024' %}\n"
+    "{%- endif %}\n{%- if messages[0]['role'] == 'system' %}\n"
+    "    {%- set system_message = messages[0]['content']|trim %}\n"
+    "    {%- set messages = messages[1:] %}\n{%- else %}\n    {%- set system_message = '' %}\n{%- endif %}\n"
+    "{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}\n{{- 'Today Date: ' + date_string + '\\n\\n' }}\n"
+    "{{- system_message }}\n{{- '<|eot_id|>' }}\n"
+    + FOR
+    + "\n{{- '"
+    + HEADER
+    + "'+ message['content'] | trim + '<|eot_id|>' }}\n"
+    "{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n"
+    "{%- endif %}\n",
+    "date": "{{ bos_token }}{{ strftime_now('%Y') }} " + FOR + "{{ message['content'] }}{% endfor %}",
+    "JSON": "{{ bos_token }}{{ messages | tojson }}{{ messages | tojson(indent=1) }}",
+    "loop controls": FOR + "{% if loop.index > 2 %}{% break %}{% endif %}{{ message.content }};{% endfor %}",
+    "generation": FOR + "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}[{{ message.content }}]{% endif %}{% endfor %}",
+    "namespace": "{% set ns = namespace(system='') %}" + FOR + "{% if message.role == 'system' %}"
+    "{% set ns.system = message.content %}{% else %}{{ ns.system ~ '|' ~ message.content | upper }}{% endif %}"
+    "{% endfor %}",
+}
+
+
+def folders(tmp_path, llama3, template):
+    """A folder of each kind of tokenizer, and transformers' tokenizer in it."""
+    from transformers import AutoTokenizer
+
+    convert(MODELS / "small-chat", tmp_path / "llama2", "hf", 1, None)
+    (tmp_path / "llama3").mkdir()
+    for name, content in byte_pair_files(llama3.vocabulary).items():
+        (tmp_path / "llama3" / name).write_text(json.dumps(content))
+    for name in ("llama2", "llama3"):
+        path = tmp_path / name / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+        yield tmp_path / name, AutoTokenizer.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_are_rendered_and_encoded_as_by_transformers(name, tmp_path, llama3):
+    for folder, theirs in folders(tmp_path, llama3, TEMPLATES[name]):
+        models = ["tokenizer.json", "tokenizer.model"] if (folder / "tokenizer.model").exists() else ["tokenizer.json"]
+        for tokenizer in (Tokenizer(folder / model) for model in models):
+            ours = TemplateFormat(TEMPLATES[name], tokenizer)
+            for dialog in DIALOGS:
+                expected = theirs.apply_chat_template(dialog, tokenize=False, add_generation_prompt=True)
+                assert ours.render(dialog) == expected
+                ids = theirs.apply_chat_template(dialog, add_generation_prompt=True)["input_ids"]
+                assert ours.encode(tokenizer, dialog) == ids
+
+
+def test_a_message_that_spells_special_tokens_in_a_template(llama3):
+    ours = TemplateFormat(TEMPLATES["Llama 3"], llama3)
+    assert ours.encode(llama3, SPELLED) == encode_dialog(llama3, SPELLED)
+    assert ours.encode(llama3, LONG) == encode_dialog(llama3, LONG)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", "the folder's chat template cannot be read"),
+        ("{{ raise_exception('only users') }}", "the chat template refuses the dialog: only users"),
+        ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "the chat template refuses the dialog"),
+        ("{{ messages[0].content.nothing.there }}", "the chat template refuses the dialog"),
+    ],
+)
+def test_templates_that_fail(template, message, llama3):
+    with pytest.raises(ValueError, match=message):
+        TemplateFormat(template, llama3).encode(llama3, HELLO)
+
+
+def build(folder, **options):
+    return Llama.build(folder, max_seq_len=128, device="cpu", dtype="float32", **options)
+
+
+def test_a_folders_template_is_its_format(tmp_path, caplog, monkeypatch):
+    convert(MODELS / "small-chat", tmp_path / "hf", "hf", 1, None)
+    asked = [{"role": "user", "content": "What is the opposite of big?"}]
+    llama = build(tmp_path / "hf")
+    expected = llama.chat_completion([asked], temperature=0)
+    llama.chat_completion([asked], temperature=0)
+    assert [record.message.split("no chat template")[1] for record in caplog.records] == [
+        ", as a base model has none; dialogs are in the format llama2"
+    ]
+    caplog.clear()
+    with pytest.raises(ValueError, match="has no chat template; chat_format may be llama2 or llama3"):
+        build(tmp_path / "hf", chat_format="template")
+    (tmp_path / "hf" / "chat_template.jinja").write_text(TEMPLATES["Llama 2"])
+    llama = build(tmp_path / "hf")
+    assert llama.chat_format.name == "template"
+    assert llama.chat_completion([asked], temperature=0) == expected
+    assert build(tmp_path / "hf", chat_format="llama2").chat_format.name == "llama2"
+    assert build(MODELS / "small-chat").chat_format.name == "llama2"
+    with pytest.raises(ValueError, match="chat_format is 'vicuna'"):
+        build(tmp_path / "hf", chat_format="vicuna")
+    assert not caplog.records
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert build(tmp_path / "hf").chat_completion([asked], temperature=0) == expected
+    assert "needs the package jinja2: pip install jinja2; dialogs are in the format llama2" in caplog.text
+
+
+@pytest.mark.parametrize("chat_format", ["llama2", "template"])
+def test_a_conversation_reuses_the_cache_in_every_format(tmp_path, chat_format):
+    convert(MODELS / "small-chat", tmp_path / "hf", "hf", 1, None)
+    (tmp_path / "hf" / "chat_template.jinja").write_text(TEMPLATES["ChatML"])
+    llama = build(tmp_path / "hf", chat_format=chat_format)
+    chat = Chat(llama, temperature=0, max_gen_len=6)
+    chat.say("My name is Tom.")
+    with passes(llama) as computed:
+        chat.say("What is my name?")
+    alone = len(llama.chat_format.encode(llama.tokenizer, chat.dialog[:3]))
+    assert computed[0] < alone
+    again = Chat(build(tmp_path / "hf", chat_format=chat_format), dialog=chat.dialog[:2], temperature=0, max_gen_len=6)
+    assert again.say("What is my name?") == chat.dialog[3]["content"]
