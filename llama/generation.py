@@ -16,7 +16,7 @@ from torch import Tensor
 from . import devices, parallel
 from .chat import ChatFormat, Dialog, Message, format_of
 from .chat_template import choose_format
-from .checkpoint import Checkpoint, check_fits, check_path, check_same, choose_dtype, find_tokenizer, load
+from .checkpoint import Checkpoint, check_fits, check_same, choose_dtype, find_folder, find_tokenizer, load
 from .engine import Engine
 from .model import Transformer
 from .options import Options, Settings, plain_arguments, spread_options
@@ -121,7 +121,7 @@ class Llama:
         with parallel.all_or_none():
             on = devices.choose_device(device)
             devices.use(on)
-            folder = check_path(ckpt_dir, "ckpt_dir", "folder")
+            folder = find_folder(ckpt_dir, "ckpt_dir")
             weights = Checkpoint(folder)
             tokenizer_file = find_tokenizer(folder, tokenizer_path)
             tokenizer = Tokenizer(tokenizer_file)

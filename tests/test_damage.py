@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small import ROOT, TOKENIZER, save_random
 
 from llama import Llama
@@ -115,7 +116,20 @@ def write(name, content):
 
 
 INDEX = "model.safetensors.index.json"
-FP16_INDEX = "model.safetensors.index.fp16.json"
+
+
+def second(folder):
+    (folder / "snapshots" / "2e1f").mkdir()
+
+
+def config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
 OF_TWO = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 MISTAKES = {
     "a pointer for a shard": ("meta", write(FIRST, POINTER), f"{FIRST} .* is not a readable shard; {LFS}"),
@@ -127,26 +141,27 @@ MISTAKES = {
     "GGUF for a shard": ("meta", write(FIRST, b"GGUF\3\0"), r"take the model in safetensors \(it is a GGUF file\)"),
     "a compressed shard": ("meta", write(FIRST, b"\x1f\x8b\x08"), r"decompress it with gunzip \(it is compressed\)"),
     "a LoRA adapter": ("hf", lora, "it is the folder of a LoRA adapter: merge_and_unload of peft merges it"),
-    "a cache's top folder": ("hf", move("snapshots/1f2e"), "top folder of a download .*: give .*/from/snapshots/1f2e"),
     "a cache": ("hf", move("models--a/snapshots/1f"), "folder of downloads .*: give .*/from/models--a/snapshots/1f"),
     "one folder up": ("meta", move("llama-2-7b"), "no params.json or config.json in .*/from; give .*/from/llama-2-7b"),
-    "torch's format": ("hf", rename("model.safetensors", "pytorch_model.bin"), "pytorch_model.bin is not read: save"),
     "GGUF": ("hf", both(rename("model.safetensors", "a.gguf"), rename("config.json", "c")), "a.gguf is a GGUF file"),
-    "a variant": ("hf", rename("model.safetensors", "model.bf16.safetensors"), "rename model.bf16.safetensors to mod"),
-    "a variant's index": (
+    "several variants": (
         "hf",
-        both(rename("model.safetensors", "model.fp16-00001-of-00002.safetensors"), write(FP16_INDEX, b"")),
-        f"rename {FP16_INDEX} to {INDEX}",
+        both(rename("model.safetensors", "model.bf16.safetensors"), write("model.fp16.safetensors", b"x")),
+        "has several variants of the weights: model.bf16.safetensors, model.fp16.safetensors; keep one",
     ),
-    "a stale index": ("hf", index(*OF_TWO), "lacks model-00001.*; it has model.safetensors: remove the index"),
-    "an index of other files": (
-        "hf", both(index(*OF_TWO), rename("model.safetensors", "model-00001-of-00001.safetensors")),
-        f"download {INDEX} again, which should name model-00001-of-00001.safetensors",
+    "a part of two": ("hf", rename("model.safetensors", OF_TWO[0]), f"download the other parts of {OF_TWO[0]} too"),
+    "a part of an index": (
+        "hf", both(index(*OF_TWO), rename("model.safetensors", OF_TWO[0])), f"lacks {OF_TWO[1]}; download it again"
     ),
-    "no index": ("hf", rename("model.safetensors", OF_TWO[0]), f"download {INDEX} again"),
+    "several snapshots": ("hf", both(move("snapshots/1f2e"), second), "has several snapshots and no refs/main"),
     "no config.json": ("hf", lambda folder: (folder / "config.json").unlink(), "download config.json, which"),
     "no params.json": ("meta", lambda folder: (folder / "params.json").unlink(), "download params.json, which"),
-    "only tokenizer.json": ("hf", lambda folder: (folder / "tokenizer.model").unlink(), "tokenizer.json is not read"),
+    "GPTQ": ("hf", config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized by gptq are not"),
+    "AWQ": ("hf", config(quantization_config={"quant_method": "awq"}), "weights quantized by awq are not read"),
+    "FP8": ("hf", config(quantization_config={"quant_method": "fp8"}), "weights quantized by fp8 are not read"),
+    "a model of images": ("hf", config(model_type="mllama"), "model_type 'mllama' is not supported"),
+    "experts": ("hf", config(model_type="mixtral", num_local_experts=8), "model_type 'mixtral' is not supported"),
+    "no model of the hub": ("hf", move("x"), "no params.json or config.json"),
 }  # fmt: skip
 
 
@@ -163,6 +178,96 @@ def test_what_a_folder_holds_instead_is_named(tmp_path, name):
     assert str(tmp_path) in str(caught.value)
 
 
+def as_bin(folder):
+    state = load_file(folder / "model.safetensors")
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def in_parts(pattern, index=None, load=load_file, save=save_file):
+    """The weights in two files of these names."""
+
+    def change(folder):
+        state = load(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        table = {}
+        for i in range(2):
+            name = pattern.format(i + 1)
+            part = {key: state[key] for key in [*state][i::2]}
+            save(part, folder / name)
+            table |= dict.fromkeys(part, name)
+        if index:
+            (folder / index).write_text(json.dumps({"weight_map": table}))
+
+    return change
+
+
+def snapshot(folder):
+    move("snapshots/1f2e")(folder)
+    second(folder)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("1f2e")
+
+
+def cyclic(folder):
+    (folder / "again").symlink_to(folder)
+
+
+BIN_PART, PART = "pytorch_model-0000{}-of-00002.bin", "model-0000{}-of-00002.safetensors"
+AS_THEY_ARE = {
+    "torch's format": as_bin,
+    "torch's format in parts": in_parts(BIN_PART, "pytorch_model.bin.index.json", save=torch.save),
+    "torch's format without an index": in_parts(BIN_PART, save=torch.save),
+    "both formats": both(write("pytorch_model.bin", b"x"), write("training_args.bin", b"x")),
+    "parts": in_parts(PART, INDEX),
+    "parts without an index": in_parts(PART),
+    "parts and a stale index": both(in_parts(PART), index("model-00001-of-00009.safetensors")),
+    "a stale index": index(*OF_TWO),
+    "a variant": rename("model.safetensors", "model.bf16.safetensors"),
+    "a variant in parts": in_parts("model.fp16-0000{}-of-00002.safetensors", "model.safetensors.index.fp16.json"),
+    "a variant beside the model": write("model.fp16.safetensors", b"x"),
+    "the top folder of a cache": snapshot,
+    "only tokenizer.json": lambda folder: (folder / "tokenizer.model").unlink(),
+    "a cyclic link": cyclic,
+    "biases that are null": config(mlp_bias=None, attention_bias=None, rope_scaling=None, quantization_config=None),
+    "a consolidated file beside": write("consolidated.safetensors", b"x"),
+}
+
+
+@pytest.mark.parametrize("name", AS_THEY_ARE)
+def test_folders_of_hugging_faces_as_they_are(tmp_path, name):
+    save_random(tmp_path / "meta")
+    convert(tmp_path / "meta", tmp_path / "from", "hf", 1, None, TOKENIZER)
+    expected = Llama.build(tmp_path / "from", None, 32, device="cpu").model.state_dict()
+    expected = {name: weight.clone() for name, weight in expected.items()}
+    AS_THEY_ARE[name](tmp_path / "from")
+    found = Llama.build(tmp_path / "from", None, 32, device="cpu").model.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_a_model_of_the_hub_by_its_id(tmp_path, monkeypatch):
+    """From the cache, without a network; what is in neither is an error that says so."""
+    import huggingface_hub.constants
+
+    cache = tmp_path / "cache"
+    save_random(tmp_path / "meta")
+    top = cache / "models--someone--tiny-llama"
+    convert(tmp_path / "meta", tmp_path / "hf", "hf", 1, None, TOKENIZER)
+    (top / "snapshots").mkdir(parents=True)
+    (tmp_path / "hf").rename(top / "snapshots" / ("a" * 40))
+    (top / "refs").mkdir()
+    (top / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    Llama.build("someone/tiny-llama", None, 32, device="cpu")
+    with pytest.raises(FileNotFoundError, match="ckpt_dir no/such-model is neither a folder nor a model that the hub"):
+        Llama.build("no/such-model", None, 32, device="cpu")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="an id of the hub needs the package huggingface_hub"):
+        Llama.build("someone/tiny-llama", None, 32, device="cpu")
+
+
 def test_a_path_of_the_other_kind_is_named(tmp_path):
     save_random(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"ckpt_dir .*/params\.json is not an existing folder but a file"):
@@ -170,7 +275,7 @@ def test_a_path_of_the_other_kind_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer_path .* is not an existing file but a folder"):
         Llama.build(tmp_path, tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.model; .* \(it is JSON\)"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json: KeyError\('model'\)"):
         Llama.build(tmp_path, tmp_path / "tokenizer.json")
 
 

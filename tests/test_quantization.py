@@ -27,8 +27,8 @@ from llama.checkpoint import memory
 from llama.cli import measure as bench
 from llama.cli.convert import convert
 from llama.cli.inspect import inspect
+from llama.devices import cpu_has
 from llama.layers import linear
-from llama.parallel import cpu_has
 
 CPU = torch.device("cpu")
 SCHEMES = [Scheme(8), Scheme(8, 32), *(Scheme(4, group, False) for group in (16, 32, 64, 128)), Scheme(4, 32)]

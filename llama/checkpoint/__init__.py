@@ -5,7 +5,7 @@ from typing import Any
 
 from . import plan
 from .folder import Checkpoint
-from .hf import safetensors_paths
+from .hub import find_folder, weight_files
 from .load import Weights, check_same, load, read_quantized
 from .memory import Footprint, available, check_fits, choose_dtype, footprint, shortage
 from .meta import KNOWN, REQUIRED, read_params, read_scheme, shard_paths
@@ -15,9 +15,10 @@ from .write import digest, save, split, write_checklist, write_file
 
 __all__ = [
     "KNOWN", "REQUIRED", "SHARD_DIM", "Checkpoint", "Footprint", "Slice", "Weights", "available", "check_fits",
-    "check_path", "check_same", "choose_dtype", "digest", "divides", "find_tokenizer", "footprint", "is_matrix", "load",
-    "rank_range", "read_json", "read_params", "read_quantized", "read_scheme", "read_text", "safetensors_paths", "save",
-    "shapes", "shard_dim", "shard_paths", "shortage", "slices", "split", "write_checklist", "write_file",
+    "check_path", "check_same", "choose_dtype", "digest", "divides", "find_folder", "find_tokenizer", "footprint",
+    "is_matrix", "load", "rank_range", "read_json", "read_params", "read_quantized", "read_scheme", "read_text", "save",
+    "shapes", "shard_dim", "shard_paths", "shortage", "slices", "split", "weight_files", "write_checklist",
+    "write_file",
 ]  # fmt: skip
 # Names of the previous release, which go with the next one.
 RENAMED = {"Piece": "Slice", "pieces": "slices", "share": "rank_range", "products": "fused_groups", "JOINED": "FUSED"}

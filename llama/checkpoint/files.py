@@ -146,25 +146,29 @@ class TorchFile(File):
             super().release()
 
 
-class SafetensorsFile(File):
+class HuggingFaceFile(File):
     """One file of Hugging Face's. Its tensors have Meta's names here, and their rows are in Meta's order."""
 
-    def __init__(self, path: Path, names: Mapping[str, str], head_dim: int) -> None:
-        super().__init__(path)
+    head_dim = 0
+
+    def rename(self, names: Mapping[str, str], head_dim: int) -> None:
+        """Take Meta's names in place of Hugging Face's, and leave out what is no weight."""
         self.head_dim = head_dim
         ours = {theirs: meta for meta, theirs in names.items()}
-        for key, entry, offset in read_header(path):
-            if not IGNORED.fullmatch(key):
-                name = ours.get(key, key)
-                self.shapes[name], self.offsets[name] = tuple(entry["shape"]), offset
-                self.dtypes[name] = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
+        for table in self._tables():
+            for key in [*table]:
+                entry = table.pop(key)
+                if not IGNORED.fullmatch(key):
+                    table[ours.get(key, key)] = entry
 
     def tie(self, name: str, to: str) -> None:
         """If this file holds the weight `to`, let `name` refer to it too."""
-        tables: tuple[dict[str, Any], ...] = (self.shapes, self.dtypes, self.offsets)
-        for table in tables:
+        for table in self._tables():
             if to in table:
                 table[name] = table[to]
+
+    def _tables(self) -> tuple[dict[str, Any], ...]:
+        return self.shapes, self.dtypes, self.offsets
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
         if not hf.is_permuted(name):
@@ -174,6 +178,30 @@ class SafetensorsFile(File):
         pairs = hf.to_pairs(super().read(name, dim, first, last - first), self.head_dim)  # a copy
         self.release()
         return pairs.narrow(0, begin - first, length)
+
+
+class SafetensorsFile(HuggingFaceFile):
+    """model.safetensors, or a part of it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        for key, entry, offset in read_header(path):
+            self.shapes[key], self.offsets[key] = tuple(entry["shape"]), offset
+            self.dtypes[key] = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
+
+
+class BinFile(HuggingFaceFile, TorchFile):
+    """pytorch_model.bin, or a part of it."""
+
+    def _tables(self) -> tuple[dict[str, Any], ...]:
+        return *super()._tables(), self.state
+
+
+def hf_file(path: Path, names: Mapping[str, str], head_dim: int) -> HuggingFaceFile:
+    """A file of Hugging Face's; nothing in it is executed."""
+    file: HuggingFaceFile = SafetensorsFile(path) if path.suffix == ".safetensors" else BinFile(path)
+    file.rename(names, head_dim)
+    return file
 
 
 def read_header(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:

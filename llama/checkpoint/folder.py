@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from torch import Tensor
 from ..args import ModelArgs
 from ..backends.quantized import Scheme, scheme
 from . import hf
-from .files import READABLE, SafetensorsFile, TorchFile
+from .files import READABLE, File, TorchFile, hf_file
+from .hub import weight_files
 from .meta import read_params, read_scheme, shard_paths
 from .paths import NO_CONFIG, advice, listed, read_json
 from .plan import is_matrix, shapes, shard_dim, slices
 
+log = logging.getLogger(__name__)
 Stored = Mapping[str, tuple[tuple[int, ...], set[torch.dtype]]]  # tensors: whole shapes, and the dtypes they may have
 
 
@@ -27,8 +30,8 @@ class Checkpoint:
     """A folder of weights, saved for any number of ranks: `params`, by Meta's keys, and any slice of any weight. Only
     headers are read at first. FileNotFoundError or ValueError names the file and what is wrong with it."""
 
-    files: Sequence[TorchFile | SafetensorsFile]
-    holders: dict[str, Sequence[TorchFile | SafetensorsFile]]  # the files that hold a weight, in the order of ranks
+    files: Sequence[File]
+    holders: dict[str, Sequence[File]]  # the files that hold a weight, in the order of ranks
     scheme: Scheme | None  # of weights that were quantized before they were saved
     positions: int | None = None  # the longest text, where the files say so
 
@@ -60,7 +63,7 @@ class Checkpoint:
         names = hf.names(self.params["n_layers"])
         head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
         self.positions = config.get("max_position_embeddings")
-        files = [SafetensorsFile(path, names, head_dim) for path in hf.safetensors_paths(self.folder)]
+        files = [hf_file(path, names, head_dim) for path in weight_files(self.folder)]
         if config.get("tie_word_embeddings") and not any("output.weight" in file.shapes for file in files):
             for file in files:
                 file.tie("output.weight", "tok_embeddings.weight")
@@ -118,6 +121,10 @@ class Checkpoint:
         added = read_json(path) if path.exists() else {}
         if odd := [token for token, id in added.items() if id >= n_words and "pad" not in token.lower()]:
             raise ValueError(f"{path} adds {listed(odd)} to the tokenizer's {n_words} pieces, which cannot be encoded")
+        log.warning(
+            "%s: the vocabulary has %d rows behind the tokenizer's %d tokens, which are left out",
+            *(self.folder, self.vocab_size() - n_words, n_words),
+        )
         for file in self.files:
             for name in {"tok_embeddings.weight", "output.weight"} & {*file.shapes}:
                 file.shapes[name] = (n_words, *file.shapes[name][1:])
@@ -143,7 +150,7 @@ class Checkpoint:
                 if torch.equal(row, rows[0]) and row.any():
                     raise ValueError(f"{file.path} and {self.files[0].path.name} are the same shard")
 
-    def _problems(self, file: TorchFile | SafetensorsFile, stored: Stored) -> dict[str, list[str]]:
+    def _problems(self, file: File, stored: Stored) -> dict[str, list[str]]:
         """The tensors of a file that do not fit, by what is wrong with them."""
         first = self.files[0]
         # A shard has a slice of every weight; a file of Hugging Face's has those that are in no other.

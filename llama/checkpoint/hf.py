@@ -1,16 +1,15 @@
-"""Hugging Face's layout <-> Meta's: config.json, and model.safetensors or several files with an index."""
+"""Hugging Face's layout <-> Meta's: config.json, names of weights, and the order of rows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..args import ModelArgs
-from .paths import NO_WEIGHTS, advice, listed, read_json
+from .paths import listed
 
 # Meta's name -> Hugging Face's, outside the layers and inside one.
 OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -39,22 +38,6 @@ UNSCALED = {
 }
 BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def safetensors_paths(folder: Path) -> list[Path]:
-    """The files that model.safetensors.index.json names, or model.safetensors. FileNotFoundError if one is missing."""
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file():
-        found = read_json(index).get("weight_map")
-        if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
-            raise ValueError(f"{index} has no weight_map from the names of weights to files; download it again")
-        files = sorted(set(found.values()))
-    if missing := [file for file in files if not (folder / file).is_file()]:
-        again = "download it again"
-        do = again if len(missing) < len(files) else advice(folder, NO_WEIGHTS, again)
-        raise FileNotFoundError(f"{folder} lacks {listed(missing)}; {do}")
-    return [folder / file for file in files]
 
 
 def names(n_layers: int) -> dict[str, str]:

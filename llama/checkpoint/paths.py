@@ -23,7 +23,6 @@ ROLES = ("<unk>", "<s>", "</s>")  # tokens that every tokenizer.model of Llama 2
 FOREIGN = {
     "adapter_config.json": "it is the folder of a LoRA adapter: merge_and_unload of peft merges it into its model",
     "*.gguf": "{} is a GGUF file, which is not read: take the model in safetensors",
-    "pytorch_model*.bin": "{} is not read: save_pretrained of transformers writes the model as safetensors",
 }
 NO_CONFIG = {
     **FOREIGN,
@@ -31,14 +30,11 @@ NO_CONFIG = {
     "*.safetensors": "download config.json, which belongs to {}",
     "*/params.json": "give {}",
     "*/config.json": "give {}",
-    "snapshots/*/config.json": "it is the top folder of a download from Hugging Face: give {}",
     "*/snapshots/*/config.json": "it is a folder of downloads from Hugging Face: give {}",
 }
 NO_WEIGHTS = {
-    "model.safetensors": "it has model.safetensors: remove the index, which is of other files",
-    "model.safetensors.index.*.json": "rename {} to model.safetensors.index.json",
-    "model-*-of-*.safetensors": "download model.safetensors.index.json again, which should name {}",
-    "model*.safetensors": "rename {} to model.safetensors",
+    "model*-of-*": "download the other parts of {} too",
+    "pytorch_model*-of-*": "download the other parts of {} too",
     "consolidated.*.pth": "download params.json, which belongs to {}",
     **FOREIGN,
 }

@@ -12,7 +12,7 @@ import torch
 from .. import devices, parallel
 from ..args import ModelArgs
 from ..backends.quantized import scheme
-from ..checkpoint import Checkpoint, Weights, check_fits, check_path, choose_dtype, find_tokenizer
+from ..checkpoint import Checkpoint, Weights, check_fits, choose_dtype, find_folder, find_tokenizer
 from ..model import Transformer
 from ..tokenizer import Tokenizer
 from . import measure
@@ -63,7 +63,7 @@ def prepare(
     weights: Weights = measure.RandomWeights(target, rounding)
     saved = torch.bfloat16
     if ckpt_dir is not None:
-        folder = check_path(ckpt_dir, "ckpt_dir", "folder")
+        folder = find_folder(ckpt_dir, "ckpt_dir")
         weights = checkpoint = Checkpoint(folder)
         args = checkpoint.args(Tokenizer(find_tokenizer(folder, tokenizer_path)).n_words)
         rounding, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()

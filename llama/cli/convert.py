@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import devices
-from ..checkpoint import check_path, find_tokenizer
+from ..checkpoint import check_path, find_folder, find_tokenizer
 from ..checkpoint import convert as checkpoint_convert
 from ..checkpoint.calibrate import LEAST, WINDOW
 from ..engine import Engine
@@ -50,7 +50,7 @@ def convert(
         calibrate: a text file in UTF-8, or auto for text that the model generates: quantize by GPTQ, so that the
             outputs of each layer on this text change least
     """
-    folder = check_path(src, "src", "folder")
+    folder = find_folder(src, "src")
     asked = None if dtype is None else devices.as_dtype(dtype)
     named = {"symmetric": symmetric, "search": search, "calibrate": calibrate}
     if quantize is None and (alone := [name for name, value in named.items() if value]):

@@ -17,7 +17,17 @@ from .. import backends, devices
 from ..args import ModelArgs
 from ..backends import cpu
 from ..backends.quantized import Scheme
-from ..checkpoint import Checkpoint, available, check_path, digest, divides, find_tokenizer, footprint, shapes, shortage
+from ..checkpoint import (
+    Checkpoint,
+    available,
+    digest,
+    divides,
+    find_folder,
+    find_tokenizer,
+    footprint,
+    shapes,
+    shortage,
+)
 from ..checkpoint.paths import read_text
 from ..tokenizer import Tokenizer
 
@@ -52,7 +62,7 @@ def inspect(
         quantize: int8 or int4, to print what it needs when loaded so
         group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
     """
-    folder = check_path(ckpt_dir, "ckpt_dir", "folder")
+    folder = find_folder(ckpt_dir, "ckpt_dir")
     checkpoint = Checkpoint(folder)
     tokenizer, missing = None, ""
     try:
