@@ -7,7 +7,7 @@ here = Path(__file__).parent
 setup(
     name="llama-reference",
     version="0.1.0",
-    description="The reference inference library for Llama 2: minimal, readable PyTorch",
+    description="The reference inference library for Llama: minimal, readable PyTorch",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -18,10 +18,11 @@ setup(
     extras_require={
         "test": [
             *("pytest", "pytest-cov", "hypothesis", "pexpect", "ruff", "mypy"),
-            *("transformers", "numpy", "prompt_toolkit", "setuptools"),
+            *("transformers", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
             "triton; platform_system == 'Linux'",  # whose interpreter runs the CUDA kernels on a CPU
         ],
         "chat": ["prompt_toolkit"],
+        "hf": ["tokenizers", "jinja2", "huggingface_hub"],
         "dev": ["pre-commit"],
         "bench": ["transformers", "llama-cpp-python", "gguf", "numpy"],
     },

@@ -1,9 +1,10 @@
-"""Llama 2 inference: `from llama import Llama`."""
+"""Llama inference: `from llama import Llama`."""
 
 from .args import ModelArgs
 from .chat import Dialog, encode_dialog, render_dialog
 from .conversation import Chat
 from .generation import Llama
+from .infilling import infilling_prompt
 from .model import Transformer
 from .stream import Event, Stream
 from .tokenizer import Tokenizer
@@ -18,5 +19,6 @@ __all__ = [
     "Tokenizer",
     "Transformer",
     "encode_dialog",
+    "infilling_prompt",
     "render_dialog",
 ]

@@ -64,7 +64,8 @@ class SentencePieceFile:
         model = self.model
         self.n_words, self.pad_id = model.vocab_size(), model.pad_id()
         self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
-        self.eos_ids = {self.eos_id}
+        end = model.piece_to_id("▁<EOT>")  # Code Llama's, of what it fills in
+        self.eos_ids = {self.eos_id} if end == model.unk_id() else {self.eos_id, end}
         special = [id for id in range(self.n_words) if model.is_control(id) or model.is_unknown(id)]
         self.special = {model.id_to_piece(id): id for id in special}
         # How the model decodes, of which it tells nothing else: the text of <unk>, and how many of two spaces that

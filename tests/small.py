@@ -45,6 +45,16 @@ PUBLISHED = {
         "ffn_dim_multiplier": 1.3,
     },
 }
+# And of Llama 3; 405B in 8 shards, as in 16 the key-value heads are doubled.
+_3 = {"vocab_size": 128256, "rope_theta": 500000.0, "n_kv_heads": 8}
+_BIG = {**PUBLISHED["70B"], **_3}
+LLAMA3 = {
+    "3, 3.1 8B": {"ffn_dim_multiplier": 1.3, "multiple_of": 1024, **_3},
+    "3, 3.1, 3.3 70B": _BIG,
+    "3.1 405B": {**_BIG, "dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2},
+    "3.2 1B": {"dim": 2048, "n_layers": 16, "ffn_dim_multiplier": 1.5, "tie_word_embeddings": True, **_3},
+    "3.2 3B": {"dim": 3072, "n_layers": 28, "n_heads": 24, "tie_word_embeddings": True, **_3},
+}
 
 
 def random_model(shape=GQA, vocab_size=128, max_batch_size=4, max_seq_len=64, seed=0):

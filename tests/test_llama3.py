@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from small import TOKENIZER, edit_params, needs_cpp, relative_error, save_random
+from small import LLAMA3, TOKENIZER, edit_params, needs_cpp, relative_error, save_random
 
 from llama import Llama, ModelArgs, checkpoint
 from llama.args import RopeScaling
-from llama.checkpoint import Checkpoint
+from llama.checkpoint import Checkpoint, hf
 from llama.checkpoint.convert import convert
 from llama.model import scaled
 
@@ -132,6 +132,24 @@ def test_scaled_frequencies(D, factor, expected):
     found = scaled(1.0 / 500000.0 ** (torch.arange(0, D, 2).float() / D), RopeScaling(factor))
     for pair, frequency in expected.items():
         assert found[pair].item() == pytest.approx(frequency, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "hidden", "head_dim", "parameters"),
+    [
+        ("3, 3.1 8B", 14336, 128, 8_030_261_248),
+        ("3, 3.1, 3.3 70B", 28672, 128, 70_553_706_496),
+        ("3.1 405B", 53248, 128, 405_853_388_800),
+        ("3.2 1B", 8192, 64, 1_235_814_400),
+        ("3.2 3B", 8192, 128, 3_212_749_824),
+    ],
+)
+def test_the_shapes_of_published_models(size, hidden, head_dim, parameters):
+    args = ModelArgs(**LLAMA3[size])
+    assert (args.ffn_hidden, args.head_dim) == (hidden, head_dim)
+    assert checkpoint.footprint(args, 1, torch.bfloat16).weights == 2 * parameters
+    found = hf.ffn_params(args.dim, hidden)
+    assert ModelArgs(**{**LLAMA3[size], "ffn_dim_multiplier": None, **found}).ffn_hidden == hidden
 
 
 @pytest.mark.parametrize(

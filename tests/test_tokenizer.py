@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from small import TOKENIZER, trained
 
-from llama import Tokenizer
+from llama import Tokenizer, infilling_prompt
 from llama.tokenizer import Decoder
 
 TEXTS = ["", " ", "Once upon a time", "  two  spaces\n\ttab ", "2023 + 19", "naïve 你好 🙂", "<s> </s> <unk>", "▁ ▁▁x"]
@@ -130,3 +130,24 @@ def test_files_that_are_no_tokenizer(tmp_path):
         (tmp_path / "tokenizer.json").write_bytes(content)
         with pytest.raises(ValueError, match="is not a tokenizer.json"):
             Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_code_llamas_infilling_in_both_orders(tmp_path):
+    names = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
+    code = Tokenizer(trained(tmp_path, user_defined_symbols=names))
+    pre, suf, mid, eot = map(code.sp_model.piece_to_id, names)
+    assert code.eos_ids == {code.eos_id, eot}
+    prefix, suffix = "def f(x):\n    return ", "\n\ndef g(y):\n    return y"
+    begin = code.encode(prefix, bos=False, eos=False)
+    for order in (False, True):
+        ids = infilling_prompt(code, prefix, suffix, suffix_first=order)
+        [middle] = [i for i, id in enumerate(ids) if id == mid]
+        if order:
+            end = ids[3:middle]
+            assert ids == [code.bos_id, pre, suf, *end, mid, *begin]
+        else:
+            end = ids[2 + len(begin) + 1 : middle]
+            assert ids == [code.bos_id, pre, *begin, suf, *end, mid]
+        assert code.decode([code.sp_model.piece_to_id("x"), *end]) == "x" + suffix  # no space was added
+    with pytest.raises(ValueError, match="no ▁<PRE>, ▁<SUF>, ▁<MID>; infilling needs Code Llama 7B or 13B"):
+        infilling_prompt(OURS, prefix, suffix)

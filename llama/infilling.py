@@ -1,0 +1,29 @@
+"""Code Llama's infilling: the prompt whose answer belongs between a prefix and a suffix."""
+
+from __future__ import annotations
+
+from .tokenizer import Tokenizer
+
+NAMES = ("▁<PRE>", "▁<SUF>", "▁<MID>")  # ▁<EOT> ends the middle, and is among the tokenizer's eos_ids
+
+
+def infilling_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool = False) -> list[int]:
+    """The ids for `Llama.generate`, in the order prefix, suffix, middle or suffix, prefix, middle (Rozière et al. 2023,
+    "Code Llama", arXiv 2308.12950, section 2.3):
+
+        BOS <PRE> prefix <SUF> suffix <MID>        BOS <PRE> <SUF> suffix <MID> prefix
+
+    The suffix is encoded without the space that marks a first word. Raises ValueError for a tokenizer without these
+    tokens, which only Code Llama 7B and 13B have.
+    """
+    ids = {name: tokenizer.sp_model.piece_to_id(name) for name in NAMES} if tokenizer.sp_model else {}
+    missing = [name for name in NAMES if ids.get(name) in (None, tokenizer.sp_model and tokenizer.sp_model.unk_id())]
+    if missing:
+        raise ValueError(f"the tokenizer has no {', '.join(missing)}; infilling needs Code Llama 7B or 13B")
+    pre, suf, mid = ids.values()
+    mark = "☺"  # merged with nothing, so that what follows begins no word
+    behind = len(tokenizer.encode(mark, bos=False, eos=False))
+    end, begin = tokenizer.encode(mark + suffix, bos=False, eos=False)[behind:], tokenizer.encode(prefix, False, False)
+    if suffix_first:
+        return [tokenizer.bos_id, pre, suf, *end, mid, *begin]
+    return [tokenizer.bos_id, pre, *begin, suf, *end, mid]
