@@ -34,10 +34,10 @@ CPU = torch.device("cpu")
 MODELS = Path(__file__).parent.parent / "models"
 
 
-def shaped(name: str, B: int, S: int, seed: int = 0) -> bench.Transformer:
+def shaped(name: str, B: int, S: int, seed: int = 0, words: int = 32000) -> bench.Transformer:
     torch.manual_seed(seed)
     parallel.init_model_parallel()
-    args = ModelArgs(**bench.SHAPES[name], vocab_size=32000, max_batch_size=B, max_seq_len=S)
+    args = ModelArgs(**bench.SHAPES[name], vocab_size=words, max_batch_size=B, max_seq_len=S)
     return bench.loaded(bench.RandomWeights(CPU), args, CPU, torch.float32)
 
 
@@ -61,20 +61,20 @@ def sampler(repeats: int) -> None:
         "no cut": SamplingParams(1.0),
         "all": SamplingParams(0.8, 0.95, 100, 0.01, 1.1, 0.1, 0.1, {5: 1.0}),
     }
-    for B in (1, 8):
-        model = shaped("1.1B", B, 64)
-        prompts = torch.randint(3, 32000, (B, 16)).tolist()
+    for shape, words, B in (("1.1B", 32000, 1), ("1.1B", 32000, 8), ("110M", 128256, 1), ("110M", 128256, 8)):
+        model = shaped(shape, B, 64, words=words)
+        prompts = torch.randint(3, words, (B, 16)).tolist()
         times = []
         for _ in (run := Engine.of(model).run([Request(prompt, 16 + 3 * repeats) for prompt in prompts])):
             began = time.perf_counter()
             next(run, None)
             times.append(time.perf_counter() - began)
         step = statistics.median(times[1:-1])
-        print(f"sampler, batch {B}: {summary('a decode step takes', times[1:-1])}")
+        print(f"sampler, {shape}, {words} words, batch {B}: {summary('a decode step takes', times[1:-1])}")
         for peak in (0.0, 8.0):  # as flat as random weights make it, and as peaked as trained ones do
-            logits = torch.randn(B, 32000) + peak * (torch.rand(B, 32000) < 0.001)
+            logits = torch.randn(B, words) + peak * (torch.rand(B, words) < 0.001)
             for name, settings in kinds.items():
-                choose, slots = Sampler(B, 32000, CPU), range(B)
+                choose, slots = Sampler(B, words, CPU), range(B)
                 for slot, prompt in enumerate(prompts):
                     choose.admit(slot, settings, prompt)
                 taken = seconds(lambda: choose.count(choose(logits, slots, [0] * B), slots), 5 * repeats)  # noqa: B023

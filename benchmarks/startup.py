@@ -1,5 +1,5 @@
 """Whole processes: what `import llama` adds to `import torch`, the text example on the bundled model, and `inspect` on
-the headers of 70B in 8 shards (sparse files).
+the headers of published sizes (sparse files), with its peak memory.
 
 python benchmarks/startup.py [--repeats 7]
 """
@@ -7,6 +7,7 @@ python benchmarks/startup.py [--repeats 7]
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,9 +26,26 @@ from llama.cli.measure import SHAPES
 ROOT = Path(__file__).parent.parent
 
 
+THREE = {"n_kv_heads": 8, "rope_theta": 500000.0}
+BIG = {**SHAPES["70B"], **THREE}
+SIZES: dict[str, tuple[dict[str, Any], int, int]] = {  # params.json, vocabulary, shards
+    "7B": (SHAPES["7B"], 32000, 1),
+    "70B": (SHAPES["70B"], 32000, 8),
+    "Llama 3.2 1B": ({"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5, **THREE}, 128256, 1),
+    "Llama 3.1 8B": ({"ffn_dim_multiplier": 1.3, "multiple_of": 1024, **THREE}, 128256, 1),
+    "Llama 3.1 70B": (BIG, 128256, 8),
+    "Llama 3.1 405B": (
+        {**BIG, "dim": 16384, "n_layers": 126, "n_heads": 128, "n_kv_heads": 16, "ffn_dim_multiplier": 1.2},
+        *(128256, 16),
+    ),
+}
+
+
 def write_headers(folder: Path, params: dict[str, Any], vocab_size: int, mp: int) -> None:
     """A checkpoint whose files have every header and no data: sparse, so that 138 GB take no space."""
-    (folder / "params.json").write_text(json.dumps({**params, "norm_eps": 1e-5, "vocab_size": -1}))
+    folder.mkdir()
+    defaults = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}
+    (folder / "params.json").write_text(json.dumps(defaults | params))
     whole = shapes(ModelArgs(**params, vocab_size=vocab_size))
     with torch.serialization.skip_data():
         for i in range(mp):
@@ -40,28 +58,35 @@ def write_headers(folder: Path, params: dict[str, Any], vocab_size: int, mp: int
 
 
 def main(repeats: int = 7) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        write_headers(Path(folder), SHAPES["70B"], 1024, 8)
-        measure(repeats, folder)
-
-
-def measure(repeats: int, seventy: str) -> None:
     commands = {
         "import torch": [sys.executable, "-c", "import torch"],
         "import torch, llama": [sys.executable, "-c", "import torch, llama"],
         "example_text_completion.py": [sys.executable, "example_text_completion.py"],
-        "llama inspect, 70B": [sys.executable, "-m", "llama", "inspect", seventy],
     }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, size in SIZES.items():
+            write_headers(Path(folder, name), *size)
+            commands[f"inspect, {name}"] = [sys.executable, "-m", "llama", "inspect", str(Path(folder, name))]
+        measure(commands, repeats)
+
+
+def measure(commands: dict[str, list[str]], repeats: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in commands}
+    peaks: dict[str, float] = {}
     for i in range(repeats + 1):
         for name, command in commands.items():
             began = time.perf_counter()
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise RuntimeError(f"{name} ended with {status}")
+            peaks[name] = usage.ru_maxrss / 1e3
             if i > 0:  # the first round warms the disk's cache
                 times[name].append(time.perf_counter() - began)
-    print(f"{repeats} repeats in turn; seconds: median (min - max)")
+    print(f"{repeats} repeats in turn; seconds: median (min - max), peak memory")
     for name, seconds in times.items():
-        print(f"{name:>27}: {statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})")
+        spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})"
+        print(f"{name:>27}: {spread}, {peaks[name]:.0f} MB")
     pairs = zip(times["import torch, llama"], times["import torch"], strict=True)
     print(f"import llama adds {statistics.median(a - b for a, b in pairs):.2f} s")
 

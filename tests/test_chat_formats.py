@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from small import MODELS, TOKENIZER, passes
+from small import MODELS, TOKENIZER, passes, random_model
 from test_vocabulary import write_ranks
 
 from llama import Chat, Llama, Tokenizer, encode_dialog, render_dialog
@@ -201,6 +201,16 @@ def test_a_folders_template_is_its_format(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert build(tmp_path / "hf").chat_completion([asked], temperature=0) == expected
     assert "needs the package jinja2: pip install jinja2; dialogs are in the format llama2" in caplog.text
+
+
+def test_a_conversation_of_llama_3_reuses_the_cache(llama3):
+    chat = Chat(Llama(random_model(vocab_size=llama3.n_words, max_seq_len=160), llama3), temperature=0, max_gen_len=6)
+    chat.say("My name is Tom.")
+    with passes(chat.llama) as computed:
+        chat.say("What is my name?")
+    whole = len(encode_dialog(llama3, chat.dialog[:3]))
+    before = len(encode_dialog(llama3, chat.dialog[:1])) - 4  # without the header of the answer
+    assert computed[0] <= whole - before
 
 
 @pytest.mark.parametrize("chat_format", ["llama2", "template"])
