@@ -322,10 +322,11 @@ def test_a_shard_with_any_damaged_byte_is_read_or_named(folder, zipped):
     whole = path.read_bytes()
     for i in range(0, len(whole), 7):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x55]) + whole[i + 1 :])
-        try:
-            files.read_shard(path)
-        except ValueError as error:
-            assert str(path) in str(error)
+        for read in (files.read_shard, files.TorchFile):
+            try:
+                read(path)
+            except ValueError as error:
+                assert str(path) in str(error)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -503,8 +504,28 @@ def test_a_file_that_may_not_be_read_is_no_broken_one(folder, monkeypatch):
         raise PermissionError(13, "Permission denied", str(folder))
 
     monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(files.zipfile, "is_zipfile", lambda path: False)  # what it says of such a file
     with pytest.raises(PermissionError, match="Permission denied"):
         build(folder)
+
+
+def test_headers_are_read_without_torch_as_torch_reads_them(folder, monkeypatch):
+    """Parameters, views, other dtypes; what a pickle asks for besides tensors is not called but left to torch."""
+    path = folder / "consolidated.00.pth"
+    base = torch.arange(24.0).view(4, 6)
+    state = {"whole": base, "rows": base[1:3], "half": base.half(), "long": torch.arange(5), "none": torch.empty(0, 3)}
+    state["parameter"] = torch.nn.Parameter(torch.ones(2, 1, 3))
+    torch.save(state, path)
+    file = files.TorchFile(path)
+    assert not file.state
+    for name, tensor in state.items():
+        assert (file.shapes[name], file.dtypes[name]) == (tuple(tensor.shape), tensor.dtype)
+        if tensor.numel():
+            assert torch.equal(file.read(name, 0, 0, len(tensor)), tensor)
+    torch.save({**state, "columns": base[:, 1:3]}, path)  # not contiguous
+    assert torch.equal(files.TorchFile(path).read("columns", 0, 0, 4), base[:, 1:3])
+    torch.save({**state, "other": {1, 2}}, path)
+    assert files.described(path) is None
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"version https://git-lfs.github.com/spec/v1\n"])
