@@ -58,7 +58,10 @@ def load(
     hidden = None if rank() == 0 else True  # None: a bar on a terminal only
     with tqdm(desc="loading", total=total, unit="weights", unit_scale=True, disable=hidden, leave=False) as bar:
         apart = scheme is not None and device.type != "cuda"  # whose kernels take several quantized matrices at once
-        for names in [[name] for name in local] if apart else fused_groups(local):
+        groups = [[name] for name in local] if apart else fused_groups(local)
+        if scheme:  # the largest first, as a matrix is in memory several times while it is quantized
+            groups.sort(key=lambda names: -local[names[0]].numel())
+        for names in groups:
             rows = [local[name][0] for name in names]
             if scheme and is_matrix(names[0]):
                 parts = [read_quantized(weights, name, whole[name], *ranges[name], scheme) for name in names]
