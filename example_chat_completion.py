@@ -67,7 +67,7 @@ def main(
 
     Args:
         ckpt_dir: folder of params.json and consolidated.*.pth; the bundled chat model by default
-        tokenizer_path: tokenizer.model; by default the one in ckpt_dir or one folder up
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         temperature: 0 for greedy decoding, higher is more varied
         top_p: sample from the smallest set of tokens with this probability
         max_seq_len: tokens of dialog and answer together, at most
@@ -79,7 +79,7 @@ def main(
         dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
         quantize: int8 or int4, to round the weights when they are loaded
         compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
-        chat_format: llama2, llama3 or template, the folder's own; by default that, or what the tokenizer is of
+        chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
     """
     dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(ckpt_dir).expanduser().resolve() == BUNDLED else DIALOGS)
     llama = Llama.build(

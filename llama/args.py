@@ -18,6 +18,15 @@ class RopeScaling(NamedTuple):
     original_max_position_embeddings: int = 8192
     rope_type: str = "llama3"  # or linear, for which the factor alone counts
 
+    def check(self) -> None:
+        """ValueError for a type that is not supported, and for what is no positive number."""
+        *numbers, kind = self
+        if kind not in ("llama3", "linear"):
+            raise ValueError(f"rope_scaling has the rope_type {kind!r}; only llama3 and linear are supported")
+        for name, value in zip(self._fields, numbers, strict=False):
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+                raise ValueError(f"rope_scaling has the {name} {value!r}; it must be a positive number")
+
 
 @dataclass
 class ModelArgs:
@@ -41,6 +50,8 @@ class ModelArgs:
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, Mapping):
             self.rope_scaling = RopeScaling(**self.rope_scaling)
+        if self.rope_scaling is not None:
+            self.rope_scaling.check()
         for field in fields(self):
             value = getattr(self, field.name)
             if (value is None and field.default is None) or field.name in ("rope_scaling", "tie_word_embeddings"):

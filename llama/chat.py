@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Literal, TypedDict, get_args
 
 from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 Role = Literal["system", "user", "assistant", "ipython", "tool"]
+ROLES: tuple[str, ...] = get_args(Role)
 
 
 class Message(TypedDict):
@@ -22,28 +23,42 @@ Dialog = Sequence[Message]
 INST, END_INST = "[INST]", "[/INST]"
 SYS, END_SYS = "<<SYS>>", "<</SYS>>"
 TAGS = (INST, END_INST, SYS, END_SYS)
+START_HEADER, END_HEADER, END_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 REFUSAL = f"Error: a message may not contain the tags {' '.join(TAGS)}."
 
 
-class ChatFormat(Protocol):
-    """How a dialog becomes ids, and what it may hold."""
+class ChatFormat:
+    """How a dialog becomes ids, and what it may hold. Subclasses define `check`, `render` and `_encode`."""
 
-    name: str
+    name = ""
+    note = ""  # logged when a dialog is first encoded
 
     def check(self, dialog: Dialog, name: str = "the dialog") -> None:
         """ValueError for a dialog that has no place in the format, or does not ask for an answer."""
+        check_messages(dialog, name, ROLES)
 
     def refusal(self, dialog: Dialog) -> str | None:
-        """What is answered in place of the model, if a message could pass off text as another role's."""
+        """The answer in place of the model's to a dialog in which a message could pass text off as another role's."""
+        return None
 
-    def cleaned(self, said: str) -> str:
+    def cleaned(self, answer: str) -> str:
         """An answer as a message of the dialog may hold it."""
+        return answer
 
     def encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
         """The ids of a dialog that asks for an answer. ValueError for a malformed one."""
+        self.check(dialog)
+        if self.note:
+            log.warning(self.note)
+            self.note = ""
+        return self._encode(tokenizer, dialog)
 
     def render(self, dialog: Dialog) -> str:
         """What `encode` encodes, for people to look at."""
+        raise NotImplementedError
+
+    def _encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+        raise NotImplementedError
 
 
 def check_messages(dialog: Dialog, name: str, roles: Sequence[str]) -> None:
@@ -62,24 +77,7 @@ def check_messages(dialog: Dialog, name: str, roles: Sequence[str]) -> None:
         raise ValueError(f"{name} ends with the role assistant; there is nothing to answer")
 
 
-class Family:
-    """What the formats of Llama 2 and 3 have in common."""
-
-    note = ""  # logged when a dialog is first encoded
-
-    def refusal(self, dialog: Dialog) -> str | None:
-        return None
-
-    def cleaned(self, said: str) -> str:
-        return said
-
-    def remark(self) -> None:
-        if self.note:
-            log.warning(self.note)
-            self.note = ""
-
-
-class Llama2Format(Family):
+class Llama2Format(ChatFormat):
     """Each pair of messages is encoded separately:
 
         BOS "[INST] u1 [/INST] a1 " EOS  BOS "[INST] u2 [/INST]"
@@ -104,22 +102,21 @@ class Llama2Format(Family):
     def refusal(self, dialog: Dialog) -> str | None:
         return REFUSAL if has_tags(dialog) else None
 
-    def cleaned(self, said: str) -> str:
-        while any(tag in said for tag in TAGS):  # the model may say what no message may contain
+    def cleaned(self, answer: str) -> str:
+        while any(tag in answer for tag in TAGS):  # the model may say what no message may contain
             for tag in TAGS:
-                said = said.replace(tag, "")
-        return said
+                answer = answer.replace(tag, "")
+        return answer
 
-    def encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
-        self.remark()
+    def _encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
         return [id for text, ended in self._turns(dialog) for id in tokenizer.encode(text, bos=True, eos=ended)]
 
     def render(self, dialog: Dialog) -> str:
+        self.check(dialog)
         return "\n".join(f"<s>{text}{'</s>' * ended}" for text, ended in self._turns(dialog))
 
     def _turns(self, dialog: Dialog) -> list[tuple[str, bool]]:
         """The text of each pair of messages, and whether it is over."""
-        self.check(dialog)
         if has_tags(dialog):
             raise ValueError(REFUSAL)
         contents = [message["content"].strip() for message in dialog]
@@ -131,7 +128,7 @@ class Llama2Format(Family):
         return [*turns, (f"{INST} {contents[-1]} {END_INST}", False)]
 
 
-class Llama3Format(Family):
+class Llama3Format(ChatFormat):
     """BOS, and each message behind a header that names its role; roles may follow each other in any order:
 
         <|start_header_id|> role <|end_header_id|> "\\n\\n" content <|eot_id|>
@@ -140,53 +137,45 @@ class Llama3Format(Family):
 
     name = "llama3"
 
-    def check(self, dialog: Dialog, name: str = "the dialog") -> None:
-        check_messages(dialog, name, ("system", "user", "assistant", "ipython", "tool"))
-
-    def encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
-        self.check(dialog)
+    def _encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
         try:
-            start, end, over = (
-                tokenizer.special[f"<|{name}|>"] for name in ("start_header_id", "end_header_id", "eot_id")
-            )
+            start, end, over = (tokenizer.special[name] for name in (START_HEADER, END_HEADER, END_TURN))
         except KeyError as error:
             raise ValueError(f"the tokenizer has no token {error}, which the chat format llama3 needs") from error
 
         def text(of: str) -> list[int]:
             return tokenizer.encode(of, bos=False, eos=False)
 
-        def header(role: str) -> list[int]:
-            return [start, *text("ipython" if role == "tool" else role), end, *text("\n\n")]
-
         ids = [tokenizer.bos_id]
-        for message in dialog:
-            ids += [*header(message["role"]), *text(message["content"].strip()), over]
-        return ids + header("assistant")
+        for role, content in self._messages(dialog):
+            ids += [start, *text(role), end, *text("\n\n"), *text(content), over]
+        return [*ids, start, *text("assistant"), end, *text("\n\n")]
 
     def render(self, dialog: Dialog) -> str:
         self.check(dialog)
-        head = "<|start_header_id|>{}<|end_header_id|>\n\n"
-        said = [head.format(message["role"]) + message["content"].strip() + "<|eot_id|>" for message in dialog]
+        head = f"{START_HEADER}{{}}{END_HEADER}\n\n"
+        said = [head.format(role) + content + END_TURN for role, content in self._messages(dialog)]
         return "<|begin_of_text|>" + "".join(said) + head.format("assistant")
 
+    def _messages(self, dialog: Dialog) -> list[tuple[str, str]]:
+        names = {"tool": "ipython"}
+        return [(names.get(message["role"], message["role"]), message["content"].strip()) for message in dialog]
 
-FORMATS: dict[str, type[Llama2Format | Llama3Format]] = {"llama2": Llama2Format, "llama3": Llama3Format}
+
+FORMATS: dict[str, type[ChatFormat]] = {"llama2": Llama2Format, "llama3": Llama3Format}
 
 
-def format_of(tokenizer: Tokenizer, given: Any = None) -> ChatFormat:
+def get_chat_format(tokenizer: Tokenizer | None, chat_format: str | ChatFormat | None = None) -> ChatFormat:
     """A chat format by name, or itself; by default the one whose tokens the tokenizer has. ValueError for another."""
-    if given is None:
-        return FORMATS["llama3" if "<|start_header_id|>" in tokenizer.special else "llama2"]()
-    if isinstance(given, str):
-        if given not in FORMATS:
-            raise ValueError(f"chat_format is {given!r}; it must be {', '.join(FORMATS)} or template")
-        return FORMATS[given]()
-    return given
-
-
-def check_dialog(dialog: Dialog, name: str = "the dialog") -> None:
-    """ValueError for a dialog that Llama 2's format has no place for."""
-    Llama2Format().check(dialog, name)
+    if isinstance(chat_format, ChatFormat):
+        return chat_format
+    if chat_format is None and tokenizer is not None:
+        chat_format = "llama3" if START_HEADER in tokenizer.special else "llama2"
+    if chat_format == "template":
+        raise ValueError("chat_format 'template' needs the checkpoint's folder; use Llama.build")
+    if chat_format not in FORMATS:
+        raise ValueError(f"chat_format is {chat_format!r}; it must be {', '.join(FORMATS)} or template")
+    return FORMATS[chat_format]()
 
 
 def has_tags(dialog: Dialog) -> bool:
@@ -197,10 +186,10 @@ def has_tags(dialog: Dialog) -> bool:
 def encode_dialog(tokenizer: Tokenizer, dialog: Dialog, chat_format: str | ChatFormat | None = None) -> list[int]:
     """The ids of a dialog that asks for an answer, in a format by name, by default the tokenizer's. Raises ValueError
     for a malformed dialog, or one with tags of the format in a message of any role."""
-    return format_of(tokenizer, chat_format).encode(tokenizer, dialog)
+    return get_chat_format(tokenizer, chat_format).encode(tokenizer, dialog)
 
 
 def render_dialog(dialog: Dialog, chat_format: str = "llama2") -> str:
     """What `encode_dialog` encodes, for people to look at; in Llama 2's format "<s>" and "</s>" stand for BOS and EOS,
     and each pair of messages has a line."""
-    return FORMATS[chat_format]().render(dialog)
+    return get_chat_format(None, chat_format).render(dialog)

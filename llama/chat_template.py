@@ -8,13 +8,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .chat import FORMATS, ChatFormat, Dialog, check_messages, format_of
+from .chat import FORMATS, ChatFormat, Dialog, Message, get_chat_format
+from .textfile import read_json, read_text
 from .tokenizer import Tokenizer
 
 PRIVATE = 0xF0000  # characters of private use, which stand for special tokens that a message spells
 
 
-class TemplateFormat:
+class TemplateFormat(ChatFormat):
     """A chat template. Special tokens come from the template alone: where a message spells one, it stays text.
     ValueError where the package jinja2 is missing, and for a template that it cannot read."""
 
@@ -59,34 +60,21 @@ class TemplateFormat:
     def fail(self, message: str) -> NoReturn:
         raise self.errors(message)
 
-    def check(self, dialog: Dialog, name: str = "the dialog") -> None:
-        check_messages(dialog, name, ("system", "user", "assistant", "ipython", "tool"))
-
-    def refusal(self, dialog: Dialog) -> str | None:
-        return None
-
-    def cleaned(self, said: str) -> str:
-        return said
-
     def render(self, dialog: Dialog) -> str:
-        return self._render(dialog)
-
-    def _render(self, messages: Any) -> str:
-        self.check(messages)
+        self.check(dialog)
         try:
-            return self.template.render(messages=messages, add_generation_prompt=True, tools=None, **self.tokens)
+            return self.template.render(messages=dialog, add_generation_prompt=True, tools=None, **self.tokens)
         except self.errors as error:
             raise ValueError(f"the chat template refuses the dialog: {error}") from error
 
-    def encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
-        self.check(dialog)
+    def _encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
         hidden = {name: chr(PRIVATE + i) for i, name in enumerate(self.special)}
         spelled = {name for message in dialog for name in self.names.findall(message["content"])}
-        messages = [
+        messages: list[Message] = [
             {**message, "content": self.names.sub(lambda name: hidden[name[0]], message["content"])}
             for message in dialog
         ]
-        text = self._render(messages)
+        text = self.render(messages)
         if not spelled and (whole := tokenizer.encode_special(text)) is not None:
             return whole
         ids, at = list[int](), 0
@@ -101,23 +89,23 @@ class TemplateFormat:
         return ids
 
 
-def choose_format(folder: Path, tokenizer: Tokenizer, given: str | None) -> ChatFormat:
-    """The chat format of a folder, or `given`. A folder of Hugging Face's without a template is mostly that of a base
-    model, of which a line is logged when it is first used. ValueError for a format that there is not."""
+def choose_format(folder: Path, tokenizer: Tokenizer, chat_format: str | None) -> ChatFormat:
+    """The chat format of a folder, or the one that is named. A Hugging Face folder without a template is usually that
+    of a base model; a warning is logged at first use. ValueError for an unknown format."""
     source = template_of(folder)
-    if given == "template" and source is None:
+    if chat_format == "template" and source is None:
         raise ValueError(f"{folder} has no chat template; chat_format may be {' or '.join(FORMATS)}")
-    if source is not None and given in (None, "template"):
+    if source is not None and chat_format in (None, "template"):
         try:
             return TemplateFormat(source, tokenizer)
         except ValueError as error:
-            if given is not None:
+            if chat_format is not None:
                 raise
             why = str(error)
     else:
-        base = given is None and (folder / "config.json").is_file() and not (folder / "params.json").is_file()
+        base = chat_format is None and (folder / "config.json").is_file() and not (folder / "params.json").is_file()
         why = f"{folder} has no chat template, as a base model has none" if base else ""
-    chosen = FORMATS[format_of(tokenizer, given).name]()
+    chosen = get_chat_format(tokenizer, chat_format)
     chosen.note = why and f"{why}; dialogs are in the format {chosen.name}"
     return chosen
 
@@ -127,10 +115,11 @@ def template_of(folder: Path) -> str | None:
     several."""
     alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if alone.is_file():
-        return alone.read_text(encoding="utf-8")
-    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+        return read_text(alone)
+    found = read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        entries = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = entries[0].get("template") if entries else None
     return found if isinstance(found, str) else None
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from . import devices, parallel
-from .chat import ChatFormat, Dialog, Message, format_of
+from . import backends, devices, parallel
+from .chat import ChatFormat, Dialog, Message, get_chat_format
 from .chat_template import choose_format
-from .checkpoint import Checkpoint, check_fits, check_same, choose_dtype, find_folder, find_tokenizer, load
+from .checkpoint import Checkpoint, check_fits, check_same, find_folder, find_tokenizer, footprint, load
 from .engine import Engine
 from .model import Transformer
 from .options import Options, Settings, plain_arguments, spread_options
@@ -74,7 +74,7 @@ class Llama:
         self.engine = Engine.of(model)  # first, as it is what pickle refuses
         self.model = model
         self.tokenizer = tokenizer
-        self.chat_format = format_of(tokenizer, chat_format)
+        self.chat_format = get_chat_format(tokenizer, chat_format)
         self.generator = torch.Generator().manual_seed(seed)  # where prompts without a seed of their own get one
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Llama:
@@ -127,13 +127,15 @@ class Llama:
             tokenizer = Tokenizer(tokenizer_file)
             chosen = choose_format(folder, tokenizer, chat_format)
             args = replace(weights.args(tokenizer.n_words), max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            tokenizer.eos_ids |= {id for id in weights.eos_ids() if id < tokenizer.n_words}
+            tokenizer.eos_ids |= weights.eos_ids(tokenizer.n_words)
             if args.max_batch_size == 0:
                 raise ValueError("max_batch_size is 0; it must be positive")
             with torch.device("meta"):
                 model = Transformer(args)
             rounding, ranks = weights.scheme_for(quantize, group_size), parallel.world_size()
-            final, native = choose_dtype(args, ranks, on, weights.dtype(), rounding, dtype, compile)
+            size = footprint(args, ranks, weights.dtype(), rounding).weights
+            native = backends.native(args, on, size, compile)
+            final = devices.choose_dtype(dtype, on, weights.dtype(), native)
             if check_memory:
                 check_fits(args, ranks, on, final, rounding)
             plan: dict[str, object] = {"device": on.type, "dtype": final, "quantize": rounding}

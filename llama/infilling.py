@@ -14,13 +14,13 @@ def infilling_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_firs
         BOS <PRE> prefix <SUF> suffix <MID>        BOS <PRE> <SUF> suffix <MID> prefix
 
     The suffix is encoded without the space that marks a first word. Raises ValueError for a tokenizer without these
-    tokens, which only Code Llama 7B and 13B have.
+    tokens.
     """
-    ids = {name: tokenizer.sp_model.piece_to_id(name) for name in NAMES} if tokenizer.sp_model else {}
-    missing = [name for name in NAMES if ids.get(name) in (None, tokenizer.sp_model and tokenizer.sp_model.unk_id())]
-    if missing:
-        raise ValueError(f"the tokenizer has no {', '.join(missing)}; infilling needs Code Llama 7B or 13B")
-    pre, suf, mid = ids.values()
+    model = tokenizer.sp_model
+    ids = [model.piece_to_id(name) for name in NAMES] if model else []
+    if not ids or model.unk_id() in ids:
+        raise ValueError("the tokenizer has no infilling tokens; use a Code Llama model that supports infilling")
+    pre, suf, mid = ids
     mark = "☺"  # merged with nothing, so that what follows begins no word
     behind = len(tokenizer.encode(mark, bos=False, eos=False))
     end, begin = tokenizer.encode(mark + suffix, bos=False, eos=False)[behind:], tokenizer.encode(prefix, False, False)

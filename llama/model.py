@@ -42,22 +42,23 @@ def rope_frequencies(positions: Tensor, args: ModelArgs) -> Tensor:
     """cos + i sin of the angles of RoPE, complex (N, 1, D/2): pair i rotates by position / theta^(2i/D), scaled."""
     # Not theta ** -x: its rounding differs, and at position 4,000 shows in the fifth digit of the logits.
     exponents = torch.arange(0, args.head_dim, 2, device=positions.device).float() / args.head_dim
-    frequencies = scaled(1.0 / args.rope_theta**exponents, args.rope_scaling)  # (D/2,)
+    frequencies = scale_rope_frequencies(1.0 / args.rope_theta**exponents, args.rope_scaling)  # (D/2,)
     angles = positions[:, None, None].float() * frequencies
     return torch.complex(angles.cos(), angles.sin())
 
 
-def scaled(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
+def scale_rope_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
     """Frequencies of RoPE for texts longer than those of pretraining, which had 8192 tokens for Llama 3: pairs that
     rotate less than `low_freq_factor` times over these are slowed by `factor`, pairs that rotate more than
     `high_freq_factor` times are not, and those between change smoothly. "linear" slows all."""
-    if scaling is None or scaling.rope_type == "linear":
-        return frequencies / (scaling.factor if scaling else 1)
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     wavelengths = 2 * torch.pi / frequencies
-    fast = (scaling.original_max_position_embeddings / wavelengths - low) / (high - low)  # 0: slow, 1: fast
-    between = (1 - fast) * frequencies / scaling.factor + fast * frequencies
-    return torch.where(fast < 0, frequencies / scaling.factor, torch.where(fast > 1, frequencies, between))
+    smooth = ((scaling.original_max_position_embeddings / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:

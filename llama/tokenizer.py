@@ -45,8 +45,7 @@ class Tokenizer:
     def encode_special(self, s: str) -> list[int] | None:
         """The ids of a text in which special tokens are spelled out, by a tokenizer.json, which has rules for the text
         behind such a token; None where the text between them is encoded alone."""
-        whole = getattr(self.vocabulary, "encode_special", None)
-        return whole(s) if whole else None
+        return self.vocabulary.encode_special(s)
 
     def decode(self, t: Sequence[int]) -> str:
         """The text of ids. The space that marks the first word is dropped where encoding adds it; special tokens have
@@ -83,7 +82,7 @@ class Decoder:
                     self.push(id)
 
     def push(self, id: int) -> str:
-        piece = self.vocabulary.stands_for(id)
+        piece = self.vocabulary.id_to_piece(id)
         if isinstance(piece, bytes):
             text = self.bytes.decode(piece)
         else:

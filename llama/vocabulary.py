@@ -13,21 +13,25 @@ from typing import Any, Protocol
 
 from sentencepiece import SentencePieceProcessor
 
+from .textfile import read_json
+
 EACH = "llama.each"  # U+FFFD for each byte, as SentencePiece has it; "replace" has one for several
 codecs.register_error(EACH, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
 
-# How Llama 3 cuts a text into words, before bytes are merged; in the syntax of the package regex.
-LLAMA3_WORDS = (
+# Llama 3's pre-tokenization pattern, in the syntax of the package regex.
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # The special tokens of Llama 3.1 to 3.3, from the number of ranks on; 3 has reserved ones in place of three of them.
-NAMED = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id"}
-NAMED |= {8: "eom_id", 9: "eot_id", 10: "python_tag"}
-RESERVED = iter(range(256 - len(NAMED)))
-LLAMA3_SPECIAL = [f"<|{NAMED.get(i) or f'reserved_special_token_{next(RESERVED)}'}|>" for i in range(256)]
-ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # a text, a message that expects a tool's result, a turn
-BLOCK, RUN = 400_000, 25_000  # characters, of which and of a run of which the regular expression is given no more
+NAMED = ["begin_of_text", "end_of_text", "", "", "finetune_right_pad_id", "", "start_header_id", "end_header_id"]
+NAMED += ["eom_id", "eot_id", "python_tag"]
+RESERVED = [i for i in range(256) if i >= len(NAMED) or not NAMED[i]]
+LLAMA3_SPECIAL = [f"<|{name}|>" for name in NAMED] + [""] * (256 - len(NAMED))
+for number, i in enumerate(RESERVED):
+    LLAMA3_SPECIAL[i] = f"<|reserved_special_token_{number}|>"
+EOS_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # of a text, a message that awaits a tool's result, a turn
+BLOCK, RUN = 400_000, 25_000  # limits, in characters, of one call of the regular expression, and of one run of a kind
 
 
 class Vocabulary(Protocol):
@@ -40,12 +44,15 @@ class Vocabulary(Protocol):
     eos_ids: set[int]  # all that end an answer
     special: dict[str, int]  # tokens that no text is encoded to
     errors: str  # how bytes are shown that are no UTF-8
-    drops: int  # of spaces that begin a text, those that decoding drops: 0, 1 or 2 for all
+    drops: int  # leading spaces that decoding removes: 0 none, 1 one, 2 all
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Text that spells a special token stays text."""
 
-    def stands_for(self, id: int) -> str | bytes:
+    def encode_special(self, text: str) -> list[int] | None:
+        """The ids of a text with special tokens spelled out; None where the text between them is encoded alone."""
+
+    def id_to_piece(self, id: int) -> str | bytes:
         """Text, in which ▁ is a space, or bytes, which are text together with those around them."""
 
 
@@ -78,7 +85,10 @@ class SentencePieceFile:
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text)
 
-    def stands_for(self, id: int) -> str | bytes:
+    def encode_special(self, text: str) -> None:
+        return None
+
+    def id_to_piece(self, id: int) -> str | bytes:
         piece: str = self.model.id_to_piece(id)
         if self.model.is_byte(id):
             return bytes([int(piece[1:-1], 16)])  # <0xE4>
@@ -87,7 +97,7 @@ class SentencePieceFile:
         return self.unknown if self.model.is_unknown(id) else piece
 
 
-class BytePairs:
+class TiktokenVocabulary:
     """Llama 3's tokenizer: BPE of bytes, whose merges have the order of the ids."""
 
     errors, drops, pad_id = "replace", 0, -1
@@ -97,15 +107,15 @@ class BytePairs:
 
         self.ranks, self.special = dict(ranks), dict(special)
         self.encoding = tiktoken.Encoding(
-            "llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=self.ranks, special_tokens=self.special
+            "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special
         )
         self.n_words = len(self.ranks) + len(self.special)
         self.bos_id, self.eos_id = self.special["<|begin_of_text|>"], self.special["<|end_of_text|>"]
-        self.eos_ids = {self.special[name] for name in ENDS if name in self.special}
+        self.eos_ids = {self.special[name] for name in EOS_TOKENS if name in self.special}
         self.bytes = {id: token for token, id in self.ranks.items()}
 
     @staticmethod
-    def of_ranks(path: Path) -> BytePairs:
+    def from_file(path: Path) -> TiktokenVocabulary:
         """tokenizer.model: a line for each token, its bytes in base64 and its rank, which is its id."""
         ranks: dict[bytes, int] = {}
         for number, line in enumerate(path.read_bytes().split(b"\n")):
@@ -116,13 +126,18 @@ class BytePairs:
             except (ValueError, binascii.Error) as error:
                 raise ValueError(f"{path}: line {number + 1} is not a token in base64 and its rank") from error
         if sorted(ranks.values()) != [*range(len(ranks))] or any(bytes([i]) not in ranks for i in range(256)):
-            raise ValueError(f"{path} has not each byte and each rank below {len(ranks)} once; download it again")
-        return BytePairs(ranks, {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)})
+            raise ValueError(
+                f"{path} must have every byte, and every rank from 0 to {len(ranks) - 1} once; download it again"
+            )
+        return TiktokenVocabulary(ranks, {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)})
 
     def encode(self, text: str) -> list[int]:
         return [id for part in parts(text) for id in self.encoding.encode_ordinary(part)]
 
-    def stands_for(self, id: int) -> bytes:
+    def encode_special(self, text: str) -> None:
+        return None
+
+    def id_to_piece(self, id: int) -> bytes:
         return self.bytes.get(id, b"")
 
 
@@ -137,7 +152,7 @@ def parts(text: str) -> Iterator[str]:
         yield block[start:]
 
 
-def byte_characters() -> dict[str, int]:
+def unicode_to_bytes() -> dict[str, int]:
     """The character that GPT-2's files write for each byte: itself if it can be seen, else one from U+0100 on."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in seen]
@@ -147,17 +162,17 @@ def byte_characters() -> dict[str, int]:
 def tokenizer_json(path: Path) -> Vocabulary:
     """tokenizer.json: Llama 3's needs no further package, as the ids of its tokens are their ranks; for any other
     Hugging Face's package tokenizers encodes. ValueError names a file that is no tokenizer."""
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         model, added = content["model"], content.get("added_tokens") or []
         vocab, special = model["vocab"], {token["content"]: token["id"] for token in added if token["special"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a tokenizer.json: {error!r}") from error
     own = {text: id for text, id in vocab.items() if text not in special} if isinstance(vocab, dict) else {}
-    words = f'"Regex": {json.dumps(LLAMA3_WORDS)}' in json.dumps(content.get("pre_tokenizer"))
-    if words and model.get("ignore_merges") and sorted(own.values()) == [*range(len(own))] and ENDS[0] in special:
-        characters = byte_characters()
-        return BytePairs({bytes(map(characters.__getitem__, text)): id for text, id in own.items()}, special)
+    words = f'"Regex": {json.dumps(LLAMA3_PATTERN)}' in json.dumps(content.get("pre_tokenizer"))
+    if words and model.get("ignore_merges") and sorted(own.values()) == [*range(len(own))] and EOS_TOKENS[0] in special:
+        characters = unicode_to_bytes()
+        return TiktokenVocabulary({bytes(map(characters.__getitem__, text)): id for text, id in own.items()}, special)
     return TokenizersFile(path, content)
 
 
@@ -179,7 +194,7 @@ class TokenizersFile:
         self.tokenizer.encode_special_tokens = True  # text that spells <s> stays text
         self.n_words = self.tokenizer.get_vocab_size()
         decoder = json.dumps(content.get("decoder"))
-        self.characters = byte_characters() if '"ByteLevel"' in decoder else None
+        self.characters = unicode_to_bytes() if '"ByteLevel"' in decoder else None
         self.errors = EACH if '"ByteFallback"' in decoder else "replace"
         self.drops = int('"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder))
         added = {token["content"]: token for token in content.get("added_tokens") or []}
@@ -188,7 +203,7 @@ class TokenizersFile:
         names = special_names(path.parent)
         self.bos_id = self._id(names.get("bos_token"), "<s>", "<|begin_of_text|>")
         self.eos_id = self._id(names.get("eos_token"), "</s>", "<|end_of_text|>", "<|endoftext|>")
-        self.eos_ids = {self.eos_id, *(self.special[name] for name in ENDS if name in self.special)} - {-1}
+        self.eos_ids = {self.eos_id, *(self.special[name] for name in EOS_TOKENS if name in self.special)} - {-1}
 
     def _id(self, *names: str | None) -> int:
         ids = (self.tokenizer.token_to_id(name) for name in names if name)
@@ -205,7 +220,7 @@ class TokenizersFile:
         finally:
             self.tokenizer.encode_special_tokens = True
 
-    def stands_for(self, id: int) -> str | bytes:
+    def id_to_piece(self, id: int) -> str | bytes:
         piece = self.tokenizer.id_to_token(id)
         if piece is None or piece in self.special:
             return b"" if self.characters else ""
@@ -223,7 +238,7 @@ def special_names(folder: Path) -> dict[str, str]:
     found = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            content = read_json(folder / name)
             for role in ("bos_token", "eos_token"):
                 token = content.get(role)
                 if token := token.get("content") if isinstance(token, dict) else token:
@@ -238,5 +253,5 @@ def open_vocabulary(path: Path) -> Vocabulary:
     if start.startswith(b"{"):
         return tokenizer_json(path)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", start):
-        return BytePairs.of_ranks(path)
+        return TiktokenVocabulary.from_file(path)
     return SentencePieceFile(path)

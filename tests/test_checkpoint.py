@@ -525,7 +525,7 @@ def test_headers_are_read_without_torch_as_torch_reads_them(folder, monkeypatch)
     torch.save({**state, "columns": base[:, 1:3]}, path)  # not contiguous
     assert torch.equal(files.TorchFile(path).read("columns", 0, 0, 4), base[:, 1:3])
     torch.save({**state, "other": {1, 2}}, path)
-    assert files.described(path) is None
+    assert files.read_pth_header(path) is None
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"version https://git-lfs.github.com/spec/v1\n"])

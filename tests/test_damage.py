@@ -261,7 +261,10 @@ def test_a_model_of_the_hub_by_its_id(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     Llama.build("someone/tiny-llama", None, 32, device="cpu")
-    with pytest.raises(FileNotFoundError, match="ckpt_dir no/such-model is neither a folder nor a model that the hub"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="no/such-model is not a folder, and could not be loaded from the Hug",
+    ):
         Llama.build("no/such-model", None, 32, device="cpu")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="an id of the hub needs the package huggingface_hub"):

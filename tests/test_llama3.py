@@ -10,7 +10,7 @@ from llama import Llama, ModelArgs, checkpoint
 from llama.args import RopeScaling
 from llama.checkpoint import Checkpoint, hf
 from llama.checkpoint.convert import convert
-from llama.model import scaled
+from llama.model import scale_rope_frequencies
 
 TOKENS = torch.tensor([[1, 300, 301, 4, 550, 7, 1000, 1023] * 5, [1, 9, 8, 7, 6, 5, 4, 3] * 5])
 # Positions up to 40 of a model that was trained on 32 meet all three bands of its frequencies.
@@ -129,7 +129,7 @@ TABLES = [
 
 @pytest.mark.parametrize(("D", "factor", "expected"), TABLES)
 def test_scaled_frequencies(D, factor, expected):
-    found = scaled(1.0 / 500000.0 ** (torch.arange(0, D, 2).float() / D), RopeScaling(factor))
+    found = scale_rope_frequencies(1.0 / 500000.0 ** (torch.arange(0, D, 2).float() / D), RopeScaling(factor))
     for pair, frequency in expected.items():
         assert found[pair].item() == pytest.approx(frequency, rel=1e-6)
 

@@ -161,12 +161,15 @@ def test_tied_embeddings(tmp_path, tied):
     [
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling .*dynamic.* is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling .*yarn.* is not supported"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3 scaling of RoPE needs .* factor"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}},
+            "llama3 scaling of RoPE lacks factor, low",
+        ),
         (
             {"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
-            "needs a positive number original_max_position_embeddings; it is None",
+            "lacks original_max_position_embeddings",
         ),
-        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "needs a positive number factor; it is '2'"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "has the factor '2'; it must be a positive number"),
         ({"rope_parameters": {"factor": 2.0}}, "rope_parameters with factor 2.0 is not supported"),
         ({"rope_parameters": {"type": "default", "partial_rotary_factor": 0.5}}, "with partial_rotary_factor 0.5"),
         ({"rope_parameters": {"full_attention": {"type": "linear", "factor": 2.0}}}, "with full_attention {'type'"),

@@ -15,7 +15,7 @@ from llama.checkpoint.bpe_tokenizer import byte_pair_files, merges, ranks_file
 from llama.checkpoint.convert import convert
 from llama.checkpoint.hf_tokenizer import tokenizer_files
 from llama.tokenizer import Decoder
-from llama.vocabulary import LLAMA3_SPECIAL, LLAMA3_WORDS, byte_characters, parts
+from llama.vocabulary import LLAMA3_PATTERN, LLAMA3_SPECIAL, parts, unicode_to_bytes
 
 TEXT = (
     "Once upon a time there was a little cat who said: don't, DON'T! It's 1234567 o'clock.\n\n\tdef f(x):\r\n"
@@ -38,7 +38,7 @@ def train_ranks(size=400):
 
     ranks = {bytes([i]): i for i in random.Random(1).sample(range(256), 256)}
     ranks = {token: i for i, token in enumerate(ranks)}
-    words = [[bytes([b]) for b in word.encode()] for word in regex.findall(LLAMA3_WORDS, TEXT * 3)]
+    words = [[bytes([b]) for b in word.encode()] for word in regex.findall(LLAMA3_PATTERN, TEXT * 3)]
     while len(ranks) < 256 + size:
         counts = {}
         for word in words:
@@ -90,7 +90,7 @@ def pieces_join(tokenizer, ids):
 
 def test_ranks_are_encoded_as_tiktoken_does(llama3):
     special = {name: len(RANKS) + i for i, name in enumerate(LLAMA3_SPECIAL)}
-    theirs = tiktoken.Encoding("test", pat_str=LLAMA3_WORDS, mergeable_ranks=RANKS, special_tokens=special)
+    theirs = tiktoken.Encoding("test", pat_str=LLAMA3_PATTERN, mergeable_ranks=RANKS, special_tokens=special)
     for text in texts(20_000):
         ids = llama3.encode(text, bos=False, eos=False)
         assert ids == theirs.encode(text, disallowed_special=())
@@ -149,7 +149,7 @@ def test_tokenizer_json_of_llama_3(llama3, tmp_path):
 
     files = byte_pair_files(llama3.vocabulary)
     (tmp_path / "tokenizer.json").write_text(json.dumps(files["tokenizer.json"]))
-    assert {chr(ord(c)): b for b, c in bytes_to_unicode().items()} == byte_characters()
+    assert {chr(ord(c)): b for b, c in bytes_to_unicode().items()} == unicode_to_bytes()
     ours, theirs = (
         Tokenizer(tmp_path / "tokenizer.json"),
         tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")),

@@ -94,16 +94,18 @@ def customized(model: Transformer) -> bool:
     return bool(everywhere) or any(map(changed, modules(model)))
 
 
-def native(args: ModelArgs, device: torch.device, weights: int, compile: bool | None = None) -> bool:
-    """Whether native.cpp will compute a model of so many bytes of weights; compiles it if need be. `compile` says
-    whether it should: by default if the weights are large."""
+def native(
+    args: ModelArgs, device: torch.device, weights: int, compile: bool | None = None, build: bool = True
+) -> bool:
+    """Whether native.cpp computes a model of so many bytes of weights: if `compile` says so, by default if they are
+    large. Compiles it if need be, unless `build` is false."""
     if device.type != "cpu" or not (weights > LARGE if compile is None else compile):
         return False
     try:
         from . import cpu
     except ImportError:
         return False
-    return cpu.fits(args) and cpu.library() is not None
+    return cpu.fits(args) and (cpu.library() is not None if build else cpu.has_compiler())
 
 
 def choose(model: Transformer, compile: bool = False) -> Backend:

@@ -84,6 +84,13 @@ def command() -> list[str]:
     raise RuntimeError(f"there is no {named[0] if named else 'g++ or clang++'}; install one, or name another in CXX")
 
 
+def has_compiler() -> bool:
+    """Whether there is a compiler, if not that it succeeds."""
+    with suppress(RuntimeError):
+        return bool(command())
+    return False
+
+
 def cpu_name() -> str:
     """What tells this CPU, with its instruction sets, from others that may share a home directory."""
     info = Path("/proc/cpuinfo")

@@ -31,9 +31,9 @@ static void dot_rows(const T *w, int64_t in, const float *x, float *y, int64_t s
     for (int64_t k = 0; k < in; k += L, x += R * L) {
         prefetch_rows<O>(w, in, k);
         F weights[O];
-        for (int o = 0; o < O; o++) weights[o] = once(load(w + o * in + k));
+        for (int o = 0; o < O; o++) weights[o] = in_register(load(w + o * in + k));
         for (int r = 0; r < R; r++) {
-            const F row = once(load(x + r * L));
+            const F row = in_register(load(x + r * L));
             for (int o = 0; o < O; o++) total[r][o] += weights[o] * row;
         }
     }
@@ -54,7 +54,7 @@ static void dot_rows(const T *w, int64_t in, const float *x, float *y, int64_t s
 // float32 weights this reads O streams as fast as for one row, where dot products have registers for three.
 constexpr int SIDE = std::min(L, 8), WIDE = L / SIDE;
 template <int O>
-static void side_by_side(const float *w, int64_t in, const float *x, float *y, int64_t stride) {
+static void interleaved_rows(const float *w, int64_t in, const float *x, float *y, int64_t stride) {
     F total[O] = {};
     for (int64_t k = 0; k < in; k += L) {
         prefetch_rows<O>(w, in, k);
@@ -62,7 +62,7 @@ static void side_by_side(const float *w, int64_t in, const float *x, float *y, i
         for (int o = 0; o < O; o++) store(near + o * L, load(w + o * in + k));
         for (int i = 0; i < SIDE; i++, x += L) {
             const F rows = load(x);
-            for (int o = 0; o < O; o++) total[o] += repeat<WIDE>(near + o * L + i * WIDE) * rows;
+            for (int o = 0; o < O; o++) total[o] += broadcast<WIDE>(near + o * L + i * WIDE) * rows;
         }
     }
     for (int o = 0; o < O; o++)
@@ -77,7 +77,7 @@ static void side_by_side(const float *w, int64_t in, const float *x, float *y, i
 template <int R, int V>
 static void outer_rows(const float *w, int64_t width, const float *x, int64_t in, float *y, int64_t stride, int64_t K,
                        bool add) {
-    F total[R][V];
+    F total[R][V];  // in registers if all loops over it are unrolled
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
@@ -113,7 +113,7 @@ constexpr int64_t DEEP = 256, BLOCK = 4 * FLOAT_N;  // a tile (DEEP, FLOAT_N) is
 template <typename T>
 constexpr int MOST = std::is_same_v<T, float> ? SIDE : DOT_ROWS;  // a few rows pass in groups of up to MOST
 template <typename T, int R>
-constexpr bool IS_SIDE = std::is_same_v<T, float> && R == SIDE;  // such a group by side_by_side
+constexpr bool IS_SIDE = std::is_same_v<T, float> && R == SIDE;  // such a group by interleaved_rows
 
 // x (rows, in) by blocks of columns, (in / deep, rows, deep): row r of it. A core reads x as one stream then; rows a power
 // of two apart would share a few lines of its L1 cache.
@@ -127,7 +127,7 @@ INLINE void by_columns(const float *x, int64_t r, int64_t rows, int64_t in, floa
 
 // x as the two functions below take it, valid until the next call.
 template <typename T>
-static const float *columns(const float *x, int64_t rows, int64_t in) {
+static const float *pack_x(const float *x, int64_t rows, int64_t in) {
     if (rows == 1) return x;
     float *to = (float *)scratch<COLUMNS>(rows * in * sizeof(float));
     if (rows > FEW)
@@ -146,7 +146,7 @@ static void dot_outputs(const T *w, int64_t in, const float *x, float *y, int64_
     for (int64_t n = begin; n < end; n += DOT_N)
         in_steps<MOST<T>>(0, rows, [&](auto R, int64_t r) {
             const auto outputs = [&](auto O, int64_t o) {
-                if constexpr (IS_SIDE<T, R>) side_by_side<O>(w + o * in, in, x + r * in, y + r * stride + o, stride);
+                if constexpr (IS_SIDE<T, R>) interleaved_rows<O>(w + o * in, in, x + r * in, y + r * stride + o, stride);
                 else dot_rows<R, O>(w + o * in, in, x + r * in, y + r * stride + o, stride);
             };
             constexpr int O = IS_SIDE<T, R> ? DOT_N : std::min<int>(DOT_N, 3 * DOT_ROWS / R);

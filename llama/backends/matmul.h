@@ -227,7 +227,7 @@ static void matmul(const Matrix *m, int count, const float *x, float *y, int64_t
             const int64_t unit = rows > FEW ? FLOAT_N : DOT_N;
             by_kind(first.kind, (void *)first.weight, [&](auto *weight) {
                 using T = std::remove_pointer_t<decltype(weight)>;
-                const float *from = columns<T>(x, rows, first.in);
+                const float *from = pack_x<T>(x, rows, first.in);
                 each_part(m + i, n, y, unit, [&](const Matrix &b, float *to, int64_t begin, int64_t end) {
                     const auto outputs = rows > FEW ? outer_outputs<T> : dot_outputs<T>;
                     outputs((const T *)b.weight, b.in, from, to, rows, out, begin * unit, std::min(b.out, end * unit));

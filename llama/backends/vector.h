@@ -58,12 +58,12 @@ INLINE F splat(float x) { return x - (F){}; }
 INLINE I splat(int32_t x) { return x - (I){}; }
 // n floats, as often as a vector holds them.
 template <int n>
-INLINE F repeat(const float *from) {
+INLINE F broadcast(const float *from) {
     if constexpr (n == 2) return (F)(get<int64_t>(from) - (Vector<int64_t>::type){});
     else return splat(*from);
 }
-// x in a register: GCC would load it again wherever it is used, and loads are what limits some loops.
-INLINE F once(F x) {
+// Keeps x in a register: GCC would reload it at each use, and loads limit some loops.
+INLINE F in_register(F x) {
 #if defined(__x86_64__)
     asm("" : "+v"(x));
 #elif defined(__aarch64__)
@@ -75,7 +75,7 @@ INLINE void prefetch(const void *from) { __builtin_prefetch(from, 0, 2); }  // i
 
 // --- floats of 32 and 16 bits in memory
 
-INLINE U wide(const void *from) {  // GCC converts each quarter alone
+INLINE U wide(const void *from) {  // the builtin compiles to four conversions with GCC
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
     return (U)_mm512_cvtepu16_epi32(get<__m256i>(from));
 #elif defined(__AVX2__)

@@ -1,43 +1,38 @@
-"""A tokenizer of byte pairs, such as Llama 3's, as the files of either layout."""
+"""Llama 3's tokenizer as the files of either layout."""
 
 from __future__ import annotations
 
 import base64
 import itertools
+import json
 import random
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from ..vocabulary import LLAMA3_WORDS, BytePairs, byte_characters
+from ..vocabulary import LLAMA3_PATTERN, TiktokenVocabulary, unicode_to_bytes
 
 FLAGS = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
-def ranks_file(pairs: BytePairs) -> bytes:
+def ranks_file(vocabulary: TiktokenVocabulary) -> bytes:
     """tokenizer.model of Meta's layout."""
-    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(pairs.ranks.items(), key=second))
-    return b"".join(lines)
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in sorted(vocabulary.bytes.items()))
 
 
-def second(entry: tuple[bytes, int]) -> int:
-    return entry[1]
-
-
-def merges(pairs: BytePairs) -> Iterator[tuple[bytes, bytes]]:
+def merges(vocabulary: TiktokenVocabulary) -> Iterator[tuple[bytes, bytes]]:
     """All pairs of tokens that make a token, in the order in which they are merged."""
-    ranks = pairs.ranks
-    for token, _ in sorted(ranks.items(), key=second):
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        yield from sorted(
-            (split for split in splits if split[0] in ranks and split[1] in ranks),
-            key=lambda split: (ranks[split[0]], ranks[split[1]]),
-        )
+    ranks = vocabulary.ranks
+    for _, token in sorted(vocabulary.bytes.items()):
+        splits = ((token[:i], token[i:]) for i in range(1, len(token)))
+        found = [(ranks[left], ranks[right], left, right) for left, right in splits if left in ranks and right in ranks]
+        yield from ((left, right) for _, _, left, right in sorted(found))
 
 
-def byte_pair_files(pairs: BytePairs) -> dict[str, dict[str, Any]]:
+def byte_pair_files(vocabulary: TiktokenVocabulary) -> dict[str, dict[str, Any]]:
     """tokenizer.json and tokenizer_config.json, compared with the original on generated texts where the package
     tokenizers is installed. ValueError if they differ."""
-    shown = {byte: character for character, byte in byte_characters().items()}
+    shown = {byte: character for character, byte in unicode_to_bytes().items()}
 
     def spell(token: bytes) -> str:
         return "".join(map(shown.__getitem__, token))
@@ -49,12 +44,12 @@ def byte_pair_files(pairs: BytePairs) -> dict[str, dict[str, Any]]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": id, "content": name, **FLAGS} for name, id in pairs.special.items()],
+        "added_tokens": [{"id": id, "content": name, **FLAGS} for name, id in vocabulary.special.items()],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": LLAMA3_WORDS}, "behavior": "Isolated", "invert": False},
+                {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
                 byte_level,
             ],
         },
@@ -66,7 +61,7 @@ def byte_pair_files(pairs: BytePairs) -> dict[str, dict[str, Any]]:
                     "type": "TemplateProcessing",
                     "single": template,
                     "pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}],
-                    "special_tokens": {bos: {"id": bos, "ids": [pairs.bos_id], "tokens": [bos]}},
+                    "special_tokens": {bos: {"id": bos, "ids": [vocabulary.bos_id], "tokens": [bos]}},
                 },
             ],
         },
@@ -80,11 +75,11 @@ def byte_pair_files(pairs: BytePairs) -> dict[str, dict[str, Any]]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,
-            "vocab": {spell(token): rank for token, rank in sorted(pairs.ranks.items(), key=second)},
-            "merges": [[spell(left), spell(right)] for left, right in merges(pairs)],
+            "vocab": {spell(token): rank for rank, token in sorted(vocabulary.bytes.items())},
+            "merges": [[spell(left), spell(right)] for left, right in merges(vocabulary)],
         },
     }
-    check(content, pairs)
+    check(content, vocabulary)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
@@ -95,18 +90,17 @@ def byte_pair_files(pairs: BytePairs) -> dict[str, dict[str, Any]]:
     return {"tokenizer.json": content, "tokenizer_config.json": config}
 
 
-def check(content: dict[str, Any], pairs: BytePairs) -> None:
+def check(content: dict[str, Any], vocabulary: TiktokenVocabulary) -> None:
     """ValueError with a generated text that tokenizer.json encodes to other ids."""
     try:
-        import json
-
         import tokenizers
     except ImportError:
+        warnings.warn("tokenizer.json is not compared with the original: pip install tokenizers", stacklevel=2)
         return
     theirs, chance = tokenizers.Tokenizer.from_str(json.dumps(content)), random.Random(0)
-    tokens = [*pairs.ranks]
+    tokens = [*vocabulary.ranks]
     for _ in range(2000):
         some = itertools.chain.from_iterable(chance.choice(tokens) for _ in range(chance.randrange(12)))
         text = bytes(some).decode("utf-8", "ignore")
-        if theirs.encode(text, add_special_tokens=False).ids != pairs.encode(text):
+        if theirs.encode(text, add_special_tokens=False).ids != vocabulary.encode(text):
             raise ValueError(f"tokenizer.json would encode {text!r} to other ids")

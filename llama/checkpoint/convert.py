@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from ..args import ModelArgs
 from ..backends.quantized import Scheme
+from ..chat_template import template_of
 from ..tokenizer import Tokenizer
-from ..vocabulary import BytePairs, SentencePieceFile
+from ..vocabulary import SentencePieceFile, TiktokenVocabulary
 from . import hf
 from .bpe_tokenizer import byte_pair_files, ranks_file
 from .calibrate import calibrated, windows
@@ -90,7 +91,7 @@ def convert(
         )
     if text and checkpoint.scheme:
         raise ValueError(f"{source} is quantized already, to {scheme}; calibrate with the original weights")
-    tokens = files_of(tokenizer, tokenizer_path, to)
+    tokens = files_of(tokenizer, tokenizer_path, source, to)
     job = Job(checkpoint, args, dtype or checkpoint.dtype(), scheme, search)
     stored = [entry for tensors in job.stored().items() for entry in tensors[1].items()]
     if to == "meta":
@@ -107,23 +108,25 @@ def convert(
         if to == "meta":
             write_meta(job, folder, mp, bar)
         else:
-            write_hf(job, folder, bar, tokenizer.bos_id, sorted(tokenizer.eos_ids | checkpoint.eos_ids()))
+            write_hf(
+                job, folder, bar, tokenizer.bos_id, sorted(tokenizer.eos_ids | checkpoint.eos_ids(args.vocab_size))
+            )
         written = sorted(file for file in folder.iterdir() if file.name != LOCK)
         write_checklist(folder / "checklist.chk", written, bar.update)
 
 
-def files_of(tokenizer: Tokenizer, path: Path, to: str) -> dict[str, Any]:
+def files_of(tokenizer: Tokenizer, path: Path, source: Path, to: str) -> dict[str, Any]:
     """The tokenizer's files in a layout: names, and bytes or JSON. ValueError if the layout has no place for it."""
-    kind = tokenizer.vocabulary
-    if isinstance(kind, BytePairs):
-        model = {"tokenizer.model": ranks_file(kind)}
-        return model if to == "meta" else byte_pair_files(kind)
+    kind, template = tokenizer.vocabulary, template_of(source)
+    files: dict[str, Any] = {} if template is None or to == "meta" else {"chat_template.jinja": template.encode()}
+    if isinstance(kind, TiktokenVocabulary):
+        return files | ({"tokenizer.model": ranks_file(kind)} if to == "meta" else byte_pair_files(kind))
     if isinstance(kind, SentencePieceFile):
-        model = {"tokenizer.model": path.read_bytes()}
-        return model if to == "meta" else {**model, **tokenizer_files(kind.model)}
-    names = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-    beside = {name: (path.parent / name).read_bytes() for name in names if (path.parent / name).is_file()}
-    return {"tokenizer.json": path.read_bytes(), **beside}
+        files["tokenizer.model"] = path.read_bytes()
+        return files | ({} if to == "meta" else tokenizer_files(kind.model))
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    files |= {name: (path.parent / name).read_bytes() for name in names if (path.parent / name).is_file()}
+    return files | {"tokenizer.json": path.read_bytes()}
 
 
 def check_divides(stored: Stored, mp: int) -> None:
@@ -137,7 +140,8 @@ def check_divides(stored: Stored, mp: int) -> None:
 def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     """params.json and `mp` shards."""
     quantization = {"quantization": job.scheme.params()} if job.scheme else {}
-    scaled = {"use_scaled_rope": True} if job.args.rope_scaling else {}  # all that Meta's loader reads of it
+    scaling = job.args.rope_scaling
+    scaled = {"use_scaled_rope": True} if scaling and scaling.rope_type == "llama3" else {}  # all that Meta reads of it
     write_json(folder, {"params.json": job.checkpoint.params | scaled | quantization})
     blank = {}
     for key, (shape, dtype) in ((key, entry) for found in job.stored().values() for key, entry in found.items()):

@@ -23,8 +23,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..textfile import mistaken
 from . import hf
-from .paths import mistaken
 
 # Rotary frequencies, which older files carry and which follow from params.json.
 IGNORED = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs|.*rotary_emb\.inv_freq")
@@ -37,7 +37,7 @@ STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.fl
 STORAGES |= {"Char": torch.int8, "Byte": torch.uint8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}
 
 
-class Described(NamedTuple):
+class TensorInfo(NamedTuple):
     """A tensor of a .pth file: its storage's dtype, record and number of elements, and where it is in there."""
 
     storage: tuple[torch.dtype, str, int]
@@ -50,15 +50,15 @@ class Described(NamedTuple):
         return all(n < 2 or have == want for n, have, want in zip(self.shape, self.stride, sizes, strict=True))
 
 
-class Header(pickle.Unpickler):
-    """The names and descriptions in a .pth file. What it asks for is one of these names, or an error: nothing else is
-    called. torch's own reader, in Python, takes twenty times as long."""
+class HeaderUnpickler(pickle.Unpickler):
+    """Reads names and descriptions from the pickle in a .pth file. Only the names below are resolved; any other raises,
+    so that nothing in the file is executed. torch's own reader, in Python, takes twenty times as long."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, stride, *rest: Described(storage, offset, shape, stride)
+            return lambda storage, offset, shape, stride, *rest: TensorInfo(storage, offset, shape, stride)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *rest: tensor
         if module == "torch" and (kind := STORAGES.get(name.removesuffix("Storage"))) is not None:
@@ -70,7 +70,7 @@ class Header(pickle.Unpickler):
         return dtype, key, count
 
 
-def described(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]] | None:
+def read_pth_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]] | None:
     """Shape, dtype and offset in the file of each tensor of a .pth file that can be mapped: an uncompressed archive in
     this machine's byte order, of contiguous tensors. None for any other file, which torch must read itself."""
     try:
@@ -91,13 +91,12 @@ def described(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]]
                 begin = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
                 found[name] = begin, info.file_size
         tensors = {}
-        for name, tensor in Header(io.BytesIO(content)).load().items():
+        for name, tensor in HeaderUnpickler(io.BytesIO(content)).load().items():
             dtype, key, count = tensor.storage
             begin, size = found[f"data/{key}"]
             if size != count * dtype.itemsize or not tensor.is_contiguous() or type(name) is not str:
                 return None
-            if not IGNORED.fullmatch(name):
-                tensors[name] = tuple(tensor.shape), dtype, begin + tensor.offset * dtype.itemsize
+            tensors[name] = tuple(tensor.shape), dtype, begin + tensor.offset * dtype.itemsize
         return tensors
     except Exception:  # damage shows in any of a dozen types; torch, which then reads the file, says what is wrong
         return None
@@ -109,7 +108,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=described(path) is not None)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=read_pth_header(path) is not None)
     except Exception as error:  # damage shows in any of a dozen types
         raise unreadable(path, error) from error
     plain = isinstance(state, dict) and all(isinstance(name, str) for name in state)
@@ -118,7 +117,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         for tensor in state.values()
     ):
         raise ValueError(f"{path} holds something else than named tensors")
-    return {name: tensor for name, tensor in state.items() if not IGNORED.fullmatch(name)}
+    return state
 
 
 def unreadable(path: Path, error: Exception) -> Exception:
@@ -177,11 +176,12 @@ class TorchFile(File):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.state: dict[str, Tensor] = {}
-        if tensors := described(path):
+        if tensors := read_pth_header(path):
             for name, found in tensors.items():
-                self.shapes[name], self.dtypes[name], self.offsets[name] = found
+                if not IGNORED.fullmatch(name):
+                    self.shapes[name], self.dtypes[name], self.offsets[name] = found
             return
-        self.state = read_shard(path)
+        self.state = {name: tensor for name, tensor in read_shard(path).items() if not IGNORED.fullmatch(name)}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in self.state.items()}
 
@@ -193,41 +193,7 @@ class TorchFile(File):
             super().release()
 
 
-class HuggingFaceFile(File):
-    """One file of Hugging Face's. Its tensors have Meta's names here, and their rows are in Meta's order."""
-
-    head_dim = 0
-
-    def rename(self, names: Mapping[str, str], head_dim: int) -> None:
-        """Take Meta's names in place of Hugging Face's, and leave out what is no weight."""
-        self.head_dim = head_dim
-        ours = {theirs: meta for meta, theirs in names.items()}
-        for table in self._tables():
-            for key in [*table]:
-                entry = table.pop(key)
-                if not IGNORED.fullmatch(key):
-                    table[ours.get(key, key)] = entry
-
-    def tie(self, name: str, to: str) -> None:
-        """If this file holds the weight `to`, let `name` refer to it too."""
-        for table in self._tables():
-            if to in table:
-                table[name] = table[to]
-
-    def _tables(self) -> tuple[dict[str, Any], ...]:
-        return self.shapes, self.dtypes, self.offsets
-
-    def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        if not hf.is_permuted(name):
-            return super().read(name, dim, begin, length)
-        first = begin - begin % self.head_dim  # rows are permuted within a head
-        last = -(-(begin + length) // self.head_dim) * self.head_dim
-        pairs = hf.to_pairs(super().read(name, dim, first, last - first), self.head_dim)  # a copy
-        self.release()
-        return pairs.narrow(0, begin - first, length)
-
-
-class SafetensorsFile(HuggingFaceFile):
+class SafetensorsFile(File):
     """model.safetensors, or a part of it."""
 
     def __init__(self, path: Path) -> None:
@@ -237,18 +203,41 @@ class SafetensorsFile(HuggingFaceFile):
             self.dtypes[key] = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
 
 
-class BinFile(HuggingFaceFile, TorchFile):
-    """pytorch_model.bin, or a part of it."""
+class HuggingFaceFile(File):
+    """A file of Hugging Face's, in either format. Its tensors have Meta's names here, and their rows are in Meta's
+    order."""
 
-    def _tables(self) -> tuple[dict[str, Any], ...]:
-        return *super()._tables(), self.state
+    def __init__(self, path: Path, names: Mapping[str, str], head_dim: int) -> None:
+        super().__init__(path)
+        self.file: File = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+        self.head_dim, ours = head_dim, {theirs: meta for meta, theirs in names.items()}
+        self.keys = {ours.get(key, key): key for key in self.file.shapes if not IGNORED.fullmatch(key)}
+        self._describe()
 
+    def _describe(self) -> None:
+        self.shapes = {name: self.file.shapes[key] for name, key in self.keys.items()}
+        self.dtypes = {name: self.file.dtypes[key] for name, key in self.keys.items()}
+        self.offsets = {name: self.file.offsets.get(key, -1) for name, key in self.keys.items()}
 
-def hf_file(path: Path, names: Mapping[str, str], head_dim: int) -> HuggingFaceFile:
-    """A file of Hugging Face's; nothing in it is executed."""
-    file: HuggingFaceFile = SafetensorsFile(path) if path.suffix == ".safetensors" else BinFile(path)
-    file.rename(names, head_dim)
-    return file
+    def tie(self, name: str, to: str) -> None:
+        """If this file holds the weight `to`, let `name` refer to it too."""
+        if to in self.keys:
+            self.keys[name] = self.keys[to]
+            self._describe()
+
+    def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
+        key = self.keys[name]
+        if hf.is_permuted(name):
+            first = begin - begin % self.head_dim  # rows are permuted within a head
+            last = -(-(begin + length) // self.head_dim) * self.head_dim
+            pairs = hf.to_pairs(self.file.read(key, dim, first, last - first), self.head_dim)  # a copy
+            self.release()
+            return pairs.narrow(0, begin - first, length)
+        part = self.file.read(key, dim, begin, length)
+        return part if dim == 0 else part[: self.shapes[name][0]]  # the vocabulary may have been cut
+
+    def release(self) -> None:
+        self.file.release()
 
 
 def read_header(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:

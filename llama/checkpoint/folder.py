@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..args import ModelArgs
 from ..backends.quantized import Scheme, scheme
+from ..textfile import read_json
 from . import hf
-from .files import READABLE, File, TorchFile, hf_file
-from .hub import weight_files
+from .files import READABLE, File, HuggingFaceFile, TorchFile
 from .meta import read_params, read_scheme, shard_paths
-from .paths import NO_CONFIG, advice, listed, read_json
+from .paths import NO_CONFIG, advice, listed
 from .plan import is_matrix, shapes, shard_dim, slices
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Checkpoint:
         names = hf.names(self.params["n_layers"])
         head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
         self.positions = config.get("max_position_embeddings")
-        files = [hf_file(path, names, head_dim) for path in weight_files(self.folder)]
+        files = [HuggingFaceFile(path, names, head_dim) for path in hf.weight_files(self.folder)]
         if config.get("tie_word_embeddings") and not any("output.weight" in file.shapes for file in files):
             for file in files:
                 file.tie("output.weight", "tok_embeddings.weight")
@@ -98,13 +98,15 @@ class Checkpoint:
         self.check(args)
         return args
 
-    def eos_ids(self) -> set[int]:
-        """The ids that end an answer, besides the tokenizer's own, as Hugging Face's files have them."""
+    def eos_ids(self, n_words: int) -> set[int]:
+        """The ids below `n_words` that end an answer by Hugging Face's files, besides the tokenizer's own."""
         found: set[int] = set()
         for path in (self.folder / "config.json", self.folder / "generation_config.json"):
             if self.layout == "hf" and path.is_file():
                 ids = read_json(path).get("eos_token_id")
-                found |= {id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int and id >= 0}
+                found |= {
+                    id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int and 0 <= id < n_words
+                }
         return found
 
     def tied(self) -> bool:

@@ -1,15 +1,18 @@
-"""Hugging Face's layout <-> Meta's: config.json, names of weights, and the order of rows."""
+"""Hugging Face's layout <-> Meta's: config.json, files and names of weights, and the order of rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..args import ModelArgs
-from .paths import listed
+from ..args import ModelArgs, RopeScaling
+from ..textfile import read_json
+from .paths import NO_WEIGHTS, advice, listed
 
 # Meta's name -> Hugging Face's, outside the layers and inside one.
 OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -36,8 +39,52 @@ UNSCALED = {
     *("rope_theta", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 }
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: safetensors before torch's format; of each an index that names only what is
+    there, one file, or numbered parts that are all there; last variants, if there is one. FileNotFoundError names what
+    is missing."""
+    for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
+        for files in weight_file_sets(folder, stem, kind):
+            if files and all((folder / file).is_file() for file in files):
+                return [folder / file for file in files]
+    indexed = files_in_index(folder / "model.safetensors.index.json") or ["model.safetensors"]
+    missing = [file for file in indexed if not (folder / file).is_file()]
+    again = "download it again"
+    do = again if len(missing) < len(indexed) else advice(folder, NO_WEIGHTS, again)
+    raise FileNotFoundError(f"{folder} lacks {listed(missing)}; {do}")
+
+
+def weight_file_sets(folder: Path, stem: str, kind: str) -> Iterator[list[str]]:
+    """The sets of files that may hold all weights, by their names."""
+    yield files_in_index(folder / f"{stem}.{kind}.index.json")
+    yield [f"{stem}.{kind}"]
+    present = sorted(path.name for path in folder.glob(f"{stem}[.-]*.{kind}"))
+    parts: dict[tuple[str, str], list[str]] = {}
+    for name in present:
+        if match := PART.fullmatch(name):
+            parts.setdefault((match[1], match[3]), []).append(name)
+    whole = {first: names for (first, count), names in parts.items() if len(names) == int(count)}
+    if stem in whole:
+        yield whole.pop(stem)
+    alone = {name: [name] for name in present if not PART.fullmatch(name) and name != f"{stem}.{kind}"}
+    variants = [*whole.values(), *alone.values()]
+    if len(variants) > 1:
+        raise ValueError(f"{folder} has several variants of the weights: {listed(v[0] for v in variants)}; keep one")
+    yield from variants
+
+
+def files_in_index(index: Path) -> list[str]:
+    """The files that an index names; none if there is no index."""
+    if not index.is_file():
+        return []
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise ValueError(f"{index} has no weight_map from the names of weights to files; download it again")
+    return sorted(set(found.values()))
 
 
 def names(n_layers: int) -> dict[str, str]:
@@ -65,7 +112,7 @@ def to_halves(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> the content of params.json. ValueError names what is not Llama 2's architecture."""
+    """config.json -> the content of params.json. ValueError names what is not supported."""
     for key, allowed in SUPPORTED.items():
         if (value := config.get(key)) not in (None, *allowed):
             raise ValueError(f"{key} {value!r} is not supported; only {allowed[0]!r} is")
@@ -117,12 +164,11 @@ def rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
 
 
 def scaling_of(found: Mapping[str, Any], kind: str, place: str) -> dict[str, Any]:
-    """A scaling by RopeScaling's names. ValueError for a number that is missing or none."""
-    numbers = {key: found.get(key) for key in (LLAMA3 if kind == "llama3" else LLAMA3[:1])}
-    for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{place}: {kind} scaling of RoPE needs a positive number {key}; it is {value!r}")
-    return {**numbers, "rope_type": kind}
+    """A scaling by RopeScaling's names. ValueError for one that is missing."""
+    names = RopeScaling._fields[:4] if kind == "llama3" else ("factor",)
+    if missing := [name for name in names if found.get(name) is None]:
+        raise ValueError(f"{place}: {kind} scaling of RoPE lacks {listed(missing)}")
+    return {**{name: found[name] for name in names}, "rope_type": kind}
 
 
 # multiple_of and ffn_dim_multiplier of published models.
@@ -142,10 +188,9 @@ def ffn_params(dim: int, hidden: int) -> dict[str, Any]:
 
 def config(args: ModelArgs, dtype: str, positions: int | None = None) -> dict[str, Any]:
     """config.json. `positions` is the longest text, if the source says so."""
-    scaling = args.rope_scaling
-    shown = None if scaling is None else {"rope_type": scaling.rope_type, "factor": scaling.factor}
-    if scaling and scaling.rope_type == "llama3":
-        shown = scaling._asdict()
+    shown = None if args.rope_scaling is None else args.rope_scaling._asdict()
+    if shown and shown["rope_type"] == "linear":
+        shown = {"rope_type": "linear", "factor": shown["factor"]}
     usual = 131072 if args.rope_scaling else {10000.0: 4096, 1e6: 16384}.get(args.rope_theta, 8192)
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -1,18 +1,18 @@
-"""Folders of Hugging Face's as they are: ids and caches of the hub, and which files hold the weights."""
+"""Checkpoints of the Hugging Face Hub: by id, and in its cache."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .paths import NO_WEIGHTS, advice, check_path, listed, read_json
+from .hf import weight_files
+from .paths import check_path
 
 ID = re.compile(r"[\w.-]+/[\w.-]+")  # such as meta-llama/Llama-2-7b-hf
-NEEDED = ["*.json", "*.jinja", "tokenizer.model", "*.safetensors", "pytorch_model*.bin"]
-PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+NEEDED = ["*.json", "*.jinja", "tokenizer.model", "*.safetensors", "*.pth"]
 
 
 def find_folder(value: Any, name: str) -> Path:
@@ -41,57 +41,16 @@ def from_hub(id: str, name: str) -> Path:
         wanted = f"{name} {id} is not an existing folder"
         raise FileNotFoundError(f"{wanted}; an id of the hub needs the package huggingface_hub") from error
     try:
-        try:
+        with suppress(FileNotFoundError):  # not in the cache, or only a part of it
             found = Path(snapshot_download(id, local_files_only=True))
-            if any(found.glob("*.safetensors")) or any(found.glob("*.bin")):
+            if (found / "params.json").is_file() or weight_files(found):
                 return found
-        except FileNotFoundError:  # not in the cache, or only a part of it
-            pass
-        return Path(snapshot_download(id, allow_patterns=NEEDED))
+        found = Path(snapshot_download(id, allow_patterns=NEEDED))
+        if not any(found.glob("*.safetensors")) and not any(found.glob("*.pth")):
+            found = Path(snapshot_download(id, allow_patterns=[*NEEDED, "pytorch_model*.bin"]))
+        return found
     except Exception as error:  # the package has dozens of types, of networks and of the hub
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"{name} {id} is neither a folder nor a model that the hub gives: {reason}") from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: safetensors before torch's format; of each an index that names only what is
-    there, one file, or numbered parts that are all there; last variants, if there is one. FileNotFoundError names what
-    is missing."""
-    for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
-        for files in sets(folder, stem, kind):
-            if files and all((folder / file).is_file() for file in files):
-                return [folder / file for file in files]
-    indexed = named(folder / "model.safetensors.index.json") or ["model.safetensors"]
-    missing = [file for file in indexed if not (folder / file).is_file()]
-    again = "download it again"
-    do = again if len(missing) < len(indexed) else advice(folder, NO_WEIGHTS, again)
-    raise FileNotFoundError(f"{folder} lacks {listed(missing)}; {do}")
-
-
-def sets(folder: Path, stem: str, kind: str) -> Iterator[list[str]]:
-    """The sets of files that may hold all weights, by their names."""
-    yield named(folder / f"{stem}.{kind}.index.json")
-    yield [f"{stem}.{kind}"]
-    present = sorted(path.name for path in folder.glob(f"{stem}[.-]*.{kind}"))
-    parts: dict[tuple[str, str], list[str]] = {}
-    for name in present:
-        if match := PART.fullmatch(name):
-            parts.setdefault((match[1], match[3]), []).append(name)
-    whole = {first: names for (first, count), names in parts.items() if len(names) == int(count)}
-    if stem in whole:
-        yield whole.pop(stem)
-    alone = {name: [name] for name in present if not PART.fullmatch(name) and name != f"{stem}.{kind}"}
-    variants = [*whole.values(), *alone.values()]
-    if len(variants) > 1:
-        raise ValueError(f"{folder} has several variants of the weights: {listed(v[0] for v in variants)}; keep one")
-    yield from variants
-
-
-def named(index: Path) -> list[str]:
-    """The files that an index names; none if there is no index."""
-    if not index.is_file():
-        return []
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
-        raise ValueError(f"{index} has no weight_map from the names of weights to files; download it again")
-    return sorted(set(found.values()))
+        raise FileNotFoundError(
+            f"{name} {id} is not a folder, and could not be loaded from the Hugging Face Hub: {reason}"
+        ) from error

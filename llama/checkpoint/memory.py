@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from .. import backends, devices
 from ..args import ModelArgs
 from ..backends.quantized import Scheme
-from .paths import read_text
+from ..textfile import read_text
 from .plan import is_matrix, rank_range, shapes, shard_dim
 
 # The files of a cgroup with its limit, what it uses, and the rest; the fields of the last that are page cache.
@@ -107,22 +106,6 @@ def cgroup_memory(root: Path) -> Iterator[int]:
             if folder.is_relative_to(top) and limit.exists() and (text := read_text(limit).strip()).isdecimal():
                 fields = dict(line.split() for line in read_text(stat).splitlines()) if stat.exists() else {}
                 yield int(text) - int(read_text(used)) + sum(int(fields.get(name, 0)) for name in names[3:])
-
-
-def choose_dtype(
-    args: ModelArgs,
-    world_size: int,
-    device: torch.device,
-    saved: torch.dtype,
-    scheme: Scheme | None = None,
-    dtype: str | torch.dtype | None = None,
-    compile: bool | None = None,
-) -> tuple[torch.dtype, bool]:
-    """The dtype to compute a checkpoint of dtype `saved` in, which is `dtype` if that is given, and whether native.cpp
-    computes, which is `compile` if that is given. By default C++ computes large models, in the dtype that they have."""
-    wanted = devices.choose_dtype(dtype, device, saved, native=True)
-    native = backends.native(args, device, footprint(args, world_size, wanted, scheme).weights, compile)
-    return devices.choose_dtype(dtype, device, saved, native), native
 
 
 def check_fits(

@@ -9,13 +9,14 @@ from typing import Any
 
 from ..args import ModelArgs, RopeScaling
 from ..backends.quantized import GROUPS, Scheme
-from .paths import NO_CONFIG, advice, listed, read_json
+from ..textfile import read_json
+from .paths import NO_CONFIG, advice, listed
 
 REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
-KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if not field.name.startswith("max_")]
+APART = ("max_batch_size", "max_seq_len", "tie_word_embeddings")  # not in params.json: the caller or the files say
+KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if field.name not in APART]
 KNOWN.append("quantization")  # {"bits": 4, "group_size": 32, "symmetric": false}, as `convert` writes it
 
-FIXED = {"tie_word_embeddings"}  # not in params.json: the weights show it
 REFUSED = {  # keys of other models, by what these are
     "quantization_args": "weights that SpinQuant or QLoRA quantized",
     "lora_args": "weights with LoRA adapters",
@@ -37,7 +38,7 @@ def read_params(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} has the key {found[0]}: it is of {kind}, which is not supported")
     if scaled := rope_scaling(params, path):
         params["rope_scaling"] = scaled
-    if unknown := [key for key in params if key not in KNOWN or key in FIXED]:
+    if unknown := [key for key in params if key not in KNOWN]:
         raise ValueError(f"{path} has unknown keys {listed(unknown)}; known are {listed(KNOWN)}")
     if missing := [key for key in REQUIRED if key not in params]:
         raise ValueError(f"{path} lacks the keys {listed(missing)}")

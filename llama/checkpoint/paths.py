@@ -1,23 +1,14 @@
-"""Paths that a caller gives, text files and JSON files: checked, and named when something is wrong."""
+"""Paths that a caller gives, checked, and named when something is wrong."""
 
 from __future__ import annotations
 
-import codecs
-import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-# Beginnings (patterns) of files that were saved in place of the expected one: what such a file is, and what to do.
-MISTAKEN = {
-    b"version https://git-lfs": ("it is a git-lfs pointer", "run git lfs pull where it was cloned"),
-    rb"<[!?a-zA-Z]": ("it is a web page", "download it again"),
-    b"GGUF": ("it is a GGUF file", "take the model in safetensors"),
-    rb"\x1f\x8b": ("it is compressed", "decompress it with gunzip"),
-    rb"\{\s*\"": ("it is JSON", "take the file itself"),
-}
+from ..textfile import mistaken, read_json
+
 ROLES = ("<unk>", "<s>", "</s>")  # tokens that every tokenizer.model of Llama 2's kind has
 # What a folder without weights, or without a description of them, may hold: a pattern of names, and what to do.
 FOREIGN = {
@@ -47,13 +38,6 @@ def advice(folder: Path, cases: Mapping[str, str], otherwise: str) -> str:
             names = [str(path.parent) if "/" in pattern else path.name for path in found]
             return words.format(" or ".join(names[:3]))
     return otherwise
-
-
-def mistaken(path: Path) -> tuple[str, str] | None:
-    """What a file is, and what to do, if it is not the expected one by how it begins; else None."""
-    with path.open("rb") as file:
-        start = file.read(200).removeprefix(codecs.BOM_UTF8).lstrip()
-    return next((found for pattern, found in MISTAKEN.items() if re.match(pattern, start)), None)
 
 
 def check_path(value: Any, name: str, kind: Literal["file", "folder"]) -> Path:
@@ -96,30 +80,6 @@ def added_tokens(folder: Path) -> list[str]:
     if config.is_file() and isinstance(tokens := read_json(config).get("added_tokens_decoder"), dict):
         found += [token["content"] for token in tokens.values() if isinstance(token, dict) and "content" in token]
     return [token for token in found if token not in ROLES and "pad" not in token.lower()]
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, as any program may have saved it: in UTF-8, or in UTF-16 with its byte order mark, and with
-    lines that end in \\r\\n. ValueError names a file of another encoding."""
-    content = path.read_bytes()
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    try:
-        return content.decode(encoding).replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
-
-
-def read_json(path: Path, kind: type = dict) -> Any:
-    """The JSON object in a file, or with `kind` list a list. ValueError names a file that holds none."""
-    try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        reason = "; ".join(mistaken(path) or [str(error)])
-        raise ValueError(f"{path} is not JSON: {reason}") from error
-    if not isinstance(content, kind):
-        wanted = "an object of keys and values" if kind is dict else "a list"
-        raise ValueError(f"{path} holds {type(content).__name__} and not {wanted}")
-    return content
 
 
 def listed(names: Iterable[object]) -> str:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import devices, parallel
+from .. import backends, devices, parallel
 from ..args import ModelArgs
 from ..backends.quantized import scheme
-from ..checkpoint import Checkpoint, Weights, check_fits, choose_dtype, find_folder, find_tokenizer
+from ..checkpoint import Checkpoint, Weights, check_fits, find_folder, find_tokenizer, footprint
 from ..model import Transformer
 from ..tokenizer import Tokenizer
 from . import measure
@@ -37,7 +37,7 @@ def prepare(
 
     Args:
         ckpt_dir: a checkpoint in either layout; by default random weights of `shape`
-        tokenizer_path: tokenizer.model of the checkpoint; by default the one in ckpt_dir or one folder up
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         shape: 110M, 1.1B, 7B, 13B or 70B
         dtype: bfloat16, float16 or float32; by default as Llama.build chooses, for a shape of bfloat16 weights
         device: cuda, mps or cpu; by default the first of them that is available
@@ -69,7 +69,8 @@ def prepare(
         rounding, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()
     args = measure.fitting(args, cases)
     ranks = parallel.world_size()
-    final, native = choose_dtype(args, ranks, target, saved, rounding, dtype, compile)
+    native = backends.native(args, target, footprint(args, ranks, saved, rounding).weights, compile)
+    final = devices.choose_dtype(dtype, target, saved, native)
     source = measure.Source(weights, args, target, final, rounding)
     check_fits(args, ranks, target, final, rounding)
     return Job(source, native, cases, repeats, str(ckpt_dir or shape))

@@ -47,8 +47,8 @@ def chat(
     """Talk to a chat model in the terminal, or pipe one prompt a line into it; /help lists its commands.
 
     Args:
-        ckpt_dir: folder of params.json and consolidated.*.pth, or of config.json and *.safetensors
-        tokenizer_path: tokenizer.model; by default the one in ckpt_dir or one folder up
+        ckpt_dir: folder in Meta's or Hugging Face's layout, or an id of the Hugging Face Hub
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         system: instructions that begin the conversation
         temperature: 0 for greedy decoding
         top_p: sample from the smallest set of tokens with this probability
@@ -61,7 +61,7 @@ def chat(
         group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
         prompt_lookup: draft tokens a step from the conversation itself; faster where answers repeat it
         compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
-        chat_format: llama2, llama3 or template, the folder's own; by default that, or what the tokenizer is of
+        chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
     """
     options = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size, "compile": compile}
     options["chat_format"] = chat_format

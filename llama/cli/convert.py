@@ -37,12 +37,12 @@ def convert(
     """Write the checkpoint in SRC, in either layout, to the new folder DST.
 
     Args:
-        src: folder of params.json and consolidated.*.pth, or of config.json and *.safetensors
+        src: folder in Meta's or Hugging Face's layout, or an id of the Hugging Face Hub
         dst: the new folder; it gets its name when it is complete
         to: meta or hf, the layout to write
         mp: number of shards, for meta
         dtype: bfloat16, float16 or float32; by default as in src
-        tokenizer_path: tokenizer.model; by default the one in src or one folder up
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in src or one folder up
         quantize: int8 or int4, for meta: the matrices are stored quantized, and loaded as they are stored
         group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
         symmetric: int4 without a minimum of each group, half a bit less for each weight in groups of 32

@@ -28,7 +28,7 @@ from ..checkpoint import (
     shapes,
     shortage,
 )
-from ..checkpoint.paths import read_text
+from ..textfile import read_text
 from ..tokenizer import Tokenizer
 
 SUMS = ("*.chk", "*.md5", "*.sha256", "*SUMS")  # names of files that list check sums
@@ -51,8 +51,8 @@ def inspect(
     """Print what a checkpoint is, what it needs and how to run it, from headers alone.
 
     Args:
-        ckpt_dir: folder of params.json and consolidated.*.pth, or of config.json and *.safetensors
-        tokenizer_path: tokenizer.model; by default the one in ckpt_dir or one folder up
+        ckpt_dir: folder in Meta's or Hugging Face's layout, or an id of the Hugging Face Hub
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         world_size: number of ranks; by default the fewest on which it fits
         dtype: bfloat16, float16 or float32; by default as Llama.build chooses
         max_seq_len: tokens of prompt and answer together, at most
@@ -73,11 +73,10 @@ def inspect(
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     target = devices.choose_device(device)
     scheme, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()
-    wanted = devices.choose_dtype(dtype, target, saved, native=True)
-    native, by = computes(args, target, footprint(args, 1, wanted, scheme).weights)
+    native = backends.native(args, target, footprint(args, 1, saved, scheme).weights, build=False)
     chosen = devices.choose_dtype(dtype, target, saved, native)
     rows = describe(checkpoint, args) | {"tokenizer": tokenizer or missing}
-    rows |= fit(args, world_size, chosen, scheme, target) | {"computes": by}
+    rows |= fit(args, world_size, chosen, scheme, target) | {"computes": computes(target, native)}
     rows["run"] = (
         f"torchrun --nproc_per_node {rows.pop('ranks')} example_text_completion.py --ckpt_dir {quote(str(folder))} "
         f"--tokenizer_path {quote(str(tokenizer or 'TOKENIZER.MODEL'))} "
@@ -129,16 +128,16 @@ def fit(
     }
 
 
-def computes(args: ModelArgs, device: torch.device, weights: int) -> tuple[bool, str]:
-    """Whether native.cpp computes a model of so many bytes of weights on a device, and what does."""
+def computes(device: torch.device, native: bool) -> str:
+    """What computes a model on a device."""
     if device.type == "cuda" and importlib.util.find_spec("triton"):
-        return False, "Triton kernels and CUDA graphs"
-    if device.type != "cpu" or weights < backends.LARGE or not cpu.fits(args):
-        return False, "PyTorch"
+        return "Triton kernels and CUDA graphs"
+    if native:
+        return f"C++, compiled for this CPU by {cpu.command()[0]}"
     try:
-        return True, f"C++, compiled for this CPU by {cpu.command()[0]}"
+        return "PyTorch" if device.type != "cpu" or cpu.command() else ""
     except RuntimeError as error:
-        return False, f"PyTorch, as {error}"
+        return f"PyTorch, as {error}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -25,8 +25,8 @@ def perplexity(
 
     Args:
         file: a text in UTF-8
-        ckpt_dir: folder of params.json and consolidated.*.pth, or of config.json and *.safetensors
-        tokenizer_path: tokenizer.model; by default the one in ckpt_dir or one folder up
+        ckpt_dir: folder in Meta's or Hugging Face's layout, or an id of the Hugging Face Hub
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         window: tokens of a window
         stride: tokens from one window to the next; by default half of a window
         batch: windows in a batch

@@ -1,0 +1,50 @@
+"""Text and JSON files, and what was saved in place of an expected file."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+# Beginnings (patterns) of files that were saved in place of the expected one: what such a file is, and what to do.
+MISTAKEN = {
+    b"version https://git-lfs": ("it is a git-lfs pointer", "run git lfs pull where it was cloned"),
+    rb"<[!?a-zA-Z]": ("it is a web page", "download it again"),
+    b"GGUF": ("it is a GGUF file", "take the model in safetensors"),
+    rb"\x1f\x8b": ("it is compressed", "decompress it with gunzip"),
+    rb"\{\s*\"": ("it is JSON", "take the file itself"),
+}
+
+
+def mistaken(path: Path) -> tuple[str, str] | None:
+    """What a file is, and what to do, if it is not the expected one by how it begins; else None."""
+    with path.open("rb") as file:
+        start = file.read(200).removeprefix(codecs.BOM_UTF8).lstrip()
+    return next((found for pattern, found in MISTAKEN.items() if re.match(pattern, start)), None)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, as any program may have saved it: in UTF-8, or in UTF-16 with its byte order mark, and with
+    lines that end in \\r\\n. ValueError names a file of another encoding."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return content.decode(encoding).replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON object in a file, or with `kind` list a list. ValueError names a file that holds none."""
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        found = mistaken(path)
+        reason = "; ".join(found) if found and found[0] != "it is JSON" else str(error)
+        raise ValueError(f"{path} is not JSON: {reason}") from error
+    if not isinstance(content, kind):
+        wanted = "an object of keys and values" if kind is dict else "a list"
+        raise ValueError(f"{path} holds {type(content).__name__} and not {wanted}")
+    return content
