@@ -173,7 +173,7 @@ def get_chat_format(tokenizer: Tokenizer | None, chat_format: str | ChatFormat |
         chat_format = "llama3" if START_HEADER in tokenizer.special else "llama2"
     if chat_format == "template":
         raise ValueError("chat_format 'template' needs the checkpoint's folder; use Llama.build")
-    if chat_format not in FORMATS:
+    if not isinstance(chat_format, str) or chat_format not in FORMATS:
         raise ValueError(f"chat_format is {chat_format!r}; it must be {', '.join(FORMATS)} or template")
     return FORMATS[chat_format]()
 

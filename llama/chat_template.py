@@ -13,11 +13,13 @@ from .textfile import read_json, read_text
 from .tokenizer import Tokenizer
 
 PRIVATE = 0xF0000  # characters of private use, which stand for special tokens that a message spells
+CUT = chr(PRIVATE - 1)
 
 
 class TemplateFormat(ChatFormat):
-    """A chat template. Special tokens come from the template alone: where a message spells one, it stays text.
-    ValueError where the package jinja2 is missing, and for a template that it cannot read."""
+    """A chat template. Special tokens come from the template alone: where a message spells one, it stays text, unless
+    the template changes the message. ValueError where the package jinja2 is missing, and for a template that it cannot
+    read."""
 
     name = "template"
 
@@ -54,7 +56,7 @@ class TemplateFormat(ChatFormat):
         self.special = tokenizer.special
         names = {id: name for name, id in self.special.items()}
         self.tokens = {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(tokenizer.eos_id, "")}
-        by_length = sorted(self.special, key=len, reverse=True)
+        by_length = sorted([*self.special, *tokenizer.vocabulary.added.values()], key=len, reverse=True)
         self.names = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
 
     def fail(self, message: str) -> NoReturn:
@@ -64,12 +66,12 @@ class TemplateFormat(ChatFormat):
         self.check(dialog)
         try:
             return self.template.render(messages=dialog, add_generation_prompt=True, tools=None, **self.tokens)
-        except self.errors as error:
+        except Exception as error:  # a template is a program
             raise ValueError(f"the chat template refuses the dialog: {error}") from error
 
     def _encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
-        hidden = {name: chr(PRIVATE + i) for i, name in enumerate(self.special)}
-        spelled = {name for message in dialog for name in self.names.findall(message["content"])}
+        spelled = sorted({name for message in dialog for name in self.names.findall(message["content"])})
+        hidden = {name: chr(PRIVATE + i) for i, name in enumerate(spelled)}
         messages: list[Message] = [
             {**message, "content": self.names.sub(lambda name: hidden[name[0]], message["content"])}
             for message in dialog
@@ -77,15 +79,15 @@ class TemplateFormat(ChatFormat):
         text = self.render(messages)
         if not spelled and (whole := tokenizer.encode_special(text)) is not None:
             return whole
-        ids, at = list[int](), 0
-        for found in [*self.names.finditer(text), None]:
-            part = text[at : found.start() if found else len(text)]
-            for name in spelled:
-                part = part.replace(hidden[name], name)
-            ids += tokenizer.encode(part, bos=False, eos=False) if part else []
-            if found:
-                ids.append(self.special[found[0]])
-                at = found.end()
+        ids = list[int]()
+        for part in re.split(f"({self.names.pattern})", text):
+            if part in self.special:
+                ids.append(self.special[part])
+                continue
+            for name, character in hidden.items():  # cut within, so that no rule of the tokenizer finds it
+                part = part.replace(character, name[:1] + CUT + name[1:])
+            for piece in filter(None, part.split(CUT)):
+                ids += tokenizer.encode(piece, bos=False, eos=False)
         return ids
 
 
@@ -115,13 +117,15 @@ def template_of(folder: Path) -> str | None:
     several."""
     alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if alone.is_file():
-        return read_text(alone)
+        return read_text(alone) or None
     found = read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(found, list):
         entries = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
         found = entries[0].get("template") if entries else None
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, str) and found else None
 
 
-def tojson(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

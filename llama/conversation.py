@@ -66,7 +66,7 @@ class Chat:
         state = self.llama.generator.get_state()  # to check seeds is to draw some
         most, temperature, top_p = (rest.pop(name) for name in ("max_gen_len", "temperature", "top_p"))
         try:
-            [settings] = self.llama._settings([[self.llama.tokenizer.bos_id]], most, temperature, top_p, rest)
+            [settings] = self.llama._settings([[0]], most, temperature, top_p, rest)
         finally:
             self.llama.generator.set_state(state)
         self.options, self.most = changed, settings.max_new
@@ -121,7 +121,8 @@ class Chat:
         encode, first = self.llama.chat_format.encode, int(dialog[0]["role"] == "system")
         kept, limit = list(dialog), space - answer
         while (count := len(encode(self.llama.tokenizer, kept))) > limit and len(kept) > first + 1:
-            kept, limit = kept[:first] + kept[first + 2 :], min(limit, space // 2)
+            later = (i for i in range(first + 1, len(kept)) if kept[i]["role"] == "user")
+            kept, limit = kept[:first] + kept[next(later, len(kept) - 1) :], min(limit, space // 2)
         if count == space and answer:  # where there are more, generation says so
             raise ValueError(f"the text takes all of max_seq_len {space}, which leaves no token for an answer")
         return kept

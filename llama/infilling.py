@@ -16,9 +16,9 @@ def infilling_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_firs
     The suffix is encoded without the space that marks a first word. Raises ValueError for a tokenizer without these
     tokens.
     """
-    model = tokenizer.sp_model
-    ids = [model.piece_to_id(name) for name in NAMES] if model else []
-    if not ids or model.unk_id() in ids:
+    model, special = tokenizer.sp_model, tokenizer.special
+    ids = [model.piece_to_id(name) for name in NAMES] if model else [special[name] for name in NAMES if name in special]
+    if len(ids) < len(NAMES) or (model and model.unk_id() in ids):
         raise ValueError("the tokenizer has no infilling tokens; use a Code Llama model that supports infilling")
     pre, suf, mid = ids
     mark = "☺"  # merged with nothing, so that what follows begins no word

@@ -31,6 +31,7 @@ LLAMA3_SPECIAL = [f"<|{name}|>" for name in NAMED] + [""] * (256 - len(NAMED))
 for number, i in enumerate(RESERVED):
     LLAMA3_SPECIAL[i] = f"<|reserved_special_token_{number}|>"
 EOS_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # of a text, a message that awaits a tool's result, a turn
+INFILLING_END = "▁<EOT>"  # Code Llama's, of what it fills in
 BLOCK, RUN = 400_000, 25_000  # limits, in characters, of one call of the regular expression, and of one run of a kind
 
 
@@ -43,6 +44,7 @@ class Vocabulary(Protocol):
     pad_id: int
     eos_ids: set[int]  # all that end an answer
     special: dict[str, int]  # tokens that no text is encoded to
+    added: dict[int, str]  # tokens besides these that are found in a text before anything else
     errors: str  # how bytes are shown that are no UTF-8
     drops: int  # leading spaces that decoding removes: 0 none, 1 one, 2 all
 
@@ -60,6 +62,7 @@ class SentencePieceFile:
     """tokenizer.model of Llama 2: BPE of characters with byte fallback, so that any text can be encoded."""
 
     errors = EACH
+    added: dict[int, str] = {}  # noqa: RUF012
 
     def __init__(self, path: Path) -> None:
         try:
@@ -71,7 +74,7 @@ class SentencePieceFile:
         model = self.model
         self.n_words, self.pad_id = model.vocab_size(), model.pad_id()
         self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
-        end = model.piece_to_id("▁<EOT>")  # Code Llama's, of what it fills in
+        end = model.piece_to_id(INFILLING_END)
         self.eos_ids = {self.eos_id} if end == model.unk_id() else {self.eos_id, end}
         special = [id for id in range(self.n_words) if model.is_control(id) or model.is_unknown(id)]
         self.special = {model.id_to_piece(id): id for id in special}
@@ -101,8 +104,11 @@ class TiktokenVocabulary:
     """Llama 3's tokenizer: BPE of bytes, whose merges have the order of the ids."""
 
     errors, drops, pad_id = "replace", 0, -1
+    added: dict[int, str] = {}  # noqa: RUF012
 
-    def __init__(self, ranks: Mapping[bytes, int], special: Mapping[str, int]) -> None:
+    def __init__(
+        self, ranks: Mapping[bytes, int], special: Mapping[str, int], names: Mapping[str, str] | None = None
+    ) -> None:
         import tiktoken
 
         self.ranks, self.special = dict(ranks), dict(special)
@@ -110,8 +116,10 @@ class TiktokenVocabulary:
             "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special
         )
         self.n_words = len(self.ranks) + len(self.special)
-        self.bos_id, self.eos_id = self.special["<|begin_of_text|>"], self.special["<|end_of_text|>"]
-        self.eos_ids = {self.special[name] for name in EOS_TOKENS if name in self.special}
+        bos, eos = ((names or {}).get(role, "") for role in ("bos_token", "eos_token"))  # as a folder names them
+        self.bos_id = self.special.get(bos, self.special["<|begin_of_text|>"])
+        self.eos_id = self.special.get(eos, self.special["<|end_of_text|>"])
+        self.eos_ids = {self.eos_id, *(self.special[name] for name in EOS_TOKENS if name in self.special)}
         self.bytes = {id: token for token, id in self.ranks.items()}
 
     @staticmethod
@@ -159,21 +167,38 @@ def unicode_to_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
+SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+
+
 def tokenizer_json(path: Path) -> Vocabulary:
     """tokenizer.json: Llama 3's needs no further package, as the ids of its tokens are their ranks; for any other
     Hugging Face's package tokenizers encodes. ValueError names a file that is no tokenizer."""
     content = read_json(path)
     try:
-        model, added = content["model"], content.get("added_tokens") or []
-        vocab, special = model["vocab"], {token["content"]: token["id"] for token in added if token["special"]}
-    except (KeyError, TypeError) as error:
+        vocab, added = content["model"]["vocab"], content.get("added_tokens") or []
+        special = {token["content"]: token["id"] for token in added}
+        if not all(type(name) is str and type(id) is int for name, id in special.items()):
+            raise TypeError("an added token without a text or an id")
+        ranks = llama3_ranks(content, {name: id for name, id in vocab.items() if name not in special})
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a tokenizer.json: {error!r}") from error
-    own = {text: id for text, id in vocab.items() if text not in special} if isinstance(vocab, dict) else {}
-    words = f'"Regex": {json.dumps(LLAMA3_PATTERN)}' in json.dumps(content.get("pre_tokenizer"))
-    if words and model.get("ignore_merges") and sorted(own.values()) == [*range(len(own))] and EOS_TOKENS[0] in special:
-        characters = unicode_to_bytes()
-        return TiktokenVocabulary({bytes(map(characters.__getitem__, text)): id for text, id in own.items()}, special)
+    if ranks and {"<|begin_of_text|>", "<|end_of_text|>"} <= {*special} and all(token["special"] for token in added):
+        return TiktokenVocabulary(ranks, special, special_names(path.parent))
     return TokenizersFile(path, content)
+
+
+def llama3_ranks(content: Mapping[str, Any], vocab: Mapping[str, int]) -> dict[bytes, int] | None:
+    """The ranks of a tokenizer.json of Llama 3's form; None for another."""
+    steps = (content.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
+    level = {key: steps[-1].get(key) for key in ("type", "add_prefix_space", "use_regex")}
+    if steps[:-1] != [SPLIT] or level != {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+        return None
+    bytes_of = unicode_to_bytes()
+    if content.get("normalizer") or not content["model"].get("ignore_merges") or not {*"".join(vocab)} <= {*bytes_of}:
+        return None
+    ranks = {bytes(map(bytes_of.__getitem__, text)): id for text, id in vocab.items()}
+    whole = sorted(ranks.values()) == [*range(len(ranks))] and all(bytes([i]) in ranks for i in range(256))
+    return ranks if whole else None
 
 
 class TokenizersFile:
@@ -187,10 +212,13 @@ class TokenizersFile:
             import tokenizers
         except ImportError as error:
             raise ValueError(f"{path} needs the package tokenizers: pip install tokenizers") from error
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        try:  # two, as threads may encode a text and a template at once
+            self.tokenizer, self.parsing = (tokenizers.Tokenizer.from_file(str(path)) for _ in range(2))
         except Exception as error:  # the package raises no other type
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        for each in (self.tokenizer, self.parsing):  # what was set for training
+            each.no_truncation()
+            each.no_padding()
         self.tokenizer.encode_special_tokens = True  # text that spells <s> stays text
         self.n_words = self.tokenizer.get_vocab_size()
         decoder = json.dumps(content.get("decoder"))
@@ -203,7 +231,8 @@ class TokenizersFile:
         names = special_names(path.parent)
         self.bos_id = self._id(names.get("bos_token"), "<s>", "<|begin_of_text|>")
         self.eos_id = self._id(names.get("eos_token"), "</s>", "<|end_of_text|>", "<|endoftext|>")
-        self.eos_ids = {self.eos_id, *(self.special[name] for name in EOS_TOKENS if name in self.special)} - {-1}
+        ends = {self.special[name] for name in (*EOS_TOKENS, INFILLING_END) if name in self.special}
+        self.eos_ids = {self.eos_id, *ends} - {-1}
 
     def _id(self, *names: str | None) -> int:
         ids = (self.tokenizer.token_to_id(name) for name in names if name)
@@ -214,11 +243,7 @@ class TokenizersFile:
 
     def encode_special(self, text: str) -> list[int]:
         """The ids of a text in which special tokens are spelled out."""
-        self.tokenizer.encode_special_tokens = False
-        try:
-            return self.encode(text)
-        finally:
-            self.tokenizer.encode_special_tokens = True
+        return self.parsing.encode(text, add_special_tokens=False).ids
 
     def id_to_piece(self, id: int) -> str | bytes:
         piece = self.tokenizer.id_to_token(id)
@@ -226,7 +251,7 @@ class TokenizersFile:
             return b"" if self.characters else ""
         if id in self.added:
             return self.added[id]
-        if self.characters:
+        if self.characters and {*piece} <= {*self.characters}:
             return bytes(self.characters[character] for character in piece)
         if self.errors == EACH and re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[1:-1], 16)])
@@ -241,7 +266,8 @@ def special_names(folder: Path) -> dict[str, str]:
             content = read_json(folder / name)
             for role in ("bos_token", "eos_token"):
                 token = content.get(role)
-                if token := token.get("content") if isinstance(token, dict) else token:
+                token = token.get("content") if isinstance(token, dict) else token
+                if isinstance(token, str) and token:
                     found[role] = token
     return found
 

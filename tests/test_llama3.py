@@ -39,7 +39,7 @@ def save(folder, **changes):
     model = LlamaForCausalLM(LlamaConfig(**usual | changes, initializer_range=0.2)).eval()
     model.save_pretrained(folder)
     with torch.inference_mode():
-        return model(TOKENS).logits
+        return model(TOKENS % model.config.vocab_size).logits
 
 
 def logits(folder, compile=False):

@@ -4,6 +4,8 @@ import base64
 import itertools
 import json
 import random
+import re
+import threading
 
 import pytest
 import tiktoken
@@ -262,3 +264,113 @@ def test_added_tokens_are_in_tokenizer_json_alone(tmp_path):
     llama = Llama.build(tmp_path / "hf", max_seq_len=64, device="cpu", dtype="float32")
     assert llama.tokenizer.n_words == llama.model.vocab_size == 1025
     assert llama.tokenizer.special["<|im_end|>"] == 1024 and llama.tokenizer.eos_ids == {2, 1024}
+
+
+def llama3_json(llama3, **changes):
+    return {**byte_pair_files(llama3.vocabulary)["tokenizer.json"], **changes}
+
+
+def write_json(folder, content, name="tokenizer.json"):
+    path = folder / name
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_threads_that_encode_texts_and_templates_at_once(tmp_path):
+    ours = Tokenizer(write_json(tmp_path, llama2_json()))
+    text, found = "once upon a time </s> " * 50, []
+
+    def plain():
+        for _ in range(60):
+            found.append(2 in ours.encode(text, bos=False, eos=False))
+
+    def template():
+        for _ in range(60):
+            ours.encode_special("<s>" + text)
+
+    threads = [threading.Thread(target=work) for work in (plain, template) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(found)
+
+
+def test_what_was_set_for_training_is_not_applied(tmp_path):
+    cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
+    content = llama2_json(truncation=cut, padding={**pad, "pad_token": "<unk>"})
+    ours, slow = Tokenizer(write_json(tmp_path, content)), Tokenizer(TOKENIZER)
+    for text in ("Once", TEXT):
+        assert ours.encode(text, bos=False, eos=False) == slow.encode(text, bos=False, eos=False)
+
+
+@pytest.mark.parametrize("change", ["a token that is not special", "a normalizer", "a prefix space"])
+def test_what_is_not_quite_llama_3s_is_encoded_by_tokenizers(llama3, tmp_path, change):
+    content = llama3_json(llama3)
+    if change == "a token that is not special":
+        content["added_tokens"][20] |= {"content": "<tool_call>", "special": False}
+    elif change == "a normalizer":
+        content["normalizer"] = {"type": "Lowercase"}
+    else:
+        content["pre_tokenizer"]["pretokenizers"][1] = {**content["decoder"], "add_prefix_space": True}
+    ours = Tokenizer(path := write_json(tmp_path, content))
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    assert ours.n_words == theirs.get_vocab_size() == llama3.n_words
+    for text in ("<tool_call>x", "Hello World", "the <|eot_id|>"):
+        theirs.encode_special_tokens = True
+        assert ours.encode(text, bos=False, eos=False) == theirs.encode(text, add_special_tokens=False).ids
+    if change == "a token that is not special":
+        assert ours.decode(ours.encode("the <tool_call>x", False, False)) == "the <tool_call>x"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: c["model"]["vocab"].update(the="5"),
+        lambda c: c["added_tokens"][3].update(id="x"),
+        lambda c: c["added_tokens"][3].pop("content"),
+        lambda c: c.update(added_tokens=7),
+        lambda c: c["model"].update(vocab=None),
+    ],
+)
+def test_a_damaged_tokenizer_json_is_named(llama3, tmp_path, damage):
+    content = llama3_json(llama3)
+    damage(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json: "):
+        Tokenizer(write_json(tmp_path, content))
+
+
+@pytest.mark.parametrize("content", [[], "x", {"bos_token": 5}, {"eos_token": {"content": 5}}, {"bos_token": ["<s>"]}])
+def test_odd_files_beside_it(tmp_path, content):
+    write_json(tmp_path, llama2_json())
+    path = write_json(tmp_path, content, "special_tokens_map.json")
+    if isinstance(content, dict):
+        assert (Tokenizer(tmp_path / "tokenizer.json").bos_id, Tokenizer(tmp_path / "tokenizer.json").eos_id) == (1, 2)
+    else:
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_special_tokens_of_a_fine_tune_survive_conversion(llama3, tmp_path):
+    """Names and ends that tokenizer.model has no place for."""
+    from test_llama3 import save
+
+    content = llama3_json(llama3)
+    content["added_tokens"][2]["content"] = "<|im_start|>"
+    save(tmp_path / "from", vocab_size=llama3.n_words + 7)
+    write_json(tmp_path / "from", content)
+    ends = [llama3.eos_id, llama3.bos_id + 3]
+    write_json(tmp_path / "from", {"eos_token_id": ends}, "generation_config.json")
+    write_json(
+        tmp_path / "from", {"eos_token": "<|eot_id|>", "chat_template": "{{ eos_token }}x"}, "tokenizer_config.json"
+    )
+    first = Llama.build(tmp_path / "from", max_seq_len=32, device="cpu")
+    assert first.chat_format.render([{"role": "user", "content": "x"}]) == "<|eot_id|>x"
+    for to in ("meta", "hf"):
+        convert(tmp_path / "from", tmp_path / to, to, 1, None)
+        again = Llama.build(tmp_path / to, max_seq_len=32, device="cpu")
+        assert again.tokenizer.special == first.tokenizer.special
+        assert again.tokenizer.eos_ids == first.tokenizer.eos_ids >= {*ends}
+        assert again.model.vocab_size == llama3.n_words
+        assert again.chat_format.name == "template"

@@ -10,9 +10,18 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from ..vocabulary import LLAMA3_PATTERN, TiktokenVocabulary, unicode_to_bytes
+from ..vocabulary import LLAMA3_PATTERN, LLAMA3_SPECIAL, TiktokenVocabulary, unicode_to_bytes
 
 FLAGS = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def has_usual_names(vocabulary: TiktokenVocabulary) -> bool:
+    """Whether tokenizer.model says all of it, as its special tokens are Llama 3's or reserved ones."""
+    usual = {len(vocabulary.ranks) + i: name for i, name in enumerate(LLAMA3_SPECIAL)}
+    found = {id: name for name, id in vocabulary.special.items()}
+    return usual.keys() == found.keys() and all(
+        name == usual[id] or name.startswith("<|reserved_special_token_") for id, name in found.items()
+    )
 
 
 def ranks_file(vocabulary: TiktokenVocabulary) -> bytes:

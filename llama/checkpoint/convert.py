@@ -23,7 +23,7 @@ from ..chat_template import template_of
 from ..tokenizer import Tokenizer
 from ..vocabulary import SentencePieceFile, TiktokenVocabulary
 from . import hf
-from .bpe_tokenizer import byte_pair_files, ranks_file
+from .bpe_tokenizer import byte_pair_files, has_usual_names, ranks_file
 from .calibrate import calibrated, windows
 from .folder import Checkpoint
 from .hf_tokenizer import tokenizer_files
@@ -105,12 +105,13 @@ def convert(
                 write_file(folder / name, content)
             else:
                 write_json(folder, {name: content})
+        ends = tokenizer.eos_ids | checkpoint.eos_ids(args.vocab_size)
         if to == "meta":
             write_meta(job, folder, mp, bar)
+            if ends > tokenizer.eos_ids:
+                write_json(folder, {"generation_config.json": {"eos_token_id": sorted(ends)}})
         else:
-            write_hf(
-                job, folder, bar, tokenizer.bos_id, sorted(tokenizer.eos_ids | checkpoint.eos_ids(args.vocab_size))
-            )
+            write_hf(job, folder, bar, tokenizer.bos_id, sorted(ends))
         written = sorted(file for file in folder.iterdir() if file.name != LOCK)
         write_checklist(folder / "checklist.chk", written, bar.update)
 
@@ -118,12 +119,15 @@ def convert(
 def files_of(tokenizer: Tokenizer, path: Path, source: Path, to: str) -> dict[str, Any]:
     """The tokenizer's files in a layout: names, and bytes or JSON. ValueError if the layout has no place for it."""
     kind, template = tokenizer.vocabulary, template_of(source)
-    files: dict[str, Any] = {} if template is None or to == "meta" else {"chat_template.jinja": template.encode()}
-    if isinstance(kind, TiktokenVocabulary):
-        return files | ({"tokenizer.model": ranks_file(kind)} if to == "meta" else byte_pair_files(kind))
+    files: dict[str, Any] = {} if template is None else {"chat_template.jinja": template.encode()}
     if isinstance(kind, SentencePieceFile):
         files["tokenizer.model"] = path.read_bytes()
-        return files | ({} if to == "meta" else tokenizer_files(kind.model))
+        return files if to == "meta" else files | tokenizer_files(kind.model)
+    if isinstance(kind, TiktokenVocabulary):
+        if to == "meta" and has_usual_names(kind):
+            return files | {"tokenizer.model": ranks_file(kind)}
+        if path.suffix != ".json":
+            return files | byte_pair_files(kind)
     names = ("tokenizer_config.json", "special_tokens_map.json")
     files |= {name: (path.parent / name).read_bytes() for name in names if (path.parent / name).is_file()}
     return files | {"tokenizer.json": path.read_bytes()}
@@ -142,7 +146,8 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     quantization = {"quantization": job.scheme.params()} if job.scheme else {}
     scaling = job.args.rope_scaling
     scaled = {"use_scaled_rope": True} if scaling and scaling.rope_type == "llama3" else {}  # all that Meta reads of it
-    write_json(folder, {"params.json": job.checkpoint.params | scaled | quantization})
+    words = {"vocab_size": job.args.vocab_size} if job.checkpoint.params.get("vocab_size", -1) > 0 else {}
+    write_json(folder, {"params.json": job.checkpoint.params | words | scaled | quantization})
     blank = {}
     for key, (shape, dtype) in ((key, entry) for found in job.stored().values() for key, entry in found.items()):
         dim = shard_dim(key)  # even slices, also of key-value heads, where there may be more shards than heads

@@ -94,7 +94,8 @@ def read_pth_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype,
         for name, tensor in HeaderUnpickler(io.BytesIO(content)).load().items():
             dtype, key, count = tensor.storage
             begin, size = found[f"data/{key}"]
-            if size != count * dtype.itemsize or not tensor.is_contiguous() or type(name) is not str:
+            inside = 0 <= tensor.offset <= count - math.prod(tensor.shape)
+            if size != count * dtype.itemsize or not inside or not tensor.is_contiguous() or type(name) is not str:
                 return None
             tensors[name] = tuple(tensor.shape), dtype, begin + tensor.offset * dtype.itemsize
         return tensors

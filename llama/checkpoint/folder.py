@@ -62,7 +62,8 @@ class Checkpoint:
             raise ValueError(f"{source}: {error}") from error
         names = hf.names(self.params["n_layers"])
         head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
-        self.positions = config.get("max_position_embeddings")
+        positions = config.get("max_position_embeddings")
+        self.positions = positions if type(positions) is int and positions > 0 else None
         files = [HuggingFaceFile(path, names, head_dim) for path in hf.weight_files(self.folder)]
         if config.get("tie_word_embeddings") and not any("output.weight" in file.shapes for file in files):
             for file in files:
@@ -102,7 +103,7 @@ class Checkpoint:
         """The ids below `n_words` that end an answer by Hugging Face's files, besides the tokenizer's own."""
         found: set[int] = set()
         for path in (self.folder / "config.json", self.folder / "generation_config.json"):
-            if self.layout == "hf" and path.is_file():
+            if path.is_file():
                 ids = read_json(path).get("eos_token_id")
                 found |= {
                     id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int and 0 <= id < n_words

@@ -42,7 +42,7 @@ def from_hub(id: str, name: str) -> Path:
         raise FileNotFoundError(f"{wanted}; an id of the hub needs the package huggingface_hub") from error
     try:
         with suppress(FileNotFoundError):  # not in the cache, or only a part of it
-            found = Path(snapshot_download(id, local_files_only=True))
+            found = Path(snapshot_download(id, local_files_only=True, allow_patterns=NEEDED))
             if (found / "params.json").is_file() or weight_files(found):
                 return found
         found = Path(snapshot_download(id, allow_patterns=NEEDED))

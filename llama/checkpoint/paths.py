@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from ..textfile import mistaken, read_json
 
-ROLES = ("<unk>", "<s>", "</s>")  # tokens that every tokenizer.model of Llama 2's kind has
+ROLES = ["<unk>", "<s>", "</s>"]  # tokens that every tokenizer.model of Llama 2's kind has
+ROLES += ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]  # and Code Llama's
 # What a folder without weights, or without a description of them, may hold: a pattern of names, and what to do.
 FOREIGN = {
     "adapter_config.json": "it is the folder of a LoRA adapter: merge_and_unload of peft merges it into its model",
@@ -78,8 +79,8 @@ def added_tokens(folder: Path) -> list[str]:
     path, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
     found = list(read_json(path)) if path.is_file() else []
     if config.is_file() and isinstance(tokens := read_json(config).get("added_tokens_decoder"), dict):
-        found += [token["content"] for token in tokens.values() if isinstance(token, dict) and "content" in token]
-    return [token for token in found if token not in ROLES and "pad" not in token.lower()]
+        found += [token.get("content") for token in tokens.values() if isinstance(token, dict)]
+    return [token for token in found if isinstance(token, str) and token not in ROLES and "pad" not in token.lower()]
 
 
 def listed(names: Iterable[object]) -> str:
