@@ -16,6 +16,7 @@ from torch import Tensor
 
 LARGEST = 1e30  # what numbers may be, so that products of them remain finite in single precision
 FEW = 512  # candidates that are considered before a whole vocabulary is sorted
+BUCKETS, PER_LOGIT = 4096, 64  # of `nucleus`: a bucket is 1/64 of a logit wide
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,31 @@ def sample(weights: Tensor, u: Tensor) -> Tensor:
     return found.clamp(max=weights.shape[-1] - 1)[:, 0]
 
 
+def nucleus(logits: Tensor, probs: Tensor, top_p: float, u: Tensor) -> Tensor:
+    """The token () that `filter_top_k_top_p` and `sample` would choose by top_p and u (1,) from sorted logits (V,) and
+    their probabilities, without sorting all. Probabilities are added up in buckets of logits, and only two buckets are
+    sorted: the one in which the nucleus ends, and the one that u falls into."""
+    bucket = ((logits.max() - logits) * PER_LOGIT).clamp_(max=BUCKETS - 1).long()
+    mass = torch.zeros(BUCKETS, dtype=torch.float64).scatter_add_(0, bucket, probs.double())
+    reached = mass.cumsum(0)  # by all down to each bucket
+
+    def tokens(n: int) -> tuple[Tensor, Tensor]:
+        """The ids of a bucket, sorted, and what is reached by each."""
+        ids = (bucket == n).nonzero()[:, 0]
+        ids = ids[logits[ids].sort(descending=True, stable=True).indices]
+        return ids, (reached[n] - mass[n]) + probs[ids].double().cumsum(0)
+
+    last = int(torch.searchsorted(reached, top_p).clamp(max=BUCKETS - 1))
+    ids, edge = tokens(last)
+    kept = int(torch.searchsorted(edge, top_p).clamp(max=len(ids) - 1)) + 1
+    target = u.double() * edge[kept - 1]
+    n = int(torch.searchsorted(reached, target, right=True))
+    if n < last:
+        ids, edge = tokens(n)
+        kept = len(ids)
+    return ids[torch.searchsorted(edge, target, right=True).clamp(max=kept - 1)][0]
+
+
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Natural log probabilities (...) of tokens (...) under the full softmax of logits (..., V)."""
     return torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -115,6 +141,7 @@ class Rows(NamedTuple):
     hot: Tensor  # (B,), where a token is sampled
     temperature: Tensor  # (B, 1)
     filtered: Tensor  # (B,), `excluding`
+    by_top_p: Tensor  # (B,), by top_p alone
     filters: Sequence[Tensor]  # top_k, top_p, min_p, each (B, 1)
     penalties: Tensor | None  # (3, B, 1)
     bias: Tensor | None  # (B, V)
@@ -163,9 +190,11 @@ class Sampler:
         if not all(rows.excluding):
             chosen = torch.where(rows.hot & ~rows.filtered, sample(probs, u), chosen)
         if any(rows.excluding):
-            ids = self.candidates(logits, probs, rows)
+            ids, wide = self.candidates(logits, probs, rows)
             few = filter_top_k_top_p(probs.gather(-1, ids), *rows.filters)
             drawn = ids.gather(-1, sample(few, u)[:, None])[:, 0]
+            for b in wide:
+                drawn[b] = nucleus(logits[b], probs[b], rows.params[b].top_p, u[b])
             chosen = torch.where(rows.hot & rows.filtered, drawn, chosen)
         return chosen
 
@@ -194,6 +223,7 @@ class Sampler:
             temperature[:, 0] > 0,  # false for those below 1e-45 too, which single precision doesn't have
             temperature,
             torch.tensor(excluding, device=self.device),
+            torch.tensor([row.top_p < 1 and not row.top_k and not row.min_p for row in params], device=self.device),
             [column(name) for name in ("top_k", "top_p", "min_p")],
             penalties,
             bias,
@@ -201,22 +231,29 @@ class Sampler:
         )
         return self.rows[slots]
 
-    def candidates(self, logits: Tensor, probs: Tensor, rows: Rows) -> Tensor:
+    def candidates(self, logits: Tensor, probs: Tensor, rows: Rows) -> tuple[Tensor, list[int]]:
         """Ids (B, M) by falling logits, of which high temperatures make equal probabilities; equals in the order of
-        their ids. M is large enough for the settings of every row."""
-        M = max(FEW, 64 + max(row.top_k for row in rows.params))
-        if M < logits.shape[-1] and logits.device.type != "cuda":  # to ask there what is enough would wait for it
+        their ids. M is large enough for the settings of every row, but for the rows that are returned too: those are
+        for `nucleus`."""
+        V, M = logits.shape[-1], max(FEW, 64 + max(row.top_k for row in rows.params))
+        wide = torch.zeros_like(rows.by_top_p)
+        if V > FEW and logits.device.type != "cuda":  # to ask there what is enough would wait for it
             top_k, top_p, min_p = rows.filters
-            few, ids = logits.topk(M)
+            few, ids = logits.topk(min(M, V))
+            p = probs.gather(-1, ids)
             # Of those that equal the last one some may be missing, so that it's those above that must be enough.
-            above, p = few > few[:, -1:], probs.gather(-1, ids)
-            enough = (top_k > 0) & above.gather(-1, top_k.clamp(min=1) - 1)
+            reached = (p * (few > few[:, FEW - 1 : FEW]))[:, :FEW].sum(-1)  # whatever M is, as others decide that
+            if logits.device.type == "cpu":
+                wide = rows.by_top_p & (reached <= top_p[:, 0] + 1e-4)
+            above = few > few[:, -1:]
+            enough = (top_k > 0) & above.gather(-1, top_k.clamp(min=1, max=few.shape[-1]) - 1)
             enough |= ((p * above).sum(-1, keepdim=True) > top_p + 1e-4) | (p[:, -1:] < min_p * p[:, :1])
-            if (enough | ~rows.filtered[:, None]).all():
+            if M < V and (enough[:, 0] | ~rows.filtered | wide).all():
                 ids = ids.sort(-1).values
                 order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
-                return ids.gather(-1, order)
-        return logits.sort(dim=-1, descending=True, stable=True).indices
+                return ids.gather(-1, order), wide.nonzero()[:, 0].tolist()
+        ids = logits.sort(dim=-1, descending=True, stable=True).indices
+        return ids, [] if logits.device.type == "cuda" else wide.nonzero()[:, 0].tolist()
 
     def uniform(self, slots: Sequence[int], which: Sequence[int]) -> Tensor:
         """The `which[b]`-th random number of each slot's own sequence (B, 1)."""

@@ -221,7 +221,9 @@ def distribution(logits, rows):
     sampler, slots = sampler_of(rows, [[0]] * len(rows), logits.shape[1]), tuple(range(len(rows)))
     table = sampler.tabulate(slots)
     probs = sampling.softmax(logits, table.temperature)
-    ids = sampler.candidates(logits, probs, table)
+    ids, wide = sampler.candidates(logits, probs, table)
+    if wide:  # `nucleus` sorts none of these
+        ids = logits.sort(dim=-1, descending=True, stable=True).indices
     kept = filter_top_k_top_p(probs.gather(-1, ids), *table.filters)
     return torch.zeros_like(logits).scatter(-1, ids, kept / kept.sum(-1, keepdim=True))
 
@@ -259,6 +261,38 @@ def test_each_row_of_a_batch_is_filtered_as_transformers_filters_it_alone(vocab_
         # Sums that are rounded otherwise may move the last token; a row alone is rounded otherwise on some CPUs.
         assert (found - expected).abs().sum() < 2e-3
         assert (found - distribution(alone[None], [row])[0]).abs().sum() < 1e-4
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["flat", "steep", "equal", "coarse", "far apart", "one of two"])
+def test_a_wide_nucleus_is_sampled_as_a_sorted_one(kind, top_p):
+    generator, V = torch.Generator().manual_seed(7), 5000
+    logits = torch.randn(V, generator=generator)
+    logits = {
+        "flat": logits * 0.1, "steep": logits * 4, "equal": logits * 0, "coarse": logits.bfloat16().float(),
+        "far apart": logits * 1e4, "one of two": torch.where(logits > 0, logits, -math.inf),
+    }[kind]  # fmt: skip
+    for temperature in (0.7, 30.0):
+        probs = sampling.softmax(logits[None], torch.tensor([[temperature]]))[0]
+        order = logits.sort(descending=True, stable=True).indices
+        edge = probs[order].double().cumsum(0)
+        kept = int((edge - probs[order].double() < top_p).sum())
+        for u in [0.0, 1 - 2**-24, *torch.rand(200, generator=generator).tolist()]:
+            found = sampling.nucleus(logits, probs, top_p, torch.tensor([u]))
+            place = int((order == found).nonzero())
+            expected = int((edge <= u * edge[kept - 1]).sum())
+            assert abs(place - min(expected, kept - 1)) <= 1 and place < kept + 1  # sums are rounded otherwise
+
+
+def test_what_a_wide_nucleus_gets_does_not_depend_on_others():
+    logits = torch.randn(1, 6000, generator=torch.Generator().manual_seed(1)).expand(2, 6000)
+    row = SamplingParams(1.0, top_p=0.95, seed=5)
+    others = [SamplingParams(1.0, top_k=k, min_p=m) for k, m in ((5000, 0), (0, 0.0001), (9, 0), (0, 0))]
+    alone = sampler_of([row], [[0]], 6000)
+    for other in [*others, SamplingParams(1.0, top_p=0.9)]:
+        together = sampler_of([row, other], [[0], [0]], 6000)
+        for n in range(20):
+            assert together(logits, [0, 1], [n, n])[0] == alone(logits[:1], [0], [n])[0]
 
 
 def test_top_k_beside_a_row_without():
