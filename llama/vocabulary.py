@@ -273,7 +273,7 @@ def special_names(folder: Path) -> dict[str, str]:
 
 
 def open_vocabulary(path: Path) -> Vocabulary:
-    """The tokenizer in a file of any kind, told by how it begins."""
+    """The tokenizer in a file of any kind, recognized by how it begins."""
     with path.open("rb") as file:
         start = file.read(200).removeprefix(codecs.BOM_UTF8).lstrip()
     if start.startswith(b"{"):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from small import ROOT, TOKENIZER, save_random
 
 from llama import Llama
+from llama.checkpoint import find_folder
 from llama.checkpoint.convert import convert
 
 FIRST, LAST = "consolidated.00.pth", "consolidated.01.pth"
@@ -266,6 +267,18 @@ def test_a_model_of_the_hub_by_its_id(tmp_path, monkeypatch):
         match="no/such-model is not a folder, and could not be loaded from the Hug",
     ):
         Llama.build("no/such-model", None, 32, device="cpu")
+    asked = []
+
+    def download(id, local_files_only=False, allow_patterns=(), ignore_patterns=()):
+        asked.append((local_files_only, "pytorch_model*.bin" in allow_patterns, ignore_patterns))
+        if local_files_only:
+            raise FileNotFoundError("not in the cache")
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_folder("someone/else", "ckpt_dir") == tmp_path
+    once = ["original/*"]  # the same weights again
+    assert asked == [(True, False, once), (False, False, once), (False, True, once)]  # .bin only without safetensors
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="an id of the hub needs the package huggingface_hub"):
         Llama.build("someone/tiny-llama", None, 32, device="cpu")

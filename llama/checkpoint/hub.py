@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .paths import check_path
 
 ID = re.compile(r"[\w.-]+/[\w.-]+")  # such as meta-llama/Llama-2-7b-hf
 NEEDED = ["*.json", "*.jinja", "tokenizer.model", "*.safetensors", "*.pth"]
+TWICE = ["original/*"]  # the same weights in Meta's layout
 
 
 def find_folder(value: Any, name: str) -> Path:
@@ -41,13 +43,14 @@ def from_hub(id: str, name: str) -> Path:
         wanted = f"{name} {id} is not an existing folder"
         raise FileNotFoundError(f"{wanted}; an id of the hub needs the package huggingface_hub") from error
     try:
+        fetch = partial(snapshot_download, id, ignore_patterns=TWICE)
         with suppress(FileNotFoundError):  # not in the cache, or only a part of it
-            found = Path(snapshot_download(id, local_files_only=True, allow_patterns=NEEDED))
+            found = Path(fetch(local_files_only=True, allow_patterns=NEEDED))
             if (found / "params.json").is_file() or weight_files(found):
                 return found
-        found = Path(snapshot_download(id, allow_patterns=NEEDED))
+        found = Path(fetch(allow_patterns=NEEDED))
         if not any(found.glob("*.safetensors")) and not any(found.glob("*.pth")):
-            found = Path(snapshot_download(id, allow_patterns=[*NEEDED, "pytorch_model*.bin"]))
+            found = Path(fetch(allow_patterns=[*NEEDED, "pytorch_model*.bin"]))
         return found
     except Exception as error:  # the package has dozens of types, of networks and of the hub
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
