@@ -236,24 +236,25 @@ class Sampler:
         their ids. M is large enough for the settings of every row, but for the rows that are returned too: those are
         for `nucleus`."""
         V, M = logits.shape[-1], max(FEW, 64 + max(row.top_k for row in rows.params))
-        wide = torch.zeros_like(rows.by_top_p)
-        if V > FEW and logits.device.type != "cuda":  # to ask there what is enough would wait for it
-            top_k, top_p, min_p = rows.filters
-            few, ids = logits.topk(min(M, V))
-            p = probs.gather(-1, ids)
-            # Of those that equal the last one some may be missing, so that it's those above that must be enough.
-            reached = (p * (few > few[:, FEW - 1 : FEW]))[:, :FEW].sum(-1)  # whatever M is, as others decide that
-            if logits.device.type == "cpu":
-                wide = rows.by_top_p & (reached <= top_p[:, 0] + 1e-4)
-            above = few > few[:, -1:]
-            enough = (top_k > 0) & above.gather(-1, top_k.clamp(min=1, max=few.shape[-1]) - 1)
-            enough |= ((p * above).sum(-1, keepdim=True) > top_p + 1e-4) | (p[:, -1:] < min_p * p[:, :1])
-            if M < V and (enough[:, 0] | ~rows.filtered | wide).all():
-                ids = ids.sort(-1).values
-                order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
-                return ids.gather(-1, order), wide.nonzero()[:, 0].tolist()
-        ids = logits.sort(dim=-1, descending=True, stable=True).indices
-        return ids, [] if logits.device.type == "cuda" else wide.nonzero()[:, 0].tolist()
+        if V <= FEW or logits.device.type == "cuda":  # to ask there what is enough would wait for it
+            return logits.sort(dim=-1, descending=True, stable=True).indices, []
+        top_k, top_p, min_p = rows.filters
+        few, ids = logits.topk(min(M, V))
+        p = probs.gather(-1, ids)
+        # Of those that equal the last one some may be missing, so that it's those above that must be enough.
+        reached = (p * (few > few[:, FEW - 1 : FEW]))[:, :FEW].sum(-1)  # whatever M is, as others decide that
+        wide = rows.by_top_p & (reached <= top_p[:, 0] + 1e-4)
+        if logits.device.type != "cpu":  # MPS has no double precision
+            wide = torch.zeros_like(wide)
+        above = few > few[:, -1:]
+        enough = (top_k > 0) & above.gather(-1, top_k.clamp(min=1, max=few.shape[-1]) - 1)
+        enough |= ((p * above).sum(-1, keepdim=True) > top_p + 1e-4) | (p[:, -1:] < min_p * p[:, :1])
+        if M < V and (enough[:, 0] | ~rows.filtered | wide).all():
+            ids = ids.sort(-1).values
+            ids = ids.gather(-1, logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices)
+        else:
+            ids = logits.sort(dim=-1, descending=True, stable=True).indices
+        return ids, wide.nonzero()[:, 0].tolist()
 
     def uniform(self, slots: Sequence[int], which: Sequence[int]) -> Tensor:
         """The `which[b]`-th random number of each slot's own sequence (B, 1)."""
