@@ -233,8 +233,7 @@ class Sampler:
 
     def candidates(self, logits: Tensor, probs: Tensor, rows: Rows) -> tuple[Tensor, list[int]]:
         """Ids (B, M) by falling logits, of which high temperatures make equal probabilities; equals in the order of
-        their ids. M is large enough for the settings of every row, but for the rows that are returned too: those are
-        for `nucleus`."""
+        their ids. M is large enough for the settings of every row except those in the list, which `nucleus` samples."""
         V, M = logits.shape[-1], max(FEW, 64 + max(row.top_k for row in rows.params))
         if V <= FEW or logits.device.type == "cuda":  # to ask there what is enough would wait for it
             return logits.sort(dim=-1, descending=True, stable=True).indices, []

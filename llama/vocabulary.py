@@ -39,7 +39,7 @@ class Vocabulary(Protocol):
     """A tokenizer's file, opened."""
 
     n_words: int
-    bos_id: int  # -1 for one that there is not
+    bos_id: int  # -1 if there is none
     eos_id: int
     pad_id: int
     eos_ids: set[int]  # all that end an answer
@@ -78,8 +78,8 @@ class SentencePieceFile:
         self.eos_ids = {self.eos_id} if end == model.unk_id() else {self.eos_id, end}
         special = [id for id in range(self.n_words) if model.is_control(id) or model.is_unknown(id)]
         self.special = {model.id_to_piece(id): id for id in special}
-        # How the model decodes, of which it tells nothing else: the text of <unk>, and how many of two spaces that
-        # begin a text are dropped. 1: of a first word the space that encoding adds; 2: all; 0: none.
+        # How the model decodes, which its interface does not expose: the text of <unk>, and how many of two leading
+        # spaces are dropped. 1: the space that encoding adds to a first word; 2: all; 0: none.
         self.unknown: str = model.decode([model.unk_id()])
         ids, piece = [model.piece_to_id("▁"), *range(self.n_words)], model.id_to_piece
         space = next((id for id in ids if piece(id).startswith("▁")), None)

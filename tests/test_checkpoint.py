@@ -504,7 +504,7 @@ def test_a_file_that_may_not_be_read_is_no_broken_one(folder, monkeypatch):
         raise PermissionError(13, "Permission denied", str(folder))
 
     monkeypatch.setattr(torch, "load", refuse)
-    monkeypatch.setattr(files.zipfile, "is_zipfile", lambda path: False)  # what it says of such a file
+    monkeypatch.setattr(files.zipfile, "ZipFile", refuse)
     with pytest.raises(PermissionError, match="Permission denied"):
         build(folder)
 

@@ -72,11 +72,13 @@ def rank_logits(folder):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("kind", ["llama3 scaling", "3.2 1B"])
-def test_on_several_ranks(tmp_path, ranks, world_size, kind):
-    theirs = save(tmp_path, **FAMILY[kind])
-    for ours in ranks(world_size).run(rank_logits, tmp_path):
-        assert relative_error(ours, theirs) <= 1e-5
+@pytest.mark.parametrize("kind", FAMILY)
+def test_on_several_ranks_in_both_layouts(tmp_path, ranks, world_size, kind):
+    theirs = save(tmp_path / "hf", **FAMILY[kind])
+    convert(tmp_path / "hf", tmp_path / "meta", "meta", 2, None, TOKENIZER)
+    for folder in ("hf", "meta"):
+        for ours in ranks(world_size).run(rank_logits, tmp_path / folder):
+            assert relative_error(ours, theirs) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", FAMILY)

@@ -211,7 +211,7 @@ def test_tokenizer_json_of_other_kinds(kind, tmp_path):
     ours, theirs = Tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
     theirs.encode_special_tokens = True
     assert ours.n_words == theirs.get_vocab_size()
-    for text in texts(5000, seed=4):
+    for text in texts(20_000, seed=4):
         ids = ours.encode(text, bos=False, eos=False)
         assert ids == theirs.encode(text, add_special_tokens=False).ids
         assert pieces_join(ours, ids) == theirs.decode(ids, skip_special_tokens=True)

@@ -97,8 +97,8 @@ def customized(model: Transformer) -> bool:
 def native(
     args: ModelArgs, device: torch.device, weights: int, compile: bool | None = None, build: bool = True
 ) -> bool:
-    """Whether native.cpp computes a model of so many bytes of weights: if `compile` says so, by default if they are
-    large. Compiles it if need be, unless `build` is false."""
+    """Whether native.cpp computes a model with `weights` bytes of weights: as `compile` says, by default if they are
+    more than LARGE. Compiles it if necessary, unless `build` is false."""
     if device.type != "cpu" or not (weights > LARGE if compile is None else compile):
         return False
     try:

@@ -229,7 +229,7 @@ void llama_matmul(const Matrix *m, const float *x, float *y, int64_t rows) {
     pool->rest();
 }
 
-// Rows x (rows, dim) of the embeddings. Returns a token that there is not, or -1.
+// Rows x (rows, dim) of the embeddings. Returns the first invalid token, or -1.
 int64_t llama_embed(const Model *m, const int64_t *tokens, float *x, int64_t rows) {
     for (int64_t r = 0; r < rows; r++)
         if (tokens[r] < 0 || tokens[r] >= m->vocabulary) return tokens[r] < 0 ? m->vocabulary : tokens[r];

@@ -74,10 +74,8 @@ def read_pth_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype,
     """Shape, dtype and offset in the file of each tensor of a .pth file that can be mapped: an uncompressed archive in
     this machine's byte order, of contiguous tensors. None for any other file, which torch must read itself."""
     try:
-        if not zipfile.is_zipfile(path):
-            return None
         found, content = dict[str, tuple[int, int]](), b""
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        with zipfile.ZipFile(path) as archive, path.open("rb", buffering=0) as file:
             for info in archive.infolist():
                 if info.compress_type != zipfile.ZIP_STORED:
                     return None

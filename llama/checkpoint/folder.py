@@ -33,7 +33,7 @@ class Checkpoint:
     files: Sequence[File]
     holders: dict[str, Sequence[File]]  # the files that hold a weight, in the order of ranks
     scheme: Scheme | None  # of weights that were quantized before they were saved
-    positions: int | None = None  # the longest text, where the files say so
+    positions: int | None = None  # the longest text, if the files have it
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

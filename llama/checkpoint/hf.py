@@ -187,7 +187,7 @@ def ffn_params(dim: int, hidden: int) -> dict[str, Any]:
 
 
 def config(args: ModelArgs, dtype: str, positions: int | None = None) -> dict[str, Any]:
-    """config.json. `positions` is the longest text, if the source says so."""
+    """config.json. `positions` is the longest text, if the source has it."""
     shown = None if args.rope_scaling is None else args.rope_scaling._asdict()
     if shown and shown["rope_type"] == "linear":
         shown = {"rope_type": "linear", "factor": shown["factor"]}

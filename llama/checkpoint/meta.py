@@ -46,7 +46,7 @@ def read_params(path: Path) -> dict[str, Any]:
 
 
 def rope_scaling(params: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """The scaling of RoPE, taken out of the content of params.json. Meta's files say only whether there is one; its
+    """The scaling of RoPE, taken out of the content of params.json. Meta's files only have a flag; the
     factor is 32 for 3.2 1B and 3B, and else 8. `convert` writes all of it."""
     scaled, factor = params.pop("use_scaled_rope", False), params.pop("rope_scaling_factor", None)
     explicit = params.pop("rope_scaling", None)
