@@ -240,7 +240,7 @@ class Sampler:
         top_k, top_p, min_p = rows.filters
         few, ids = logits.topk(min(M, V))
         p = probs.gather(-1, ids)
-        # Of those that equal the last one some may be missing, so that it's those above that must be enough.
+        # Tokens equal to the last one may be missing, so the ones above it must be enough.
         reached = (p * (few > few[:, FEW - 1 : FEW]))[:, :FEW].sum(-1)  # whatever M is, as others decide that
         wide = rows.by_top_p & (reached <= top_p[:, 0] + 1e-4)
         if logits.device.type != "cpu":  # MPS has no double precision

@@ -56,7 +56,7 @@ INLINE void put(void *to, T x) {
 
 INLINE F splat(float x) { return x - (F){}; }
 INLINE I splat(int32_t x) { return x - (I){}; }
-// n floats, as often as a vector holds them.
+// n floats, repeated to fill a vector.
 template <int n>
 INLINE F broadcast(const float *from) {
     if constexpr (n == 2) return (F)(get<int64_t>(from) - (Vector<int64_t>::type){});

@@ -17,7 +17,7 @@ APART = ("max_batch_size", "max_seq_len", "tie_word_embeddings")  # not in param
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if field.name not in APART]
 KNOWN.append("quantization")  # {"bits": 4, "group_size": 32, "symmetric": false}, as `convert` writes it
 
-REFUSED = {  # keys of other models, by what these are
+REFUSED = {  # keys of models that are not supported: what each belongs to
     "quantization_args": "weights that SpinQuant or QLoRA quantized",
     "lora_args": "weights with LoRA adapters",
     "moe_args": "a mixture of experts",
