@@ -13,6 +13,7 @@ from typing import Any
 from peers import PEERS
 
 from llama import parallel
+from llama.checkpoint import Checkpoint
 from llama.cli import script
 from llama.cli.bench import prepare
 
@@ -27,7 +28,7 @@ def main(*peers: str, **flags: Any) -> None:
     job = prepare(**flags)
     if peers and parallel.world_size() > 1:
         raise ValueError("other libraries are measured on one rank only")
-    if peers and job.source.weights.scheme and flags.get("ckpt_dir"):
+    if peers and isinstance(weights := job.source.weights, Checkpoint) and weights.scheme:
         raise ValueError(f"{flags['ckpt_dir']} is quantized already, which no other library reads")
     job.run({peer: PEERS[peer](job.source) for peer in peers})
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.backends.quantized import Scheme
 from llama.checkpoint import hf, shapes, shard_dim
 from llama.cli.measure import Run, Source
 
@@ -112,7 +113,7 @@ def llama_cpp_decoder(source: Source) -> Callable[[Rows], list[int]]:
     path = write_gguf(source, Path(folder.name) / "model.gguf")
     quiet = lib.llama_log_callback(lambda *args: None)
     lib.llama_log_set(quiet, ctypes.c_void_p())
-    if source.scheme:  # as llama-quantize does: with q4_0 the output matrix becomes q6_K
+    if isinstance(source.scheme, Scheme):  # as llama-quantize does: with q4_0 the output matrix becomes q6_K
         how, original = lib.llama_model_quantize_default_params(), path
         how.ftype = lib.LLAMA_FTYPE_MOSTLY_Q8_0 if source.scheme.bits == 8 else lib.LLAMA_FTYPE_MOSTLY_Q4_0
         path = path.with_name("quantized.gguf")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llama import ModelArgs, Tokenizer, Transformer, parallel
 from llama.backends.quantized import Quantized, Scheme, dequantize, kernel
-from llama.checkpoint import Checkpoint, is_matrix, read_quantized, shapes, shard_dim
+from llama.checkpoint import Checkpoint, read_quantized, shapes, shard_dim
 from llama.checkpoint.calibrate import calibrated, windows
 from llama.cli import measure
 from llama.cli.convert import AT_ONCE, OWN, WINDOW, own_text
@@ -73,9 +73,11 @@ def model(source: Checkpoint, args: ModelArgs, matrices: Matrices = {}, computed
 
 
 def rounded(source: Checkpoint, args: ModelArgs, scheme: Scheme, search: bool) -> Matrices:
-    whole = {name: shape for name, shape in shapes(args).items() if is_matrix(name)}
-    sizes = {name: (0, shape[shard_dim(name) or 0]) for name, shape in whole.items()}
-    return {name: read_quantized(source, name, whole[name], *sizes[name], scheme, search) for name in whole}
+    whole = {name: (shape, own) for name, shape in shapes(args).items() if (own := scheme.of(name))}
+    return {
+        name: read_quantized(source, name, shape, 0, shape[shard_dim(name) or 0], own, search)
+        for name, (shape, own) in whole.items()
+    }
 
 
 def report(name: str, source: Checkpoint, args: ModelArgs, data: Data, text: Callable[[], list[int]]) -> None:

@@ -6,18 +6,16 @@ import copy
 import math
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 from reprlib import repr as shorten
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-from . import backends, devices, parallel
+from . import devices, parallel
 from .chat import ChatFormat, Dialog, Message, get_chat_format
-from .chat_template import choose_format
-from .checkpoint import Checkpoint, check_fits, check_same, find_folder, find_tokenizer, footprint, load
 from .engine import Engine
+from .loading import LoadOptions, load_model
 from .model import Transformer
 from .options import Options, Settings, plain_arguments, spread_options
 from .request import Event, Request
@@ -118,35 +116,11 @@ class Llama:
         """
         check_seed(seed)
         parallel.init_model_parallel(model_parallel_size)
-        with parallel.all_or_none():
-            on = devices.choose_device(device)
-            devices.use(on)
-            folder = find_folder(ckpt_dir, "ckpt_dir")
-            weights = Checkpoint(folder)
-            tokenizer_file = find_tokenizer(folder, tokenizer_path)
-            tokenizer = Tokenizer(tokenizer_file)
-            chosen = choose_format(folder, tokenizer, chat_format)
-            args = replace(weights.args(tokenizer.n_words), max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            tokenizer.eos_ids |= weights.eos_ids(tokenizer.n_words)
-            if args.max_batch_size == 0:
-                raise ValueError("max_batch_size is 0; it must be positive")
-            with torch.device("meta"):
-                model = Transformer(args)
-            rounding, ranks = weights.scheme_for(quantize, group_size), parallel.world_size()
-            size = footprint(args, ranks, weights.dtype(), rounding).weights
-            native = backends.native(args, on, size, compile)
-            final = devices.choose_dtype(dtype, on, weights.dtype(), native)
-            if check_memory:
-                check_fits(args, ranks, on, final, rounding)
-            plan: dict[str, object] = {"device": on.type, "dtype": final, "quantize": rounding}
-            plan |= {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-            if ranks > 1:  # nodes may have copies of their own
-                plan |= weights.fingerprint(args, tokenizer_file)
-        check_same(plan)
-        with parallel.all_or_none():
-            load(model, weights, args, on, final, rounding, native)
-            model.allocate_cache()
-        llama = Llama(model.eval().requires_grad_(False), tokenizer, seed, chosen)
+        options = LoadOptions(
+            *(max_seq_len, max_batch_size, device, dtype, check_memory, quantize, group_size, compile, chat_format)
+        )
+        model, tokenizer, chosen, native = load_model(ckpt_dir, tokenizer_path, options)
+        llama = Llama(model, tokenizer, seed, chosen)
         llama.engine.compile = native
         return llama
 

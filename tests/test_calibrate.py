@@ -7,7 +7,7 @@ import pytest
 import torch
 from small import GQA, MODELS, TOKENIZER, in_process, random_model, relative_error, save_random
 
-from llama import Llama, checkpoint
+from llama import Llama
 from llama.backends.quantized import Scheme, dequantize, quantize
 from llama.checkpoint import Checkpoint, calibrate
 from llama.checkpoint.calibrate import LEAST, WINDOW, calibrated, factor, gptq, loss, windows
@@ -151,8 +151,8 @@ def test_later_layers_see_what_earlier_ones_give_when_rounded(folder, ids):
     args = source.args(1024)
     models = {name: random_model(WIDE, 1024, max_batch_size=8, max_seq_len=WINDOW) for name in ("", "near", "ours")}
     for name, weight in models["near"].named_parameters():
-        if checkpoint.is_matrix(name):
-            weight.copy_(dequantize(quantize(weight, scheme.of(name))))
+        if own := scheme.of(name):
+            weight.copy_(dequantize(quantize(weight, own)))
     for name, matrix in calibrated(source, args, scheme, windows(ids, 1024)):
         models["ours"].get_parameter(name).copy_(dequantize(matrix))
     other = torch.randint(3, 1024, (2, WINDOW), generator=torch.Generator().manual_seed(2))

@@ -20,7 +20,7 @@ from small import (
     save_random,
 )
 
-from llama import Llama, checkpoint
+from llama import Llama
 from llama.backends import quantized
 from llama.backends.quantized import Dequantized, Quantized, Scheme, dequantize, kernel, quantize, scheme
 from llama.checkpoint import memory
@@ -91,7 +91,7 @@ def test_fast_is_plain(scheme, rows, shape, compiled):
     torch.manual_seed(0)  # one draw in a hundred of the smallest shape is rounded worse than is allowed
     weight = quantize(torch.randn(shape), scheme)
     matrix, plain = kernel(weight, CPU, compiled), Dequantized(weight, CPU)
-    assert matrix.nbytes == scheme.nbytes("w", shape) or (shape[0] % 64 and matrix.shape == plain.shape == shape)
+    assert matrix.nbytes == scheme.nbytes(shape) or (shape[0] % 64 and matrix.shape == plain.shape == shape)
     fast, x = matrix, torch.randn(2, rows, shape[1])
     assert relative_error(fast(x), plain(x)) < 1e-2
     assert relative_error(plain(x), F.linear(x, dequantize(weight))) < 1e-6
@@ -174,13 +174,13 @@ def test_a_model_is_quantized_as_its_matrices_are(folder, scheme):
     llama = build(folder, *asked(scheme))
     plain = build(folder).model
     for name, weight in plain.named_parameters():
-        if checkpoint.is_matrix(name):
-            weight.copy_(dequantize(quantize(weight, scheme.of(name))))
+        if own := scheme.of(name):
+            weight.copy_(dequantize(quantize(weight, own)))
     exact = logits(build(folder).model)
     assert relative_error(logits(llama.model), logits(plain)) < 0.04
     assert relative_error(logits(plain), exact) < (0.03 if scheme.bits == 8 else 0.4)
     assert llama.model.layers[0].attention.wk.weight.shape == (64, 128)
-    assert not any(checkpoint.is_matrix(name) for name, _ in llama.model.named_parameters())
+    assert not any(scheme.of(name) for name, _ in llama.model.named_parameters())
 
 
 @ASKED

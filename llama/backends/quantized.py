@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 GROUPS = (16, 32, 64, 128)
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")  # weights of matmuls
 
 
 class Scheme(NamedTuple):
@@ -46,8 +47,11 @@ class Scheme(NamedTuple):
         """What params.json says of it."""
         return {"bits": self.bits, "group_size": self.group, "symmetric": self.symmetric}
 
-    def of(self, name: str) -> Scheme:
-        """The scheme of the weight `name`: the output matrix keeps 8 bits, as its errors go straight to the logits."""
+    def of(self, name: str) -> Scheme | None:
+        """The scheme of the weight `name`: None for what stays in floats. The output matrix keeps 8 bits, as its errors
+        go straight to the logits."""
+        if name.split(".")[-2] not in MATRICES:
+            return None
         return Scheme(8) if name == "output.weight" and self.bits == 4 else self
 
     def columns(self, of: int) -> int:
@@ -60,15 +64,31 @@ class Scheme(NamedTuple):
         return fit[-1]
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Names, shapes and dtypes of the tensors that the weight `name` of this shape is stored as."""
-        (rows, columns), stem, own = shape, name.removesuffix(".weight"), self.of(name)
-        groups, many = (rows, columns // own.columns(columns)), "s" if own.group else ""
-        q = ((rows, columns // 2), torch.uint8) if own.bits == 4 else (shape, torch.int8)
+        """Names, shapes and dtypes of the tensors that the weight `name`, of this shape and scheme, is stored as."""
+        (rows, columns), stem = shape, name.removesuffix(".weight")
+        groups, many = (rows, columns // self.columns(columns)), "s" if self.group else ""
+        q = ((rows, columns // 2), torch.uint8) if self.bits == 4 else (shape, torch.int8)
         scales = {f"{stem}.scale{many}": (groups, torch.float16)}
-        return {name: q, **scales, **({} if own.symmetric else {f"{stem}.min{many}": (groups, torch.float16)})}
+        return {name: q, **scales, **({} if self.symmetric else {f"{stem}.min{many}": (groups, torch.float16)})}
 
-    def nbytes(self, name: str, shape: tuple[int, ...]) -> int:
-        return sum(torch.Size(s).numel() * t.itemsize for s, t in self.stored(name, shape).values())
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return sum(torch.Size(s).numel() * t.itemsize for s, t in self.stored("weight", shape).values())
+
+
+class Schemes(NamedTuple):
+    """How the matrices of a file are quantized, of which each may have a scheme of its own."""
+
+    matrices: Mapping[str, Scheme]  # the others are in floats
+    name: str
+
+    def of(self, name: str) -> Scheme | None:
+        return self.matrices.get(name)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Quantization = Scheme | Schemes | None
 
 
 def scheme(quantize: str | None, group_size: int | None = None, symmetric: bool = False) -> Scheme | None:

@@ -8,17 +8,18 @@ from . import plan
 from .folder import Checkpoint
 from .hf import weight_files
 from .hub import find_folder
-from .load import Weights, check_same, load, read_quantized
+from .load import Weights, check_same, load, read_parts, read_quantized
 from .memory import Footprint, available, check_fits, footprint, shortage
 from .meta import KNOWN, REQUIRED, read_params, read_scheme, shard_paths
 from .paths import check_path, find_tokenizer
-from .plan import SHARD_DIM, Slice, divides, is_matrix, rank_range, shapes, shard_dim, slices
+from .plan import SHARD_DIM, Slice, divides, rank_range, shapes, shard_dim, slices
 from .write import digest, save, split, write_checklist, write_file
 
 __all__ = [
     "KNOWN", "REQUIRED", "SHARD_DIM", "Checkpoint", "Footprint", "Slice", "Weights", "available", "check_fits",
     "check_path", "check_same", "digest", "divides", "find_folder", "find_tokenizer", "footprint",
-    "is_matrix", "load", "rank_range", "read_json", "read_params", "read_quantized", "read_scheme", "read_text", "save",
+    "load", "rank_range", "read_json", "read_params", "read_parts", "read_quantized", "read_scheme", "read_text",
+    "save",
     "shapes", "shard_dim", "shard_paths", "shortage", "slices", "split", "weight_files", "write_checklist",
     "write_file",
 ]  # fmt: skip

@@ -65,7 +65,7 @@ def calibrated(
         weights.release()
     norm = read(weights, "norm.weight", args).to(device)
     hessian = moments("output.weight", (F.rms_norm(part, norm.shape, norm, args.norm_eps) for part in x))
-    yield "output.weight", gptq(read(weights, "output.weight", args), hessian, scheme.of("output.weight"))
+    yield "output.weight", gptq(read(weights, "output.weight", args), hessian, scheme.of("output.weight") or scheme)
 
 
 def layout(tokens: Tensor, args: ModelArgs) -> Layout:

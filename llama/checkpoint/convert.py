@@ -29,7 +29,7 @@ from .folder import Checkpoint
 from .hf_tokenizer import tokenizer_files
 from .load import read_quantized
 from .paths import find_tokenizer
-from .plan import is_matrix, shapes, shard_dim
+from .plan import shapes, shard_dim
 from .write import LOCK, blank_file, check_new, nbytes, new_folder, write_checklist, write_file, write_json, writing
 
 HF_FILE = 2 * 10**9  # bytes of one model-0000n-of-0000m.safetensors, which are in memory together
@@ -46,12 +46,14 @@ class Job(NamedTuple):
     search: bool = False
     text: Tensor | None = None  # that calibrates, see `calibrate.windows`
 
+    def of(self, name: str) -> Scheme | None:
+        """The scheme that a weight is written in."""
+        return self.scheme.of(name) if self.scheme else None
+
     def stored(self) -> dict[str, Stored]:
         """The tensors that each weight is stored as in Meta's layout."""
         return {
-            name: self.scheme.stored(name, (shape[0], shape[1]))
-            if self.scheme and is_matrix(name)
-            else {name: (shape, self.dtype)}
+            name: own.stored(name, shape) if (own := self.of(name)) else {name: (shape, self.dtype)}
             for name, shape in shapes(self.args).items()
         }
 
@@ -84,7 +86,8 @@ def convert(
     tokenizer_path = find_tokenizer(source, tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path)
     args = checkpoint.args(tokenizer.n_words)
-    scheme = checkpoint.scheme_for(quantize, group_size, symmetric)
+    loaded_as = checkpoint.scheme_for(quantize, group_size, symmetric)
+    scheme = loaded_as if isinstance(loaded_as, Scheme) else None  # matrices of a GGUF file become floats
     if scheme and to == "hf":
         raise ValueError(
             f"Hugging Face's layout has no place for {scheme}; write Meta's, or give an unquantized source"
@@ -166,7 +169,7 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     """Names of the tensors that are stored in Meta's layout, and each whole."""
     stored, whole = job.stored(), shapes(job.args)
     sizes = {name: shape[shard_dim(name) or 0] for name, shape in whole.items()}
-    matrices = [name for name in whole if job.scheme and is_matrix(name)]
+    matrices = {name: own for name in whole if (own := job.of(name))}
     for name in (name for name in whole if name not in matrices):
         yield name, job.checkpoint.read(name, whole[name], 0, sizes[name], job.dtype)
     if not job.scheme:
@@ -175,8 +178,8 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         rounded = calibrated(job.checkpoint, job.args, job.scheme, job.text, device)
     else:
-        read = partial(read_quantized, job.checkpoint, scheme=job.scheme, search=job.search)
-        rounded = ((name, read(name, whole[name], 0, sizes[name])) for name in matrices)
+        read = partial(read_quantized, job.checkpoint, search=job.search)
+        rounded = ((name, read(name, whole[name], 0, sizes[name], scheme)) for name, scheme in matrices.items())
     for name, matrix in rounded:
         yield from zip(stored[name], (part for part in matrix if part is not None), strict=True)
 

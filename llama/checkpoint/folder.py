@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..args import ModelArgs
-from ..backends.quantized import Scheme, scheme
+from ..backends.quantized import Quantization, Quantized, Scheme, scheme
 from ..textfile import read_json
 from . import hf
 from .files import READABLE, File, HuggingFaceFile, TorchFile
+from .load import read_parts
 from .meta import read_params, read_scheme, shard_paths
 from .paths import NO_CONFIG, advice, listed
-from .plan import is_matrix, shapes, shard_dim, slices
+from .plan import shapes, shard_dim, slices
 
 log = logging.getLogger(__name__)
 Stored = Mapping[str, tuple[tuple[int, ...], set[torch.dtype]]]  # tensors: whole shapes, and the dtypes they may have
@@ -32,7 +33,7 @@ class Checkpoint:
 
     files: Sequence[File]
     holders: dict[str, Sequence[File]]  # the files that hold a weight, in the order of ranks
-    scheme: Scheme | None  # of weights that were quantized before they were saved
+    scheme: Quantization  # of weights that were quantized before they were saved
     positions: int | None = None  # the longest text, if the files have it
 
     def __init__(self, folder: Path) -> None:
@@ -181,8 +182,8 @@ class Checkpoint:
         """The tensors that the files must hold: names, whole shapes, and the dtypes that they may have."""
         found: dict[str, tuple[tuple[int, ...], set[torch.dtype]]] = {}
         for name, shape in shapes(args).items():
-            if self.scheme and is_matrix(name):
-                found |= {key: (s, {dtype}) for key, (s, dtype) in self.scheme.stored(name, shape).items()}
+            if isinstance(self.scheme, Scheme) and (own := self.scheme.of(name)):
+                found |= {key: (s, {dtype}) for key, (s, dtype) in own.stored(name, shape).items()}
             else:
                 found[name] = (shape, READABLE)
         return found
@@ -226,22 +227,26 @@ class Checkpoint:
             "weights": digest.hexdigest(),
         }
 
-    def scheme_for(self, quantize: str | None, group_size: int | None, symmetric: bool = False) -> Scheme | None:
+    def scheme_for(self, quantize: str | None, group_size: int | None, symmetric: bool = False) -> Quantization:
         """The scheme to load in: the one asked for, or the one that the weights were saved in. ValueError if these
         differ."""
         asked = scheme(quantize, group_size, symmetric)
-        if (
-            asked
-            and self.scheme
-            and ((asked.bits, group_size or self.scheme.group) != self.scheme[:2] or symmetric > self.scheme.symmetric)
-        ):
-            raise ValueError(f"{self.folder} is quantized already, to {self.scheme}; it cannot become {asked}")
-        return self.scheme or asked
+        own = self.scheme
+        if asked and own:
+            asked_for = asked.bits, group_size or own[1]
+            if not isinstance(own, Scheme) or asked_for != own[:2] or symmetric > own.symmetric:
+                raise ValueError(f"{self.folder} is quantized already, to {own}; it cannot become {asked}")
+        return own or asked
 
     def release(self) -> None:
         """Let what was read no longer count as memory of this process; see `File.release`."""
         for file in self.files:
             file.release()
+
+    def quantized(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Quantized | None:
+        """A slice, as of `read`, of a matrix that was saved quantized; None for another."""
+        own = self.scheme.of(name) if self.scheme else None
+        return read_parts(self, name, shape, begin, end, own) if own else None
 
     def read(
         self,

@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..args import ModelArgs
-from ..backends.quantized import Quantized, Rows, Scheme, kernel, quantize, stack
+from ..backends.quantized import Quantization, Quantized, Rows, Scheme, kernel, quantize, stack
 from ..devices import empty
 from ..parallel import gather_objects, rank, world_size
-from .plan import fused_groups, is_matrix, rank_range, shapes, shard_dim
+from .plan import fused_groups, rank_range, shapes, shard_dim
 
 
 class Weights(Protocol):
     """What `load` reads from: a Checkpoint, or a stand-in for one."""
-
-    scheme: Scheme | None
 
     def dtype(self) -> torch.dtype: ...
 
@@ -37,6 +35,9 @@ class Weights(Protocol):
         out: Tensor | None = None,
     ) -> Tensor: ...
 
+    def quantized(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Quantized | None:
+        """A slice of a matrix that was saved quantized; None for another."""
+
 
 def load(
     model: nn.Module,
@@ -44,7 +45,7 @@ def load(
     args: ModelArgs,
     device: torch.device,
     dtype: torch.dtype,
-    scheme: Scheme | None = None,
+    scheme: Quantization = None,
     native: bool = False,
 ) -> None:
     """Give `model`, whose parameters may be on the meta device, this rank's slices of the weights, each in its final
@@ -57,14 +58,15 @@ def load(
     total = sum(shape.numel() for shape in local.values())
     hidden = None if rank() == 0 else True  # None: a bar on a terminal only
     with tqdm(desc="loading", total=total, unit="weights", unit_scale=True, disable=hidden, leave=False) as bar:
-        apart = scheme is not None and device.type != "cuda"  # whose kernels take several quantized matrices at once
-        groups = [[name] for name in local] if apart else fused_groups(local)
+        schemes = {name: scheme.of(name) if scheme else None for name in local}
+        groups = fused_groups(local)
         if scheme:  # the largest first, as a matrix is in memory several times while it is quantized
+            groups = list(itertools.chain.from_iterable(apart(names, schemes, device) for names in groups))
             groups.sort(key=lambda names: -local[names[0]].numel())
         for names in groups:
             rows = [local[name][0] for name in names]
-            if scheme and is_matrix(names[0]):
-                parts = [read_quantized(weights, name, whole[name], *ranges[name], scheme) for name in names]
+            if own := schemes[names[0]]:
+                parts = [read_quantized(weights, name, whole[name], *ranges[name], own) for name in names]
                 matrix = kernel(stack(parts) if len(parts) > 1 else parts[0], device, native)
                 for name, size, end in zip(names, rows, itertools.accumulate(rows), strict=True):
                     layer = model.get_submodule(name.removesuffix(".weight"))
@@ -75,11 +77,17 @@ def load(
             elif names == ["output.weight"] and args.tie_word_embeddings and world_size() == 1:
                 final["output.weight"] = final["tok_embeddings.weight"]
             else:
-                fused = empty((sum(rows), *local[names[0]][1:]), dtype, device)
-                for name, out in zip(names, fused.split(rows), strict=True):
+                together = empty((sum(rows), *local[names[0]][1:]), dtype, device)
+                for name, out in zip(names, together.split(rows), strict=True):
                     final[name] = weights.read(name, whole[name], *ranges[name], dtype, device, out)
             bar.update(sum(local[name].numel() for name in names))
     model.load_state_dict(final, strict=True, assign=True)
+
+
+def apart(names: list[str], schemes: Mapping[str, Scheme | None], device: torch.device) -> list[list[str]]:
+    """Names of quantized matrices in groups that a kernel takes together: on CUDA those of one scheme."""
+    together = device.type == "cuda" and len({schemes[name] for name in names}) == 1
+    return [names] if together else [[name] for name in names]
 
 
 def check_same(values: Mapping[str, object]) -> None:
@@ -101,20 +109,10 @@ def read_quantized(
     search: bool = False,
 ) -> Quantized:
     """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a matrix whose whole shape is `shape`: as it
-    was saved in the scheme, or quantized here, a few rows at a time, to the nearest numbers or by a search."""
-    dim, scheme = shard_dim(name) or 0, scheme.of(name)
-    if weights.scheme:
-        found = []
-        for key, (stored, dtype) in weights.scheme.stored(name, shape).items():
-            first, last = (
-                (0, stored[0]) if shard_dim(key) is None else (n * stored[dim] / shape[dim] for n in (begin, end))
-            )
-            if first % 1 or last % 1:
-                raise ValueError(
-                    f"{key} {stored} cannot be divided so: its groups are too large for this number of ranks"
-                )
-            found.append(weights.read(key, stored, int(first), int(last), dtype))
-        return Quantized(*found)
+    was saved, or quantized here to its `scheme`, a few rows at a time, to the nearest numbers or by a search."""
+    if (saved := weights.quantized(name, shape, begin, end)) is not None:
+        return saved
+    dim = shard_dim(name) or 0
     # A row's scale is the same on however many ranks the row lies.
     first, last = (0, shape[1]) if dim == 1 and not scheme.group else (begin, end)
     part = [last - first if i == dim else n for i, n in enumerate(shape)]
@@ -122,3 +120,14 @@ def read_quantized(
     importance = torch.ones(part[1]) if search else None
     rounded = stack([quantize(rows, scheme, importance) for rows in matrix.split(256)])
     return rounded if (first, last) == (begin, end) else rounded._replace(q=rounded.q[:, begin:end])
+
+
+def read_parts(weights: Weights, name: str, shape: tuple[int, ...], begin: int, end: int, scheme: Scheme) -> Quantized:
+    """The slice of `read_quantized` of a matrix that was saved in `scheme`, in tensors of Meta's layout."""
+    dim, found = shard_dim(name) or 0, []
+    for key, (stored, dtype) in scheme.stored(name, shape).items():
+        first, last = (0, stored[0]) if shard_dim(key) is None else (n * stored[dim] / shape[dim] for n in (begin, end))
+        if first % 1 or last % 1:
+            raise ValueError(f"{key} {stored} cannot be divided so: its groups are too large for this number of ranks")
+        found.append(weights.read(key, stored, int(first), int(last), dtype))
+    return Quantized(*found)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 
 from ..args import ModelArgs
-from ..backends.quantized import Scheme
+from ..backends.quantized import Quantization
 from ..textfile import read_text
-from .plan import is_matrix, rank_range, shapes, shard_dim
+from .plan import rank_range, shapes, shard_dim
 
 # The files of a cgroup with its limit, what it uses, and the rest; the fields of the last that are page cache.
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file", "total_active_file")
@@ -35,7 +35,7 @@ class Footprint(NamedTuple):
         return f"{sum(self) / 1e9:.2f} GB ({parts})"
 
 
-def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Scheme | None = None) -> Footprint:
+def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Quantization = None) -> Footprint:
     """What one of `world_size` ranks holds of a model in `dtype`, its matrices in a scheme. 7B in bfloat16 on one rank:
     13.48 GB of weights, and for each position of the KV cache 2 tensors * 32 layers * 4096 * 2 bytes = 0.52 MB."""
     weights, shared = 0, args.tie_word_embeddings and world_size == 1
@@ -44,8 +44,8 @@ def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Sche
         if (dim := shard_dim(name)) is not None:
             begin, end = rank_range(name, shape[dim], args, 0, world_size)
             part[dim] = end - begin
-        if scheme and is_matrix(name):
-            weights += scheme.nbytes(name, (shape[0], shape[1])) * math.prod(part) // math.prod(shape)
+        if scheme and (own := scheme.of(name)):
+            weights += own.nbytes(shape) * math.prod(part) // math.prod(shape)
         else:
             weights += math.prod(part) * dtype.itemsize * (not (shared and name == "output.weight"))
     positions = args.max_batch_size * args.max_seq_len
@@ -109,7 +109,7 @@ def cgroup_memory(root: Path) -> Iterator[int]:
 
 
 def check_fits(
-    args: ModelArgs, world_size: int, device: torch.device, dtype: torch.dtype, scheme: Scheme | None = None
+    args: ModelArgs, world_size: int, device: torch.device, dtype: torch.dtype, scheme: Quantization = None
 ) -> None:
     """MemoryError for a model that does not fit in what is free."""
     needed = footprint(args, world_size, dtype, scheme)

@@ -49,11 +49,6 @@ def shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": shape for name, shape in whole.items()}
 
 
-def is_matrix(name: str) -> bool:
-    """Whether a weight is the matrix of a matmul, and is quantized where any weight is."""
-    return shard_dim(name) is not None and "tok_embeddings" not in name
-
-
 def rank_range(name: str, size: int, args: ModelArgs, rank: int, world_size: int) -> tuple[int, int]:
     """(begin, end) of a rank's slice of the `size` rows or columns of a weight; the whole of a norm. With more ranks
     than key-value heads, neighbouring ranks hold the same head: 2 heads on 4 ranks lie as 0 0 1 1."""

@@ -11,7 +11,7 @@ import torch
 
 from .. import backends, devices, parallel
 from ..args import ModelArgs
-from ..backends.quantized import scheme
+from ..backends.quantized import Quantization, scheme
 from ..checkpoint import Checkpoint, Weights, check_fits, find_folder, find_tokenizer, footprint
 from ..model import Transformer
 from ..tokenizer import Tokenizer
@@ -59,8 +59,8 @@ def prepare(
     cases = [measure.Case(1, length, 1) for length in sizes["prompts"]]
     cases += [measure.Case(batch, context, tokens) for batch in sizes["batches"]]
     args = ModelArgs(**measure.SHAPES[shape], vocab_size=32000)
-    rounding = scheme(quantize, group_size)
-    weights: Weights = measure.RandomWeights(target, rounding)
+    rounding: Quantization = scheme(quantize, group_size)
+    weights: Weights = measure.RandomWeights(target, scheme(quantize, group_size))
     saved = torch.bfloat16
     if ckpt_dir is not None:
         folder = find_folder(ckpt_dir, "ckpt_dir")

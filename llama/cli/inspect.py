@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .. import backends, devices
 from ..args import ModelArgs
 from ..backends import cpu
-from ..backends.quantized import Scheme
+from ..backends.quantized import Quantization
 from ..checkpoint import (
     Checkpoint,
     available,
@@ -104,7 +104,7 @@ def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
 
 
 def fit(
-    args: ModelArgs, world_size: int | None, dtype: torch.dtype, scheme: Scheme | None, device: torch.device
+    args: ModelArgs, world_size: int | None, dtype: torch.dtype, scheme: Quantization, device: torch.device
 ) -> dict[str, object]:
     """On how many ranks a model runs here, by default the fewest on which it fits, and what each needs. ValueError for
     a `world_size` that does not divide the model."""

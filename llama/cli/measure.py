@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from .. import parallel
 from ..args import ModelArgs
-from ..backends.quantized import Scheme
-from ..checkpoint import Weights, load, shard_dim
+from ..backends.quantized import Quantization, Quantized, Scheme
+from ..checkpoint import Weights, load, read_parts, shard_dim
 from ..engine import Engine
 from ..layers import ColumnParallelLinear, RowParallelLinear
 from ..model import Transformer
@@ -73,6 +73,10 @@ class RandomWeights:
     def __init__(self, device: torch.device, scheme: Scheme | None = None) -> None:
         self.device, self.scheme = device, scheme
 
+    def quantized(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Quantized | None:
+        own = self.scheme.of(name) if self.scheme else None
+        return read_parts(self, name, shape, begin, end, own) if own else None
+
     def dtype(self) -> torch.dtype:
         return torch.float32
 
@@ -110,7 +114,7 @@ class Source(NamedTuple):
     args: ModelArgs
     device: torch.device
     dtype: torch.dtype
-    scheme: Scheme | None = None
+    scheme: Quantization = None
 
 
 def loaded(
@@ -118,7 +122,7 @@ def loaded(
     args: ModelArgs,
     device: torch.device,
     dtype: torch.dtype,
-    scheme: Scheme | None = None,
+    scheme: Quantization = None,
     compile: bool = False,
 ) -> Transformer:
     with torch.device("meta"):

@@ -1,0 +1,67 @@
+"""A checkpoint -> a model in memory, with its tokenizer and its chat format; on every rank."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from . import backends, devices, parallel
+from .chat import ChatFormat
+from .chat_template import choose_format
+from .checkpoint import Checkpoint, check_fits, check_same, find_folder, find_tokenizer, footprint, load
+from .model import Transformer
+from .tokenizer import Tokenizer
+
+
+class LoadOptions(NamedTuple):
+    """Arguments of `Llama.build`, which documents them."""
+
+    max_seq_len: int
+    max_batch_size: int
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
+    check_memory: bool
+    quantize: str | None
+    group_size: int | None
+    compile: bool | None
+    chat_format: str | None
+
+
+def load_model(
+    ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str] | None, options: LoadOptions
+) -> tuple[Transformer, Tokenizer, ChatFormat, bool]:
+    """This rank's part of the model, ready to compute, with the tokenizer, the chat format, and whether native.cpp
+    computes it. Errors are those of `Llama.build`, raised on every rank."""
+    with parallel.all_or_none():
+        on = devices.choose_device(options.device)
+        devices.use(on)
+        folder = find_folder(ckpt_dir, "ckpt_dir")
+        weights = Checkpoint(folder)
+        tokenizer_file = find_tokenizer(folder, tokenizer_path)
+        tokenizer = Tokenizer(tokenizer_file)
+        chosen = choose_format(folder, tokenizer, options.chat_format)
+        args = weights.args(tokenizer.n_words)
+        args = replace(args, max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size)
+        tokenizer.eos_ids |= weights.eos_ids(tokenizer.n_words)
+        if args.max_batch_size == 0:
+            raise ValueError("max_batch_size is 0; it must be positive")
+        with torch.device("meta"):
+            model = Transformer(args)
+        rounding, ranks = weights.scheme_for(options.quantize, options.group_size), parallel.world_size()
+        size = footprint(args, ranks, weights.dtype(), rounding).weights
+        native = backends.native(args, on, size, options.compile)
+        final = devices.choose_dtype(options.dtype, on, weights.dtype(), native)
+        if options.check_memory:
+            check_fits(args, ranks, on, final, rounding)
+        plan: dict[str, object] = {"device": on.type, "dtype": final, "quantize": rounding}
+        plan |= {"max_seq_len": args.max_seq_len, "max_batch_size": args.max_batch_size}
+        if ranks > 1:  # nodes may have copies of their own
+            plan |= weights.fingerprint(args, tokenizer_file)
+    check_same(plan)
+    with parallel.all_or_none():
+        load(model, weights, args, on, final, rounding, native)
+        model.allocate_cache()
+    return model.eval().requires_grad_(False), tokenizer, chosen, native
