@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .chat import FORMATS, ChatFormat, Dialog, Message, get_chat_format
+from .gguf import is_gguf, read_gguf
 from .textfile import read_json, read_text
 from .tokenizer import Tokenizer
 
@@ -114,7 +115,9 @@ def choose_format(folder: Path, tokenizer: Tokenizer, chat_format: str | None) -
 
 def template_of(folder: Path) -> str | None:
     """The template of a folder of Hugging Face's: a file, or an entry of tokenizer_config.json, the default of
-    several."""
+    several; or that in a GGUF file."""
+    if is_gguf(folder):
+        return read_gguf(folder).keys.get("tokenizer.chat_template") or None
     alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if alone.is_file():
         return read_text(alone) or None

@@ -12,7 +12,7 @@ from typing import Any
 MISTAKEN = {
     b"version https://git-lfs": ("it is a git-lfs pointer", "run git lfs pull where it was cloned"),
     rb"<[!?a-zA-Z]": ("it is a web page", "download it again"),
-    b"GGUF": ("it is a GGUF file", "take the model in safetensors"),
+    b"GGUF": ("it is a GGUF file", "give its path, which ends with .gguf, as ckpt_dir"),
     rb"\x1f\x8b": ("it is compressed", "decompress it with gunzip"),
     rb"\{\s*\"": ("it is JSON", "take the file itself"),
 }

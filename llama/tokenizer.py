@@ -36,11 +36,13 @@ class Tokenizer:
         return getattr(self.vocabulary, "model", None)
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of a text, with BOS before and EOS after it if asked for; text that spells them stays text."""
+        """The ids of a text, with BOS before it if asked for and if the model knows texts so, and EOS after it if asked
+        for; text that spells them stays text."""
         if not isinstance(s, str):
             raise ValueError(f"only a str can be encoded, not {s!r}")
         s.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
-        return [self.bos_id] * (bos and self.bos_id >= 0) + self.vocabulary.encode(s) + [self.eos_id] * eos
+        before = [self.bos_id] if bos and self.vocabulary.adds_bos and self.bos_id >= 0 else []
+        return before + self.vocabulary.encode(s) + [self.eos_id] * eos
 
     def encode_special(self, s: str) -> list[int] | None:
         """The ids of a text in which special tokens are spelled out, by a tokenizer.json, which has rules for the text

@@ -13,16 +13,14 @@ from typing import Any, Protocol
 
 from sentencepiece import SentencePieceProcessor
 
+from .gguf import read_gguf
+from .gguf_tokenizer import byte_pair_json, id_of, sentencepiece_model, tokens_of
+from .pre_tokenizer import LLAMA3_PATTERN, SPLIT
 from .textfile import read_json
 
 EACH = "llama.each"  # U+FFFD for each byte, as SentencePiece has it; "replace" has one for several
 codecs.register_error(EACH, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
 
-# Llama 3's pre-tokenization pattern, in the syntax of the package regex.
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # The special tokens of Llama 3.1 to 3.3, from the number of ranks on; 3 has reserved ones in place of three of them.
 NAMED = ["begin_of_text", "end_of_text", "", "", "finetune_right_pad_id", "", "start_header_id", "end_header_id"]
 NAMED += ["eom_id", "eot_id", "python_tag"]
@@ -43,6 +41,7 @@ class Vocabulary(Protocol):
     eos_id: int
     pad_id: int
     eos_ids: set[int]  # all that end an answer
+    adds_bos: bool  # whether BOS goes before a text
     special: dict[str, int]  # tokens that no text is encoded to
     added: dict[int, str]  # tokens besides these that are found in a text before anything else
     errors: str  # how bytes are shown that are no UTF-8
@@ -58,20 +57,14 @@ class Vocabulary(Protocol):
         """Text, in which ▁ is a space, or bytes, which are text together with those around them."""
 
 
-class SentencePieceFile:
+class SentencePieceVocabulary:
     """tokenizer.model of Llama 2: BPE of characters with byte fallback, so that any text can be encoded."""
 
-    errors = EACH
+    errors, adds_bos = EACH, True
     added: dict[int, str] = {}  # noqa: RUF012
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self.model = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            size = path.stat().st_size
-            kinds = "a SentencePiece model, or ranks as tiktoken reads them, or tokenizer.json"
-            raise ValueError(f"{path} ({size} bytes) is not {kinds}: {error}") from error
-        model = self.model
+    def __init__(self, model: SentencePieceProcessor) -> None:
+        self.model = model
         self.n_words, self.pad_id = model.vocab_size(), model.pad_id()
         self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
         end = model.piece_to_id(INFILLING_END)
@@ -84,6 +77,15 @@ class SentencePieceFile:
         ids, piece = [model.piece_to_id("▁"), *range(self.n_words)], model.id_to_piece
         space = next((id for id in ids if piece(id).startswith("▁")), None)
         self.drops = 0 if space is None else 2 * len(piece(space)) - len(model.decode([space, space]))
+
+    @staticmethod
+    def from_file(path: Path) -> SentencePieceVocabulary:
+        try:
+            return SentencePieceVocabulary(SentencePieceProcessor(model_file=str(path)))
+        except (RuntimeError, OSError) as error:
+            size = path.stat().st_size
+            kinds = "a SentencePiece model, or ranks as tiktoken reads them, or tokenizer.json"
+            raise ValueError(f"{path} ({size} bytes) is not {kinds}: {error}") from error
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text)
@@ -103,7 +105,7 @@ class SentencePieceFile:
 class TiktokenVocabulary:
     """Llama 3's tokenizer: BPE of bytes, whose merges have the order of the ids."""
 
-    errors, drops, pad_id = "replace", 0, -1
+    errors, drops, pad_id, adds_bos = "replace", 0, -1, True
     added: dict[int, str] = {}  # noqa: RUF012
 
     def __init__(
@@ -167,13 +169,10 @@ def unicode_to_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
-
-
-def tokenizer_json(path: Path) -> Vocabulary:
-    """tokenizer.json: Llama 3's needs no further package, as the ids of its tokens are their ranks; for any other
-    Hugging Face's package tokenizers encodes. ValueError names a file that is no tokenizer."""
-    content = read_json(path)
+def tokenizer_json(path: Path, content: Mapping[str, Any], names: Mapping[str, str]) -> Vocabulary:
+    """The content of a tokenizer.json: Llama 3's needs no further package, as the ids of its tokens are their ranks;
+    for any other Hugging Face's package tokenizers encodes. `names` has the tokens that are bos_token and eos_token.
+    ValueError names a file that is no tokenizer."""
     try:
         vocab, added = content["model"]["vocab"], content.get("added_tokens") or []
         special = {token["content"]: token["id"] for token in added}
@@ -183,8 +182,8 @@ def tokenizer_json(path: Path) -> Vocabulary:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a tokenizer.json: {error!r}") from error
     if ranks and {"<|begin_of_text|>", "<|end_of_text|>"} <= {*special} and all(token["special"] for token in added):
-        return TiktokenVocabulary(ranks, special, special_names(path.parent))
-    return TokenizersFile(path, content)
+        return TiktokenVocabulary(ranks, special, names)
+    return TokenizersVocabulary(path, content, names)
 
 
 def llama3_ranks(content: Mapping[str, Any], vocab: Mapping[str, int]) -> dict[bytes, int] | None:
@@ -201,19 +200,19 @@ def llama3_ranks(content: Mapping[str, Any], vocab: Mapping[str, int]) -> dict[b
     return ranks if whole else None
 
 
-class TokenizersFile:
+class TokenizersVocabulary:
     """Any other tokenizer.json, encoded by the package tokenizers. What ids stand for is read from the file, so that
     text can be decoded piece by piece."""
 
     pad_id = -1
 
-    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, content: Mapping[str, Any], names: Mapping[str, str]) -> None:
         try:
             import tokenizers
         except ImportError as error:
             raise ValueError(f"{path} needs the package tokenizers: pip install tokenizers") from error
         try:  # two, as threads may encode a text and a template at once
-            self.tokenizer, self.parsing = (tokenizers.Tokenizer.from_file(str(path)) for _ in range(2))
+            self.tokenizer, self.parsing = (tokenizers.Tokenizer.from_str(json.dumps(content)) for _ in range(2))
         except Exception as error:  # the package raises no other type
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
         for each in (self.tokenizer, self.parsing):  # what was set for training
@@ -228,11 +227,12 @@ class TokenizersFile:
         added = {token["content"]: token for token in content.get("added_tokens") or []}
         self.special = {name: token["id"] for name, token in added.items() if token["special"]}
         self.added = {token["id"]: name for name, token in added.items() if not token["special"]}
-        names = special_names(path.parent)
         self.bos_id = self._id(names.get("bos_token"), "<s>", "<|begin_of_text|>")
         self.eos_id = self._id(names.get("eos_token"), "</s>", "<|end_of_text|>", "<|endoftext|>")
         ends = {self.special[name] for name in (*EOS_TOKENS, INFILLING_END) if name in self.special}
         self.eos_ids = {self.eos_id, *ends} - {-1}
+        begins = self.tokenizer.encode("").ids[:1] == [self.bos_id]  # by the file's post-processor
+        self.adds_bos = begins or names.get("add_bos_token", "") == "True"
 
     def _id(self, *names: str | None) -> int:
         ids = (self.tokenizer.token_to_id(name) for name in names if name)
@@ -259,7 +259,7 @@ class TokenizersFile:
 
 
 def special_names(folder: Path) -> dict[str, str]:
-    """bos_token and eos_token, as the files beside tokenizer.json name them."""
+    """bos_token and eos_token, as the files beside tokenizer.json name them, and whether BOS goes before a text."""
     found = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -269,6 +269,28 @@ def special_names(folder: Path) -> dict[str, str]:
                 token = token.get("content") if isinstance(token, dict) else token
                 if isinstance(token, str) and token:
                     found[role] = token
+            llama = "Llama" in str(content.get("tokenizer_class"))
+            found["add_bos_token"] = str(content.get("add_bos_token", llama or found.get("add_bos_token") == "True"))
+    return found
+
+
+def gguf_vocabulary(path: Path) -> Vocabulary:
+    """The tokenizer in a GGUF file. ValueError names what is missing or not supported."""
+    keys = read_gguf(path).keys
+    try:
+        kind = keys.get("tokenizer.ggml.model")
+        tokens, ids = tokens_of(keys)[0], {role: id_of(keys, role) for role in ("bos", "eos", "eot", "eom")}
+        if kind == "llama":
+            found: Vocabulary = SentencePieceVocabulary(SentencePieceProcessor(model_proto=sentencepiece_model(keys)))
+        elif kind == "gpt2":
+            names = {f"{role}_token": tokens[id] for role, id in ids.items() if id >= 0}
+            found = tokenizer_json(path, byte_pair_json(keys), names)
+        else:
+            raise ValueError(f"tokenizer.ggml.model is {kind!r}; llama and gpt2 are supported")
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    found.eos_ids |= {*ids.values()} - {ids["bos"], -1}
+    found.adds_bos = bool(keys.get("tokenizer.ggml.add_bos_token", kind == "llama" or found.adds_bos))
     return found
 
 
@@ -276,8 +298,10 @@ def open_vocabulary(path: Path) -> Vocabulary:
     """The tokenizer in a file of any kind, recognized by how it begins."""
     with path.open("rb") as file:
         start = file.read(200).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"GGUF"):
+        return gguf_vocabulary(path)
     if start.startswith(b"{"):
-        return tokenizer_json(path)
+        return tokenizer_json(path, read_json(path), special_names(path.parent))
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", start):
         return TiktokenVocabulary.from_file(path)
-    return SentencePieceFile(path)
+    return SentencePieceVocabulary.from_file(path)

@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from ..vocabulary import LLAMA3_PATTERN, LLAMA3_SPECIAL, TiktokenVocabulary, unicode_to_bytes
+from ..pre_tokenizer import SPLIT
+from ..vocabulary import LLAMA3_SPECIAL, TiktokenVocabulary, unicode_to_bytes
 
 FLAGS = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
@@ -58,7 +59,7 @@ def byte_pair_files(vocabulary: TiktokenVocabulary) -> dict[str, dict[str, Any]]
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
+                SPLIT,
                 byte_level,
             ],
         },

@@ -21,7 +21,7 @@ from ..args import ModelArgs
 from ..backends.quantized import Scheme
 from ..chat_template import template_of
 from ..tokenizer import Tokenizer
-from ..vocabulary import SentencePieceFile, TiktokenVocabulary
+from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary
 from . import hf
 from .bpe_tokenizer import byte_pair_files, has_usual_names, ranks_file
 from .calibrate import calibrated, windows
@@ -123,8 +123,8 @@ def files_of(tokenizer: Tokenizer, path: Path, source: Path, to: str) -> dict[st
     """The tokenizer's files in a layout: names, and bytes or JSON. ValueError if the layout has no place for it."""
     kind, template = tokenizer.vocabulary, template_of(source)
     files: dict[str, Any] = {} if template is None else {"chat_template.jinja": template.encode()}
-    if isinstance(kind, SentencePieceFile):
-        files["tokenizer.model"] = path.read_bytes()
+    if isinstance(kind, SentencePieceVocabulary):
+        files["tokenizer.model"] = kind.model.serialized_model_proto()
         return files if to == "meta" else files | tokenizer_files(kind.model)
     if isinstance(kind, TiktokenVocabulary):
         if to == "meta" and has_usual_names(kind):

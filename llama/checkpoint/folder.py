@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ..args import ModelArgs
 from ..backends.quantized import Quantization, Quantized, Scheme, scheme
+from ..gguf import is_gguf, read_gguf, split_files
 from ..textfile import read_json
-from . import hf
+from . import gguf, hf
 from .files import READABLE, File, HuggingFaceFile, TorchFile
+from .gguf import GgufFile
 from .load import read_parts
 from .meta import read_params, read_scheme, shard_paths
 from .paths import NO_CONFIG, advice, listed
@@ -39,7 +41,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         params, config = folder / "params.json", folder / "config.json"
-        if params.is_file() and (any(folder.glob("consolidated.*.pth")) or not config.is_file()):
+        if is_gguf(folder):
+            self._open_gguf(folder)
+        elif params.is_file() and (any(folder.glob("consolidated.*.pth")) or not config.is_file()):
             self._open_meta(params)
         elif config.is_file():
             self._open_hf(config)
@@ -70,6 +74,31 @@ class Checkpoint:
             for file in files:
                 file.tie("output.weight", "tok_embeddings.weight")
         self.files = files
+        self.holders = {name: [file] for file in files for name in file.shapes}
+
+    def _open_gguf(self, source: Path) -> None:
+        self.layout, self.source = "gguf", source
+        paths = split_files(source)
+        headers = [read_gguf(path) for path in paths]
+        keys = headers[0].keys
+        if (count := keys.get("split.count", 1)) != len(paths):
+            raise ValueError(f"{source} is one of {count} files; give the first by its whole name, ...-00001-of-...")
+        try:
+            self.params = gguf.params(keys)
+            files = [
+                gguf.GgufFile(path, header, gguf.names(self.params["n_layers"]))
+                for path, header in zip(paths, headers, strict=True)
+            ]
+            if scaling := gguf.rope_scaling(keys, self.params, gguf.divisors(paths, headers)):
+                self.params["rope_scaling"] = scaling
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        positions = keys.get("llama.context_length")
+        self.positions = positions if type(positions) is int and positions > 0 else None
+        if not any("output.weight" in file.shapes for file in files):
+            for file in files:
+                file.tie()
+        self.files, self.scheme = files, gguf.schemes(files)
         self.holders = {name: [file] for file in files for name in file.shapes}
 
     def vocab_size(self) -> int:
@@ -184,8 +213,8 @@ class Checkpoint:
         for name, shape in shapes(args).items():
             if isinstance(self.scheme, Scheme) and (own := self.scheme.of(name)):
                 found |= {key: (s, {dtype}) for key, (s, dtype) in own.stored(name, shape).items()}
-            else:
-                found[name] = (shape, READABLE)
+            else:  # GGUF's blocks are bytes, and norms are never in blocks
+                found[name] = (shape, READABLE | ({torch.uint8} if self.layout == "gguf" and len(shape) > 1 else set()))
         return found
 
     def slice_shapes(self, name: str, whole: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -200,14 +229,15 @@ class Checkpoint:
         return [first] if first in fit else fit  # all shards in the same way
 
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype that holds every weight that is not quantized."""
+        """The narrowest dtype that holds every weight that is not quantized; of a GGUF file, whose norms are in float32
+        whatever the rest is in, every other one, and float16 where there is none."""
         found = {
             dtype
             for file in self.files
             for name, dtype in file.dtypes.items()
-            if dtype in READABLE and name.endswith(".weight")
+            if dtype in READABLE and name.endswith(".weight") and not (self.layout == "gguf" and "norm" in name)
         }
-        return functools.reduce(torch.promote_types, found)
+        return functools.reduce(torch.promote_types, found or {torch.float16})
 
     def fingerprint(self, args: ModelArgs, tokenizer: Path) -> dict[str, str]:
         """What two folders of the same model have in common, in any layout and number of shards: the parameters, and
@@ -223,7 +253,7 @@ class Checkpoint:
         self.release()
         return {
             "params": str({name: getattr(args, name) for name in names}),
-            "tokenizer": hashlib.md5(tokenizer.read_bytes(), usedforsecurity=False).hexdigest(),
+            "tokenizer": hashlib.md5(content_of(tokenizer), usedforsecurity=False).hexdigest(),
             "weights": digest.hexdigest(),
         }
 
@@ -246,6 +276,9 @@ class Checkpoint:
     def quantized(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Quantized | None:
         """A slice, as of `read`, of a matrix that was saved quantized; None for another."""
         own = self.scheme.of(name) if self.scheme else None
+        file = self.holders[name][0]
+        if own and isinstance(file, GgufFile):
+            return file.quantized(name, shard_dim(name) or 0, begin, end)
         return read_parts(self, name, shape, begin, end, own) if own else None
 
     def read(
@@ -262,6 +295,10 @@ class Checkpoint:
         On a CPU, a slice that lies in one file in this dtype stays a view of the file and is not copied; any other is
         copied to `out`, or to a new tensor."""
         files, dim = self.holders[name], shard_dim(name)
+        if isinstance(file := files[0], GgufFile) and file.is_quantized(name):
+            size = [end - begin if i == dim else n for i, n in enumerate(shape)]
+            out = torch.empty(size, dtype=dtype, device=device) if out is None else out
+            return file.dequantized(name, dim or 0, begin, end, out)
         if dim is None:
             parts, dim = [files[0].read(name, 0, begin, end - begin)], 0
         elif len(files) > 1 and files[0].shapes[name][dim] == shape[dim]:  # split along the other dimension
@@ -281,3 +318,8 @@ class Checkpoint:
         for file in files:
             file.release()
         return out
+
+
+def content_of(tokenizer: Path) -> bytes:
+    """What ranks compare of a tokenizer's file: of a GGUF file, the keys alone."""
+    return repr(read_gguf(tokenizer).keys).encode() if is_gguf(tokenizer) else tokenizer.read_bytes()

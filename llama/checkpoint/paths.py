@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from ..gguf import is_gguf
 from ..textfile import mistaken, read_json
 
 ROLES = ["<unk>", "<s>", "</s>"]  # tokens that every tokenizer.model of Llama 2's kind has
@@ -14,7 +15,7 @@ ROLES += ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]  # and Code Llama's
 # What a folder without weights, or without a description of them, may hold: a pattern of names, and what to do.
 FOREIGN = {
     "adapter_config.json": "it is the folder of a LoRA adapter: merge_and_unload of peft merges it into its model",
-    "*.gguf": "{} is a GGUF file, which is not read: take the model in safetensors",
+    "*.gguf": "give the path of one of the GGUF files: {}",
 }
 NO_CONFIG = {
     **FOREIGN,
@@ -65,11 +66,14 @@ def find_tokenizer(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str] | None
     folders = dict.fromkeys([ckpt_dir, ckpt_dir.absolute().parent, ckpt_dir.resolve().parent])
     paths = [folder / "tokenizer.model" for folder in folders]
     paths.insert(0 if added_tokens(ckpt_dir) else 1, ckpt_dir / "tokenizer.json")
+    if is_gguf(ckpt_dir):
+        paths = [ckpt_dir]
     if tokenizer_path is not None:
         paths = [check_path(tokenizer_path, "tokenizer_path", "file")]
     if not (found := [path for path in paths if path.is_file()]):
         raise FileNotFoundError(f"no tokenizer.model in {' or '.join(map(str, folders))}; give tokenizer_path")
-    if (wrong := mistaken(found[0])) and not (wrong[0] == "it is JSON" and found[0].suffix == ".json"):
+    wrong = None if is_gguf(found[0]) else mistaken(found[0])
+    if wrong and not (wrong[0] == "it is JSON" and found[0].suffix == ".json"):
         raise ValueError(f"{found[0]} is not a tokenizer.model; {wrong[1]} ({wrong[0]})")
     return found[0]
 

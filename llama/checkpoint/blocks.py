@@ -1,0 +1,116 @@
+"""GGUF's blocks <-> the quantized format. No number changes, except that the scales of the types with a K, which are
+products of two numbers, are rounded to float16.
+
+A block is 32 or 256 values of a row with one scale d, or a scale d and a minimum m, in float16. Blocks of 256 values
+have scales of their own, of 6 or 8 bits, for each 32 or 16 of them. Layouts: ggml's specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.quantized import Quantized, Scheme, pack, unpack
+
+Parts = tuple[Tensor, Tensor, Tensor | None]  # q (rows, blocks, values), scale and min (rows, blocks, groups)
+
+
+def q4_0(b: Tensor) -> Parts:
+    return halves(b[..., 2:]), float16(b[..., :2]), None
+
+
+def q4_1(b: Tensor) -> Parts:
+    return halves(b[..., 4:]), float16(b[..., :2]), float16(b[..., 2:4])
+
+
+def q5_0(b: Tensor) -> Parts:
+    return fifth(b[..., 2:6], b[..., 6:]).to(torch.int8) - 16, float16(b[..., :2]), None
+
+
+def q5_1(b: Tensor) -> Parts:
+    return fifth(b[..., 4:8], b[..., 8:]).to(torch.int8), float16(b[..., :2]), float16(b[..., 2:4])
+
+
+def q8_0(b: Tensor) -> Parts:
+    return b[..., 2:].contiguous().view(torch.int8), float16(b[..., :2]), None
+
+
+def q4_k(b: Tensor) -> Parts:
+    return halves(b[..., 16:].unflatten(-1, (4, 32))).flatten(-2), *scales(b[..., :16])
+
+
+def q5_k(b: Tensor) -> Parts:
+    low = halves(b[..., 48:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(-3, -2)  # (.., 8, 32)
+    high = b[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None] & 1
+    return (low | high << 4).to(torch.int8).flatten(-2), *scales(b[..., :16])
+
+
+def q6_k(b: Tensor) -> Parts:
+    low = halves(b[..., :128].unflatten(-1, (2, 64)))  # (.., 2, 128): of each half first the low halves of 64 bytes
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+    high = (b[..., 128:192].unflatten(-1, (2, 1, 32)) >> shifts & 3).flatten(-2)  # (.., 2, 128)
+    q = (low | high << 4).to(torch.int8) - 32
+    sub = b[..., 192:208].contiguous().view(torch.int8)
+    return q.flatten(-2), (float16(b[..., 208:]).float() * sub).half(), None
+
+
+def halves(b: Tensor) -> Tensor:
+    """Bytes (.., n) -> numbers (.., 2 n): first the low halves, then the high ones."""
+    return torch.cat((b & 15, b >> 4), -1)
+
+
+def fifth(high: Tensor, low: Tensor) -> Tensor:
+    """Numbers (.., 32) of 5 bits, from 32 highest bits in 4 bytes and the others in 16."""
+    bits = high[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return halves(low) | bits.flatten(-2) << 4
+
+
+def float16(b: Tensor) -> Tensor:
+    return b.contiguous().view(torch.float16)
+
+
+def scales(b: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and min (.., 8) of 8 groups, from d, the d of minima, and 12 bytes with 8 pairs of 6 bits."""
+    d, s = float16(b[..., :4]).float(), b[..., 4:]
+    first, second, third = s[..., :4], s[..., 4:8], s[..., 8:]
+    scale = torch.cat((first & 63, third & 15 | first >> 6 << 4), -1)
+    least = torch.cat((second & 63, third >> 4 | second >> 6 << 4), -1)
+    return (d[..., :1] * scale).half(), (d[..., 1:] * least).neg_().half()
+
+
+class Codec(NamedTuple):
+    """A type of blocks: the scheme that holds them, and how they are unpacked (rows, blocks, bytes)."""
+
+    scheme: Scheme
+    parts: Callable[[Tensor], Parts]
+
+
+CODECS = {
+    "Q4_0": Codec(Scheme(4, 32), q4_0),
+    "Q4_1": Codec(Scheme(4, 32, False), q4_1),
+    "Q5_0": Codec(Scheme(8, 32), q5_0),
+    "Q5_1": Codec(Scheme(8, 32, False), q5_1),
+    "Q8_0": Codec(Scheme(8, 32), q8_0),
+    "Q4_K": Codec(Scheme(4, 32, False), q4_k),
+    "Q5_K": Codec(Scheme(8, 32, False), q5_k),
+    "Q6_K": Codec(Scheme(8, 16), q6_k),
+}
+
+
+def from_blocks(kind: str, blocks: Tensor) -> Quantized:
+    """Blocks (rows, blocks, bytes) of a type -> a matrix."""
+    q, scale, least = CODECS[kind].parts(blocks)
+    q = pack(q.flatten(1)) if CODECS[kind].scheme.bits == 4 else q.flatten(1)
+    return Quantized(q, scale.flatten(1), None if least is None else least.flatten(1))
+
+
+def to_blocks(weight: Quantized) -> Tensor:
+    """A symmetric matrix in groups of 32 columns -> blocks (rows, blocks, bytes) of Q8_0 or Q4_0."""
+    scale = weight.scale[..., None].view(torch.uint8)  # (rows, blocks, 2)
+    q = (weight.q.view(torch.uint8) if weight.bits == 8 else unpack(weight.q)).unflatten(1, (-1, 32))
+    if weight.bits == 4:
+        q = q[..., :16] | q[..., 16:] << 4
+    return torch.cat((scale, q), -1)

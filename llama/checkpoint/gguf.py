@@ -1,0 +1,188 @@
+"""GGUF <-> Meta's layout: names of weights, keys that describe the model, and files of which any slice can be read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..args import RopeScaling
+from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize, stack
+from ..gguf import Gguf, TensorEntry
+from ..model import scale_rope_frequencies
+from .blocks import CODECS, from_blocks
+from .files import File
+from .hf import ffn_params
+from .paths import listed
+
+# Meta's name -> GGUF's, outside the layers and inside one. Rows of wq and wk are in Meta's order there too.
+OUTSIDE = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
+INSIDE = {
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DIVISORS = "rope_freqs.weight"  # of RoPE's frequencies: Llama 3's scaling, as numbers
+AT_ONCE = 2**22  # values that are unpacked at a time
+
+
+def names(n_layers: int) -> dict[str, str]:
+    """Meta's name of every parameter -> GGUF's."""
+    table = {f"{meta}.weight": f"{theirs}.weight" for meta, theirs in OUTSIDE.items()}
+    for i in range(n_layers):
+        table |= {f"layers.{i}.{meta}.weight": f"blk.{i}.{theirs}.weight" for meta, theirs in INSIDE.items()}
+    return table
+
+
+def params(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of params.json, without the scaling of RoPE. ValueError names what is not supported."""
+    kind = keys.get("general.architecture")
+    if kind != "llama":
+        raise ValueError(f"general.architecture is {kind!r}; only llama is supported")
+    if keys.get("llama.expert_count"):
+        raise ValueError(f"llama.expert_count is {keys['llama.expert_count']}: a mixture of experts is not supported")
+
+    def number(key: str, default: int | None = None) -> int:
+        value = keys.get(f"llama.{key}", default)
+        if isinstance(value, list) and value and len(set(value)) == 1:  # one for each layer
+            value = value[0]
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ValueError(f"llama.{key} is {shorten(value)}, not a positive whole number")
+        return value
+
+    dim, heads = number("embedding_length"), number("attention.head_count")
+    result: dict[str, Any] = {"dim": dim, "n_layers": number("block_count"), "n_heads": heads}
+    head_dim = number("attention.key_length", dim // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if number(key, head_dim) != head_dim:
+            raise ValueError(f"llama.{key} is {number(key)}; only the size of a head, {head_dim}, is supported")
+    result |= {} if head_dim * heads == dim else {"head_dim": head_dim}
+    if (kv_heads := number("attention.head_count_kv", heads)) != heads:
+        result["n_kv_heads"] = kv_heads
+    words = keys.get("tokenizer.ggml.tokens")
+    result |= ffn_params(dim, number("feed_forward_length"))
+    result["vocab_size"] = number("vocab_size", len(words) if isinstance(words, list) else None)
+    result["norm_eps"] = decimal(keys, "attention.layer_norm_rms_epsilon", 1e-5)
+    theta = decimal(keys, "rope.freq_base", 10000.0)
+    return result if theta == 10000.0 else {**result, "rope_theta": theta}
+
+
+def decimal(keys: Mapping[str, Any], key: str, default: float) -> float:
+    """A number of float32, as the shortest decimal that it may have been."""
+    value = keys.get(f"llama.{key}", default)
+    if type(value) is not float or not 0 < value < math.inf:
+        raise ValueError(f"llama.{key} is {shorten(value)}, not a positive number")
+    return float(f"{value:.7g}")
+
+
+def shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:80]} ..."
+
+
+def rope_scaling(keys: Mapping[str, Any], found: Mapping[str, Any], divisors: Tensor | None) -> dict[str, Any] | None:
+    """The scaling of RoPE of a model with the parameters `found`, from its keys or from the divisors (D / 2,) of the
+    frequencies. ValueError for one that is not supported."""
+    kind = keys.get("llama.rope.scaling.type", "none")
+    factor = keys.get("llama.rope.scaling.factor", keys.get("llama.rope.scale_linear", 1.0))
+    if kind not in ("none", "linear") and factor != 1:
+        raise ValueError(f"llama.rope.scaling.type is {kind!r}; only linear scaling is supported, and Llama 3's")
+    if divisors is None:
+        return RopeScaling(factor, rope_type="linear")._asdict() if kind == "linear" and factor != 1 else None
+    scaling = RopeScaling(float(f"{float(divisors.max()):.7g}"))
+    head_dim = found.get("head_dim") or found["dim"] // found["n_heads"]
+    frequencies = 1.0 / found.get("rope_theta", 10000.0) ** (torch.arange(0, head_dim, 2) / head_dim)
+    scaled = scale_rope_frequencies(frequencies, scaling)
+    if divisors.shape != scaled.shape or not torch.allclose(frequencies / divisors, scaled, rtol=1e-4, atol=0):
+        raise ValueError(f"{DIVISORS} {tuple(divisors.shape)} is no scaling of RoPE as Llama 3 has it")
+    return scaling._asdict()
+
+
+def divisors(paths: Sequence[Path], headers: Sequence[Gguf]) -> Tensor | None:
+    """The tensor of divisors of RoPE's frequencies, if one of the files has it."""
+    for path, header in zip(paths, headers, strict=True):
+        if entry := header.tensors.get(DIVISORS):
+            if entry.type.name != "F32" or len(entry.shape) != 1:
+                raise ValueError(f"{DIVISORS} is of type {entry.type.name} and shape {entry.shape}")
+            with path.open("rb") as file:
+                file.seek(entry.offset)
+                return torch.frombuffer(bytearray(file.read(entry.nbytes)), dtype=torch.float32)
+    return None
+
+
+class GgufFile(File):
+    """One file of a GGUF model. Its tensors have Meta's names here."""
+
+    def __init__(self, path: Path, header: Gguf, names: Mapping[str, str]) -> None:
+        super().__init__(path)
+        self.entries: dict[str, TensorEntry] = {}
+        ours = {theirs: meta for meta, theirs in names.items()}
+        for key, entry in header.tensors.items():
+            if key != DIVISORS:
+                self.add(ours.get(key, key), entry)
+
+    def add(self, name: str, entry: TensorEntry) -> None:
+        self.entries[name], self.shapes[name], self.offsets[name] = entry, entry.shape, entry.offset
+        self.dtypes[name] = DTYPES.get(entry.type.name, torch.uint8)
+
+    def tie(self) -> None:
+        """Let the output matrix be the embeddings, if this file holds them."""
+        if "tok_embeddings.weight" in self.entries:
+            self.add("output.weight", self.entries["tok_embeddings.weight"])
+
+    def is_quantized(self, name: str) -> bool:
+        return self.entries[name].type.name in CODECS
+
+    def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized]:
+        """Rows or columns of a quantized tensor, some rows at a time. ValueError for columns within a group."""
+        shape, _, offset, nbytes = self.shapes[name], *self.entries[name][1:]
+        kind = self.entries[name].type
+        rows, columns = shape
+        group = CODECS[kind.name].scheme.group
+        if dim == 1 and (begin % group or end % group):
+            raise ValueError(f"{name} {shape} of {kind.name} cannot be divided so: its groups have {group} columns")
+        blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=nbytes)
+        blocks = blocks.view(rows, columns // kind.values, kind.nbytes)
+        for part in (blocks[begin:end] if dim == 0 else blocks).split(max(1, AT_ONCE // columns)):
+            q, scale, least = found = from_blocks(kind.name, part)
+            if dim == 0:
+                yield found
+                continue
+            per, (first, last) = 8 // found.bits, (begin // group, end // group)
+            least = None if least is None else least[:, first:last]
+            yield Quantized(q[:, begin // per : end // per], scale[:, first:last], least)
+
+    def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
+        """Rows or columns of a quantized matrix."""
+        return stack([*self.unpacked(name, dim, begin, end)])
+
+    def dequantized(self, name: str, dim: int, begin: int, end: int, out: Tensor) -> Tensor:
+        """The same as floats, written to `out`."""
+        row = 0
+        for part in self.unpacked(name, dim, begin, end):
+            out[row : row + len(part.q)].copy_(dequantize(part))
+            row += len(part.q)
+        return out
+
+
+def schemes(files: Sequence[GgufFile]) -> Schemes | None:
+    """How the matrices of a model's files are quantized; None if none is."""
+    kinds = {
+        name: entry.type.name
+        for file in files
+        for name, entry in file.entries.items()
+        if entry.type.name in CODECS and name.split(".")[-2] in MATRICES
+    }
+    found = {name: CODECS[kind].scheme for name, kind in kinds.items()}
+    return Schemes(found, listed(sorted({*kinds.values()}))) if found else None

@@ -1,0 +1,108 @@
+"""The tokenizer in a GGUF file's keys -> what its own file would hold: a SentencePiece model, or a tokenizer.json."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .pre_tokenizer import GPT2, LLAMA3, PRE_TOKENIZERS
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens, as SentencePiece numbers them too
+
+
+def tokens_of(keys: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    """The tokens and their types. ValueError for what is none."""
+    tokens, types = keys.get("tokenizer.ggml.tokens"), keys.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise ValueError("it has no tokens under tokenizer.ggml.tokens")
+    types = [NORMAL] * len(tokens) if types is None else types
+    if not isinstance(types, list) or len(types) != len(tokens) or not {*types} <= {*range(1, 7)}:
+        raise ValueError(f"tokenizer.ggml.token_type must be a type from 1 to 6 of each of {len(tokens)} tokens")
+    return tokens, types
+
+
+def id_of(keys: Mapping[str, Any], role: str) -> int:
+    """The id of a special token such as bos; -1 if there is none. ValueError for one that is no token."""
+    key, count = f"tokenizer.ggml.{role}_token_id", len(keys["tokenizer.ggml.tokens"])
+    id = keys.get(key, -1)
+    if type(id) is not int or not -1 <= id < count:
+        raise ValueError(f"{key} is {id!r}; there are {count} tokens")
+    return id
+
+
+def sentencepiece_model(keys: Mapping[str, Any]) -> bytes:
+    """A SentencePiece model, as protobuf has it, of pieces with scores."""
+    pieces, types = tokens_of(keys)
+    scores = keys.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(pieces):
+        raise ValueError(f"tokenizer.ggml.scores must be a number for each of {len(pieces)} tokens")
+    message = b""
+    parts = [
+        field(1, field(1, piece.encode()) + number_field(2, score) + field(3, kind))
+        for piece, score, kind in zip(pieces, scores, types, strict=True)
+    ]
+    trainer = field(3, 2) + field(4, len(pieces)) + field(35, int(BYTE in types))  # BPE, and whether bytes are pieces
+    for i, role in enumerate(("unknown", "bos", "eos", "padding")):
+        id = id_of(keys, role)
+        trainer += field(40 + i, id) + (field(45 + i, pieces[id].encode()) if id >= 0 else b"")
+    space = bool(keys.get("tokenizer.ggml.add_space_prefix", True))
+    normalizer = field(1, b"identity") + field(3, int(space)) + field(4, 0) + field(5, 1)
+    message = b"".join(parts) + field(2, trainer) + field(3, normalizer)
+    return message
+
+
+def field(number: int, value: int | bytes) -> bytes:
+    """A field of a protobuf message: an int, or the bytes of a string or of a message."""
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value % 2**64)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def number_field(number: int, value: float) -> bytes:
+    return varint(number << 3 | 5) + struct.pack("<f", value)
+
+
+def varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
+
+
+def byte_pair_json(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of tokenizer.json, of byte pairs in GPT-2's spelling and their merges. ValueError for a pre-tokenizer
+    that is not known."""
+    tokens, types = tokens_of(keys)
+    pre, merges = keys.get("tokenizer.ggml.pre", "default"), keys.get("tokenizer.ggml.merges")
+    if pre not in PRE_TOKENIZERS:
+        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; known are {', '.join(PRE_TOKENIZERS)}")
+    if not isinstance(merges, list) or not all(isinstance(merge, str) and merge.count(" ") == 1 for merge in merges):
+        raise ValueError("tokenizer.ggml.merges must be pairs of tokens")
+    added = [(id, types[id]) for id in range(len(tokens)) if types[id] in (CONTROL, USER_DEFINED)]
+    return {
+        "added_tokens": [added_token(id, tokens[id], kind == CONTROL) for id, kind in added],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+        "post_processor": None,
+        "decoder": GPT2,
+        "model": {
+            "type": "BPE",
+            "vocab": vocabulary(tokens),
+            "merges": [merge.split(" ") for merge in merges],
+            "ignore_merges": PRE_TOKENIZERS[pre] is LLAMA3,
+        },
+    }
+
+
+def vocabulary(tokens: Sequence[str]) -> dict[str, int]:
+    found = {token: id for id, token in enumerate(tokens)}
+    if len(found) < len(tokens):
+        raise ValueError("tokenizer.ggml.tokens has a token twice")
+    return found
+
+
+def added_token(id: int, content: str, special: bool) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id, "content": content, **flags, "special": special}

@@ -1,0 +1,22 @@
+"""How text is split before byte pairs are merged, by the names and in the forms of published tokenizers."""
+
+LLAMA3_PATTERN = (  # in the syntax of the package regex
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Steps as tokenizer.json has them.
+SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+LLAMA3 = [SPLIT, {**GPT2, "use_regex": False}]
+# GGUF's tokenizer.ggml.pre -> the steps.
+PRE_TOKENIZERS = {
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "gpt-2": [GPT2],
+    "default": [GPT2],
+    "smollm": [DIGITS, GPT2],
+    "starcoder": [DIGITS, GPT2],
+    "refact": [DIGITS, GPT2],
+}
