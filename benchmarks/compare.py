@@ -29,7 +29,8 @@ def main(*peers: str, **flags: Any) -> None:
     if peers and parallel.world_size() > 1:
         raise ValueError("other libraries are measured on one rank only")
     if peers and isinstance(weights := job.source.weights, Checkpoint) and weights.scheme:
-        raise ValueError(f"{flags['ckpt_dir']} is quantized already, which no other library reads")
+        if weights.layout != "gguf" or peers != ("llama.cpp",):
+            raise ValueError(f"{flags['ckpt_dir']} is quantized already, which no other library reads")
     job.run({peer: PEERS[peer](job.source) for peer in peers})
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from llama.backends.quantized import Scheme
-from llama.checkpoint import hf, shapes, shard_dim
+from llama.checkpoint import Checkpoint, hf, shapes, shard_dim
 from llama.cli.measure import Run, Source
+from llama.gguf import is_gguf
 
 GGUF_NAMES = {
     "tok_embeddings": "token_embd",
@@ -110,7 +111,8 @@ def llama_cpp_decoder(source: Source) -> Callable[[Rows], list[int]]:
     import numpy as np
 
     folder = tempfile.TemporaryDirectory()
-    path = write_gguf(source, Path(folder.name) / "model.gguf")
+    saved = source.weights.source if isinstance(source.weights, Checkpoint) else Path()
+    path = saved if is_gguf(saved) else write_gguf(source, Path(folder.name) / "model.gguf")
     quiet = lib.llama_log_callback(lambda *args: None)
     lib.llama_log_set(quiet, ctypes.c_void_p())
     if isinstance(source.scheme, Scheme):  # as llama-quantize does: with q4_0 the output matrix becomes q6_K

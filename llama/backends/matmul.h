@@ -9,8 +9,9 @@
 //            columns 4 t .. in the low halves of the bytes, columns block / 2 + 4 t .. in the high halves
 //   scale    for each group, one number of each output; min the same
 //
-// A token's activations are rounded to 8 bits as well, x = scale q, with a scale for each 32 columns, or 16. So w x is the
-// sum of scale_w scale_x (q_w q_x) + min_w x, where q_w q_x is a dot product of bytes.
+// A token's activations are rounded to 8 bits as well, x = scale q, with a scale for each 32 columns, or 16; where these
+// have outliers, to 16 bits. So w x is the sum of scale_w scale_x (q_w q_x) + min_w x, where q_w q_x is a dot product of
+// bytes.
 #pragma once
 
 #include "float_matmul.h"
@@ -40,52 +41,76 @@ constexpr int TILE_N = TILE_V * L;  // outputs of a tile
 
 // A row of x in 8 bits. Its groups are 32 columns, or 16, whatever the groups of the weights: a large activation takes
 // precision only from those in its own group, and few are large.
-struct Row {
+struct Numbers {
     void *q;         // Int8 or, for weights of 4 bits, int8_t
     float *scale;    // of each group; NaN where x is not finite
     int32_t *start;  // of each group: -zero times the sum of q, with which the dot products of stored weights begin
-    float *total;    // of each group of the weights: the sum of scale q
 };
+// What is left of groups with outliers is rounded once more, to 254ths of their scale: without, they would decide on a
+// model's error.
+struct Row : Numbers {
+    float *total;    // of each group of the weights: the sum of scale q
+    Numbers rest;    // of some groups
+    int32_t *which;  // these groups
+    int64_t count;   // their number
+};
+constexpr float OUTLIER = 1.75f;  // a group's scale by the mean of the row's
 
 static int64_t group_of_x(const Matrix &m) { return m.group % 32 ? 16 : 32; }
 
+INLINE void put_numbers(int8_t *q, I n) { put(q, __builtin_convertvector(n, Vector<int8_t, BYTES / 4>::type)); }
+INLINE void put_numbers(int16_t *q, I n) {
+    auto pairs = __builtin_convertvector(n, Vector<int16_t, BYTES / 2>::type);
+    for (int i = 0; i < L; i += 4) {
+        const int16_t second = pairs[i + 1];
+        pairs[i + 1] = pairs[i + 2], pairs[i + 2] = second;
+    }
+    put(q, pairs);
+}
+
 template <typename T>
-static void round_row(const float *x, const Matrix &m, T *q, const Row &to) {
-    const int64_t group = group_of_x(m);
+static void round_row(const float *x, const Matrix &m, Row &to) {
+    const int64_t group = group_of_x(m), groups = m.in / group;
     const int32_t zero = m.kind == INT8 ? BIAS : m.zero;
-    std::fill_n(to.total, m.in / m.group, 0.0f);
-    for (int64_t g = 0; g < m.in / group; g++, x += group, q += group) {
+    float all = 0;
+    for (int64_t g = 0; g < groups; g++) {
         F most = splat(1e-30f), nothing = {};
-        for (int64_t k = 0; k < group; k += L) {
+        for (int64_t k = g * group; k < (g + 1) * group; k += L) {
             most = larger(most, magnitude(load(x + k)));
             nothing += load(x + k) * 0.0f;
         }
-        const float s = largest(most) / 127;
+        all += to.scale[g] = largest(most) / 127 + sum(nothing);
+    }
+    std::fill_n(to.total, m.in / m.group, 0.0f);
+    to.count = 0;
+    // Rounds group g of x in steps of `scale`, or what steps of `coarse` have left of it.
+    const auto round = [&](auto left, int64_t g, float scale, float coarse, Numbers into, int64_t i) {
+        const F inverse = splat(1 / scale), step = splat(coarse), most = splat(1 / coarse);
         I total = {};
-        const F inverse = splat(1 / s);
         for (int64_t k = 0; k < group; k += L) {
-            const I n = nearest(load(x + k) * inverse);
+            F value = load(x + g * group + k);
+            if (left) value -= step * __builtin_convertvector(nearest(value * most), F);
+            const I n = nearest(value * inverse);
             total += n;
-            if (sizeof(T) == 2) {
-                auto pairs = __builtin_convertvector(n, Vector<int16_t, BYTES / 2>::type);
-                for (int i = 0; i < L; i += 4) {
-                    const int16_t second = pairs[i + 1];
-                    pairs[i + 1] = pairs[i + 2], pairs[i + 2] = second;
-                }
-                put(q + k, pairs);
-            } else {
-                put(q + k, __builtin_convertvector(n, Vector<int8_t, BYTES / 4>::type));
-            }
+            put_numbers((T *)into.q + i * group + k, n);
         }
-        const float all = sum(__builtin_convertvector(total, F));
-        to.scale[g] = s + sum(nothing), to.start[g] = -zero * (int32_t)all;
-        to.total[g * group / m.group] += to.scale[g] * all;
+        const float all_q = sum(__builtin_convertvector(total, F));
+        into.scale[i] = scale, into.start[i] = -zero * (int32_t)all_q;
+        to.total[g * group / m.group] += scale * all_q;
+    };
+    for (int64_t g = 0; g < groups; g++) {
+        const float scale = to.scale[g];
+        round(number<false>, g, scale, 1, to, g);
+        if (scale > OUTLIER * all / groups) {
+            to.which[to.count] = g;
+            round(number<true>, g, scale / 254, scale, to.rest, to.count++);
+        }
     }
 }
 
 // Dot products of `group` columns of V vectors of a tile with R rows.
-template <int group, int R, int V>
-INLINE void int8_dots(const uint8_t *w, bool cold, const Row *x, int64_t begin, I (&dots)[R][V]) {
+template <int group, typename X, int R, int V>
+INLINE void int8_dots(const uint8_t *w, bool cold, const X *x, int64_t begin, I (&dots)[R][V]) {
 #pragma GCC unroll 8
     for (int k = 0; k < group / 4; k++, w += TILE_N * 4) {
         for (int i = 0; cold && i < V * BYTES; i += 64) prefetch(w + i + 4096);
@@ -99,8 +124,8 @@ INLINE void int8_dots(const uint8_t *w, bool cold, const Row *x, int64_t begin, 
         }
     }
 }
-template <int group, int R, int V>
-INLINE void int4_dots(const uint8_t *w, bool cold, const Row *x, int64_t begin, I (&dots)[R][V]) {
+template <int group, typename X, int R, int V>
+INLINE void int4_dots(const uint8_t *w, bool cold, const X *x, int64_t begin, I (&dots)[R][V]) {
     I part[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) part[r][v] = HALVES == 2 ? I{} : dots[r][v];
@@ -161,18 +186,39 @@ __attribute__((noinline)) static void int_rows(const Matrix &m, int64_t tile, in
             memcpy(y + r * stride, total[r], n * sizeof(float));
 }
 
+// Adds to a tile's n outputs y of a row what the rest of some groups of x gives.
+template <int bits, int group>
+__attribute__((noinline)) static void add_rest(const Matrix &m, int64_t tile, const Row &x, float *y, int64_t n) {
+    F total[TILE_V] = {};
+    for (int64_t i = 0; i < x.count; i++) {
+        const int64_t k = x.which[i] * group;
+        const uint8_t *w = (const uint8_t *)m.weight + (tile * m.in + k) * TILE_N * bits / 8;
+        const Half *scale = m.scale + (tile * (m.in / m.group) + k / m.group) * TILE_N;
+        I dots[1][TILE_V];
+        for (int v = 0; v < TILE_V; v++) dots[0][v] = splat(x.rest.start[i]);
+        if constexpr (bits == 8) int8_dots<group>(w, false, &x.rest, i * group, dots);
+        else int4_dots<group>(w, false, &x.rest, i * group, dots);
+        for (int v = 0; v < TILE_V; v++)
+            total[v] += __builtin_convertvector(dots[0][v], F) * (splat(x.rest.scale[i]) * load(scale + v * L));
+    }
+    for (int64_t j = 0; j < std::min<int64_t>(n, TILE_N); j++) y[j] += total[j / L][j % L];
+}
+
 // Rows of x as matrices like m take them, valid until the next call.
 static const Row *rounded(const Matrix &m, const float *x, int64_t rows) {
     const int64_t size = m.in * (m.kind == INT8 ? sizeof(Int8) : 1), groups = m.in / group_of_x(m), own = m.in / m.group;
-    char *memory = (char *)scratch<ROWS>(rows * (sizeof(Row) + size + (2 * groups + own) * sizeof(float)) + 64);
+    const int64_t each = 5 * groups + own;  // numbers of 4 bytes
+    char *memory = (char *)scratch<ROWS>(rows * (sizeof(Row) + 2 * size + each * 4) + 64);
     Row *row = (Row *)memory;
     float *numbers = (float *)(row + rows);
-    char *q = (char *)(numbers + rows * (2 * groups + own));
+    char *q = (char *)(numbers + rows * each);
     each_row(rows, m.in, [&](int64_t r) {
-        float *at = numbers + r * (2 * groups + own);
-        row[r] = {q + r * size, at, (int32_t *)(at + groups), at + 2 * groups};
-        if (m.kind == INT8) round_row(x + r * m.in, m, (Int8 *)row[r].q, row[r]);
-        else round_row(x + r * m.in, m, (int8_t *)row[r].q, row[r]);
+        float *at = numbers + r * each, *rest = at + 2 * groups + own;
+        row[r].q = q + 2 * r * size, row[r].scale = at, row[r].start = (int32_t *)(at + groups);
+        row[r].total = at + 2 * groups, row[r].which = (int32_t *)(rest + 2 * groups);
+        row[r].rest = {q + (2 * r + 1) * size, rest, (int32_t *)(rest + groups)};
+        if (m.kind == INT8) round_row<Int8>(x + r * m.in, m, row[r]);
+        else round_row<int8_t>(x + r * m.in, m, row[r]);
     });
     return row;
 }
@@ -191,6 +237,9 @@ static void int_tiles(const Matrix &m, const Row *row, float *y, int64_t rows, i
                         int_rows<R, V, bits, group, same>(m, tile, first, row + r, to, stride, m.out - o, r == 0);
                     }
                 });
+                for (int64_t r = r0; r < std::min(rows, r0 + ROW_BLOCK); r++)
+                    if (row[r].count)
+                        add_rest<bits, group>(m, tile, row[r], y + r * stride + tile * TILE_N, m.out - tile * TILE_N);
             };
             const auto by_group = [&](auto bits) {
                 if (m.group == 32) by(bits, number<32>, number<true>);
