@@ -62,6 +62,7 @@ def main(
     quantize: str | None = None,
     compile: bool | None = None,
     chat_format: str | None = None,
+    lora: str | list | None = None,
 ) -> None:
     """Print the model's answer to each dialog.
 
@@ -80,6 +81,7 @@ def main(
         quantize: int8 or int4, to round the weights when they are loaded
         compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
         chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
+        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(ckpt_dir).expanduser().resolve() == BUNDLED else DIALOGS)
     llama = Llama.build(
@@ -93,6 +95,7 @@ def main(
         quantize=quantize,
         compile=compile,
         chat_format=chat_format,
+        lora=lora,
     )
     for begin in range(0, len(dialogs), max_batch_size):
         batch = dialogs[begin : begin + max_batch_size]

@@ -53,6 +53,7 @@ def main(
     dtype: str | None = None,
     quantize: str | None = None,
     compile: bool | None = None,
+    lora: str | list | None = None,
 ) -> None:
     """Print what the model writes after each prompt.
 
@@ -70,6 +71,7 @@ def main(
         dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
         quantize: int8 or int4, to round the weights when they are loaded
         compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
+        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     texts = read_prompts(prompts, BUNDLED_PROMPTS if Path(ckpt_dir).expanduser().resolve() == BUNDLED else PROMPTS)
     llama = Llama.build(
@@ -82,6 +84,7 @@ def main(
         dtype=dtype,
         quantize=quantize,
         compile=compile,
+        lora=lora,
     )
     for begin in range(0, len(texts), max_batch_size):
         batch = texts[begin : begin + max_batch_size]

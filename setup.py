@@ -18,7 +18,7 @@ setup(
     extras_require={
         "test": [
             *("pytest", "pytest-cov", "hypothesis", "pexpect", "ruff", "mypy"),
-            *("transformers", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
+            *("transformers", "peft", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
             "triton; platform_system == 'Linux'",  # whose interpreter runs the CUDA kernels on a CPU
         ],
         "chat": ["prompt_toolkit"],

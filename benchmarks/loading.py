@@ -43,16 +43,16 @@ def prepare(folder: Path) -> None:
     state = {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in shapes(args).items()}
     save(state, folder / "meta", {**PARAMS, "vocab_size": -1})
     (folder / "hf").mkdir()
-    write_hf(Job(Checkpoint(folder / "meta"), args, torch.bfloat16), folder / "hf", tqdm(disable=True))
+    saved = Checkpoint(folder / "meta")
+    write_hf(Job(saved, saved, args, torch.bfloat16), folder / "hf", tqdm(disable=True))
 
 
 def quantize(folder: Path) -> None:
     """The same weights in int4, without a tokenizer: the plan of `convert`, which wants one."""
     checkpoint = Checkpoint(folder / "meta")
     (folder / "int4").mkdir()
-    write_meta(
-        Job(checkpoint, checkpoint.args(VOCAB), torch.bfloat16, scheme("int4")), folder / "int4", 1, tqdm(disable=True)
-    )
+    job = Job(checkpoint, checkpoint, checkpoint.args(VOCAB), torch.bfloat16, scheme("int4"))
+    write_meta(job, folder / "int4", 1, tqdm(disable=True))
 
 
 def one(who: str, folder: str, dtype: str) -> None:

@@ -99,6 +99,7 @@ class Llama:
         group_size: int | None = None,
         compile: bool | None = None,
         chat_format: str | None = None,
+        lora: str | os.PathLike[str] | Sequence[Any] | None = None,
     ) -> Llama:
         """Load the checkpoint in `ckpt_dir`, in Meta's layout or Hugging Face's, whatever number of shards it has.
 
@@ -107,7 +108,8 @@ class Llama:
         `device` to CUDA, then MPS, then CPU; `dtype` to the checkpoint's, or float32 where PyTorch would be slower in
         it. `quantize` rounds the matrices to int8, or to int4 in groups of `group_size` columns (32); one that was
         saved so needs none. `chat_format` is llama2, llama3 or template, the folder's own, which is the default where
-        there is one; else the tokenizer decides.
+        there is one; else the tokenizer decides. `lora` is the folder of a LoRA adapter of PEFT, which is merged into
+        the weights, or a list of folders or of pairs (folder, weight).
         On a CPU, models of more than 50 MB are computed by C++ that is compiled once, in about ten seconds: `compile`
         says whether, for any model.
         Raises ValueError, FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank,
@@ -117,7 +119,8 @@ class Llama:
         check_seed(seed)
         parallel.init_model_parallel(model_parallel_size)
         options = LoadOptions(
-            *(max_seq_len, max_batch_size, device, dtype, check_memory, quantize, group_size, compile, chat_format)
+            *(max_seq_len, max_batch_size, device, dtype, check_memory, quantize, group_size, compile, chat_format),
+            lora,
         )
         model, tokenizer, chosen, native = load_model(ckpt_dir, tokenizer_path, options)
         llama = Llama(model, tokenizer, seed, chosen)

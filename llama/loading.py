@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from . import backends, devices, parallel
 from .chat import ChatFormat
 from .chat_template import choose_format
-from .checkpoint import Checkpoint, check_fits, check_same, find_folder, find_tokenizer, footprint, load
+from .checkpoint import Checkpoint, check_fits, check_same, find_folder, find_tokenizer, footprint, load, with_lora
 from .model import Transformer
 from .tokenizer import Tokenizer
 
@@ -28,6 +28,7 @@ class LoadOptions(NamedTuple):
     group_size: int | None
     compile: bool | None
     chat_format: str | None
+    lora: Any = None
 
 
 def load_model(
@@ -39,18 +40,18 @@ def load_model(
         on = devices.choose_device(options.device)
         devices.use(on)
         folder = find_folder(ckpt_dir, "ckpt_dir")
-        weights = Checkpoint(folder)
+        checkpoint = Checkpoint(folder)
         tokenizer_file = find_tokenizer(folder, tokenizer_path)
         tokenizer = Tokenizer(tokenizer_file)
         chosen = choose_format(folder, tokenizer, options.chat_format)
-        args = weights.args(tokenizer.n_words)
+        weights, args, adapters = with_lora(checkpoint, checkpoint.args(tokenizer.n_words), options.lora)
         args = replace(args, max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size)
-        tokenizer.eos_ids |= weights.eos_ids(tokenizer.n_words)
+        tokenizer.eos_ids |= checkpoint.eos_ids(tokenizer.n_words)
         if args.max_batch_size == 0:
             raise ValueError("max_batch_size is 0; it must be positive")
         with torch.device("meta"):
             model = Transformer(args)
-        rounding, ranks = weights.scheme_for(options.quantize, options.group_size), parallel.world_size()
+        rounding, ranks = checkpoint.scheme_for(options.quantize, options.group_size), parallel.world_size()
         size = footprint(args, ranks, weights.dtype(), rounding).weights
         native = backends.native(args, on, size, options.compile)
         final = devices.choose_dtype(options.dtype, on, weights.dtype(), native)
@@ -59,7 +60,8 @@ def load_model(
         plan: dict[str, object] = {"device": on.type, "dtype": final, "quantize": rounding}
         plan |= {"max_seq_len": args.max_seq_len, "max_batch_size": args.max_batch_size}
         if ranks > 1:  # nodes may have copies of their own
-            plan |= weights.fingerprint(args, tokenizer_file)
+            plan |= checkpoint.fingerprint(args, tokenizer_file)
+            plan["lora"] = [adapter.fingerprint() for adapter in adapters]
     check_same(plan)
     with parallel.all_or_none():
         load(model, weights, args, on, final, rounding, native)

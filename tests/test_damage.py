@@ -141,7 +141,7 @@ MISTAKES = {
     "a text for a shard": ("meta", write(FIRST, b"Not found"), r"download it again \(it is the text 'Not found'\)"),
     "GGUF for a shard": ("meta", write(FIRST, b"GGUF\3\0"), r"take the model in safetensors \(it is a GGUF file\)"),
     "a compressed shard": ("meta", write(FIRST, b"\x1f\x8b\x08"), r"decompress it with gunzip \(it is compressed\)"),
-    "a LoRA adapter": ("hf", lora, "it is the folder of a LoRA adapter: merge_and_unload of peft merges it"),
+    "a LoRA adapter": ("hf", lora, "it is the folder of a LoRA adapter: give the folder of its model, and"),
     "a cache": ("hf", move("models--a/snapshots/1f"), "folder of downloads .*: give .*/from/models--a/snapshots/1f"),
     "one folder up": ("meta", move("llama-2-7b"), "no params.json or config.json in .*/from; give .*/from/llama-2-7b"),
     "GGUF": ("hf", both(rename("model.safetensors", "a.gguf"), rename("config.json", "c")), "a.gguf is a GGUF file"),

@@ -27,7 +27,8 @@ from .bpe_tokenizer import byte_pair_files, has_usual_names, ranks_file
 from .calibrate import calibrated, windows
 from .folder import Checkpoint
 from .hf_tokenizer import tokenizer_files
-from .load import read_quantized
+from .load import Weights, read_quantized
+from .lora import with_lora
 from .paths import find_tokenizer
 from .plan import shapes, shard_dim
 from .write import LOCK, blank_file, check_new, nbytes, new_folder, write_checklist, write_file, write_json, writing
@@ -40,6 +41,7 @@ class Job(NamedTuple):
     """What is converted, and to what."""
 
     checkpoint: Checkpoint
+    weights: Weights  # the checkpoint's, or these with adapters
     args: ModelArgs
     dtype: torch.dtype
     scheme: Scheme | None = None
@@ -70,10 +72,11 @@ def convert(
     symmetric: bool = False,
     search: bool = False,
     text: Callable[[], Sequence[int]] | None = None,
+    lora: Any = None,
 ) -> None:
-    """Write the checkpoint in `source` to a new folder: `to` is meta, for `mp` ranks, its matrices quantized or not, or
-    hf. They are rounded to the nearest numbers, or with a `search` for scales, or calibrated with the ids that `text`
-    returns, which is called after all other arguments have been checked.
+    """Write the checkpoint in `source`, with the adapters of `lora`, to a new folder: `to` is meta, for `mp` ranks, its
+    matrices quantized or not, or hf. They are rounded to the nearest numbers, or with a `search` for scales, or
+    calibrated with the ids that `text` returns, which is called after all other arguments have been checked.
 
     Raises FileExistsError for a `target` that exists, OSError when the disk is too small and ValueError for a model
     that cannot be divided into `mp` shards or quantized so, and for a text that is too short.
@@ -85,7 +88,7 @@ def convert(
     checkpoint = Checkpoint(source)
     tokenizer_path = find_tokenizer(source, tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path)
-    args = checkpoint.args(tokenizer.n_words)
+    weights, args, _ = with_lora(checkpoint, checkpoint.args(tokenizer.n_words), lora)
     loaded_as = checkpoint.scheme_for(quantize, group_size, symmetric)
     scheme = loaded_as if isinstance(loaded_as, Scheme) else None  # matrices of a GGUF file become floats
     if scheme and to == "hf":
@@ -95,7 +98,7 @@ def convert(
     if text and checkpoint.scheme:
         raise ValueError(f"{source} is quantized already, to {scheme}; calibrate with the original weights")
     tokens = files_of(tokenizer, tokenizer_path, source, to)
-    job = Job(checkpoint, args, dtype or checkpoint.dtype(), scheme, search)
+    job = Job(checkpoint, weights, args, dtype or checkpoint.dtype(), scheme, search)
     stored = [entry for tensors in job.stored().items() for entry in tensors[1].items()]
     if to == "meta":
         check_divides(dict(stored), mp)
@@ -171,14 +174,14 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     sizes = {name: shape[shard_dim(name) or 0] for name, shape in whole.items()}
     matrices = {name: own for name in whole if (own := job.of(name))}
     for name in (name for name in whole if name not in matrices):
-        yield name, job.checkpoint.read(name, whole[name], 0, sizes[name], job.dtype)
+        yield name, job.weights.read(name, whole[name], 0, sizes[name], job.dtype)
     if not job.scheme:
         return
     if job.text is not None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        rounded = calibrated(job.checkpoint, job.args, job.scheme, job.text, device)
+        rounded = calibrated(job.weights, job.args, job.scheme, job.text, device)
     else:
-        read = partial(read_quantized, job.checkpoint, search=job.search)
+        read = partial(read_quantized, job.weights, search=job.search)
         rounded = ((name, read(name, whole[name], 0, sizes[name], scheme)) for name, scheme in matrices.items())
     for name, matrix in rounded:
         yield from zip(stored[name], (part for part in matrix if part is not None), strict=True)
@@ -196,7 +199,7 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
         tensors: dict[str, Tensor] = {}
         for name in group:
-            tensor = job.checkpoint.read(name, whole[name], 0, whole[name][shard_dim(name) or 0], job.dtype)
+            tensor = job.weights.read(name, whole[name], 0, whole[name][shard_dim(name) or 0], job.dtype)
             if hf.is_permuted(name):
                 tensor = hf.to_halves(tensor, job.args.head_dim).contiguous()
             tensors[names[name]] = tensor

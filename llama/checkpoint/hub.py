@@ -18,6 +18,7 @@ ID = re.compile(r"[\w.-]+/[\w.-]+")  # such as meta-llama/Llama-2-7b-hf
 NEEDED = ["*.json", "*.jinja", "tokenizer.model", "*.safetensors", "*.pth"]
 DEMO = "smollm2"
 TWICE = ["original/*"]  # the same weights in Meta's layout
+WHOLE = ["params.json", "adapter_model.safetensors", "adapter_model.bin"]  # of a folder that the cache has in full
 
 
 def find_folder(value: Any, name: str) -> Path:
@@ -66,11 +67,11 @@ def from_hub(id: str, name: str) -> Path:
         fetch = partial(snapshot_download, id, ignore_patterns=TWICE)
         with suppress(FileNotFoundError):  # not in the cache, or only a part of it
             found = Path(fetch(local_files_only=True, allow_patterns=NEEDED))
-            if (found / "params.json").is_file() or weight_files(found):
+            if any((found / file).is_file() for file in WHOLE) or weight_files(found):
                 return found
         found = Path(fetch(allow_patterns=NEEDED))
         if not any(found.glob("*.safetensors")) and not any(found.glob("*.pth")):
-            found = Path(fetch(allow_patterns=[*NEEDED, "pytorch_model*.bin"]))
+            found = Path(fetch(allow_patterns=[*NEEDED, "pytorch_model*.bin", "adapter_model.bin"]))
         return found
     except Exception as error:  # the package has dozens of types, of networks and of the hub
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ ROLES = ["<unk>", "<s>", "</s>"]  # tokens that every tokenizer.model of Llama 2
 ROLES += ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]  # and Code Llama's
 # What a folder without weights, or without a description of them, may hold: a pattern of names, and what to do.
 FOREIGN = {
-    "adapter_config.json": "it is the folder of a LoRA adapter: merge_and_unload of peft merges it into its model",
+    "adapter_config.json": "it is the folder of a LoRA adapter: give the folder of its model, and this one as lora",
     "*.gguf": "give the path of one of the GGUF files: {}",
 }
 NO_CONFIG = {

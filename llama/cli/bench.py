@@ -12,7 +12,7 @@ import torch
 from .. import backends, devices, parallel
 from ..args import ModelArgs
 from ..backends.quantized import Quantization, scheme
-from ..checkpoint import Checkpoint, Weights, check_fits, find_folder, find_tokenizer, footprint
+from ..checkpoint import Checkpoint, Weights, check_fits, find_folder, find_tokenizer, footprint, with_lora
 from ..model import Transformer
 from ..tokenizer import Tokenizer
 from . import measure
@@ -32,6 +32,7 @@ def prepare(
     quantize: str | None = None,
     group_size: int | None = None,
     compile: bool | None = None,
+    lora: str | list | None = None,
 ) -> Job:
     """Measure tokens per second, and the fraction of what the machine can do.
 
@@ -49,10 +50,13 @@ def prepare(
         quantize: int8 or int4
         group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
         compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
+        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     sizes = numbers(batches=batches, prompts=prompts, context=context, tokens=tokens, repeats=repeats)
     if shape not in measure.SHAPES:
         raise ValueError(f"shape is {shape!r}; it must be one of {', '.join(measure.SHAPES)}")
+    if lora and not ckpt_dir:
+        raise ValueError(f"lora is {lora!r}; it needs --ckpt_dir, the folder of its model")
     parallel.init_model_parallel()
     target = devices.choose_device(device)
     devices.use(target)
@@ -64,16 +68,16 @@ def prepare(
     saved = torch.bfloat16
     if ckpt_dir is not None:
         folder = find_folder(ckpt_dir, "ckpt_dir")
-        weights = checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder)
         args = checkpoint.args(Tokenizer(find_tokenizer(folder, tokenizer_path)).n_words)
+        weights, args, _ = with_lora(checkpoint, args, lora)
         rounding, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()
     args = measure.fitting(args, cases)
     ranks = parallel.world_size()
     native = backends.native(args, target, footprint(args, ranks, saved, rounding).weights, compile)
     final = devices.choose_dtype(dtype, target, saved, native)
-    source = measure.Source(weights, args, target, final, rounding)
     check_fits(args, ranks, target, final, rounding)
-    return Job(source, native, cases, repeats, str(ckpt_dir or shape))
+    return Job(measure.Source(weights, args, target, final, rounding), native, cases, repeats, str(ckpt_dir or shape))
 
 
 def numbers(**given: int | tuple[int, ...]) -> dict[str, list[int]]:

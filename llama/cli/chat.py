@@ -43,6 +43,7 @@ def chat(
     prompt_lookup: int = 0,
     compile: bool | None = None,
     chat_format: str | None = None,
+    lora: str | list | None = None,
 ) -> None:
     """Talk to a chat model in the terminal, or pipe one prompt a line into it; /help lists its commands.
 
@@ -62,10 +63,11 @@ def chat(
         prompt_lookup: draft tokens a step from the conversation itself; faster where answers repeat it
         compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
         chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
+        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
-    options = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size, "compile": compile}
-    options["chat_format"] = chat_format
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
+    options |= {"compile": compile, "chat_format": chat_format, "lora": lora}
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, **options)
     sampling = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "prompt_lookup": prompt_lookup}
     converse(llama, system, **sampling)
 

@@ -33,6 +33,7 @@ def convert(
     symmetric: bool = False,
     search: bool | None = None,
     calibrate: str | None = None,
+    lora: str | list | None = None,
 ) -> None:
     """Write the checkpoint in SRC, in either layout, to the new folder DST.
 
@@ -49,6 +50,7 @@ def convert(
         search: search each group's scale for the least squared error; by default for int4
         calibrate: a text file in UTF-8, or auto for text that the model generates: quantize by GPTQ, so that the
             outputs of each layer on this text change least
+        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     folder = find_folder(src, "src")
     asked = None if dtype is None else devices.as_dtype(dtype)
@@ -64,12 +66,12 @@ def convert(
 
     def text() -> list[int]:
         if calibrate == "auto":
-            llama = Llama.build(folder, tokenizer, WINDOW, AT_ONCE)
+            llama = Llama.build(folder, tokenizer, WINDOW, AT_ONCE, lora=lora)
             return own_text(llama.engine, llama.tokenizer.bos_id, llama.tokenizer.eos_ids, OWN)
         return Tokenizer(tokenizer).encode(Path(str(calibrate)).read_text("utf-8"), bos=True, eos=False)
 
     searched = quantize == "int4" if search is None else search
-    given = (asked, tokenizer, quantize, group_size, symmetric, searched, text if calibrate else None)
+    given = (asked, tokenizer, quantize, group_size, symmetric, searched, text if calibrate else None, lora)
     checkpoint_convert.convert(folder, Path(dst), to, mp, *given)
 
 

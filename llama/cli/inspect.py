@@ -27,6 +27,7 @@ from ..checkpoint import (
     footprint,
     shapes,
     shortage,
+    with_lora,
 )
 from ..textfile import read_text
 from ..tokenizer import Tokenizer
@@ -47,6 +48,7 @@ def inspect(
     verify: bool = False,
     quantize: str | None = None,
     group_size: int | None = None,
+    lora: str | list | None = None,
 ) -> None:
     """Print what a checkpoint is, what it needs and how to run it, from headers alone.
 
@@ -61,6 +63,7 @@ def inspect(
         verify: read every file and compare it with the md5 or sha256 sums in the folder and beside the tokenizer
         quantize: int8 or int4, to print what it needs when loaded so
         group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
+        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     folder = find_folder(ckpt_dir, "ckpt_dir")
     checkpoint = Checkpoint(folder)
@@ -70,17 +73,20 @@ def inspect(
     except FileNotFoundError as error:
         missing = f"missing: {error}"
     args = checkpoint.args(checkpoint.vocab_size() if tokenizer is None else Tokenizer(tokenizer).n_words)
+    _, args, adapters = with_lora(checkpoint, args, lora)
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     target = devices.choose_device(device)
     scheme, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()
     native = backends.native(args, target, footprint(args, 1, saved, scheme).weights, build=False)
     chosen = devices.choose_dtype(dtype, target, saved, native)
     rows = describe(checkpoint, args) | {"tokenizer": tokenizer or missing}
+    rows |= {"lora": "; ".join(map(str, adapters))} if adapters else {}
     rows |= fit(args, world_size, chosen, scheme, target) | {"computes": computes(target, native)}
+    merging = f" --lora {quote(str(lora))}" if adapters else ""
     rows["run"] = (
         f"torchrun --nproc_per_node {rows.pop('ranks')} example_text_completion.py --ckpt_dir {quote(str(folder))} "
         f"--tokenizer_path {quote(str(tokenizer or 'TOKENIZER.MODEL'))} "
-        f"--max_seq_len {max_seq_len} --max_batch_size {max_batch_size}"
+        f"--max_seq_len {max_seq_len} --max_batch_size {max_batch_size}{merging}"
     )
     for title, value in rows.items():
         print(f"{title:>10}: {value}")

@@ -20,6 +20,7 @@ def perplexity(
     dtype: str | None = None,
     quantize: str | None = None,
     group_size: int | None = None,
+    lora: str | list | None = None,
 ) -> None:
     """Print the perplexity of the text in FILE, computed in a sliding window.
 
@@ -34,13 +35,19 @@ def perplexity(
         dtype: bfloat16, float16 or float32; by default as Llama.build chooses
         quantize: int8 or int4
         group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
+        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     step = window // 2 if stride is None else stride
     if type(window) is not int or type(step) is not int or not 0 < step < window:
         raise ValueError(f"window is {window!r} and stride {step!r}; they must be whole, 0 < stride < window")
     text = read_text(check_path(file, "file", "file"))
     llama = Llama.build(
-        ckpt_dir, tokenizer_path, window, batch, device=device, dtype=dtype, quantize=quantize, group_size=group_size
+        *(ckpt_dir, tokenizer_path, window, batch),
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        group_size=group_size,
+        lora=lora,
     )
     ids = llama.tokenizer.encode(text, bos=True, eos=False)
     if len(ids) < 2:
