@@ -67,6 +67,7 @@ def prepare(
         weights = checkpoint = Checkpoint(folder)
         args = checkpoint.args(Tokenizer(find_tokenizer(folder, tokenizer_path)).n_words)
         rounding, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()
+    args.check_output()
     args = measure.fitting(args, cases)
     ranks = parallel.world_size()
     native = backends.native(args, target, footprint(args, ranks, saved, rounding).weights, compile)

@@ -77,11 +77,14 @@ def inspect(
     chosen = devices.choose_dtype(dtype, target, saved, native)
     rows = describe(checkpoint, args) | {"tokenizer": tokenizer or missing}
     rows |= fit(args, world_size, chosen, scheme, target) | {"computes": computes(target, native)}
+    ranks = rows.pop("ranks")
     rows["run"] = (
-        f"torchrun --nproc_per_node {rows.pop('ranks')} example_text_completion.py --ckpt_dir {quote(str(folder))} "
+        f"torchrun --nproc_per_node {ranks} example_text_completion.py --ckpt_dir {quote(str(folder))} "
         f"--tokenizer_path {quote(str(tokenizer or 'TOKENIZER.MODEL'))} "
         f"--max_seq_len {max_seq_len} --max_batch_size {max_batch_size}"
     )
+    if args.n_labels:
+        rows["run"] = f"Llama.build({str(folder)!r}).classify(texts), on {ranks} rank(s)"
     for title, value in rows.items():
         print(f"{title:>10}: {value}")
     if verify:
@@ -99,6 +102,7 @@ def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
         "parameters": f"{sum(math.prod(shape) for shape in shapes(args).values()):,}",
         "model": f"{args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.kv_heads} key-value), "
         f"FFN {args.ffn_hidden}, vocabulary {args.vocab_size}",
+        **({"labels": ", ".join(checkpoint.labels())} if args.n_labels else {}),
         "files": f"{len(checkpoint.files)}, in {checkpoint.scheme or dtype_name(checkpoint.dtype())}",
     }
 
