@@ -193,7 +193,7 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
 
 def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int] = (2,)) -> None:
     """config.json, and one file of safetensors, or several with an index."""
-    whole, names = shapes(job.args), hf.names(job.args.n_layers)
+    whole, names = shapes(job.args), hf.names(job.args.n_layers, job.args.n_labels)
     if job.args.tie_word_embeddings:
         del whole["output.weight"]
     sizes = {name: torch.Size(shape).numel() * job.dtype.itemsize for name, shape in whole.items()}

@@ -62,7 +62,7 @@ class Checkpoint:
             self.params = hf.params(config)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        names = hf.names(self.params["n_layers"])
+        names = hf.names(self.params["n_layers"], self.params.get("n_labels", 0))
         head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
         positions = config.get("max_position_embeddings")
         self.positions = positions if type(positions) is int and positions > 0 else None

@@ -88,9 +88,10 @@ def files_in_index(index: Path) -> list[str]:
     return sorted(set(found.values()))
 
 
-def names(n_layers: int) -> dict[str, str]:
+def names(n_layers: int, n_labels: int = 0) -> dict[str, str]:
     """Meta's name of every parameter -> Hugging Face's."""
-    table = {f"{meta}.weight": f"{theirs}.weight" for meta, theirs in OUTSIDE.items()}
+    other = "output" if n_labels else "score"
+    table = {f"{meta}.weight": f"{theirs}.weight" for meta, theirs in OUTSIDE.items() if meta != other}
     for i in range(n_layers):
         table |= {f"layers.{i}.{meta}.weight": f"model.layers.{i}.{theirs}.weight" for meta, theirs in INSIDE.items()}
     return table
