@@ -46,6 +46,7 @@ class ModelArgs:
     rope_scaling: RopeScaling | None = None  # or a mapping of its fields
     head_dim: int = 0  # 0: dim / n_heads
     tie_word_embeddings: bool = False  # the output matrix is the embeddings: one tensor for both, on one rank
+    n_labels: int = 0  # of a score head, in place of the output matrix
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, Mapping):
@@ -59,7 +60,7 @@ class ModelArgs:
             kind: Any = Real if "float" in str(field.type) else Integral
             if isinstance(value, bool) or not isinstance(value, kind) or not -math.inf < value < math.inf:
                 raise ValueError(f"{field.name} is {value!r}, which is not int{' or float' * (kind is Real)}")
-            unset = {"vocab_size": -1, "max_batch_size": 0, "head_dim": 0}.get(field.name)
+            unset = {"vocab_size": -1, "max_batch_size": 0, "head_dim": 0, "n_labels": 0}.get(field.name)
             if not 0 < value < 2**31 and value != unset:
                 raise ValueError(f"{field.name} is {value}; it must be positive and below 2^31")
         if not self.head_dim and self.dim % self.n_heads == 0:
@@ -68,6 +69,11 @@ class ModelArgs:
             raise ValueError(f"dim {self.dim} cannot be divided into n_heads {self.n_heads} heads of even size")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.kv_heads}")
+
+    def check_output(self) -> None:
+        """ValueError for a model without logits over the vocabulary."""
+        if self.n_labels:
+            raise ValueError("the model has a score head and no output matrix; use classify")
 
     @property
     def kv_heads(self) -> int:

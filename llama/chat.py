@@ -33,9 +33,10 @@ class ChatFormat:
     name = ""
     note = ""  # logged when a dialog is first encoded
 
-    def check(self, dialog: Dialog, name: str = "the dialog") -> None:
-        """ValueError for a dialog that has no place in the format, or does not ask for an answer."""
-        check_messages(dialog, name, ROLES)
+    def check(self, dialog: Dialog, name: str = "the dialog", answered: bool = False) -> None:
+        """ValueError for a dialog that has no place in the format, or does not ask for an answer, or is not `answered`
+        where that is what is wanted."""
+        check_messages(dialog, name, ROLES, answered)
 
     def refusal(self, dialog: Dialog) -> str | None:
         """The answer in place of the model's to a dialog in which a message could pass text off as another role's."""
@@ -45,9 +46,10 @@ class ChatFormat:
         """An answer as a message of the dialog may hold it."""
         return answer
 
-    def encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
-        """The ids of a dialog that asks for an answer. ValueError for a malformed one."""
-        self.check(dialog)
+    def encode(self, tokenizer: Tokenizer, dialog: Dialog, answered: bool = False) -> list[int]:
+        """The ids of a dialog that asks for an answer; or of one that is `answered`, up to the end of the assistant's
+        message. ValueError for a malformed one."""
+        self.check(dialog, answered=answered)
         if self.note:
             log.warning(self.note)
             self.note = ""
@@ -61,8 +63,9 @@ class ChatFormat:
         raise NotImplementedError
 
 
-def check_messages(dialog: Dialog, name: str, roles: Sequence[str]) -> None:
-    """ValueError unless all messages are a role, one of these, and a text, and the last is not the assistant's."""
+def check_messages(dialog: Dialog, name: str, roles: Sequence[str], answered: bool = False) -> None:
+    """ValueError unless all messages are a role, one of these, and a text, and the last is the assistant's if and only
+    if the dialog is to be `answered`."""
     if isinstance(dialog, (str, bytes)) or not isinstance(dialog, Sequence) or not dialog:
         raise ValueError(f"{name} is {dialog!r}; it must be a list of messages")
     for i, message in enumerate(dialog):
@@ -73,8 +76,14 @@ def check_messages(dialog: Dialog, name: str, roles: Sequence[str]) -> None:
         if not isinstance(message["content"], str):
             raise ValueError(f"message {i} of {name} has the content {message['content']!r}, which is not a str")
         message["content"].encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
-    if dialog[-1]["role"] == "assistant":
+    if is_answered(dialog) and not answered:
         raise ValueError(f"{name} ends with the role assistant; there is nothing to answer")
+    if answered and not is_answered(dialog):
+        raise ValueError(f"{name} ends with the role {dialog[-1]['role']}; its last message must be the assistant's")
+
+
+def is_answered(dialog: Dialog) -> bool:
+    return dialog[-1]["role"] == "assistant"
 
 
 class Llama2Format(ChatFormat):
@@ -87,17 +96,18 @@ class Llama2Format(ChatFormat):
 
     name = "llama2"
 
-    def check(self, dialog: Dialog, name: str = "the dialog") -> None:
-        """User and assistant alternate, the user first and last, after an optional system message."""
+    def check(self, dialog: Dialog, name: str = "the dialog", answered: bool = False) -> None:
+        """User and assistant alternate after an optional system message, the user first, and last unless `answered`."""
         if isinstance(dialog, Sequence) and not isinstance(dialog, (str, bytes)):
             roles = [message.get("role") if isinstance(message, dict) else None for message in dialog]
             turns = roles[1:] if roles[:1] == ["system"] else roles
-            if None not in roles and turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+            expected = ["user", "assistant"] * (len(turns) // 2) + ["user"] * (not answered)
+            if None not in roles and turns != expected:
                 raise ValueError(
                     f"{name} has the roles {roles}; an optional system message must be followed by user and "
-                    "assistant in turn, beginning and ending with user"
+                    f"assistant in turn, beginning with user and ending with {'assistant' if answered else 'user'}"
                 )
-        check_messages(dialog, name, ("system", "user", "assistant"))
+        check_messages(dialog, name, ("system", "user", "assistant"), answered)
 
     def refusal(self, dialog: Dialog) -> str | None:
         return REFUSAL if has_tags(dialog) else None
@@ -123,9 +133,9 @@ class Llama2Format(ChatFormat):
         if dialog[0]["role"] == "system":
             system, user, *rest = contents
             contents = [f"{SYS}\n{system}\n{END_SYS}\n\n{user}", *rest]
-        pairs = zip(contents[:-1:2], contents[1::2], strict=True)
+        pairs = zip(contents[::2], contents[1::2], strict=False)
         turns = [(f"{INST} {user} {END_INST} {answer} ", True) for user, answer in pairs]
-        return [*turns, (f"{INST} {contents[-1]} {END_INST}", False)]
+        return turns if is_answered(dialog) else [*turns, (f"{INST} {contents[-1]} {END_INST}", False)]
 
 
 class Llama3Format(ChatFormat):
@@ -149,7 +159,7 @@ class Llama3Format(ChatFormat):
         ids = [tokenizer.bos_id]
         for role, content in self._messages(dialog):
             ids += [start, *text(role), end, *text("\n\n"), *text(content), over]
-        return [*ids, start, *text("assistant"), end, *text("\n\n")]
+        return ids if is_answered(dialog) else [*ids, start, *text("assistant"), end, *text("\n\n")]
 
     def render(self, dialog: Dialog) -> str:
         self.check(dialog)

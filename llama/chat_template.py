@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .chat import FORMATS, ChatFormat, Dialog, Message, get_chat_format
+from .chat import FORMATS, ChatFormat, Dialog, Message, get_chat_format, is_answered
 from .gguf import is_gguf, read_gguf
 from .textfile import read_json, read_text
 from .tokenizer import Tokenizer
@@ -65,8 +65,12 @@ class TemplateFormat(ChatFormat):
 
     def render(self, dialog: Dialog) -> str:
         self.check(dialog)
+        return self._render(dialog)
+
+    def _render(self, dialog: Dialog) -> str:
+        prompt = not is_answered(dialog)
         try:
-            return self.template.render(messages=dialog, add_generation_prompt=True, tools=None, **self.tokens)
+            return self.template.render(messages=dialog, add_generation_prompt=prompt, tools=None, **self.tokens)
         except Exception as error:  # a template is a program
             raise ValueError(f"the chat template refuses the dialog: {error}") from error
 
@@ -77,7 +81,7 @@ class TemplateFormat(ChatFormat):
             {**message, "content": self.names.sub(lambda name: hidden[name[0]], message["content"])}
             for message in dialog
         ]
-        text = self.render(messages)
+        text = self._render(messages)
         if not spelled and (whole := tokenizer.encode_special(text)) is not None:
             return whole
         ids = list[int]()

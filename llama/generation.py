@@ -19,7 +19,7 @@ from .loading import LoadOptions, load_model
 from .model import Transformer
 from .options import Options, Settings, plain_arguments, spread_options
 from .request import Event, Request
-from .scoring import Scores, embed, score
+from .scoring import Scores, classify, embed, score
 from .stream import InputFilter, OutputFilter, Stream, check_verdict, drains, filtered, pop_filters
 from .text import Text, border
 from .tokenizer import Tokenizer
@@ -73,13 +73,15 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.chat_format = get_chat_format(tokenizer, chat_format)
+        self.labels = [f"LABEL_{i}" for i in range(model.params.n_labels)]
+        self.pad_id: int | None = None  # which `classify` looks past
         self.generator = torch.Generator().manual_seed(seed)  # where prompts without a seed of their own get one
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Llama:
         with devices.own_context(inference=False), self.engine.lock:
             twin = Llama(copy.deepcopy(self.model, memo), self.tokenizer, chat_format=self.chat_format)
         twin.generator.set_state(self.generator.get_state())
-        twin.engine.compile = self.engine.compile
+        twin.engine.compile, twin.labels, twin.pad_id = self.engine.compile, [*self.labels], self.pad_id
         return twin
 
     @staticmethod
@@ -122,9 +124,9 @@ class Llama:
             *(max_seq_len, max_batch_size, device, dtype, check_memory, quantize, group_size, compile, chat_format),
             lora,
         )
-        model, tokenizer, chosen, native = load_model(ckpt_dir, tokenizer_path, options)
-        llama = Llama(model, tokenizer, seed, chosen)
-        llama.engine.compile = native
+        loaded = load_model(ckpt_dir, tokenizer_path, options)
+        llama = Llama(loaded.model, loaded.tokenizer, seed, loaded.chat_format)
+        llama.engine.compile, llama.labels, llama.pad_id = loaded.native, loaded.labels, loaded.pad_id
         return llama
 
     @parallel.as_first_rank
@@ -266,6 +268,26 @@ class Llama:
         self._fit(rows, [f"text {i}" for i in range(len(rows))])
         return embed(self.engine, rows, pooling)
 
+    @parallel.as_first_rank
+    @plain_arguments
+    def classify(self, inputs: Sequence[str] | Sequence[Dialog]) -> Tensor:
+        """The score head's logits for each text with BOS before it, or for each dialog, which ends with the assistant's
+        message, in the chat format: float32 (len(inputs), n_labels), in the order of `labels`. As in transformers they
+        are those of the last token that is not padding. Raises ValueError for a model without a score head, and for
+        an input that is longer than max_seq_len."""
+        if not self.model.params.n_labels:
+            raise ValueError("the model has no score head, as LlamaForSequenceClassification has; classify needs one")
+        if isinstance(inputs, list) and inputs and not any(isinstance(item, str) for item in inputs):
+            for i, dialog in enumerate(inputs):
+                self.chat_format.check(dialog, f"dialog {i}", answered=True)
+                if refusal := self.chat_format.refusal(dialog):
+                    raise ValueError(f"dialog {i}: {refusal}")
+            rows = [self.chat_format.encode(self.tokenizer, dialog, answered=True) for dialog in inputs]
+        else:
+            rows = self._encode(inputs, "inputs")
+        self._check(rows, [f"input {i}" for i in range(len(rows))])
+        return classify(self.engine, rows, self.pad_id)
+
     def _texts(self, name: str, texts: Any) -> None:
         if not isinstance(texts, list):
             raise ValueError(f"{name} is {shorten(texts)}; it must be a list of str")
@@ -273,7 +295,7 @@ class Llama:
             if not isinstance(text, str):
                 raise ValueError(f"{name.removesuffix('s')} {i} is {shorten(text)}, which is not a str")
 
-    def _encode(self, prompts: Sequence[str], name: str = "prompts") -> list[list[int]]:
+    def _encode(self, prompts: Any, name: str = "prompts") -> list[list[int]]:
         self._texts(name, prompts)
         return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
@@ -308,6 +330,7 @@ class Llama:
         self, prompts: Any, max_gen_len: Any, temperature: Any, top_p: Any, options: Any, check: bool = True
     ) -> list[Settings]:
         """The options of each prompt; ValueError where they cannot be served."""
+        self.model.params.check_output()
         if check:
             if not isinstance(prompts, list) or not all(isinstance(row, list) for row in prompts):
                 raise ValueError(f"prompt_tokens is {shorten(prompts)}; it must be a list of lists of token ids")

@@ -31,11 +31,19 @@ class LoadOptions(NamedTuple):
     lora: Any = None
 
 
+class Loaded(NamedTuple):
+    model: Transformer  # this rank's part, ready to compute
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    native: bool  # native.cpp computes it
+    labels: list[str]  # of a score head
+    pad_id: int | None
+
+
 def load_model(
     ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str] | None, options: LoadOptions
-) -> tuple[Transformer, Tokenizer, ChatFormat, bool]:
-    """This rank's part of the model, ready to compute, with the tokenizer, the chat format, and whether native.cpp
-    computes it. Errors are those of `Llama.build`, raised on every rank."""
+) -> Loaded:
+    """What a folder holds. Errors are those of `Llama.build`, raised on every rank."""
     with parallel.all_or_none():
         on = devices.choose_device(options.device)
         devices.use(on)
@@ -59,6 +67,9 @@ def load_model(
             check_fits(args, ranks, on, final, rounding)
         plan: dict[str, object] = {"device": on.type, "dtype": final, "quantize": rounding}
         plan |= {"max_seq_len": args.max_seq_len, "max_batch_size": args.max_batch_size}
+        labels, pad_id = weights.labels(), weights.pad_id(tokenizer.n_words)
+        if args.n_labels:
+            plan |= {"labels": labels, "pad_token_id": pad_id}
         if ranks > 1:  # nodes may have copies of their own
             plan |= checkpoint.fingerprint(args, tokenizer_file)
             plan["lora"] = [adapter.fingerprint() for adapter in adapters]
@@ -66,4 +77,4 @@ def load_model(
     with parallel.all_or_none():
         load(model, weights, args, on, final, rounding, native)
         model.allocate_cache()
-    return model.eval().requires_grad_(False), tokenizer, chosen, native
+    return Loaded(model.eval().requires_grad_(False), tokenizer, chosen, native, labels, pad_id)

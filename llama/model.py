@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .args import ModelArgs, RopeScaling
 from .batch import Batch, Group, groups
-from .layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from .layers import ColumnParallelLinear, ParallelEmbedding, ReplicatedLinear, RowParallelLinear
 from .parallel import divide, init_model_parallel, world_size
 
 
@@ -177,7 +177,10 @@ class Transformer(nn.Module):
         self.tok_embeddings = ParallelEmbedding(params.vocab_size, params.dim)
         self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
-        self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
+        if params.n_labels:
+            self.score = ReplicatedLinear(params.dim, params.n_labels)
+        else:
+            self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.direct_calls = 0  # of `forward`, which writes to slots that an engine may count on
         if params.max_batch_size:
             self.allocate_cache()
@@ -210,5 +213,6 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits (N, V) of chosen rows (N, dim) of what `hidden` returns."""
-        return self.output(self.norm(hidden)).float()
+        """Float32 logits (N, V), of a score head (N, n_labels), of chosen rows (N, dim) of what `hidden` returns."""
+        head = self.score if self.params.n_labels else self.output
+        return head(self.norm(hidden)).float()

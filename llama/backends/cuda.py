@@ -57,7 +57,8 @@ class Cuda:
         p = model.params
         self.dim, self.eps, self.device = p.dim, p.norm_eps, model.norm.weight.device
         self.embeddings, self.norm = model.tok_embeddings.weight, model.norm.weight
-        self.output = stacked(model.output)
+        self.output = None if p.n_labels else stacked(model.output)
+        self.score = model.logits  # a score head is small, and whole on every rank
         self.layers = []
         blocks: Any = model.layers
         for block in blocks:
@@ -85,6 +86,8 @@ class Cuda:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         with torch.cuda.device_of(hidden):  # on which Triton launches
+            if self.output is None:
+                return self.score(hidden)
             if len(hidden) > FEW[self.output.bits]:
                 return all_gather(self.normed(hidden, self.norm, self.output).float())
             return all_gather(kernels.linear(hidden, self.output, norm=self.norm, eps=self.eps, dtype=torch.float32))

@@ -63,6 +63,8 @@ def calibrated(
         layer.load_state_dict(found, assign=True)
         yield from through(layer, prefix, x, layouts, scheme)
         weights.release()
+    if args.n_labels:  # a score head stays in floats
+        return
     norm = read(weights, "norm.weight", args).to(device)
     hessian = moments("output.weight", (F.rms_norm(part, norm.shape, norm, args.norm_eps) for part in x))
     yield "output.weight", gptq(read(weights, "output.weight", args), hessian, scheme.of("output.weight") or scheme)

@@ -52,6 +52,11 @@ class Job(NamedTuple):
         """The scheme that a weight is written in."""
         return self.scheme.of(name) if self.scheme else None
 
+    def score_head(self) -> dict[str, Any]:
+        """What config.json says of a score head; {} without one."""
+        source = self.checkpoint
+        return hf.score_head(source.labels(), source.pad_id(self.args.vocab_size)) if self.args.n_labels else {}
+
     def stored(self) -> dict[str, Stored]:
         """The tensors that each weight is stored as in Meta's layout."""
         return {
@@ -154,6 +159,8 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     scaled = {"use_scaled_rope": True} if scaling and scaling.rope_type == "llama3" else {}  # all that Meta reads of it
     words = {"vocab_size": job.args.vocab_size} if job.checkpoint.params.get("vocab_size", -1) > 0 else {}
     write_json(folder, {"params.json": job.checkpoint.params | words | scaled | quantization})
+    if head := job.score_head():
+        write_json(folder, {"config.json": head})
     blank = {}
     for key, (shape, dtype) in ((key, entry) for found in job.stored().values() for key, entry in found.items()):
         dim = shard_dim(key)  # even slices, also of key-value heads, where there may be more shards than heads
@@ -189,7 +196,7 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
 
 def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int] = (2,)) -> None:
     """config.json, and one file of safetensors, or several with an index."""
-    whole, names = shapes(job.args), hf.names(job.args.n_layers)
+    whole, names = shapes(job.args), hf.names(job.args.n_layers, job.args.n_labels)
     if job.args.tie_word_embeddings:
         del whole["output.weight"]
     sizes = {name: torch.Size(shape).numel() * job.dtype.itemsize for name, shape in whole.items()}
@@ -211,7 +218,7 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
     config = hf.config(args, dtype, job.checkpoint.positions)
     ends = [*eos] if len(eos) > 1 else max(eos, default=None)
     ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": ends}
-    write_json(folder, {"config.json": config | ids, "generation_config.json": ids})
+    write_json(folder, {"config.json": config | ids | job.score_head(), "generation_config.json": ids})
     if len(groups) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
         write_json(folder, {"model.safetensors.index.json": content})

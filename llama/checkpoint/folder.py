@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,12 +66,13 @@ class Checkpoint:
             self.params = hf.params(config)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        names = hf.names(self.params["n_layers"])
+        names = hf.names(self.params["n_layers"], self.params.get("n_labels", 0))
         head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
         positions = config.get("max_position_embeddings")
         self.positions = positions if type(positions) is int and positions > 0 else None
         files = [HuggingFaceFile(path, names, head_dim) for path in hf.weight_files(self.folder)]
-        if config.get("tie_word_embeddings") and not any("output.weight" in file.shapes for file in files):
+        tied = config.get("tie_word_embeddings") and not self.params.get("n_labels")
+        if tied and not any("output.weight" in file.shapes for file in files):
             for file in files:
                 file.tie("output.weight", "tok_embeddings.weight")
         self.files = files
@@ -102,9 +104,11 @@ class Checkpoint:
         self.holders = {name: [file] for file in files for name in file.shapes}
 
     def vocab_size(self) -> int:
-        """The number of rows of the output matrix; 0 if the files lack it."""
-        files = self.holders.get("output.weight", [])
-        return sum(file.shapes["output.weight"][0] for file in files if "output.weight" in file.shapes)
+        """The number of rows of the output matrix, or with a score head of the embeddings; 0 if the files lack it."""
+        scored = bool(self.params.get("n_labels"))
+        name = "tok_embeddings.weight" if scored else "output.weight"
+        files = self.holders.get(name, [])[: 1 if scored else None]  # embeddings are split by columns
+        return sum(file.shapes[name][0] for file in files if name in file.shapes)
 
     def args(self, n_words: int) -> ModelArgs:
         """The model's shape, with the vocabulary of a tokenizer of `n_words` pieces. ValueError or FileNotFoundError if
@@ -139,6 +143,21 @@ class Checkpoint:
                     id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int and 0 <= id < n_words
                 }
         return found
+
+    def labels(self) -> list[str]:
+        """The names of a score head's labels; [] without such a head."""
+        n_labels = self.params.get("n_labels", 0)
+        return hf.labels(self._config(), n_labels) if n_labels else []
+
+    def pad_id(self, n_words: int) -> int | None:
+        """The id of padding by config.json, if it is below `n_words`. A tokenizer's own does not count."""
+        id = self._config().get("pad_token_id")
+        return id if type(id) is int and 0 <= id < n_words else None
+
+    def _config(self) -> dict[str, Any]:
+        """config.json, which `convert` also writes beside params.json where there is a score head."""
+        path = self.folder / "config.json"
+        return read_json(path) if path.is_file() else {}
 
     def tied(self) -> bool:
         """Whether the output matrix is the embeddings, and not a copy of them."""
@@ -243,12 +262,12 @@ class Checkpoint:
         """What two folders of the same model have in common, in any layout and number of shards: the parameters, and
         digests of the tokenizer's file and of the weights: their dtype, the norms and a row of each layer."""
         names = ["dim", "n_layers", "n_heads", "kv_heads", "head_dim", "ffn_hidden", "vocab_size", "norm_eps"]
-        names += ["rope_theta", "rope_scaling"]
+        names += ["rope_theta", "rope_scaling", "n_labels"]
         dtype, digest = self.dtype(), hashlib.md5(f"{self.dtype()} {self.scheme}".encode(), usedforsecurity=False)
         for name, shape in shapes(args).items():
-            end = shape[0] if shard_dim(name) is None else 1
-            if end > 1 or (name.endswith("wv.weight") and not self.scheme):
-                part = self.read(name, shape, 0, end, dtype).contiguous()
+            whole = shard_dim(name) is None
+            if whole or (name.endswith("wv.weight") and not self.scheme):
+                part = self.read(name, shape, 0, shape[0] if whole else 1, dtype).contiguous()
                 digest.update(ctypes.string_at(part.data_ptr(), part.nbytes))
         self.release()
         return {

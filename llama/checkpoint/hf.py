@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..textfile import read_json
 from .paths import NO_WEIGHTS, advice, listed
 
 # Meta's name -> Hugging Face's, outside the layers and inside one.
-OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head", "score": "score"}
 INSIDE = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -39,6 +39,7 @@ UNSCALED = {
     *("rope_theta", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 }
+SCORE_HEAD = "LlamaForSequenceClassification"
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 
@@ -87,9 +88,10 @@ def files_in_index(index: Path) -> list[str]:
     return sorted(set(found.values()))
 
 
-def names(n_layers: int) -> dict[str, str]:
+def names(n_layers: int, n_labels: int = 0) -> dict[str, str]:
     """Meta's name of every parameter -> Hugging Face's."""
-    table = {f"{meta}.weight": f"{theirs}.weight" for meta, theirs in OUTSIDE.items()}
+    other = "output" if n_labels else "score"
+    table = {f"{meta}.weight": f"{theirs}.weight" for meta, theirs in OUTSIDE.items() if meta != other}
     for i in range(n_layers):
         table |= {f"layers.{i}.{meta}.weight": f"model.layers.{i}.{theirs}.weight" for meta, theirs in INSIDE.items()}
     return table
@@ -134,9 +136,29 @@ def params(config: Mapping[str, Any]) -> dict[str, Any]:
         result["n_kv_heads"] = kv_heads
     result |= ffn_params(dim, hidden)
     result |= {"norm_eps": config.get("rms_norm_eps", 1e-6), "vocab_size": vocab}
+    if SCORE_HEAD in (config.get("architectures") or ()):
+        result["n_labels"] = len(labels(config))
     theta, scaling = rope(config)
     result |= {} if theta == 10000.0 else {"rope_theta": theta}
     return result if scaling is None else {**result, "rope_scaling": scaling}
+
+
+def labels(config: Mapping[str, Any], count: int = 2) -> list[str]:
+    """The names of a score head's labels, in order. Like transformers, which saves none for two labels, it makes up
+    names where config.json has none. ValueError for labels that are not numbered from 0."""
+    named, count = config.get("id2label"), config.get("num_labels", count)
+    if named is None and type(count) is int and count > 0:
+        return [f"LABEL_{i}" for i in range(count)]
+    if not isinstance(named, Mapping) or not named or {*named} != {str(i) for i in range(len(named))}:
+        raise ValueError(f"id2label {named!r} with num_labels {count!r} does not name the labels 0, 1, ...")
+    return [str(named[str(i)]) for i in range(len(named))]
+
+
+def score_head(names: Sequence[str], pad_id: int | None) -> dict[str, Any]:
+    """What config.json says of a score head."""
+    numbers = {name: i for i, name in enumerate(names)}
+    named = {str(i): name for i, name in enumerate(names)}
+    return {"architectures": [SCORE_HEAD], "id2label": named, "label2id": numbers, "pad_token_id": pad_id}
 
 
 def rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:

@@ -53,7 +53,7 @@ def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Quan
     cache = 2 * args.n_layers * kv_heads * args.head_dim * positions
     # A layer is widest in its feed-forward: the residual stream, its float32 norm, and the outputs of w1, w3 and SwiGLU
     widest = (2 * args.dim + 3 * args.ffn_hidden // world_size) * dtype.itemsize + 4 * args.dim
-    logits = 4 * args.max_batch_size * args.vocab_size * 3
+    logits = 4 * args.max_batch_size * (args.n_labels or args.vocab_size) * 3
     return Footprint(weights, cache * dtype.itemsize, widest * positions + logits)
 
 

@@ -18,7 +18,7 @@ SHARD_DIM: dict[str, int | None] = {
     "wq": 0, "wk": 0, "wv": 0, "wo": 1,
     "w1": 0, "w2": 1, "w3": 0,
     "attention_norm": None, "ffn_norm": None, "norm": None,
-    "output": 0,
+    "output": 0, "score": None,
 }  # fmt: skip
 # Matrices that multiply the same vector. They are loaded side by side, so that one matmul computes all of a group.
 FUSED = (("wq", "wk", "wv"), ("w1", "w3"))
@@ -44,14 +44,15 @@ def shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
         "attention_norm": (args.dim,),
         "ffn_norm": (args.dim,),
     }
-    whole = {"tok_embeddings": (args.vocab_size, args.dim), "norm": (args.dim,), "output": (args.vocab_size, args.dim)}
+    whole = {"tok_embeddings": (args.vocab_size, args.dim), "norm": (args.dim,)}
+    whole |= {"score": (args.n_labels, args.dim)} if args.n_labels else {"output": (args.vocab_size, args.dim)}
     whole |= {f"layers.{i}.{name}": shape for i in range(args.n_layers) for name, shape in layer.items()}
     return {f"{name}.weight": shape for name, shape in whole.items()}
 
 
 def rank_range(name: str, size: int, args: ModelArgs, rank: int, world_size: int) -> tuple[int, int]:
-    """(begin, end) of a rank's slice of the `size` rows or columns of a weight; the whole of a norm. With more ranks
-    than key-value heads, neighbouring ranks hold the same head: 2 heads on 4 ranks lie as 0 0 1 1."""
+    """(begin, end) of a rank's slice of the `size` rows or columns of a weight; the whole where it is not split. With
+    more ranks than key-value heads, neighbouring ranks hold the same head: 2 heads on 4 ranks lie as 0 0 1 1."""
     if shard_dim(name) is None:
         return 0, size
     if name.split(".")[-2] in ("wk", "wv") and world_size > args.kv_heads:

@@ -72,6 +72,7 @@ def prepare(
         args = checkpoint.args(Tokenizer(find_tokenizer(folder, tokenizer_path)).n_words)
         weights, args, _ = with_lora(checkpoint, args, lora)
         rounding, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()
+    args.check_output()
     args = measure.fitting(args, cases)
     ranks = parallel.world_size()
     native = backends.native(args, target, footprint(args, ranks, saved, rounding).weights, compile)

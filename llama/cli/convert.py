@@ -67,6 +67,7 @@ def convert(
     def text() -> list[int]:
         if calibrate == "auto":
             llama = Llama.build(folder, tokenizer, WINDOW, AT_ONCE, lora=lora)
+            llama.model.params.check_output()
             return own_text(llama.engine, llama.tokenizer.bos_id, llama.tokenizer.eos_ids, OWN)
         return Tokenizer(tokenizer).encode(Path(str(calibrate)).read_text("utf-8"), bos=True, eos=False)
 

@@ -82,12 +82,14 @@ def inspect(
     rows = describe(checkpoint, args) | {"tokenizer": tokenizer or missing}
     rows |= {"lora": "; ".join(map(str, adapters))} if adapters else {}
     rows |= fit(args, world_size, chosen, scheme, target) | {"computes": computes(target, native)}
-    merging = f" --lora {quote(str(lora))}" if adapters else ""
+    merging, ranks = f" --lora {quote(str(lora))}" if adapters else "", rows.pop("ranks")
     rows["run"] = (
-        f"torchrun --nproc_per_node {rows.pop('ranks')} example_text_completion.py --ckpt_dir {quote(str(folder))} "
+        f"torchrun --nproc_per_node {ranks} example_text_completion.py --ckpt_dir {quote(str(folder))} "
         f"--tokenizer_path {quote(str(tokenizer or 'TOKENIZER.MODEL'))} "
         f"--max_seq_len {max_seq_len} --max_batch_size {max_batch_size}{merging}"
     )
+    if args.n_labels:
+        rows["run"] = f"Llama.build({str(folder)!r}).classify(texts), on {ranks} rank(s)"
     for title, value in rows.items():
         print(f"{title:>10}: {value}")
     if verify:
@@ -105,6 +107,7 @@ def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
         "parameters": f"{sum(math.prod(shape) for shape in shapes(args).values()):,}",
         "model": f"{args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.kv_heads} key-value), "
         f"FFN {args.ffn_hidden}, vocabulary {args.vocab_size}",
+        **({"labels": ", ".join(checkpoint.labels())} if args.n_labels else {}),
         "files": f"{len(checkpoint.files)}, in {checkpoint.scheme or dtype_name(checkpoint.dtype())}",
     }
 
