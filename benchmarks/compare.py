@@ -29,8 +29,9 @@ def main(*peers: str, **flags: Any) -> None:
     if peers and parallel.world_size() > 1:
         raise ValueError("other libraries are measured on one rank only")
     if peers and isinstance(weights := job.source.weights, Checkpoint) and weights.scheme:
-        if weights.layout != "gguf" or peers != ("llama.cpp",):
-            raise ValueError(f"{flags['ckpt_dir']} is quantized already, which no other library reads")
+        readers = {"llama.cpp"} if weights.layout == "gguf" else set()
+        if {*peers} - readers:
+            raise ValueError(f"{flags['ckpt_dir']} is quantized already, which {', '.join(peers)} cannot read")
     job.run({peer: PEERS[peer](job.source) for peer in peers})
 
 

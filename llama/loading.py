@@ -67,7 +67,7 @@ def load_model(
             check_fits(args, ranks, on, final, rounding)
         plan: dict[str, object] = {"device": on.type, "dtype": final, "quantize": rounding}
         plan |= {"max_seq_len": args.max_seq_len, "max_batch_size": args.max_batch_size}
-        labels, pad_id = weights.labels(), weights.pad_id(tokenizer.n_words)
+        labels, pad_id = checkpoint.labels(), checkpoint.pad_id(tokenizer.n_words)
         if args.n_labels:
             plan |= {"labels": labels, "pad_token_id": pad_id}
         if ranks > 1:  # nodes may have copies of their own

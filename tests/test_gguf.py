@@ -64,7 +64,7 @@ def written(request, tmp_path_factory):
 
 
 def test_logits_are_those_of_the_weights_in_the_file(written):
-    path, kind, exact = written
+    path, _, exact = written
     assert relative_error(logits(path, dtype="float32", compile=False), exact) <= 1e-5
 
 
@@ -81,6 +81,6 @@ def rank_logits(path):
 
 
 def test_on_two_ranks(written, ranks):
-    path, kind, exact = written
+    path, _, exact = written
     for found in ranks(2).run(rank_logits, path):
         assert relative_error(found, exact) <= 1e-5
