@@ -1,5 +1,5 @@
-"""GGUF files, as llama.cpp writes them: their keys, and where each tensor lies. Only the header is read. Every length
-in it is checked before anything is read or allocated by it.
+"""GGUF files, as llama.cpp has them: the header, with keys and where each tensor lies, read and written. Every length
+in a header is checked before anything is read or allocated by it.
 
 Numbers are little-endian. A file is: "GGUF", a version, the numbers of tensors and keys; the keys, each a name, a type
 and a value; a description of each tensor; and, from the next multiple of general.alignment on, the tensors' data.
@@ -12,6 +12,7 @@ import math
 import mmap
 import re
 import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +138,7 @@ class Header:
         if type(alignment) is not int or alignment < 1 or alignment % 8:
             raise ValueError(f"general.alignment is {alignment!r}, which is not a multiple of 8")
         entries = [self.entry() for _ in range(count)]
-        begin = -(-self.at // alignment) * alignment
+        begin = aligned(self.at, alignment)
         found, end, last = dict[str, TensorEntry](), begin, "the header"
         for name, kind, shape, offset in sorted(entries, key=lambda entry: entry[3]):
             nbytes = math.prod(shape) // kind.values * kind.nbytes
@@ -183,3 +184,39 @@ def split_files(path: Path) -> list[Path]:
 def is_gguf(path: Path) -> bool:
     """Whether a path is that of a GGUF file, rather than of a folder or of any other file."""
     return path.suffix == ".gguf" and path.is_file()
+
+
+def header_bytes(keys: Mapping[str, Any], tensors: Mapping[str, tuple[BlockType, Sequence[int]]]) -> bytes:
+    """A header of version 3, up to where the data begins: tensors in their order, each from a multiple of 32 on."""
+    numbers = {kind: number for number, kind in TYPES.items()}
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(keys))]
+    for name, value in keys.items():
+        parts += [string_bytes(name), value_bytes(value)]
+    offset = 0
+    for name, (kind, shape) in tensors.items():
+        parts += [string_bytes(name), struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))]
+        parts.append(struct.pack("<IQ", numbers[kind], offset))
+        offset += aligned(math.prod(shape) // kind.values * kind.nbytes)
+    header = b"".join(parts)
+    return header.ljust(aligned(len(header)), b"\0")
+
+
+def aligned(size: int, to: int = 32) -> int:
+    return -(-size // to) * to
+
+
+def string_bytes(text: str) -> bytes:
+    content = text.encode()
+    return struct.pack("<Q", len(content)) + content
+
+
+def value_bytes(value: Any) -> bytes:
+    """The type and the value of a key: a bool, int (unsigned), float, str, or a list of these (of signed ints)."""
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + string_bytes(value)
+    if isinstance(value, list):
+        kind = {str: STRING, int: 5, float: 6}[type(value[0])]
+        items = map(string_bytes, value) if kind == STRING else [struct.pack(f"<{len(value)}{NUMBERS[kind]}", *value)]
+        return struct.pack("<IIQ", ARRAY, kind, len(value)) + b"".join(items)
+    kind = {bool: 7, int: 4, float: 6}[type(value)]
+    return struct.pack(f"<I{NUMBERS[kind]}", kind, value)

@@ -1,10 +1,12 @@
-"""The tokenizer in a GGUF file's keys -> what its own file would hold: a SentencePiece model, or a tokenizer.json."""
+"""The tokenizer in a GGUF file's keys <-> what its own file holds: a SentencePiece model, or a tokenizer.json."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from sentencepiece import SentencePieceProcessor
 
 from .pre_tokenizer import GPT2, LLAMA3, PRE_TOKENIZERS
 
@@ -85,7 +87,7 @@ def byte_pair_json(keys: Mapping[str, Any]) -> dict[str, Any]:
         "added_tokens": [added_token(id, tokens[id], kind == CONTROL) for id, kind in added],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
-        "post_processor": None,
+        "post_processor": begins_with(tokens, id_of(keys, "bos")) if keys.get("tokenizer.ggml.add_bos_token") else None,
         "decoder": GPT2,
         "model": {
             "type": "BPE",
@@ -94,6 +96,17 @@ def byte_pair_json(keys: Mapping[str, Any]) -> dict[str, Any]:
             "ignore_merges": PRE_TOKENIZERS[pre] is LLAMA3,
         },
     }
+
+
+def begins_with(tokens: Sequence[str], id: int) -> dict[str, Any] | None:
+    """BOS before each text, if there is one."""
+    if id < 0:
+        return None
+    bos = tokens[id]
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    special = {bos: {"id": bos, "ids": [id], "tokens": [bos]}}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
 
 
 def vocabulary(tokens: Sequence[str]) -> dict[str, int]:
@@ -106,3 +119,42 @@ def vocabulary(tokens: Sequence[str]) -> dict[str, int]:
 def added_token(id: int, content: str, special: bool) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": id, "content": content, **flags, "special": special}
+
+
+def sentencepiece_keys(model: SentencePieceProcessor, space: bool) -> dict[str, Any]:
+    """The keys of a SentencePiece model; `space`: it adds one before a text."""
+    kinds = {UNKNOWN: model.is_unknown, CONTROL: model.is_control, UNUSED: model.is_unused, BYTE: model.is_byte}
+    ids = range(model.vocab_size())
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [model.id_to_piece(id) for id in ids],
+        "tokenizer.ggml.scores": [model.get_score(id) for id in ids],
+        "tokenizer.ggml.token_type": [next((kind for kind, holds in kinds.items() if holds(id)), NORMAL) for id in ids],
+        "tokenizer.ggml.add_space_prefix": space,
+    }
+
+
+def byte_pair_keys(content: Mapping[str, Any], n_words: int) -> dict[str, Any]:
+    """The keys of a tokenizer.json. ValueError for one that GGUF has no name for."""
+    model, steps = content["model"], content.get("pre_tokenizer") or {}
+    steps = [plain(step) for step in steps.get("pretokenizers") or [steps]]
+    names = [name for name, known in PRE_TOKENIZERS.items() if steps == [plain(step) for step in known]]
+    if model.get("type") != "BPE" or not names or content.get("normalizer"):
+        raise ValueError(f"the tokenizer splits text by {steps}, for which GGUF has no name that is known here")
+    added = {token["id"]: token for token in content["added_tokens"]}
+    texts = {id: text for text, id in model["vocab"].items()} | {id: token["content"] for id, token in added.items()}
+    types = {id: CONTROL if token["special"] else USER_DEFINED for id, token in added.items()}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": names[0],
+        "tokenizer.ggml.tokens": [texts.get(id, f"[PAD{id}]") for id in range(n_words)],
+        "tokenizer.ggml.token_type": [types.get(id, NORMAL if id in texts else UNUSED) for id in range(n_words)],
+        "tokenizer.ggml.merges": merges,
+    }
+
+
+def plain(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step of pre-tokenization, without what changes no tokens."""
+    return {key: value for key, value in step.items() if key != "trim_offsets"}

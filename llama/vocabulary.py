@@ -234,6 +234,11 @@ class TokenizersVocabulary:
         begins = self.tokenizer.encode("").ids[:1] == [self.bos_id]  # by the file's post-processor
         self.adds_bos = begins or names.get("add_bos_token", "") == "True"
 
+    def json(self) -> dict[str, Any]:
+        """The content of the file."""
+        found: dict[str, Any] = json.loads(self.tokenizer.to_str())
+        return found
+
     def _id(self, *names: str | None) -> int:
         ids = (self.tokenizer.token_to_id(name) for name in names if name)
         return next((id for id in ids if id is not None), -1)

@@ -144,7 +144,7 @@ MISTAKES = {
     "a LoRA adapter": ("hf", lora, "it is the folder of a LoRA adapter: give the folder of its model, and"),
     "a cache": ("hf", move("models--a/snapshots/1f"), "folder of downloads .*: give .*/from/models--a/snapshots/1f"),
     "one folder up": ("meta", move("llama-2-7b"), "no params.json or config.json in .*/from; give .*/from/llama-2-7b"),
-    "GGUF": ("hf", both(rename("model.safetensors", "a.gguf"), rename("config.json", "c")), "a.gguf .* is not a GGUF file"),
+    "no GGUF": ("hf", both(rename("model.safetensors", "a.gguf"), rename("config.json", "c")), "a.gguf .* is not a"),
     "several variants": (
         "hf",
         both(rename("model.safetensors", "model.bf16.safetensors"), write("model.fp16.safetensors", b"x")),

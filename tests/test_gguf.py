@@ -1,12 +1,19 @@
 """GGUF files, against the package gguf and the same weights in a model of ours."""
 
-import pytest
-import torch
-from small import GQA, TOKENIZER, needs_cpp, random_model, relative_error
+import random
 
-from llama import Llama
+import pytest
+import test_llama3
+import torch
+from small import GQA, TOKENIZER, needs_cpp, random_model, relative_error, save_random
+from test_llama3 import FAMILY
+from test_vocabulary import LETTERS, RANKS, write_ranks
+from transformers import AutoModelForCausalLM
+
+from llama import Llama, Tokenizer
 from llama.backends.quantized import dequantize
 from llama.checkpoint.blocks import CODECS
+from llama.checkpoint.convert import convert
 
 gguf = pytest.importorskip("gguf")
 import gguf_files  # noqa: E402
@@ -84,3 +91,96 @@ def test_on_two_ranks(written, ranks):
     path, _, exact = written
     for found in ranks(2).run(rank_logits, path):
         assert relative_error(found, exact) <= 1e-5
+
+
+# Tokenizers
+
+
+def texts(count=5000):
+    """Of words, runs of spaces, bytes of several scripts, and spelled special tokens."""
+    chance = random.Random(0)
+    return ["".join(chance.choice(LETTERS) for _ in range(chance.randrange(1, 30))) for _ in range(count)]
+
+
+def same_ids(ours, original):
+    for text in texts():
+        ids = original.encode(text, bos=True, eos=False)
+        assert ours.encode(text, bos=True, eos=False) == ids
+        assert ours.decode(ids) == original.decode(ids)
+    assert (ours.n_words, ours.bos_id, ours.eos_id) == (original.n_words, original.bos_id, original.eos_id)
+    assert ours.eos_ids == original.eos_ids and ours.special == original.special
+
+
+@pytest.mark.parametrize("by", ["gguf", "convert"])
+def test_a_sentencepiece_model_inside_is_the_original(tmp_path, by, tokenizer):
+    save_random(tmp_path / "meta", GQA)
+    if by == "gguf":
+        model = random_model(GQA, 1024)
+        gguf_files.write(tmp_path / "model.gguf", model.params, model.state_dict(), "F32", TOKENIZER)
+    else:
+        convert(tmp_path / "meta", tmp_path / "to", "gguf", 1, None, TOKENIZER)
+        (tmp_path / "to" / "model.gguf").rename(tmp_path / "model.gguf")
+    same_ids(Tokenizer(tmp_path / "model.gguf"), tokenizer)
+
+
+def test_llama_3s_tokenizer_inside_is_the_original(tmp_path):
+    save_random(tmp_path / "meta", GQA, vocab_size=len(RANKS) + 256)
+    original = Tokenizer(write_ranks(tmp_path / "meta"))
+    convert(tmp_path / "meta", tmp_path / "to", "gguf", 1, None)
+    ours = Tokenizer(tmp_path / "to" / "model.gguf")
+    assert type(ours.vocabulary) is type(original.vocabulary)
+    same_ids(ours, original)
+
+
+# Whole models in other shapes
+
+
+def test_the_type_of_an_embedding_decides_for_a_tied_output(tmp_path):
+    model = random_model(WIDE, 1024)
+    for kind in ("F16", "Q8_0", "Q6_K"):
+        path = tmp_path / f"{kind}.gguf"
+        found = gguf_files.write(path, model.params, model.state_dict(), kind, TOKENIZER, tied=True)
+        model.load_state_dict(found)
+        with torch.inference_mode():
+            exact = model(TOKENS, 0).clone()
+        llama = build(path, dtype="float32", compile=False)
+        assert llama.model.params.tie_word_embeddings
+        with torch.inference_mode():
+            assert relative_error(llama.model(TOKENS, 0), exact) <= 1e-5
+        model = random_model(WIDE, 1024)
+
+
+def test_several_files(tmp_path):
+    model = random_model(WIDE, 1024)
+    found = gguf_files.write(tmp_path / "model.gguf", model.params, model.state_dict(), "Q8_0", TOKENIZER, parts=7)
+    files = sorted(tmp_path.glob("*.gguf"))
+    assert len(files) == 3
+    model.load_state_dict(found)
+    with torch.inference_mode():
+        exact = model(TOKENS, 0).clone()
+    for source in (files[0], tmp_path):
+        assert relative_error(logits(source, dtype="float32", compile=False), exact) <= 1e-5
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks model-00002-of-00003\.gguf of 3 files"):
+        build(files[0])
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_what_convert_writes(tmp_path, kind, quantize):
+    """Loads as the weights it was given: in floats exactly, or as these are rounded in groups of 32."""
+    theirs = test_llama3.save(tmp_path / "hf", **FAMILY[kind], **({} if quantize is None else {"hidden_size": 128}))
+    convert(tmp_path / "hf", tmp_path / "to", "gguf", 1, torch.float32, TOKENIZER, quantize)
+    llama = build(tmp_path / "to", dtype="float32", compile=False)
+    reader = gguf.GGUFReader(tmp_path / "to" / "model.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["blk.0.attn_q.weight"] == {None: "F32", "int8": "Q8_0", "int4": "Q4_0"}[quantize]
+    assert ("output.weight" in kinds) == (not FAMILY[kind].get("tie_word_embeddings"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "to", gguf_file="model.gguf", dtype=torch.float32)
+    with torch.inference_mode():
+        found, again = llama.model(test_llama3.TOKENS, 0), model.eval()(test_llama3.TOKENS).logits
+    if quantize is None:
+        assert relative_error(found, theirs) <= 1e-5
+    if "rope_parameters" not in FAMILY[kind]:  # which transformers does not read from a file
+        assert relative_error(found, again) <= 1e-5
+    assert relative_error(found, theirs) <= {None: 1e-5, "int8": 0.06, "int4": 0.6}[quantize]

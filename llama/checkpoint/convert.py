@@ -1,4 +1,4 @@
-"""A checkpoint -> a new folder, in Meta's layout for any number of ranks or in Hugging Face's.
+"""A checkpoint -> a new folder, in Meta's layout for any number of ranks, in Hugging Face's, or with a GGUF file.
 
 One tensor of the source is in memory at a time (one layer where a text calibrates), and of the target what one file of
 Hugging Face's holds (Meta's are written through a mapping), so that the largest model converts on a small machine.
@@ -7,7 +7,7 @@ Hugging Face's holds (Meta's are written through a mapping), so that the largest
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ from ..args import ModelArgs
 from ..backends.quantized import Scheme
 from ..chat_template import template_of
 from ..tokenizer import Tokenizer
-from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary
-from . import hf
+from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary
+from . import gguf_write, hf
 from .bpe_tokenizer import byte_pair_files, has_usual_names, ranks_file
 from .calibrate import calibrated, windows
 from .folder import Checkpoint
@@ -79,31 +79,35 @@ def convert(
     text: Callable[[], Sequence[int]] | None = None,
     lora: Any = None,
 ) -> None:
-    """Write the checkpoint in `source`, with the adapters of `lora`, to a new folder: `to` is meta, for `mp` ranks, its
-    matrices quantized or not, or hf. They are rounded to the nearest numbers, or with a `search` for scales, or
-    calibrated with the ids that `text` returns, which is called after all other arguments have been checked.
+    """Write the checkpoint in `source`, with the adapters of `lora`, to a new folder: `to` is meta, for `mp` ranks, or
+    gguf, the matrices quantized or not, or hf. They are rounded to the nearest numbers, or with a `search` for scales,
+    or calibrated with the ids that `text` returns, which is called after all other arguments have been checked.
 
     Raises FileExistsError for a `target` that exists, OSError when the disk is too small and ValueError for a model
     that cannot be divided into `mp` shards or quantized so, and for a text that is too short.
     """
-    if to not in ("meta", "hf"):
-        raise ValueError(f"to is {to!r}; it must be meta or hf")
+    if to not in ("meta", "hf", "gguf"):
+        raise ValueError(f"to is {to!r}; it must be meta, hf or gguf")
     target = Path(os.path.abspath(os.path.expanduser(target)))
     check_new(target)
     checkpoint = Checkpoint(source)
     tokenizer_path = find_tokenizer(source, tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path)
     weights, args, _ = with_lora(checkpoint, checkpoint.args(tokenizer.n_words), lora)
+    if text and checkpoint.scheme:
+        raise ValueError(f"{source} is quantized already, to {checkpoint.scheme}; calibrate with the original weights")
+    if to == "gguf" and quantize:  # as its blocks are
+        group_size, symmetric = group_size or 32, quantize == "int4"
     loaded_as = checkpoint.scheme_for(quantize, group_size, symmetric)
     scheme = loaded_as if isinstance(loaded_as, Scheme) else None  # matrices of a GGUF file become floats
-    if scheme and to == "hf":
+    job = Job(checkpoint, weights, args, dtype or checkpoint.dtype(), scheme, search)
+    if to == "hf" and scheme:
         raise ValueError(
             f"Hugging Face's layout has no place for {scheme}; write Meta's, or give an unquantized source"
         )
-    if text and checkpoint.scheme:
-        raise ValueError(f"{source} is quantized already, to {scheme}; calibrate with the original weights")
+    if to == "gguf":
+        check_gguf(job, mp, text)
     tokens = files_of(tokenizer, tokenizer_path, source, to)
-    job = Job(checkpoint, weights, args, dtype or checkpoint.dtype(), scheme, search)
     stored = [entry for tensors in job.stored().items() for entry in tensors[1].items()]
     if to == "meta":
         check_divides(dict(stored), mp)
@@ -117,7 +121,9 @@ def convert(
             else:
                 write_json(folder, {name: content})
         ends = tokenizer.eos_ids | checkpoint.eos_ids(args.vocab_size)
-        if to == "meta":
+        if to == "gguf":
+            write_gguf(job, folder, tokenizer, ends, template_of(source), bar)
+        elif to == "meta":
             write_meta(job, folder, mp, bar)
             if ends > tokenizer.eos_ids:
                 write_json(folder, {"generation_config.json": {"eos_token_id": sorted(ends)}})
@@ -129,6 +135,8 @@ def convert(
 
 def files_of(tokenizer: Tokenizer, path: Path, source: Path, to: str) -> dict[str, Any]:
     """The tokenizer's files in a layout: names, and bytes or JSON. ValueError if the layout has no place for it."""
+    if to == "gguf":  # which holds the tokenizer itself
+        return {}
     kind, template = tokenizer.vocabulary, template_of(source)
     files: dict[str, Any] = {} if template is None else {"chat_template.jinja": template.encode()}
     if isinstance(kind, SentencePieceVocabulary):
@@ -139,9 +147,20 @@ def files_of(tokenizer: Tokenizer, path: Path, source: Path, to: str) -> dict[st
             return files | {"tokenizer.model": ranks_file(kind)}
         if path.suffix != ".json":
             return files | byte_pair_files(kind)
+    if isinstance(kind, TokenizersVocabulary) and path.suffix != ".json":
+        return files | {"tokenizer.json": kind.json(), "tokenizer_config.json": tokenizer_config(tokenizer)}
     names = ("tokenizer_config.json", "special_tokens_map.json")
     files |= {name: (path.parent / name).read_bytes() for name in names if (path.parent / name).is_file()}
     return files | {"tokenizer.json": path.read_bytes()}
+
+
+def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer_config.json beside a tokenizer.json."""
+    names = {id: name for name, id in tokenizer.special.items()}
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    roles = {role: names[id] for role, id in ids.items() if id in names}
+    flags = {"add_bos_token": tokenizer.vocabulary.adds_bos, "clean_up_tokenization_spaces": False}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **roles, **flags}
 
 
 def check_divides(stored: Stored, mp: int) -> None:
@@ -222,6 +241,30 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
     if len(groups) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
         write_json(folder, {"model.safetensors.index.json": content})
+
+
+def check_gguf(job: Job, mp: int, text: object) -> None:
+    """ValueError for what a GGUF file has no place for."""
+    if job.args.n_labels:
+        raise ValueError("a score head has no place in a GGUF file; write hf or meta")
+    if job.scheme and job.scheme not in gguf_write.WRITTEN:
+        raise ValueError(f"a GGUF file has no place for {job.scheme}; int8 and int4 are written in groups of 32")
+    if text or mp != 1:
+        raise ValueError(
+            f"{'calibrate' if text else 'mp'} is for meta; a GGUF file is one file, rounded to the nearest"
+        )
+
+
+def write_gguf(
+    job: Job, folder: Path, tokenizer: Tokenizer, ends: Iterable[int], template: str | None, bar: tqdm
+) -> None:
+    """model.gguf, with the tokenizer and the chat template in it."""
+    kinds = gguf_write.kinds_of(job.args, job.dtype, job.scheme)
+    name = job.checkpoint.folder.resolve().name
+    keys = gguf_write.keys_of(job.args, kinds["layers.0.attention.wq.weight"], job.checkpoint.positions, name)
+    keys |= gguf_write.tokenizer_keys(tokenizer, ends)
+    keys |= {} if template is None else {"tokenizer.chat_template": template}
+    gguf_write.write_gguf(folder / "model.gguf", job.weights, job.args, keys, kinds, job.search, bar.update)
 
 
 def in_files(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -100,13 +100,36 @@ def rope_scaling(keys: Mapping[str, Any], found: Mapping[str, Any], divisors: Te
         raise ValueError(f"llama.rope.scaling.type is {kind!r}; only linear scaling is supported, and Llama 3's")
     if divisors is None:
         return RopeScaling(factor, rope_type="linear")._asdict() if kind == "linear" and factor != 1 else None
-    scaling = RopeScaling(float(f"{float(divisors.max()):.7g}"))
     head_dim = found.get("head_dim") or found["dim"] // found["n_heads"]
     frequencies = 1.0 / found.get("rope_theta", 10000.0) ** (torch.arange(0, head_dim, 2) / head_dim)
-    scaled = scale_rope_frequencies(frequencies, scaling)
-    if divisors.shape != scaled.shape or not torch.allclose(frequencies / divisors, scaled, rtol=1e-4, atol=0):
-        raise ValueError(f"{DIVISORS} {tuple(divisors.shape)} is no scaling of RoPE as Llama 3 has it")
-    return scaling._asdict()
+    if divisors.shape == frequencies.shape:
+        for scaling in (RopeScaling(rounded(divisors.max())), fitted(frequencies, divisors)):
+            scaled = scale_rope_frequencies(frequencies, scaling)
+            if torch.allclose(frequencies / divisors, scaled, rtol=1e-4, atol=0):
+                return scaling._asdict()
+    raise ValueError(f"{DIVISORS} {tuple(divisors.shape)} is no scaling of RoPE as Llama 3 has it")
+
+
+def fitted(frequencies: Tensor, divisors: Tensor) -> RopeScaling:
+    """Llama 3's scaling with other bands than usual: of the pairs between these, the share of the unscaled frequency is
+    (original f / 2 pi - low) / (high - low), a line over f. Only ratios count, so that low is 1."""
+    f, factor = frequencies.double(), divisors.double().max()
+    share = (1 / divisors.double() - 1 / factor) / (1 - 1 / factor)
+    slow, fast, between = share < 1e-3, share > 1 - 1e-3, (share >= 1e-3) & (share <= 1 - 1e-3)
+    original, high = 8192.0, 4.0
+    if between.any():
+        f, share = f[between], share[between]
+        if len(f) > 1:
+            slope = ((f - f.mean()) * (share - share.mean())).sum() / (f - f.mean()).square().sum()
+            high = float(1 - 1 / (share.mean() - slope * f.mean()))
+        original = float(2 * math.pi * ((share * (high - 1) + 1) / f).mean())
+    elif slow.any() and fast.any():
+        original, high = 2 * math.pi / float(f[slow].max()) - 0.5, min(high, float(f[fast].min() / f[slow].max()))
+    return RopeScaling(rounded(factor), 1.0, rounded(high), max(1, round(original)))
+
+
+def rounded(value: Tensor | float) -> float:
+    return float(f"{float(value):.6g}")
 
 
 def divisors(paths: Sequence[Path], headers: Sequence[Gguf]) -> Tensor | None:

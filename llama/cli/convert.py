@@ -35,16 +35,16 @@ def convert(
     calibrate: str | None = None,
     lora: str | list | None = None,
 ) -> None:
-    """Write the checkpoint in SRC, in either layout, to the new folder DST.
+    """Write the checkpoint in SRC, in any layout, to the new folder DST.
 
     Args:
-        src: folder in Meta's or Hugging Face's layout, or an id of the Hugging Face Hub
+        src: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
         dst: the new folder; it gets its name when it is complete
-        to: meta or hf, the layout to write
+        to: meta or hf, the layout to write; or gguf, a folder with model.gguf
         mp: number of shards, for meta
         dtype: bfloat16, float16 or float32; by default as in src
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in src or one folder up
-        quantize: int8 or int4, for meta: the matrices are stored quantized, and loaded as they are stored
+        quantize: int8 or int4, for meta and for gguf (Q8_0, Q4_0): the matrices are stored quantized
         group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
         symmetric: int4 without a minimum of each group, half a bit less for each weight in groups of 32
         search: search each group's scale for the least squared error; by default for int4

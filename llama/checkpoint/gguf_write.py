@@ -1,0 +1,143 @@
+"""A checkpoint -> one GGUF file: matrices in floats, or in blocks of 8 or 4 bits."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..args import ModelArgs
+from ..backends.quantized import MATRICES, Scheme, quantize
+from ..gguf import TYPES, BlockType, aligned, header_bytes
+from ..gguf_tokenizer import byte_pair_keys, sentencepiece_keys
+from ..model import scale_rope_frequencies
+from ..tokenizer import Tokenizer
+from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary
+from .blocks import CODECS, to_blocks
+from .bpe_tokenizer import byte_pair_files
+from .gguf import AT_ONCE, DIVISORS, DTYPES, names
+from .load import Weights
+from .plan import shapes, shard_dim
+from .write import writing
+
+BY_NAME = {kind.name: kind for kind in TYPES.values()}
+OF_DTYPE = {dtype: BY_NAME[name] for name, dtype in DTYPES.items()}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type
+WRITTEN = {CODECS[name].scheme: BY_NAME[name] for name in ("Q8_0", "Q4_0")}
+
+
+def keys_of(args: ModelArgs, kind: BlockType, positions: int | None, name: str) -> dict[str, Any]:
+    """The keys that describe a model, besides those of its tokenizer."""
+    scaling = args.rope_scaling
+    found = {
+        "general.architecture": "llama",
+        "general.name": name,
+        "general.file_type": FILE_TYPES[kind.name],
+        "general.quantization_version": 2,
+        "llama.vocab_size": args.vocab_size,
+        "llama.context_length": positions or (131072 if scaling else 4096),
+        "llama.embedding_length": args.dim,
+        "llama.block_count": args.n_layers,
+        "llama.feed_forward_length": args.ffn_hidden,
+        "llama.attention.head_count": args.n_heads,
+        "llama.attention.head_count_kv": args.kv_heads,
+        "llama.attention.key_length": args.head_dim,
+        "llama.attention.value_length": args.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": float(args.norm_eps),
+        "llama.rope.dimension_count": args.head_dim,
+        "llama.rope.freq_base": float(args.rope_theta),
+    }
+    if scaling and scaling.rope_type == "linear":
+        found |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(scaling.factor)}
+    return found
+
+
+def tokenizer_keys(tokenizer: Tokenizer, ends: Iterable[int]) -> dict[str, Any]:
+    """The keys that describe a tokenizer, of which `ends` are the ids that end an answer. ValueError for one that GGUF
+    has no place for."""
+    kind, special = tokenizer.vocabulary, tokenizer.special
+    if isinstance(kind, SentencePieceVocabulary):
+        found = sentencepiece_keys(kind.model, space=kind.drops > 0)
+    elif isinstance(kind, TiktokenVocabulary):
+        found = byte_pair_keys(byte_pair_files(kind)["tokenizer.json"], tokenizer.n_words)
+    else:
+        assert isinstance(kind, TokenizersVocabulary)
+        found = byte_pair_keys(kind.json(), tokenizer.n_words)
+    others = sorted({*ends} - {tokenizer.eos_id}, key=lambda id: id != special.get("<|eot_id|>"))
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
+    ids |= {"unknown": special.get("<unk>", -1), **dict(zip(("eot", "eom"), others, strict=False))}
+    found |= {f"tokenizer.ggml.{role}_token_id": id for role, id in ids.items() if id >= 0}
+    return found | {"tokenizer.ggml.add_bos_token": kind.adds_bos and tokenizer.bos_id >= 0}
+
+
+def kinds_of(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, BlockType]:
+    """The type of each weight, by Meta's name: norms are in float32, and with 4 bits the embeddings and the output
+    matrix in 8. ValueError for a matrix that does not divide into blocks."""
+    found = {}
+    for name, shape in shapes(args).items():
+        matrix = WRITTEN[scheme] if scheme else OF_DTYPE[dtype]
+        edge = scheme is not None and name.split(".")[-2] in ("tok_embeddings", "output")
+        found[name] = BY_NAME["F32"] if len(shape) == 1 else BY_NAME["Q8_0"] if edge else matrix
+        if shape[-1] % found[name].values:
+            raise ValueError(f"{name} {shape} cannot be written in blocks of {found[name].values} columns")
+    if args.tie_word_embeddings:
+        del found["output.weight"]
+    return found
+
+
+def divisors(args: ModelArgs) -> Tensor | None:
+    """The divisors (D / 2,) of RoPE's frequencies by Llama 3's scaling."""
+    if args.rope_scaling is None or args.rope_scaling.rope_type != "llama3":
+        return None
+    frequencies = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2) / args.head_dim)
+    return frequencies / scale_rope_frequencies(frequencies, args.rope_scaling)
+
+
+def write_gguf(
+    path: Path,
+    weights: Weights,
+    args: ModelArgs,
+    keys: Mapping[str, Any],
+    kinds: Mapping[str, BlockType],
+    search: bool,
+    progress: Callable[[int], object],
+) -> None:
+    """Write a file; `search` is that of `read_quantized`."""
+    whole, theirs, scaling = shapes(args), names(args.n_layers), divisors(args)
+    tensors = {theirs[name]: (kind, whole[name]) for name, kind in kinds.items()}
+    first = {} if scaling is None else {DIVISORS: (BY_NAME["F32"], tuple(scaling.shape))}
+    header = header_bytes(keys, first | tensors)
+    size = len(header) + sum(aligned(torch.Size(s).numel() // k.values * k.nbytes) for k, s in tensors.values())
+    with writing(path, size) as new, new.open("wb") as file:
+
+        def put(part: Tensor) -> None:
+            part = part.contiguous()
+            file.write(ctypes.string_at(part.data_ptr(), part.nbytes))
+
+        file.write(header)
+        if scaling is not None:
+            put(scaling)
+        for name, kind in kinds.items():
+            file.seek(aligned(file.tell()))
+            for part in parts(weights, name, whole[name], kind, search):
+                put(part)
+                progress(part.nbytes)
+            weights.release()
+        file.truncate(aligned(file.tell()))
+
+
+def parts(weights: Weights, name: str, shape: tuple[int, ...], kind: BlockType, search: bool) -> Iterator[Tensor]:
+    """A weight as it is written, some rows at a time."""
+    dtype = DTYPES.get(kind.name, torch.float32)
+    read = weights.dtype() if kind.name in CODECS else dtype
+    whole = weights.read(name, shape, 0, shape[shard_dim(name) or 0], read)
+    for rows in whole.split(max(1, AT_ONCE // shape[-1])):
+        if kind.name not in CODECS:
+            yield rows
+            continue
+        importance = torch.ones(shape[1]) if search and name.split(".")[-2] in MATRICES else None
+        yield to_blocks(quantize(rows, CODECS[kind.name].scheme, importance))
