@@ -4,7 +4,7 @@ Hugging Face's from_pretrained on the same weights: seconds, and the peak of mem
     python benchmarks/loading.py [--repeats 3] [--folder SOMEWHERE_WITH_5_GB]
 
 Then the same weights in int8, which loading rounds, and from a checkpoint that was quantized to int4, the rest in
-float32, both as native.cpp multiplies by them.
+float32, and GGUF files of blocks of one type, all as native.cpp multiplies by them.
 
 Every run is a process of its own, in turn, which first touches as much memory as the weights take, in small pages and
 in large ones, and gives it back: a virtual machine may wait seconds for memory from its host, and whoever comes second
@@ -28,13 +28,16 @@ from tqdm import tqdm
 
 from llama import ModelArgs, Transformer, devices, parallel
 from llama.backends.quantized import scheme
-from llama.checkpoint import Checkpoint, load, save, shapes
+from llama.checkpoint import Checkpoint, gguf, gguf_write, load, save, shapes
 from llama.checkpoint.convert import Job, write_hf, write_meta
+from llama.gguf import aligned, header_bytes
 
 PARAMS: dict[str, Any] = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256}
 PARAMS["norm_eps"] = 1e-5
 VOCAB = 32000
 PARAMETERS = 1_100_048_384
+BLOCKS = ("Q4_0", "Q4_K", "Q6_K", "Q8_0")
+ROUNDED = ("int8", "int4", *BLOCKS)
 
 
 def prepare(folder: Path) -> None:
@@ -55,9 +58,22 @@ def quantize(folder: Path) -> None:
     write_meta(job, folder / "int4", 1, tqdm(disable=True))
 
 
+def write_blocks(folder: Path, kind: str) -> None:
+    """A GGUF file with all matrices in blocks of one type, which all are the same."""
+    args = ModelArgs(**PARAMS, vocab_size=VOCAB)
+    keys = gguf_write.keys_of(args, gguf_write.BY_NAME["Q4_0"], None, kind)
+    named = gguf.names(args.n_layers)
+    kinds = {name: gguf_write.BY_NAME[kind if len(shape) > 1 else "F32"] for name, shape in shapes(args).items()}
+    sizes = {name: (kinds[name], shape) for name, shape in shapes(args).items()}
+    with (folder / f"{kind}.gguf").open("wb") as file:
+        file.write(header_bytes(keys, {named[name]: entry for name, entry in sizes.items()}))
+        for block, shape in sizes.values():
+            file.write(b"\x11" * aligned(torch.Size(shape).numel() // block.values * block.nbytes))
+
+
 def one(who: str, folder: str, dtype: str) -> None:
     """Load once and print time and memory."""
-    quantized = dtype in ("int8", "int4")
+    quantized, blocks = dtype in ROUNDED, dtype in BLOCKS
     if not quantized:
         from transformers import LlamaForCausalLM
 
@@ -68,11 +84,14 @@ def one(who: str, folder: str, dtype: str) -> None:
     if who == "ours":
         parallel.init_model_parallel()
         began = time.perf_counter()
-        checkpoint = Checkpoint(Path(folder) / ("int4" if dtype == "int4" else "meta"))
+        saved = f"{dtype}.gguf" if blocks else "int4" if dtype == "int4" else "meta"
+        checkpoint = Checkpoint(Path(folder) / saved)
         args = checkpoint.args(VOCAB)
         with torch.device("meta"):
             model = Transformer(ModelArgs(**{**args.__dict__, "max_batch_size": 0}))
-        load(model, checkpoint, args, torch.device("cpu"), final, scheme(dtype) if quantized else None, quantized)
+        rounding = checkpoint.scheme if blocks else scheme(dtype) if quantized else None
+        final = checkpoint.dtype() if blocks else final
+        load(model, checkpoint, args, torch.device("cpu"), final, rounding, quantized)
     else:
         began = time.perf_counter()
         model = LlamaForCausalLM.from_pretrained(Path(folder) / "hf", dtype=final)
@@ -89,9 +108,11 @@ def main(repeats: int = 3, folder: str | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as root:
         prepare(Path(root))
         quantize(Path(root))
+        for kind in BLOCKS:
+            write_blocks(Path(root), kind)
         print(f"torch {torch.__version__}; {repeats} repeats in turn; medians")
-        for dtype in ("bfloat16", "float32", "int8", "int4"):
-            peers = [] if dtype in ("int8", "int4") else ["hf"]
+        for dtype in ("bfloat16", "float32", *ROUNDED):
+            peers = [] if dtype in ROUNDED else ["hf"]
             runs: dict[str, list[dict[str, float]]] = {who: [] for who in ["ours", *peers]}
             for i in range(repeats + 1):
                 for who, results in runs.items():
@@ -102,9 +123,10 @@ def main(repeats: int = 3, folder: str | None = None) -> None:
             for who, results in runs.items():
                 seconds, peak = (statistics.median(r[key] for r in results) for key in ("seconds", "peak"))
                 own = results[0]["own"]
-                bound = own * 1.20 + 300e6
+                file = Path(root) / f"{dtype}.gguf"
+                bound = file.stat().st_size * 1.30 + 300e6 if dtype in BLOCKS else own * 1.20 + 300e6
                 print(f"{dtype:>9} {who:>5}: {seconds:.2f} s, peak {peak / 1e9:.2f} GB ({own / 1e9:.2f} GB of weights; "
-                      f"x 1.20 + 300 MB = {bound / 1e9:.2f} GB)")  # fmt: skip
+                      f"bound {bound / 1e9:.2f} GB)")  # fmt: skip
             if not peers:
                 continue
             pairs = zip(runs["ours"], runs["hf"], strict=True)

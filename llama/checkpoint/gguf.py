@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..args import RopeScaling
-from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize, stack
+from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize
 from ..gguf import Gguf, TensorEntry
 from ..model import scale_rope_frequencies
 from .blocks import CODECS, from_blocks
@@ -34,7 +34,7 @@ INSIDE = {
 }
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DIVISORS = "rope_freqs.weight"  # of RoPE's frequencies: Llama 3's scaling, as numbers
-AT_ONCE = 2**22  # values that are unpacked at a time
+AT_ONCE = 2**20  # values that are unpacked at a time
 
 
 def names(n_layers: int) -> dict[str, str]:
@@ -188,7 +188,16 @@ class GgufFile(File):
 
     def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
         """Rows or columns of a quantized matrix."""
-        return stack([*self.unpacked(name, dim, begin, end)])
+        rows, row = self.shapes[name][0] if dim == 1 else end - begin, 0
+        whole: list[Tensor | None] = []
+        for found in self.unpacked(name, dim, begin, end):
+            if not whole:
+                whole = [None if part is None else part.new_empty(rows, part.shape[1]) for part in found]
+            for target, part in zip(whole, found, strict=True):
+                if target is not None and part is not None:
+                    target[row : row + len(part)] = part
+            row += len(found.q)
+        return Quantized(*whole)  # type: ignore[arg-type]
 
     def dequantized(self, name: str, dim: int, begin: int, end: int, out: Tensor) -> Tensor:
         """The same as floats, written to `out`."""
