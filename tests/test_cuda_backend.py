@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from llama import Llama, backends, engine
 from llama.backends import cuda, quantized
+from llama.backends.quantized import Scheme
 from llama.batch import Batch
 
 PROMPTS = [[5, 17, 99, 3], [64], [127, 0, 7, 7, 7, 8, 9, 100, 101, 102]]
@@ -75,11 +76,14 @@ def test_many_tokens_go_through_cublas(strides, monkeypatch):
     assert relative_error(found, plain) < 1e-5
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+SCHEMES = [Scheme(8), Scheme(8, 16), Scheme(8, 32), Scheme(8, 32, False), Scheme(4, 32, False), Scheme(4, 32)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 80])
 def test_quantized_matrices(scheme, rows):
     matrix = torch.randn(40, 352, generator=torch.Generator().manual_seed(0))
-    weight = quantized.quantize(matrix, quantized.scheme(scheme))
+    weight = quantized.quantize(matrix, scheme)
     x = torch.randn(rows, 352, generator=torch.Generator().manual_seed(1))
     exact = x.double() @ quantized.dequantize(weight).double().t()
     assert relative_error(quantized.Cuda(weight, torch.device("cpu"))(x).double(), exact) < 1e-3
@@ -145,9 +149,9 @@ def test_weights_are_laid_side_by_side_once():
     assert cuda.Cuda(model).layers[0].qkv.q.data_ptr() == first == model.layers[0].attention.wq.weight.data_ptr()
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "mixed"])
 def test_quantized_matrices_that_several_layers_share(scheme):
-    """As they are loaded for a GPU."""
+    """As they are loaded for a GPU; in a GGUF file wv often has more bits than wq and wk."""
     model = random_model(WIDE := {**SHORT["GQA"], "dim": 128})
     plain = random_model(WIDE)
     for layer, same in zip(model.layers, plain.layers, strict=True):
@@ -159,7 +163,10 @@ def test_quantized_matrices_that_several_layers_share(scheme):
         ):
             ours = [getattr(getattr(layer, part), name) for name in names.split()]
             theirs = [getattr(getattr(same, part), name) for name in names.split()]
-            rounded = [quantized.quantize(linear.weight, quantized.scheme(scheme)) for linear in ours]
+            mixed = {"wv": Scheme(8, 16), "w3": Scheme(8, 32)}
+            usual = Scheme(4, 32, False) if scheme == "mixed" else quantized.scheme(scheme)
+            schemes = [mixed.get(name, usual) if scheme == "mixed" else usual for name in names.split()]
+            rounded = [quantized.quantize(linear.weight, own) for linear, own in zip(ours, schemes, strict=True)]
             whole, at = quantized.Cuda(quantized.stack(rounded), torch.device("cpu")), 0
             for linear, other, weight in zip(ours, theirs, rounded, strict=True):
                 other.weight.copy_(quantized.dequantize(weight))

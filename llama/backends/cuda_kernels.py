@@ -24,13 +24,13 @@ UNSPECIALIZED = ["M", "HEADS", "KV_HEADS", "GROUP_SIZE"]  # numbers of which no 
 
 
 class Matrix(NamedTuple):
-    """A weight (N, K) of floats; or of 8 bits, w = scale * q; or of 4 bits, w = scale * q + minimum."""
+    """A weight (N, K) of floats; or of 8 or 4 bits, w = scale * q, or w = scale * q + minimum, which 4 bits need."""
 
     q: Tensor  # (N, K); of 4 bits (N, K / 2), with the even columns in the low halves of the bytes
-    scale: Tensor | None = None  # (N, 1) of 8 bits, (N, K / group) of 4
+    scale: Tensor | None = None  # (N, K / group), or (N, 1)
     minimum: Tensor | None = None  # (N, K / group)
     bits: int = 16
-    group: int = 0
+    group: int = 0  # columns that have a scale together; 0: a row
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,9 +67,10 @@ def dequantized(w, scale, minimum, rows, k, N, K, GROUP: tl.constexpr, BLOCK_K: 
     group = k // GROUP + tl.arange(0, GROUPS)
     at, inside = rows[:, None] * (K // GROUP) + group[None, :], (rows[:, None] < N) & (group[None, :] < K // GROUP)
     s = tl.load(scale + at, inside, other=0).to(tl.float32)[:, :, None]
-    m = tl.load(minimum + at, inside, other=0).to(tl.float32)[:, :, None]
-    grouped = tl.reshape(w.to(tl.float32), [w.shape[0], GROUPS, w.shape[1] // GROUPS])
-    return tl.reshape(grouped * s + m, [w.shape[0], w.shape[1]])
+    grouped = tl.reshape(w.to(tl.float32), [w.shape[0], GROUPS, w.shape[1] // GROUPS]) * s
+    if minimum is not None:
+        grouped += tl.load(minimum + at, inside, other=0).to(tl.float32)[:, :, None]
+    return tl.reshape(grouped, [w.shape[0], w.shape[1]])
 
 
 @triton.jit
@@ -81,6 +82,9 @@ def add_dot(acc, w, x, scale, minimum, rows, k, N, K, BITS: tl.constexpr, GROUP:
         high = dequantized(w >> 4, scale, minimum, rows, k, N, K, GROUP, BLOCK_K).to(x.dtype)
         acc = tl.dot(low, tl.trans(even), acc, input_precision="ieee")
         acc = tl.dot(high, tl.trans(odd), acc, input_precision="ieee")
+    elif GROUP > 0:
+        whole = dequantized(w, scale, minimum, rows, k, N, K, GROUP, BLOCK_K).to(x.dtype)
+        acc = tl.dot(whole, tl.trans(x), acc, input_precision="ieee")
     else:
         acc = tl.dot(w.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
     return acc
@@ -103,15 +107,18 @@ def add_product(
         for j in tl.static_range(4):
             low, high = tl.split(x04 if j == 0 else x15 if j == 1 else x26 if j == 2 else x37)
             product += tl.sum(tiny(q, j) * grown(low, j) + tiny(q, j + 4) * grown(high, j + 4), 2)
-        group = (k + tl.arange(0, CHUNKS) * SIZE) // GROUP
-        at, inside = rows[:, None] * (K // GROUP) + group[None, :], (rows[:, None] < N) & (group[None, :] < K // GROUP)
-        s = tl.load(scale + at, inside, other=0).to(tl.float32) * 562949953421312.0  # 2^49
-        m = tl.load(minimum + at, inside, other=0).to(tl.float32)
-        acc += s * product + m * tl.sum(tl.reshape(x, [1, CHUNKS, SIZE]), 2)
+        product *= 562949953421312.0  # 2^49
     else:
         shaped = tl.reshape(w.to(tl.float32), [ROWS, CHUNKS, SIZE])
-        acc += tl.sum(shaped * tl.reshape(x, [1, CHUNKS, SIZE]), 2)
-    return acc
+        product = tl.sum(shaped * tl.reshape(x, [1, CHUNKS, SIZE]), 2)
+    if GROUP > 0:
+        group = (k + tl.arange(0, CHUNKS) * SIZE) // GROUP
+        at, inside = rows[:, None] * (K // GROUP) + group[None, :], (rows[:, None] < N) & (group[None, :] < K // GROUP)
+        product *= tl.load(scale + at, inside, other=0).to(tl.float32)
+        if minimum is not None:
+            m = tl.load(minimum + at, inside, other=0).to(tl.float32)
+            product += m * tl.sum(tl.reshape(x, [1, CHUNKS, SIZE]), 2)
+    return acc + product
 
 
 # Four bits of a number are a float32 where they lie, if a tiny one: no instruction but the mask is spent on them. What
@@ -153,10 +160,10 @@ def rope_and_store(
 
 
 @triton.jit
-def finished(acc, scale, rows, N, BITS: tl.constexpr, DOT: tl.constexpr):
+def finished(acc, scale, rows, N, BITS: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr):
     """What `add_dot` or `add_product` has summed up, (tokens, rows)."""
     y = tl.trans(acc if DOT else tl.sum(acc, 1, keep_dims=True))
-    if BITS == 8:
+    if BITS == 8 and GROUP == 0:
         y *= tl.load(scale + rows, rows < N, other=0).to(tl.float32)[None, :]
     return y
 
@@ -207,13 +214,13 @@ def linear_kernel(
                 acc2 = add_product(acc2, now, tile, scale, minimum, n + N, k, rows, K, BITS, GROUP, BLOCK_K)
     if PDL:
         gdc_launch_dependents()
-    y = finished(acc, scale, n, N, BITS, DOT)  # (BLOCK_M, BLOCK_N)
+    y = finished(acc, scale, n, N, BITS, GROUP, DOT)  # (BLOCK_M, BLOCK_N)
     factor = tl.full([BLOCK_M, 1], 1.0, tl.float32)
     if NORM:
         factor = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / K + eps)
     y *= factor
     if THEN == SWIGLU:
-        y *= tl.sigmoid(y) * finished(acc2, scale, n + N, rows, BITS, DOT) * factor
+        y *= tl.sigmoid(y) * finished(acc2, scale, n + N, rows, BITS, GROUP, DOT) * factor
     if THEN == ROPE:
         rope_and_store(y, m, n, out, cos_sin, positions, slots, cache, M, HEADS, KV_HEADS, S, D, BLOCK_M, BLOCK_N)
     else:
@@ -256,6 +263,8 @@ def dequantize_kernel(
         low = dequantized(w & 15, scale, minimum, n, k, N, K, GROUP, BLOCK_K)
         high = dequantized(w >> 4, scale, minimum, n, k, N, K, GROUP, BLOCK_K)
         w = tl.reshape(tl.join(low, high), [BLOCK_N, BLOCK_K])
+    elif GROUP > 0:
+        w = dequantized(w, scale, minimum, n, k, N, K, GROUP, BLOCK_K)
     else:
         w = w.to(tl.float32) * tl.load(scale + n, n < N, other=0).to(tl.float32)[:, None]
     columns = k + tl.arange(0, BLOCK_K)
@@ -337,7 +346,7 @@ def dequantize(weight: Matrix, dtype: torch.dtype) -> Tensor:
     """The weight (N, K) in floats."""
     if weight.scale is None:
         return weight.q
-    (N, K), block_k = weight.shape, max(128, weight.group) if weight.bits == 4 else 256
+    (N, K), block_k = weight.shape, 128 if weight.group else 256
     out = torch.empty(N, K, dtype=dtype, device=weight.q.device)
     dequantize_kernel[(triton.cdiv(N, 16), triton.cdiv(K, block_k))](
         weight.q, weight.scale, weight.minimum, out, N, K, BITS=weight.bits, GROUP=weight.group, BLOCK_N=16,

@@ -204,9 +204,22 @@ def dequantize(weight: Quantized) -> Tensor:
 
 
 def stack(weights: Sequence[Quantized]) -> Quantized:
-    """Matrices of as many columns, one below the other."""
+    """Matrices of as many columns, one below the other. If they differ in their schemes, the same numbers in 8 bits, in
+    groups that divide all of theirs, with a minimum."""
+    if len({(w.bits, w.shape[1] // w.scale.shape[1], w.min is None) for w in weights}) > 1:
+        groups = max(w.scale.shape[1] for w in weights)
+        weights = [in_8_bits(w, groups) for w in weights]
     q, scale, least = ([part for part in parts if part is not None] for parts in zip(*weights, strict=True))
     return Quantized(torch.cat(q), torch.cat(scale), torch.cat(least) if least else None)
+
+
+def in_8_bits(weight: Quantized, groups: int) -> Quantized:
+    """The same matrix with q of 8 bits, in more groups of columns, with a minimum."""
+    q, scale, least = weight
+    if weight.bits == 4:
+        q = unpack(q).to(torch.int8) - (8 if least is None else 0)
+    least = torch.zeros_like(scale) if least is None else least
+    return Quantized(q, *(part.repeat_interleave(groups // scale.shape[1], 1) for part in (scale, least)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +239,7 @@ class Kernel(Protocol):
 def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Kernel:
     """The fastest product that this device has for a matrix; `native` allows what takes a C++ compiler."""
     rows = weight.bits == 8 and weight.scale.shape[1] == 1 and weight.min is None
-    if device.type == "cuda" and (rows or weight.bits == 4) and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         return Cuda(weight, device)
     if device.type == "cpu" and native and weight.shape[1] % 16 == 0:
         with suppress(ImportError):  # a copy of this package may do without it
@@ -342,7 +355,8 @@ class Cuda(Dequantized):
         q, scale, least = self.weight
         if least is None and weight.bits == 4:
             least = -8 * scale
-        group = self.shape[1] // scale.shape[1] if weight.bits == 4 else 0
+        by_row = weight.bits == 8 and scale.shape[1] == 1 and least is None
+        group = 0 if by_row else self.shape[1] // scale.shape[1]
         self.matrix = Matrix(q.contiguous(), scale.contiguous(), least, weight.bits, group)
         del self.weight
 

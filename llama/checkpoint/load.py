@@ -61,12 +61,15 @@ def load(
         schemes = {name: scheme.of(name) if scheme else None for name in local}
         groups = fused_groups(local)
         if scheme:  # the largest first, as a matrix is in memory several times while it is quantized
-            groups = list(itertools.chain.from_iterable(apart(names, schemes, device) for names in groups))
+            if device.type != "cuda":  # whose kernels take several matrices at once
+                groups = [[name] for name in local]
             groups.sort(key=lambda names: -local[names[0]].numel())
         for names in groups:
             rows = [local[name][0] for name in names]
-            if own := schemes[names[0]]:
-                parts = [read_quantized(weights, name, whole[name], *ranges[name], own) for name in names]
+            rounded = [own for name in names if (own := schemes[name])]
+            if len(rounded) == len(names):
+                by_name = zip(names, rounded, strict=True)
+                parts = [read_quantized(weights, name, whole[name], *ranges[name], own) for name, own in by_name]
                 matrix = kernel(stack(parts) if len(parts) > 1 else parts[0], device, native)
                 for name, size, end in zip(names, rows, itertools.accumulate(rows), strict=True):
                     layer = model.get_submodule(name.removesuffix(".weight"))
@@ -82,12 +85,6 @@ def load(
                     final[name] = weights.read(name, whole[name], *ranges[name], dtype, device, out)
             bar.update(sum(local[name].numel() for name in names))
     model.load_state_dict(final, strict=True, assign=True)
-
-
-def apart(names: list[str], schemes: Mapping[str, Scheme | None], device: torch.device) -> list[list[str]]:
-    """Names of quantized matrices in groups that a kernel takes together: on CUDA those of one scheme."""
-    together = device.type == "cuda" and len({schemes[name] for name in names}) == 1
-    return [names] if together else [[name] for name in names]
 
 
 def check_same(values: Mapping[str, object]) -> None:
