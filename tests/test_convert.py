@@ -115,7 +115,7 @@ def test_auto_tokenizer_gives_the_same_ids(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "gguf"}, "to is 'gguf'; it must be meta or hf"),
+        ({"to": "onnx"}, "to is 'onnx'; it must be meta, hf or gguf"),
         ({"mp": 3}, r"tok_embeddings\.weight \(1024, 64\) cannot be divided into mp 3 shards along dimension 1"),
         ({"mp": 0}, "into mp 0 shards"),
         ({"mp": "2"}, "into mp '2' shards"),

@@ -64,6 +64,11 @@ class Job(NamedTuple):
             for name, shape in shapes(self.args).items()
         }
 
+    def size(self) -> int:
+        """The bytes of all of these."""
+        entries = (entry for found in self.stored().values() for entry in found.values())
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in entries)
+
 
 def convert(
     source: Path,
@@ -101,28 +106,42 @@ def convert(
     loaded_as = checkpoint.scheme_for(quantize, group_size, symmetric)
     scheme = loaded_as if isinstance(loaded_as, Scheme) else None  # matrices of a GGUF file become floats
     job = Job(checkpoint, weights, args, dtype or checkpoint.dtype(), scheme, search)
-    if to == "hf" and scheme:
-        raise ValueError(
-            f"Hugging Face's layout has no place for {scheme}; write Meta's, or give an unquantized source"
-        )
-    if to == "gguf":
-        check_gguf(job, mp, text)
-    tokens = files_of(tokenizer, tokenizer_path, source, to)
-    stored = [entry for tensors in job.stored().items() for entry in tensors[1].items()]
-    if to == "meta":
-        check_divides(dict(stored), mp)
-    size = sum(torch.Size(shape).numel() * element.itemsize for _, (shape, element) in stored)
+    check_target(job, to, mp, text)
+    files = files_of(tokenizer, tokenizer_path, source, to)
     if text:
         job = job._replace(text=windows(text(), args.vocab_size))
-    with new_folder(target, size) as folder, tqdm(total=2 * size, unit="B", unit_scale=True, disable=None) as bar:
-        for name, content in tokens.items():
+    with new_folder(target, job.size()) as folder:
+        write(job, folder, to, mp, tokenizer, files)
+
+
+def check_target(job: Job, to: str, mp: int, text: object) -> None:
+    """ValueError for what a layout has no place for."""
+    if to == "meta":
+        check_divides({key: entry for found in job.stored().values() for key, entry in found.items()}, mp)
+    elif to == "hf" and job.scheme:
+        raise ValueError(
+            f"Hugging Face's layout has no place for {job.scheme}; write Meta's, or give an unquantized source"
+        )
+    elif to == "gguf":
+        if job.args.n_labels:
+            raise ValueError("a score head has no place in a GGUF file; write hf or meta")
+        if job.scheme and job.scheme not in gguf_write.WRITTEN:
+            raise ValueError(f"a GGUF file has no place for {job.scheme}; int8 and int4 are written in groups of 32")
+        if text or mp != 1:
+            raise ValueError(f"{'calibrate' if text else 'mp'} is for meta; it means nothing for a GGUF file")
+
+
+def write(job: Job, folder: Path, to: str, mp: int, tokenizer: Tokenizer, files: Mapping[str, Any]) -> None:
+    """All files of a layout: the tokenizer's `files`, the weights, and a list of sums."""
+    with tqdm(total=2 * job.size(), unit="B", unit_scale=True, disable=None) as bar:
+        for name, content in files.items():
             if isinstance(content, bytes):
                 write_file(folder / name, content)
             else:
                 write_json(folder, {name: content})
-        ends = tokenizer.eos_ids | checkpoint.eos_ids(args.vocab_size)
+        ends = tokenizer.eos_ids | job.checkpoint.eos_ids(job.args.vocab_size)
         if to == "gguf":
-            write_gguf(job, folder, tokenizer, ends, template_of(source), bar)
+            write_gguf(job, folder, tokenizer, ends, bar)
         elif to == "meta":
             write_meta(job, folder, mp, bar)
             if ends > tokenizer.eos_ids:
@@ -243,25 +262,11 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
         write_json(folder, {"model.safetensors.index.json": content})
 
 
-def check_gguf(job: Job, mp: int, text: object) -> None:
-    """ValueError for what a GGUF file has no place for."""
-    if job.args.n_labels:
-        raise ValueError("a score head has no place in a GGUF file; write hf or meta")
-    if job.scheme and job.scheme not in gguf_write.WRITTEN:
-        raise ValueError(f"a GGUF file has no place for {job.scheme}; int8 and int4 are written in groups of 32")
-    if text or mp != 1:
-        raise ValueError(
-            f"{'calibrate' if text else 'mp'} is for meta; a GGUF file is one file, rounded to the nearest"
-        )
-
-
-def write_gguf(
-    job: Job, folder: Path, tokenizer: Tokenizer, ends: Iterable[int], template: str | None, bar: tqdm
-) -> None:
+def write_gguf(job: Job, folder: Path, tokenizer: Tokenizer, ends: Iterable[int], bar: tqdm) -> None:
     """model.gguf, with the tokenizer and the chat template in it."""
-    kinds = gguf_write.kinds_of(job.args, job.dtype, job.scheme)
-    name = job.checkpoint.folder.resolve().name
-    keys = gguf_write.keys_of(job.args, kinds["layers.0.attention.wq.weight"], job.checkpoint.positions, name)
+    source, kinds = job.checkpoint, gguf_write.kinds_of(job.args, job.dtype, job.scheme)
+    template, name = template_of(source.folder), source.folder.resolve().name
+    keys = gguf_write.keys_of(job.args, kinds["layers.0.attention.wq.weight"], source.positions, name)
     keys |= gguf_write.tokenizer_keys(tokenizer, ends)
     keys |= {} if template is None else {"tokenizer.chat_template": template}
     gguf_write.write_gguf(folder / "model.gguf", job.weights, job.args, keys, kinds, job.search, bar.update)

@@ -62,15 +62,14 @@ def prepare(
     devices.use(target)
     cases = [measure.Case(1, length, 1) for length in sizes["prompts"]]
     cases += [measure.Case(batch, context, tokens) for batch in sizes["batches"]]
-    args = ModelArgs(**measure.SHAPES[shape], vocab_size=32000)
-    rounding: Quantization = scheme(quantize, group_size)
-    weights: Weights = measure.RandomWeights(target, scheme(quantize, group_size))
-    saved = torch.bfloat16
-    if ckpt_dir is not None:
+    if ckpt_dir is None:
+        args, saved = ModelArgs(**measure.SHAPES[shape], vocab_size=32000), torch.bfloat16
+        rounding: Quantization = scheme(quantize, group_size)
+        weights: Weights = measure.RandomWeights(target, scheme(quantize, group_size))
+    else:
         folder = find_folder(ckpt_dir, "ckpt_dir")
-        checkpoint = Checkpoint(folder)
-        args = checkpoint.args(Tokenizer(find_tokenizer(folder, tokenizer_path)).n_words)
-        weights, args, _ = with_lora(checkpoint, args, lora)
+        checkpoint, tokenizer = Checkpoint(folder), Tokenizer(find_tokenizer(folder, tokenizer_path))
+        weights, args, _ = with_lora(checkpoint, checkpoint.args(tokenizer.n_words), lora)
         rounding, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()
     args.check_output()
     args = measure.fitting(args, cases)

@@ -82,22 +82,24 @@ def inspect(
     rows = describe(checkpoint, args) | {"tokenizer": tokenizer or missing}
     rows |= {"lora": "; ".join(map(str, adapters))} if adapters else {}
     rows |= fit(args, world_size, chosen, scheme, target) | {"computes": computes(target, native)}
-    merging, ranks = f" --lora {quote(str(lora))}" if adapters else "", rows.pop("ranks")
-    rows["run"] = (
-        f"torchrun --nproc_per_node {ranks} example_text_completion.py --ckpt_dir {quote(str(folder))} "
-        f"--tokenizer_path {quote(str(tokenizer or 'TOKENIZER.MODEL'))} "
-        f"--max_seq_len {max_seq_len} --max_batch_size {max_batch_size}{merging}"
-    )
-    if args.n_labels:
-        rows["run"] = f"Llama.build({str(folder)!r}).classify(texts), on {ranks} rank(s)"
+    rows["run"] = command(rows.pop("ranks"), folder, tokenizer, args, lora)
     for title, value in rows.items():
         print(f"{title:>10}: {value}")
     if verify:
-        lists = {file for pattern in SUMS for file in folder.glob(pattern)}
-        lists |= {*(tokenizer or folder / "tokenizer.model").parent.glob("tokenizer_checklist.chk")}
-        if not lists:
-            raise FileNotFoundError(f"no list of sums to verify in {folder}: none of {', '.join(SUMS)}")
-        verify_sums(sorted(lists), [file.path for file in checkpoint.files])
+        verify_sums(folder if folder.is_dir() else folder.parent, tokenizer, [file.path for file in checkpoint.files])
+
+
+def command(ranks: object, folder: Path, tokenizer: Path | None, args: ModelArgs, lora: object) -> str:
+    """How to run a model."""
+    if args.n_labels:
+        return f"Llama.build({str(folder)!r}).classify(texts), on {ranks} rank(s)"
+    inside = tokenizer == folder  # a GGUF file
+    return (
+        f"torchrun --nproc_per_node {ranks} example_text_completion.py --ckpt_dir {quote(str(folder))} "
+        + ("" if inside else f"--tokenizer_path {quote(str(tokenizer or 'TOKENIZER.MODEL'))} ")
+        + f"--max_seq_len {args.max_seq_len} --max_batch_size {args.max_batch_size}"
+        + (f" --lora {quote(str(lora))}" if lora else "")
+    )
 
 
 def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
@@ -153,11 +155,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def verify_sums(lists: Sequence[Path], needed: Sequence[Path]) -> None:
-    """Compare the files that `lists` name with their md5 or sha256 sums. ValueError names the files that are missing,
-    differ, or are `needed` and in no list, and a line that is of neither format."""
+def verify_sums(folder: Path, tokenizer: Path | None, needed: Sequence[Path]) -> None:
+    """Compare the files that lists in a folder and beside the tokenizer name with their md5 or sha256 sums. ValueError
+    names the files that are missing, differ, or are `needed` and in no list, and a line that is of neither format;
+    FileNotFoundError, if there is no list."""
+    lists = {file for pattern in SUMS for file in folder.glob(pattern)}
+    lists |= {*(tokenizer or folder / "tokenizer.model").parent.glob("tokenizer_checklist.chk")}
+    if not lists:
+        raise FileNotFoundError(f"no list of sums to verify in {folder}: none of {', '.join(SUMS)}")
     expected = []
-    for path in lists:
+    for path in sorted(lists):
         for line in filter(str.strip, read_text(path).split("\n")):
             if not (match := re.fullmatch(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{64}) [ *]?(.+)", line.strip())):
                 raise ValueError(f"{path}: {line!r} is no line of md5sum or sha256sum")
