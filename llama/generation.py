@@ -103,7 +103,8 @@ class Llama:
         chat_format: str | None = None,
         lora: str | os.PathLike[str] | Sequence[Any] | None = None,
     ) -> Llama:
-        """Load the checkpoint in `ckpt_dir`, in Meta's layout or Hugging Face's, whatever number of shards it has.
+        """Load the checkpoint `ckpt_dir`: a folder in Meta's layout or Hugging Face's, with any number of shards, or a
+        GGUF file.
 
         `max_seq_len` counts the tokens of prompt and answer together; with `max_batch_size` it sizes the cache.
         `tokenizer_path` defaults to tokenizer.model or tokenizer.json in the folder, or tokenizer.model one up;

@@ -5,7 +5,7 @@ import random
 import pytest
 import test_llama3
 import torch
-from small import GQA, TOKENIZER, needs_cpp, random_model, relative_error, save_random
+from small import GQA, TOKENIZER, in_process, needs_cpp, random_model, relative_error, save_random
 from test_llama3 import FAMILY
 from test_vocabulary import LETTERS, RANKS, write_ranks
 from transformers import AutoModelForCausalLM
@@ -14,6 +14,9 @@ from llama import Llama, Tokenizer
 from llama.backends.quantized import dequantize
 from llama.checkpoint.blocks import CODECS
 from llama.checkpoint.convert import convert
+from llama.checkpoint.write import write_checklist
+from llama.cli.inspect import inspect
+from llama.cli.perplexity import perplexity
 
 gguf = pytest.importorskip("gguf")
 import gguf_files  # noqa: E402
@@ -184,3 +187,27 @@ def test_what_convert_writes(tmp_path, kind, quantize):
     if "rope_parameters" not in FAMILY[kind]:  # which transformers does not read from a file
         assert relative_error(found, again) <= 1e-5
     assert relative_error(found, theirs) <= {None: 1e-5, "int8": 0.06, "int4": 0.6}[quantize]
+
+
+def test_commands_take_a_file(tmp_path):
+    model = random_model(WIDE, 1024)
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, model.params, model.state_dict(), "Q4_K", TOKENIZER)
+    done = in_process(inspect, path, "--max_seq_len", 64)
+    assert done.returncode == 0 and "files: 1, in Q4_K" in done.stdout and "--tokenizer_path" not in done.stdout
+    text = tmp_path / "text"
+    text.write_text("Once upon a time")
+    done = in_process(perplexity, text, path)
+    assert done.returncode == 0 and done.stdout.startswith("perplexity ")
+    done = in_process(inspect, path, "--quantize", "int8")
+    assert f"{path} is quantized already, to Q4_K; it cannot become int8" in done.stderr
+    write_checklist(tmp_path / "checklist.chk", [path])
+    done = in_process(inspect, path, "--verify")
+    assert "verified: model.gguf" in done.stdout
+
+
+def test_a_folder_with_several_models(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"")
+    (tmp_path / "b.gguf").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"give the path of one of the GGUF files: a\.gguf or b\.gguf"):
+        build(tmp_path)

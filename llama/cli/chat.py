@@ -48,7 +48,7 @@ def chat(
     """Talk to a chat model in the terminal, or pipe one prompt a line into it; /help lists its commands.
 
     Args:
-        ckpt_dir: folder in Meta's or Hugging Face's layout, or an id of the Hugging Face Hub
+        ckpt_dir: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         system: instructions that begin the conversation
         temperature: 0 for greedy decoding

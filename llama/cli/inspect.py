@@ -34,7 +34,7 @@ from ..tokenizer import Tokenizer
 
 SUMS = ("*.chk", "*.md5", "*.sha256", "*SUMS")  # names of files that list check sums
 DIGESTS = {32: "md5", 64: "sha256"}  # by the number of hex digits
-LAYOUTS = {"meta": "Meta's", "hf": "Hugging Face's"}
+LAYOUTS = {"meta": "Meta's", "hf": "Hugging Face's", "gguf": "GGUF"}
 
 
 def inspect(
@@ -53,7 +53,7 @@ def inspect(
     """Print what a checkpoint is, what it needs and how to run it, from headers alone.
 
     Args:
-        ckpt_dir: folder in Meta's or Hugging Face's layout, or an id of the Hugging Face Hub
+        ckpt_dir: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         world_size: number of ranks; by default the fewest on which it fits
         dtype: bfloat16, float16 or float32; by default as Llama.build chooses

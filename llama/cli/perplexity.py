@@ -26,7 +26,7 @@ def perplexity(
 
     Args:
         file: a text in UTF-8
-        ckpt_dir: folder in Meta's or Hugging Face's layout, or an id of the Hugging Face Hub
+        ckpt_dir: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         window: tokens of a window
         stride: tokens from one window to the next; by default half of a window
