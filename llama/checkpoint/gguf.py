@@ -94,7 +94,7 @@ def shorten(value: Any) -> str:
 def rope_scaling(keys: Mapping[str, Any], found: Mapping[str, Any], divisors: Tensor | None) -> dict[str, Any] | None:
     """The scaling of RoPE of a model with the parameters `found`, from its keys or from the divisors (D / 2,) of the
     frequencies. ValueError for one that is not supported."""
-    kind = keys.get("llama.rope.scaling.type", "none")
+    kind = keys.get("llama.rope.scaling.type", "linear")
     factor = keys.get("llama.rope.scaling.factor", keys.get("llama.rope.scale_linear", 1.0))
     if kind not in ("none", "linear") and factor != 1:
         raise ValueError(f"llama.rope.scaling.type is {kind!r}; only linear scaling is supported, and Llama 3's")
