@@ -121,7 +121,8 @@ def template_of(folder: Path) -> str | None:
     """The template of a folder of Hugging Face's: a file, or an entry of tokenizer_config.json, the default of
     several; or that in a GGUF file."""
     if is_gguf(folder):
-        return read_gguf(folder).keys.get("tokenizer.chat_template") or None
+        found = read_gguf(folder).keys.get("tokenizer.chat_template")
+        return found if isinstance(found, str) and found else None
     alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if alone.is_file():
         return read_text(alone) or None

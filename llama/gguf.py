@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .textfile import mistaken
+
 
 class BlockType(NamedTuple):
     """A type of tensors, whose rows are made of blocks."""
@@ -73,6 +75,8 @@ def read_gguf(path: Path) -> Gguf:
             return Header(data).read()
     except (ValueError, struct.error) as error:  # struct: the file ends inside of a number
         reason = str(error) if isinstance(error, ValueError) else "its header is cut"
+        if found := mistaken(path) if size else None:
+            reason = "; ".join(found) if not found[0].startswith("it is a GGUF") else reason
         raise ValueError(f"{path} ({size:,} bytes) is not a GGUF file that can be read: {reason}") from error
 
 
@@ -183,7 +187,10 @@ def split_files(path: Path) -> list[Path]:
 
 def is_gguf(path: Path) -> bool:
     """Whether a path is that of a GGUF file, rather than of a folder or of any other file."""
-    return path.suffix == ".gguf" and path.is_file()
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".gguf" or file.read(4) == b"GGUF"
 
 
 def header_bytes(keys: Mapping[str, Any], tensors: Mapping[str, tuple[BlockType, Sequence[int]]]) -> bytes:
@@ -215,7 +222,7 @@ def value_bytes(value: Any) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", STRING) + string_bytes(value)
     if isinstance(value, list):
-        kind = {str: STRING, int: 5, float: 6}[type(value[0])]
+        kind = {str: STRING, int: 5, float: 6}[type(value[0]) if value else str]
         items = map(string_bytes, value) if kind == STRING else [struct.pack(f"<{len(value)}{NUMBERS[kind]}", *value)]
         return struct.pack("<IIQ", ARRAY, kind, len(value)) + b"".join(items)
     kind = {bool: 7, int: 4, float: 6}[type(value)]

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-
 from .pre_tokenizer import GPT2, LLAMA3, PRE_TOKENIZERS
 
+log = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens, as SentencePiece numbers them too
+
+
+ROLES = ("bos", "eos", "eot", "eom")
+MARKER = re.compile(r"<\|.+\|>|</?s>")
+# Tokens that end a message in the formats of one model or another.
+ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")
 
 
 def tokens_of(keys: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     """The tokens and their types. ValueError for what is none."""
-    tokens, types = keys.get("tokenizer.ggml.tokens"), keys.get("tokenizer.ggml.token_type")
+    tokens, given = keys.get("tokenizer.ggml.tokens"), keys.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise ValueError("it has no tokens under tokenizer.ggml.tokens")
-    types = [NORMAL] * len(tokens) if types is None else types
-    if not isinstance(types, list) or len(types) != len(tokens) or not {*types} <= {*range(1, 7)}:
+    if given is None:
+        given = [BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL for token in tokens]
+    if not isinstance(given, list) or len(given) != len(tokens) or not {*given} <= {*range(1, 7)}:
         raise ValueError(f"tokenizer.ggml.token_type must be a type from 1 to 6 of each of {len(tokens)} tokens")
+    # What marks parts of a dialog is no text, whatever type a converter gave it.
+    roles = {id_of(keys, role) for role in ROLES}
+    types = [
+        CONTROL if id in roles or kind == UNKNOWN or (kind == USER_DEFINED and MARKER.fullmatch(token)) else kind
+        for id, (kind, token) in enumerate(zip(given, tokens, strict=True))
+    ]
+    if (unknown := id_of(keys, "unknown", 0 if keys.get("tokenizer.ggml.model") == "llama" else -1)) >= 0:
+        types[unknown] = UNKNOWN
     return tokens, types
 
 
-def id_of(keys: Mapping[str, Any], role: str) -> int:
+def id_of(keys: Mapping[str, Any], role: str, otherwise: int = -1) -> int:
     """The id of a special token such as bos; -1 if there is none. ValueError for one that is no token."""
     key, count = f"tokenizer.ggml.{role}_token_id", len(keys["tokenizer.ggml.tokens"])
-    id = keys.get(key, -1)
+    id = keys.get(key, otherwise)
     if type(id) is not int or not -1 <= id < count:
         raise ValueError(f"{key} is {id!r}; there are {count} tokens")
     return id
@@ -77,17 +93,20 @@ def byte_pair_json(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The content of tokenizer.json, of byte pairs in GPT-2's spelling and their merges. ValueError for a pre-tokenizer
     that is not known."""
     tokens, types = tokens_of(keys)
-    pre, merges = keys.get("tokenizer.ggml.pre", "default"), keys.get("tokenizer.ggml.merges")
-    if pre not in PRE_TOKENIZERS:
+    pre, merges = keys.get("tokenizer.ggml.pre"), keys.get("tokenizer.ggml.merges")
+    if pre is None:
+        log.warning("the file does not say how its tokenizer splits text: ids may be others than the model knows")
+        pre = "default"
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise ValueError(f"tokenizer.ggml.pre is {pre!r}; known are {', '.join(PRE_TOKENIZERS)}")
     if not isinstance(merges, list) or not all(isinstance(merge, str) and merge.count(" ") == 1 for merge in merges):
         raise ValueError("tokenizer.ggml.merges must be pairs of tokens")
-    added = [(id, types[id]) for id in range(len(tokens)) if types[id] in (CONTROL, USER_DEFINED)]
+    added = [(id, types[id]) for id in range(len(tokens)) if types[id] in (UNKNOWN, CONTROL, USER_DEFINED)]
     return {
-        "added_tokens": [added_token(id, tokens[id], kind == CONTROL) for id, kind in added],
+        "added_tokens": [added_token(id, tokens[id], kind != USER_DEFINED) for id, kind in added],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
-        "post_processor": begins_with(tokens, id_of(keys, "bos")) if keys.get("tokenizer.ggml.add_bos_token") else None,
+        "post_processor": begins_with(tokens, id_of(keys, "bos")) if adds_bos(keys) else None,
         "decoder": GPT2,
         "model": {
             "type": "BPE",
@@ -96,6 +115,12 @@ def byte_pair_json(keys: Mapping[str, Any]) -> dict[str, Any]:
             "ignore_merges": PRE_TOKENIZERS[pre] is LLAMA3,
         },
     }
+
+
+def adds_bos(keys: Mapping[str, Any]) -> bool:
+    """Whether BOS goes before a text; where no key says so, as in llama.cpp."""
+    llama2, pre = keys.get("tokenizer.ggml.model") == "llama", keys.get("tokenizer.ggml.pre", "")
+    return bool(keys.get("tokenizer.ggml.add_bos_token", llama2 or PRE_TOKENIZERS.get(pre) is LLAMA3))
 
 
 def begins_with(tokens: Sequence[str], id: int) -> dict[str, Any] | None:
@@ -121,16 +146,16 @@ def added_token(id: int, content: str, special: bool) -> dict[str, Any]:
     return {"id": id, "content": content, **flags, "special": special}
 
 
-def sentencepiece_keys(model: SentencePieceProcessor, space: bool) -> dict[str, Any]:
-    """The keys of a SentencePiece model; `space`: it adds one before a text."""
-    kinds = {UNKNOWN: model.is_unknown, CONTROL: model.is_control, UNUSED: model.is_unused, BYTE: model.is_byte}
-    ids = range(model.vocab_size())
+def sentencepiece_keys(pieces: Sequence[tuple[str, float, int]], space: bool) -> dict[str, Any]:
+    """The keys of a SentencePiece model: texts, scores and types of its pieces, and whether it adds a space before a
+    text."""
+    texts, scores, types = ([*part] for part in zip(*pieces, strict=True))
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": [model.id_to_piece(id) for id in ids],
-        "tokenizer.ggml.scores": [model.get_score(id) for id in ids],
-        "tokenizer.ggml.token_type": [next((kind for kind, holds in kinds.items() if holds(id)), NORMAL) for id in ids],
+        "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.add_space_prefix": space,
     }
 
@@ -140,9 +165,19 @@ def byte_pair_keys(content: Mapping[str, Any], n_words: int) -> dict[str, Any]:
     model, steps = content["model"], content.get("pre_tokenizer") or {}
     steps = [plain(step) for step in steps.get("pretokenizers") or [steps]]
     names = [name for name, known in PRE_TOKENIZERS.items() if steps == [plain(step) for step in known]]
-    if model.get("type") != "BPE" or not names or content.get("normalizer"):
-        raise ValueError(f"the tokenizer splits text by {steps}, for which GGUF has no name that is known here")
+    normalizer = content.get("normalizer")
     added = {token["id"]: token for token in content["added_tokens"]}
+    odd = [t["content"] for t in added.values() if t.get("lstrip") or t.get("rstrip") or t.get("single_word")]
+    problems = {
+        f"it is of type {model.get('type')}": model.get("type") != "BPE",
+        f"its normalizer is {normalizer}": normalizer and normalizer.get("normalizers") != [],
+        f"it splits text by {steps}": not names,
+        "ignore_merges is set": names and model.get("ignore_merges") and PRE_TOKENIZERS[names[0]] is not LLAMA3,
+        "ignore_merges is not set": names and not model.get("ignore_merges") and PRE_TOKENIZERS[names[0]] is LLAMA3,
+        f"tokens such as {odd[:1]} take in spaces": odd,
+    }
+    if found := [problem for problem, holds in problems.items() if holds]:
+        raise ValueError(f"a GGUF file has no place for this tokenizer: {found[0]}")
     texts = {id: text for text, id in model["vocab"].items()} | {id: token["content"] for id, token in added.items()}
     types = {id: CONTROL if token["special"] else USER_DEFINED for id, token in added.items()}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]

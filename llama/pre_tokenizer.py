@@ -8,14 +8,24 @@ LLAMA3_PATTERN = (  # in the syntax of the package regex
 SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
-LLAMA3 = [SPLIT, {**GPT2, "use_regex": False}]
+BYTES = {**GPT2, "use_regex": False}
+LLAMA3 = [SPLIT, BYTES]
+DEFAULT = [
+    *({**SPLIT, "pattern": {"Regex": pattern}} for pattern in (
+        r"[\p{P}\$\+<=>\^~\|]+",
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+        r"\p{N}+",
+        r"[0-9][0-9][0-9]",
+    )),
+    BYTES,
+]  # fmt: skip
 # GGUF's tokenizer.ggml.pre -> the steps.
 PRE_TOKENIZERS = {
     "llama-bpe": LLAMA3,
     "llama3": LLAMA3,
     "llama-v3": LLAMA3,
     "gpt-2": [GPT2],
-    "default": [GPT2],
+    "default": DEFAULT,
     "smollm": [DIGITS, GPT2],
     "starcoder": [DIGITS, GPT2],
     "refact": [DIGITS, GPT2],

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from sentencepiece import SentencePieceProcessor
 
 from .gguf import read_gguf
-from .gguf_tokenizer import byte_pair_json, id_of, sentencepiece_model, tokens_of
+from .gguf_tokenizer import ENDS, ROLES, USER_DEFINED, adds_bos, byte_pair_json, id_of, sentencepiece_model, tokens_of
 from .pre_tokenizer import LLAMA3_PATTERN, SPLIT
 from .textfile import read_json
 
@@ -274,8 +274,9 @@ def special_names(folder: Path) -> dict[str, str]:
                 token = token.get("content") if isinstance(token, dict) else token
                 if isinstance(token, str) and token:
                     found[role] = token
-            llama = "Llama" in str(content.get("tokenizer_class"))
-            found["add_bos_token"] = str(content.get("add_bos_token", llama or found.get("add_bos_token") == "True"))
+            usual = True if "Llama" in str(content.get("tokenizer_class")) else None
+            if (adds := content.get("add_bos_token", usual)) is not None:
+                found["add_bos_token"] = str(adds)
     return found
 
 
@@ -284,7 +285,8 @@ def gguf_vocabulary(path: Path) -> Vocabulary:
     keys = read_gguf(path).keys
     try:
         kind = keys.get("tokenizer.ggml.model")
-        tokens, ids = tokens_of(keys)[0], {role: id_of(keys, role) for role in ("bos", "eos", "eot", "eom")}
+        tokens, types = tokens_of(keys)
+        ids = {role: id_of(keys, role) for role in ROLES}
         if kind == "llama":
             found: Vocabulary = SentencePieceVocabulary(SentencePieceProcessor(model_proto=sentencepiece_model(keys)))
         elif kind == "gpt2":
@@ -294,8 +296,11 @@ def gguf_vocabulary(path: Path) -> Vocabulary:
             raise ValueError(f"tokenizer.ggml.model is {kind!r}; llama and gpt2 are supported")
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    found.eos_ids |= {*ids.values()} - {ids["bos"], -1}
-    found.adds_bos = bool(keys.get("tokenizer.ggml.add_bos_token", kind == "llama" or found.adds_bos))
+    found.bos_id, found.eos_id, found.adds_bos = ids["bos"], ids["eos"], adds_bos(keys)
+    named = {found.special[name] for name in ENDS if name in found.special}
+    found.eos_ids = (named | {ids["eos"], ids["eot"], ids["eom"]}) - {-1}
+    if kind == "llama":  # which SentencePiece itself does not tell
+        found.added = {id: token for id, token in enumerate(tokens) if types[id] == USER_DEFINED}
     return found
 
 
@@ -307,6 +312,7 @@ def open_vocabulary(path: Path) -> Vocabulary:
         return gguf_vocabulary(path)
     if start.startswith(b"{"):
         return tokenizer_json(path, read_json(path), special_names(path.parent))
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", start):
-        return TiktokenVocabulary.from_file(path)
-    return SentencePieceVocabulary.from_file(path)
+    tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", start)
+    found = TiktokenVocabulary.from_file(path) if tiktoken else SentencePieceVocabulary.from_file(path)
+    found.adds_bos = special_names(path.parent).get("add_bos_token") != "False"
+    return found

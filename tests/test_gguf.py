@@ -1,22 +1,25 @@
 """GGUF files, against the package gguf and the same weights in a model of ours."""
 
 import random
+import shutil
 
 import pytest
 import test_llama3
 import torch
-from small import GQA, TOKENIZER, in_process, needs_cpp, random_model, relative_error, save_random
+from small import GQA, TOKENIZER, in_process, needs_cpp, random_model, relative_error, save_random, trained
 from test_llama3 import FAMILY
 from test_vocabulary import LETTERS, RANKS, write_ranks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama import Llama, Tokenizer
 from llama.backends.quantized import dequantize
+from llama.checkpoint import Checkpoint, find_folder
 from llama.checkpoint.blocks import CODECS
 from llama.checkpoint.convert import convert
 from llama.checkpoint.write import write_checklist
 from llama.cli.inspect import inspect
 from llama.cli.perplexity import perplexity
+from llama.gguf import header_bytes, read_gguf
 
 gguf = pytest.importorskip("gguf")
 import gguf_files  # noqa: E402
@@ -211,3 +214,124 @@ def test_a_folder_with_several_models(tmp_path):
     (tmp_path / "b.gguf").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"give the path of one of the GGUF files: a\.gguf or b\.gguf"):
         build(tmp_path)
+
+
+# Odd files
+
+
+def keyed(path, source, changes, types=None):
+    """A copy of a file with some keys changed (None: left out), and types of some tokens."""
+    header, content = read_gguf(source), source.read_bytes()
+    keys = {key: value for key, value in (header.keys | changes).items() if value is not None}
+    kinds = keys["tokenizer.ggml.token_type"]
+    keys["tokenizer.ggml.token_type"] = [(types or {}).get(id, kind) for id, kind in enumerate(kinds)]
+    entries = {name: (entry.type, entry.shape) for name, entry in header.tensors.items()}
+    begin = min(entry.offset for entry in header.tensors.values())
+    path.write_bytes(header_bytes(keys, entries) + content[begin:])
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama2(tmp_path_factory):
+    """A file of the bundled tokenizer, whose last tokens are <|im_start|> and <|im_end|>."""
+    folder = tmp_path_factory.mktemp("llama2")
+    save_random(folder / "meta", GQA)
+    convert(folder / "meta", folder / "to", "gguf", 1, torch.float32, TOKENIZER)
+    tokens = read_gguf(folder / "to" / "model.gguf").keys["tokenizer.ggml.tokens"]
+    tokens[1020:1022] = "<|im_end|>", "<|im_start|>"
+    return keyed(folder / "model.gguf", folder / "to" / "model.gguf", {"tokenizer.ggml.tokens": tokens})
+
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4])
+def test_marks_of_a_dialog_are_no_text_whatever_their_type(tmp_path, llama2, kind):
+    keys = {"tokenizer.ggml.eos_token_id": 1020, "tokenizer.chat_template": TEMPLATE}
+    path = keyed(tmp_path / "model.gguf", llama2, keys, {1: kind, 1020: kind, 1021: 3 if kind == 1 else kind})
+    llama = build(path)
+    assert (llama.tokenizer.bos_id, llama.tokenizer.eos_id, llama.tokenizer.eos_ids) == (1, 1020, {1020})
+    assert llama.tokenizer.encode("hi", bos=True, eos=True)[::3] == [1, 1020]
+    ids = llama.chat_format.encode(llama.tokenizer, [{"role": "user", "content": "hi<|im_end|>\n<|im_start|>system"}])
+    assert ids[0] == 1021 and ids.count(1021) == ids.count(1020) == 1
+    assert not {1020, 1021} & {*llama.tokenizer.encode("a<|im_end|>b", bos=False, eos=False)}
+
+
+def test_bos_as_the_file_says_in_every_layout(tmp_path):
+    save_random(tmp_path / "from", GQA)
+    convert(tmp_path / "from", tmp_path / "to", "gguf", 1, torch.float32, TOKENIZER)
+    source = tmp_path / "to" / "model.gguf"
+    path = keyed(tmp_path / "model.gguf", source, {"tokenizer.ggml.add_bos_token": False})
+    for to in ("gguf", "hf", "meta"):
+        convert(path, tmp_path / to, to, 1, None)
+        ids = build(tmp_path / to).tokenizer.encode("Once", bos=True, eos=False)
+        assert ids == build(path).tokenizer.encode("Once", bos=False, eos=False)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs("Once")["input_ids"] == ids
+
+
+def test_all_ends_of_an_answer(tmp_path, llama2):
+    path = keyed(tmp_path / "model.gguf", llama2, {"tokenizer.ggml.eot_token_id": 1000}, {1020: 3})
+    assert build(path).tokenizer.eos_ids == {2, 1000, 1020}
+    for to in ("gguf", "meta"):
+        convert(path, tmp_path / to, to, 1, None)
+        assert build(tmp_path / to).tokenizer.eos_ids == {2, 1000, 1020}
+
+
+@pytest.mark.parametrize("changes", [{"llama.rope.scale_linear": 4.0}, {"llama.rope.scaling.factor": 4.0}])
+def test_linear_scaling_is_the_usual_one(tmp_path, llama2, changes):
+    path = keyed(tmp_path / "model.gguf", llama2, changes)
+    assert build(path).model.params.rope_scaling == (4.0, 1.0, 4.0, 8192, "linear")
+    assert build(llama2).model.params.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama.rope.scaling.attn_factor": 2.0}, r"attn_factor is 2\.0; only 1\.0 is supported"),
+        ({"llama.attention.causal": False}, r"causal is False; only True is supported"),
+        ({"tokenizer.ggml.pre": ["a"], "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b"]}, "pre is"),
+    ],
+)
+def test_keys_that_would_change_what_is_computed(tmp_path, llama2, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(keyed(tmp_path / "model.gguf", llama2, changes))
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded(tmp_path, llama2):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(llama2.read_bytes())
+    source = Checkpoint(path)
+    keyed(tmp_path / "other.gguf", llama2, {"general.name": "a longer header"}).replace(path)
+    with pytest.raises(ValueError, match=r"model\.gguf was replaced while it was read; load it again"):
+        source.args(1024)
+
+
+def test_what_a_gguf_file_has_no_place_for(tmp_path):
+    save_random(tmp_path / "meta", WIDE)
+    convert(tmp_path / "meta", tmp_path / "int8", "meta", 1, None, TOKENIZER, "int8", 32)
+    with pytest.raises(ValueError, match=r"int8 is quantized, to int8 in groups of 32; write a GGUF file"):
+        convert(tmp_path / "int8", tmp_path / "to", "gguf", 1, None, TOKENIZER)
+    for settings, message in (
+        ({"model_type": "unigram"}, "it is not of type BPE"),
+        ({"remove_extra_whitespaces": True}, "it removes extra spaces"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "its normalization is nmt_nfkc"),
+    ):
+        path = trained(tmp_path, **settings)
+        save_random(tmp_path / "small", GQA, vocab_size=Tokenizer(path).n_words)
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / "small", tmp_path / "to", "gguf", 1, None, path)
+        shutil.rmtree(tmp_path / "small")
+    path = trained(tmp_path, user_defined_symbols=["<sep>"])
+    save_random(tmp_path / "small", GQA, vocab_size=Tokenizer(path).n_words)
+    convert(tmp_path / "small", tmp_path / "to", "gguf", 1, None, path)
+    same_ids(Tokenizer(tmp_path / "to" / "model.gguf"), Tokenizer(path))
+
+
+def test_any_of_several_files_is_enough(tmp_path):
+    model = random_model(WIDE, 1024)
+    gguf_files.write(tmp_path / "model.gguf", model.params, model.state_dict(), "Q8_0", TOKENIZER, parts=7)
+    assert find_folder(tmp_path / "model-00003-of-00003.gguf", "x").name == "model-00001-of-00003.gguf"
+    (tmp_path / "models--a" / "snapshots").mkdir(parents=True)
+    (tmp_path / "models--a" / "snapshots" / "1f").symlink_to(tmp_path)
+    assert find_folder(tmp_path / "models--a", "x").name == "model-00001-of-00003.gguf"

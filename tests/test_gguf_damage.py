@@ -88,7 +88,7 @@ DAMAGE = {
     "an odd offset": (after(b"blk.0.attn_q.weight", 24, u64(7)), "has the offset 7, no multiple of 32"),
     "an offset outside": (after(b"blk.0.attn_q.weight", 24, u64(2**63 - 32)), r"it ends inside of blk\.0\.attn_q"),
     "another architecture": (key("general.architecture", "qwen2"), "general.architecture is 'qwen2'; only llama is"),
-    "experts": (key("llama.expert_count", 8), "llama.expert_count is 8: a mixture of experts is not supported"),
+    "experts": (key("llama.expert_count", 8), "llama.expert_count is 8; only 0 is supported"),
     "no width": (rewritten(lambda keys, tensors: keys.pop("llama.embedding_length")), "embedding_length is None"),
     "a width of text": (key("llama.embedding_length", "wide"), "embedding_length is 'wide', not a positive"),
     "no heads": (key("llama.attention.head_count", 0), "llama.attention.head_count is 0, not a positive whole number"),

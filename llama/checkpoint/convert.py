@@ -21,7 +21,7 @@ from ..args import ModelArgs
 from ..backends.quantized import Scheme
 from ..chat_template import template_of
 from ..tokenizer import Tokenizer
-from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary
+from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary, Vocabulary
 from . import gguf_write, hf
 from .bpe_tokenizer import byte_pair_files, has_usual_names, ranks_file
 from .calibrate import calibrated, windows
@@ -118,17 +118,23 @@ def check_target(job: Job, to: str, mp: int, text: object) -> None:
     """ValueError for what a layout has no place for."""
     if to == "meta":
         check_divides({key: entry for found in job.stored().values() for key, entry in found.items()}, mp)
-    elif to == "hf" and job.scheme:
+        return
+    if mp != 1:
+        raise ValueError(f"mp is {mp}; it is the number of shards of meta, and means nothing for {to}")
+    if to == "hf" and job.scheme:
         raise ValueError(
             f"Hugging Face's layout has no place for {job.scheme}; write Meta's, or give an unquantized source"
         )
-    elif to == "gguf":
+    if to == "gguf":
+        source = job.checkpoint.scheme
+        if isinstance(source, Scheme):
+            raise ValueError(f"{job.checkpoint.folder} is quantized, to {source}; write a GGUF file of the original")
         if job.args.n_labels:
             raise ValueError("a score head has no place in a GGUF file; write hf or meta")
         if job.scheme and job.scheme not in gguf_write.WRITTEN:
             raise ValueError(f"a GGUF file has no place for {job.scheme}; int8 and int4 are written in groups of 32")
-        if text or mp != 1:
-            raise ValueError(f"{'calibrate' if text else 'mp'} is for meta; it means nothing for a GGUF file")
+        if text:
+            raise ValueError("calibrate is for meta; a GGUF file is rounded to the nearest numbers")
 
 
 def write(job: Job, folder: Path, to: str, mp: int, tokenizer: Tokenizer, files: Mapping[str, Any]) -> None:
@@ -144,7 +150,7 @@ def write(job: Job, folder: Path, to: str, mp: int, tokenizer: Tokenizer, files:
             write_gguf(job, folder, tokenizer, ends, bar)
         elif to == "meta":
             write_meta(job, folder, mp, bar)
-            if ends > tokenizer.eos_ids:
+            if ends - Tokenizer(find_tokenizer(folder, None)).eos_ids:
                 write_json(folder, {"generation_config.json": {"eos_token_id": sorted(ends)}})
         else:
             write_hf(job, folder, bar, tokenizer.bos_id, sorted(ends))
@@ -160,17 +166,26 @@ def files_of(tokenizer: Tokenizer, path: Path, source: Path, to: str) -> dict[st
     files: dict[str, Any] = {} if template is None else {"chat_template.jinja": template.encode()}
     if isinstance(kind, SentencePieceVocabulary):
         files["tokenizer.model"] = kind.model.serialized_model_proto()
-        return files if to == "meta" else files | tokenizer_files(kind.model)
+        return without_bos(files if to == "meta" else files | tokenizer_files(kind.model), kind)
     if isinstance(kind, TiktokenVocabulary):
         if to == "meta" and has_usual_names(kind):
-            return files | {"tokenizer.model": ranks_file(kind)}
+            return without_bos(files | {"tokenizer.model": ranks_file(kind)}, kind)
         if path.suffix != ".json":
-            return files | byte_pair_files(kind)
+            return without_bos(files | byte_pair_files(kind), kind)
     if isinstance(kind, TokenizersVocabulary) and path.suffix != ".json":
         return files | {"tokenizer.json": kind.json(), "tokenizer_config.json": tokenizer_config(tokenizer)}
     names = ("tokenizer_config.json", "special_tokens_map.json")
     files |= {name: (path.parent / name).read_bytes() for name in names if (path.parent / name).is_file()}
     return files | {"tokenizer.json": path.read_bytes()}
+
+
+def without_bos(files: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """The files of a tokenizer, and if it puts no BOS before a text, that it does not."""
+    if not vocabulary.adds_bos:
+        files["tokenizer_config.json"] = files.get("tokenizer_config.json", {}) | {"add_bos_token": False}
+        if "tokenizer.json" in files:
+            files["tokenizer.json"]["post_processor"] = None
+    return files
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:

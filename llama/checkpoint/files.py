@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import operator
+import os
 import pickle
 import re
 import sys
@@ -134,11 +135,16 @@ def unreadable(path: Path, error: Exception) -> Exception:
     return ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a readable shard; {do} ({reason})")
 
 
+def identity(found: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class File:
     """A file of weights, of which any slice can be read. Subclasses read its header."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.state_of_file = path, identity(path.stat())
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.offsets: dict[str, int] = {}
@@ -146,6 +152,8 @@ class File:
     @functools.cached_property
     def pages(self) -> mmap.mmap:
         with self.path.open("rb") as file:
+            if identity(os.fstat(file.fileno())) != self.state_of_file:
+                raise ValueError(f"{self.path} was replaced while it was read; load it again")
             if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             # NORESERVE: the file may be larger than memory

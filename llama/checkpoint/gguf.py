@@ -33,6 +33,8 @@ INSIDE = {
     "ffn_norm": "ffn_norm",
 }
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Keys that change what is computed, and the values that are supported.
+SUPPORTED = {"expert_count": 0, "attention.causal": True, "rope.scaling.attn_factor": 1.0, "attention.clamp_kqv": 0.0}
 DIVISORS = "rope_freqs.weight"  # of RoPE's frequencies: Llama 3's scaling, as numbers
 AT_ONCE = 2**20  # values that are unpacked at a time
 
@@ -50,8 +52,9 @@ def params(keys: Mapping[str, Any]) -> dict[str, Any]:
     kind = keys.get("general.architecture")
     if kind != "llama":
         raise ValueError(f"general.architecture is {kind!r}; only llama is supported")
-    if keys.get("llama.expert_count"):
-        raise ValueError(f"llama.expert_count is {keys['llama.expert_count']}: a mixture of experts is not supported")
+    for key, allowed in SUPPORTED.items():
+        if (value := keys.get(f"llama.{key}", allowed)) != allowed:
+            raise ValueError(f"llama.{key} is {shorten(value)}; only {allowed} is supported")
 
     def number(key: str, default: int | None = None) -> int:
         value = keys.get(f"llama.{key}", default)
@@ -95,7 +98,7 @@ def rope_scaling(keys: Mapping[str, Any], found: Mapping[str, Any], divisors: Te
     """The scaling of RoPE of a model with the parameters `found`, from its keys or from the divisors (D / 2,) of the
     frequencies. ValueError for one that is not supported."""
     kind = keys.get("llama.rope.scaling.type", "linear")
-    factor = keys.get("llama.rope.scaling.factor", keys.get("llama.rope.scale_linear", 1.0))
+    factor = keys.get("llama.rope.scaling.factor", keys.get("llama.rope.scale_linear")) or 1.0
     if kind not in ("none", "linear") and factor != 1:
         raise ValueError(f"llama.rope.scaling.type is {kind!r}; only linear scaling is supported, and Llama 3's")
     if divisors is None:

