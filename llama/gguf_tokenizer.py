@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens, as SentencePiece numbers them too
 
 
+LLAMA2 = {"unknown": 0, "bos": 1, "eos": 2}  # ids of SentencePiece models where no key says so
 ROLES = ("bos", "eos", "eot", "eom")
 MARKER = re.compile(r"<\|.+\|>|</?s>")
 # Tokens that end a message in the formats of one model or another.
@@ -35,15 +36,16 @@ def tokens_of(keys: Mapping[str, Any]) -> tuple[list[str], list[int]]:
         CONTROL if id in roles or kind == UNKNOWN or (kind == USER_DEFINED and MARKER.fullmatch(token)) else kind
         for id, (kind, token) in enumerate(zip(given, tokens, strict=True))
     ]
-    if (unknown := id_of(keys, "unknown", 0 if keys.get("tokenizer.ggml.model") == "llama" else -1)) >= 0:
+    if (unknown := id_of(keys, "unknown")) >= 0:
         types[unknown] = UNKNOWN
     return tokens, types
 
 
-def id_of(keys: Mapping[str, Any], role: str, otherwise: int = -1) -> int:
+def id_of(keys: Mapping[str, Any], role: str) -> int:
     """The id of a special token such as bos; -1 if there is none. ValueError for one that is no token."""
     key, count = f"tokenizer.ggml.{role}_token_id", len(keys["tokenizer.ggml.tokens"])
-    id = keys.get(key, otherwise)
+    usual = LLAMA2 if keys.get("tokenizer.ggml.model") == "llama" else {}
+    id = keys.get(key, usual.get(role, -1))
     if type(id) is not int or not -1 <= id < count:
         raise ValueError(f"{key} is {id!r}; there are {count} tokens")
     return id
