@@ -13,10 +13,9 @@ from .pre_tokenizer import GPT2, LLAMA3, PRE_TOKENIZERS
 log = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens, as SentencePiece numbers them too
 
-
-LLAMA2 = {"unknown": 0, "bos": 1, "eos": 2}  # ids of SentencePiece models where no key says so
+USUAL_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # of SentencePiece models, where the file has no key
 ROLES = ("bos", "eos", "eot", "eom")
-MARKER = re.compile(r"<\|.+\|>|</?s>")
+MARKER = re.compile(r"<\|.+\|>|</?s>")  # tokens that mark parts of a dialog or of a text
 # Tokens that end a message in the formats of one model or another.
 ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")
 
@@ -30,7 +29,7 @@ def tokens_of(keys: Mapping[str, Any]) -> tuple[list[str], list[int]]:
         given = [BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL for token in tokens]
     if not isinstance(given, list) or len(given) != len(tokens) or not {*given} <= {*range(1, 7)}:
         raise ValueError(f"tokenizer.ggml.token_type must be a type from 1 to 6 of each of {len(tokens)} tokens")
-    # What marks parts of a dialog is no text, whatever type a converter gave it.
+    # Converters disagree on the type of markers. Text must not become one.
     roles = {id_of(keys, role) for role in ROLES}
     types = [
         CONTROL if id in roles or kind == UNKNOWN or (kind == USER_DEFINED and MARKER.fullmatch(token)) else kind
@@ -44,7 +43,7 @@ def tokens_of(keys: Mapping[str, Any]) -> tuple[list[str], list[int]]:
 def id_of(keys: Mapping[str, Any], role: str) -> int:
     """The id of a special token such as bos; -1 if there is none. ValueError for one that is no token."""
     key, count = f"tokenizer.ggml.{role}_token_id", len(keys["tokenizer.ggml.tokens"])
-    usual = LLAMA2 if keys.get("tokenizer.ggml.model") == "llama" else {}
+    usual = USUAL_IDS if keys.get("tokenizer.ggml.model") == "llama" else {}
     id = keys.get(key, usual.get(role, -1))
     if type(id) is not int or not -1 <= id < count:
         raise ValueError(f"{key} is {id!r}; there are {count} tokens")
@@ -57,7 +56,6 @@ def sentencepiece_model(keys: Mapping[str, Any]) -> bytes:
     scores = keys.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(pieces):
         raise ValueError(f"tokenizer.ggml.scores must be a number for each of {len(pieces)} tokens")
-    message = b""
     parts = [
         field(1, field(1, piece.encode()) + number_field(2, score) + field(3, kind))
         for piece, score, kind in zip(pieces, scores, types, strict=True)
@@ -68,8 +66,7 @@ def sentencepiece_model(keys: Mapping[str, Any]) -> bytes:
         trainer += field(40 + i, id) + (field(45 + i, pieces[id].encode()) if id >= 0 else b"")
     space = bool(keys.get("tokenizer.ggml.add_space_prefix", True))
     normalizer = field(1, b"identity") + field(3, int(space)) + field(4, 0) + field(5, 1)
-    message = b"".join(parts) + field(2, trainer) + field(3, normalizer)
-    return message
+    return b"".join(parts) + field(2, trainer) + field(3, normalizer)
 
 
 def field(number: int, value: int | bytes) -> bytes:

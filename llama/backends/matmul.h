@@ -46,8 +46,8 @@ struct Numbers {
     float *scale;    // of each group; NaN where x is not finite
     int32_t *start;  // of each group: -zero times the sum of q, with which the dot products of stored weights begin
 };
-// What is left of groups with outliers is rounded once more, to 254ths of their scale: without, they would decide on a
-// model's error.
+// Groups with outliers have a large scale. What rounding leaves of them is rounded too, to 254ths of the scale: without
+// this, they cause most of a model's error.
 struct Row : Numbers {
     float *total;    // of each group of the weights: the sum of scale q
     Numbers rest;    // of some groups
