@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,37 +65,46 @@ def serve(
         chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
         lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
+    limits = check_counts(port=port, max_waiting=max_waiting, max_body=max_body)
+    check_counts(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    origins = [allow_origins] if isinstance(allow_origins, str) else allow_origins or []
+    name = model_name or Path(os.path.abspath(os.path.expanduser(ckpt_dir))).name
+    run = listen(host, limits, name, any_model, api_key_file, origins)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
+    options |= {"compile": compile, "chat_format": chat_format, "lora": lora, "check_memory": check_memory}
+    run(Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **options))
+
+
+def listen(
+    host: str, limits: dict[str, int], name: str, any_model: bool, key_file: str | None, origins: Sequence[str]
+) -> Callable[[Llama], None]:
+    """Listen at once, so that clients hear that the model is being loaded; what serves it when it is there."""
     try:
         from ..server.app import Config
         from ..server.process import Server, serve_rank
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs the package {error.name}; pip install 'llama-reference[server]'") from error
-    check_counts(port=port, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
-    check_counts(max_waiting=max_waiting, max_body=max_body)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    name = model_name or Path(os.path.abspath(os.path.expanduser(ckpt_dir))).name
-    origins = [allow_origins] if isinstance(allow_origins, str) else allow_origins or []
     parallel.init_model_parallel()
     server = None
     with parallel.all_or_none():
         if parallel.rank() == 0:
-            keys = read_keys(api_key_file)
-            server = Server(Config(name, any_model, keys, max_waiting, max_body << 20, tuple(origins)), host, port)
+            keys = read_keys(key_file)
+            config = Config(name, any_model, keys, limits["max_waiting"], limits["max_body"] << 20, tuple(origins))
+            server = Server(config, host, limits["port"])
+            address = f"[{host}]" if ":" in host else host
+            log.info("serving %s on http://%s:%d/v1 once it is loaded", name, address, server.port)
             if host not in ("127.0.0.1", "::1", "localhost") and not keys:
                 log.warning("anyone who reaches %s can use this server: it has no keys, see --api_key_file", host)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
-    options |= {"compile": compile, "chat_format": chat_format, "lora": lora, "check_memory": check_memory}
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **options)
-    if server:
-        log.info("serving %s on http://%s:%d/v1", name, f"[{host}]" if ":" in host else host, server.port)
-    serve_rank(llama, server)
+    return partial(serve_rank, server=server)
 
 
-def check_counts(**values: Any) -> None:
-    """ValueError for a number of something that is none."""
+def check_counts(**values: Any) -> dict[str, int]:
+    """Numbers of something; ValueError for one that is none."""
     for name, value in values.items():
         if type(value) is not int or value < 0:
             raise ValueError(f"{name} is {value!r}; it must be an int of at least 0")
+    return values
 
 
 def read_keys(file: str | None) -> tuple[str, ...]:
