@@ -24,10 +24,11 @@ openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
-from llama.server.app import Config
-from llama.server.loop import Loop
-from llama.server.metrics import Metrics
-from llama.server.process import Server
+from llama.server.app import Config  # noqa: E402
+from llama.server.loop import Loop  # noqa: E402
+from llama.server.metrics import Metrics  # noqa: E402
+from llama.server.process import Server  # noqa: E402
+from llama.server.schema import OF_CHAT, OF_TEXT  # noqa: E402
 
 PROMPT = "The opposite of hot is"
 DIALOG = [{"role": "user", "content": "What is the opposite of big?"}]
@@ -416,11 +417,8 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
-NAMES = (
-    "prompt messages input max_tokens max_completion_tokens n best_of echo stop temperature top_p top_k min_p logprobs "
-    "top_logprobs logit_bias presence_penalty frequency_penalty repetition_penalty seed stream stream_options suffix "
-    "min_tokens stop_token_ids encoding_format dimensions tools response_format tokens add_special_tokens"
-).split()
+OTHERS = ("prompt", "messages", "input", "encoding_format", "dimensions", "tokens", "add_special_tokens")
+NAMES = [*dict.fromkeys((*OTHERS, *OF_TEXT, *OF_CHAT, "response_format", "tools", "suffix"))]
 PATHS = ("v1/completions", "v1/chat/completions", "v1/embeddings", "tokenize", "detokenize")
 
 
