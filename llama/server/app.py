@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -29,6 +30,7 @@ from .schema import ApiError, Asked, Work, encode_chat, parse, read_chat, read_c
 T = TypeVar("T")
 log = logging.getLogger("llama.server")
 POLL = 0.1  # seconds between two looks at whether a client that waits for a whole reply is still there
+POLLED = {"/health", "/metrics"}  # so often that the log has them at its level DEBUG alone
 KEEPALIVE = 15.0  # seconds of silence after which a stream gets a comment, so that proxies keep it
 
 
@@ -51,8 +53,8 @@ class Service:
         self.reading = asyncio.Lock()  # tokenizing takes long for long texts; one thread is enough
         self.created = int(time.time())
 
-    @property
     def ready(self) -> Loop:
+        """The engine's loop; ApiError before it is there, and while the server ends."""
         if self.loop is None or self.draining:
             why = "the server is ending" if self.draining else "the model is being loaded"
             raise ApiError(503, why, retry_after=5)
@@ -61,10 +63,13 @@ class Service:
     async def body(self, request: HttpRequest) -> dict[str, Any]:
         """The JSON body, with the name of a model that this server has."""
         data, limit = bytearray(), self.config.max_body
-        async for part in request.stream():
-            data += part
-            if len(data) > limit:
-                raise ApiError(413, f"the body is longer than {limit} bytes")
+        try:
+            async for part in request.stream():
+                data += part
+                if len(data) > limit:
+                    raise ApiError(413, f"the body is longer than {limit} bytes")
+        except ClientDisconnect as error:
+            raise ApiError(499, "the client has gone") from error
         found = parse(bytes(data))
         self.check_model(found.get("model", self.config.model))
         return found
@@ -78,7 +83,7 @@ class Service:
 
     async def read(self, read: Callable[[Llama, Mapping[str, Any]], T], body: Mapping[str, Any]) -> T:
         """What `read` makes of a body; what the library refuses is the client's error."""
-        llama = self.ready.llama
+        llama = self.ready().llama
         async with self.reading:
             try:
                 return await asyncio.to_thread(read, llama, body)
@@ -87,7 +92,7 @@ class Service:
                 raise ApiError(400, str(error), words[0] if words and words[0] in body else None) from error
 
     def submit(self, work: Work) -> Ticket:
-        loop, limit = self.ready, len(self.ready.llama.engine.slots) + self.config.max_waiting
+        loop, limit = self.ready(), len(self.ready().llama.engine.slots) + self.config.max_waiting
         if loop.open and loop.open + len(work.prompts) > limit:
             raise ApiError(429, f"{loop.open} requests run or wait already; try again", retry_after=1)
         return loop.submit(work)
@@ -108,7 +113,7 @@ async def chat_completions(request: HttpRequest) -> Response:
 
 async def generate(request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], Asked]) -> Response:
     own = service(request)
-    loop, body = own.ready, await own.body(request)
+    loop, body = own.ready(), await own.body(request)
     asked = await own.read(read, body)
     ticket = own.submit(asked.work)
     reply = replies.Reply(loop.llama.tokenizer, body.get("model", own.config.model), asked, ticket)
@@ -177,8 +182,7 @@ async def until_gone(request: HttpRequest, loop: Loop, ticket: Ticket) -> AsyncI
 def check(ticket: Ticket, event: Event) -> None:
     """ApiError for an event that says that its request failed."""
     if event.finish_reason == "error":
-        request = ticket.requests[event.row] if ticket.requests else None
-        raise ApiError(500, str(ticket.error or (request and request.error) or "the request failed"))
+        raise ApiError(500, str(ticket.requests[event.row].error))
     if event.finish_reason == "cancelled":
         raise ApiError(503, "the request was cancelled", retry_after=1)
 
@@ -193,7 +197,7 @@ def note(request: HttpRequest, ticket: Ticket, usage: Mapping[str, Any]) -> None
 
 async def embeddings(request: HttpRequest) -> Response:
     own = service(request)
-    loop, body = own.ready, await own.body(request)
+    loop, body = own.ready(), await own.body(request)
     work, base64 = await own.read(read_embeddings, body)
     ticket = own.submit(work)
     async for _ in until_gone(request, loop, ticket):
@@ -207,7 +211,7 @@ async def tokenize(request: HttpRequest) -> Response:
     own = service(request)
     body = await own.body(request)
     ids = await own.read(read_tokens, body)
-    limit = own.ready.llama.model.params.max_seq_len
+    limit = own.ready().llama.model.params.max_seq_len
     return json_response({"count": len(ids), "max_model_len": limit, "tokens": ids})
 
 
@@ -234,7 +238,7 @@ def read_text(llama: Llama, body: Mapping[str, Any]) -> str:
 
 async def models(request: HttpRequest) -> Response:
     own = service(request)
-    limit = own.ready.llama.model.params.max_seq_len
+    limit = own.ready().llama.model.params.max_seq_len
     card = {"id": own.config.model, "object": "model", "created": own.created, "owned_by": "llama"}
     card |= {"max_model_len": limit}
     if (name := request.path_params.get("name")) is None:
@@ -244,9 +248,8 @@ async def models(request: HttpRequest) -> Response:
 
 
 async def health(request: HttpRequest) -> Response:
-    if service(request).ready:
-        return json_response({"status": "ok"})
-    raise AssertionError
+    service(request).ready()
+    return json_response({"status": "ok"})
 
 
 async def metrics(request: HttpRequest) -> Response:
@@ -299,10 +302,13 @@ class Guard:
             else:
                 text = "the key is missing or wrong; send the header Authorization: Bearer KEY"
                 await error_response(ApiError(401, text, code="invalid_api_key"))(scope, receive, noting)
+        except Exception:
+            status = 500
+            raise
         finally:
             took = time.monotonic() - began
-            told = f"{scope['method']} {scope['path']!r} {status}{state.get('note', '')}, {took:.3f} s"
-            log.info("%s", told)
+            level = logging.DEBUG if scope["path"] in POLLED else logging.INFO
+            log.log(level, "%s %r %d%s, %.3f s", scope["method"], scope["path"], status, state.get("note", ""), took)
 
     def allowed(self, scope: Scope) -> bool:
         if not self.keys or scope["path"] == "/health":

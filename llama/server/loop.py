@@ -37,7 +37,6 @@ class Ticket:
         self.number, self.work, self.arrived = number, work, time.monotonic()
         self.requests: list[Request] = []  # there before the first event
         self.embeddings: Tensor | None = None  # complete with the last
-        self.error: Exception | None = None
         self.updates: asyncio.Queue[list[Event]] = asyncio.Queue()
         self.first = 0.0  # when the first token came, of any
         self.latest = [0.0] * len(work.prompts)  # when each got its last token
@@ -128,12 +127,14 @@ class Loop:
     def run(self) -> None:
         """Serve until `stop`. Errors of a step end its requests; where there are several ranks, they end all."""
         running: dict[int, list[Request]] = {}
-        while True:
-            for item in self._receive(bool(running)):
-                if item is None:
-                    return
-                number, work = item
-                if work is not None:
+        ending = False
+        while not ending or running:
+            for item in self._receive(ending or bool(running)):
+                number, work = item or (None, None)
+                if number is None:
+                    ending = True
+                    self.llama.engine.cancel(*itertools.chain.from_iterable(running.values()))
+                elif work is not None:
                     running[number] = self._begin(number, work)
                 elif number in running:
                     self.llama.engine.cancel(*running[number])

@@ -30,6 +30,7 @@ class Server:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self.socket.bind((host, port))
+            self.socket.listen()
         except OSError as error:
             self.socket.close()
             raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error

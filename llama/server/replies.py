@@ -44,27 +44,27 @@ class Choice:
         continues = not (self.work.echo or self.work.chat)
         self.decoder = Decoder(tokenizer, request.prompt if continues else ())
         self.held: list[Token] = []
+        self.preface = len(request.prompt) if self.work.echo else 0  # tokens of the first event that are the prompt's
         self.seen = self.told = 0  # characters of the tokens so far, and of the text
         self.count = 0  # tokens that were generated
 
     def take(self, event: Event) -> Part:
-        first = self.work.echo and not self.count and not self.seen
-        self.count += len(event.tokens) - (len(self.request.prompt) if first and event.tokens else 0)
+        preface, self.preface = self.preface, 0
+        self.count += len(event.tokens) - preface
         self.told += len(event.text)
         reason = REASONS.get(event.finish_reason, event.finish_reason) if event.finish_reason else None
         if not self.work.logprobs:
-            self.seen += first  # the prompt comes once
             return Part(event.text, [], reason)
-        self._hold(event, first)
+        self._hold(event, preface)
         return Part(event.text, self._release(event.finish_reason is not None), reason)
 
-    def _hold(self, event: Event, first: bool) -> None:
+    def _hold(self, event: Event, preface: int) -> None:
         logprobs: list[float | None] = [*event.logprobs]
         tops: list[list[tuple[int, float]] | None] = [*(event.top_logprobs or [[] for _ in event.tokens])]
-        if first and event.tokens:
+        if preface:
             scores: Any = self.request.observe  # scoring.Scores
             of_prompt = zip(scores.top_ids, scores.top_logprobs, strict=True)
-            answered = tops[len(self.request.prompt) :] if not event.top_logprobs else tops
+            answered = tops if event.top_logprobs else tops[preface:]
             tops = [None, *([*zip(*row, strict=True)] for row in of_prompt), *answered]
             logprobs[0] = None
         for id, logprob, top in zip(event.tokens, logprobs, tops, strict=True):
