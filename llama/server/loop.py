@@ -165,7 +165,7 @@ class Loop:
         else:
             requests, embeddings = to_embed(engine, work.prompts, "mean")
         for row, request in enumerate(requests):
-            request.row, request.outputs = row, deque(maxlen=None if ticket else 0)
+            request.row, request.outputs = row, deque(maxlen=None if ticket else 1)  # nobody reads others
         if ticket:
             ticket.requests, ticket.embeddings = requests, embeddings
         engine.submit(*requests)
