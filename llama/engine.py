@@ -28,7 +28,7 @@ from .devices import own_context
 from .model import Transformer
 from .parallel import broadcast, broadcast_object, world_size
 from .request import Event, Request, Row, choose
-from .sampling import Sampler, token_logprobs
+from .sampling import Sampler, top_logprobs
 
 AHEAD = {"cuda"}  # devices on which a pass is launched before the host has read the tokens of the last one
 CHUNK = 512  # prompt tokens of a pass beside running requests: enough that reading the weights is not what takes time
@@ -49,7 +49,7 @@ class Pass(NamedTuple):
     # are not finite where one number is not; then on several ranks whether requests must go. In float32, which holds
     # all ids below 2^24.
     read: Callable[[], list[float]]
-    logprobs: Callable[[], list[float]] | None
+    logprobs: Callable[[], list[list[float]]] | None  # of each id a row of `top_logprobs`
     failed: list[Request]  # their observers found values that are not finite
 
 
@@ -239,7 +239,7 @@ class Engine:
                 length = shared[source]
                 backends.copy_slot(self.model, self.slots.index(source), self.slots.index(target), length)
             target.tokens = reach[:length]
-            target.request, request.slot = request, self.slots.index(target)
+            target.request, request.slot, request.cached = request, self.slots.index(target), length
             self.waiting.remove(request)
             self.sampler.admit(request.slot, request.sampling, request.prompt)
 
@@ -271,7 +271,7 @@ class Engine:
             ids = message[: len(index)].long()
         if index and any(row.request.logprobs for row in rows):
             with backends.single_threaded(self.backend):
-                chances = to_host(token_logprobs(logits, ids))
+                chances = to_host(top_logprobs(logits, ids, max(row.request.top_logprobs for row in rows)))
         return Pass(rows, ids, to_host(message), chances, failed)
 
     def _read(self, current: Pass) -> list[Event]:
@@ -282,7 +282,7 @@ class Engine:
             self.cancelled.clear()
             self._drop([request for request in [*self._running(), *self.waiting] if request.id in gone])
         M = len(current.ids)
-        chances = current.logprobs() if current.logprobs else [math.nan] * M
+        chances = current.logprobs() if current.logprobs else [[]] * M
         sound = iter(values[2 * M :])
         for row in current.rows:
             request, where = row.request, slice(at, at := at + row.samples)

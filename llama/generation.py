@@ -144,7 +144,8 @@ class Llama:
     ) -> Stream:
         """`generate` as it happens. The first pass is done when this returns; closing the stream ends it."""
         settings = self._settings(prompt_tokens, max_gen_len, temperature, top_p, options)
-        return Stream(self._events(prompt_tokens, settings, logprobs, echo), len(prompt_tokens), logprobs)
+        requests = self._requests(prompt_tokens, settings, logprobs, echo)
+        return Stream(self.engine.run(requests), len(prompt_tokens), logprobs)
 
     @drains(generate_stream)
     def generate(self, stream: Stream) -> tuple[list[list[int]], list[list[float]] | None]:
@@ -174,7 +175,8 @@ class Llama:
         prompt_tokens = self._encode(prompts)
         settings = self._settings(prompt_tokens, max_gen_len, temperature, top_p, options)
         before = [() if echo else prompt for prompt in prompt_tokens]
-        return Stream(self._events(prompt_tokens, settings, logprobs, echo), len(prompts), logprobs, before)
+        requests = self._requests(prompt_tokens, settings, logprobs, echo)
+        return Stream(self.engine.run(requests), len(prompts), logprobs, before)
 
     @drains(text_stream)
     def text_completion(self, stream: Stream) -> list[CompletionPrediction]:
@@ -324,8 +326,8 @@ class Llama:
         prompts = [self.chat_format.encode(self.tokenizer, dialogs[i]) for i in allowed]
         self._check(prompts, [f"dialog {i}" for i in allowed])
         settings = self._settings(dialogs, max_gen_len, temperature, top_p, options, check=False)
-        events = self._events(prompts, [settings[i] for i in allowed], logprobs, chat=True)
-        return filtered(events, allowed, refusals, output_filter)
+        requests = self._requests(prompts, [settings[i] for i in allowed], logprobs, chat=True)
+        return filtered(self.engine.run(requests), allowed, refusals, output_filter)
 
     def _settings(
         self, prompts: Any, max_gen_len: Any, temperature: Any, top_p: Any, options: Any, check: bool = True
@@ -358,28 +360,29 @@ class Llama:
                     "shorten it or build with a larger max_seq_len"
                 )
 
-    def _events(
+    def _requests(
         self,
         prompts: Sequence[Sequence[int]],
         settings: Sequence[Settings],
         logprobs: bool,
         echo: bool = False,
         chat: bool = False,
-    ) -> Generator[list[Event], None, None]:
-        """What each step brings each prompt. A text continues its prompt's; an answer of a chat is one of its own."""
+        top_logprobs: int = 0,
+    ) -> list[Request]:
+        """What the engine is asked. A text continues its prompt's; an answer of a chat is one of its own."""
         requests = []
         for prompt, own in zip(prompts, settings, strict=True):
             text = Text(self.tokenizer, own.stop, own.min_new, () if echo or chat else prompt)
             if echo:
                 text.preface(prompt)
             limit = min(self.model.params.max_seq_len, len(prompt) + own.max_new)
-            ends = self.tokenizer.eos_ids, own.stop_ids
-            request = Request(prompt, limit, own.sampling, *ends, own.min_new, own.lookup, logprobs, text, echo=echo)
+            ends, end = (self.tokenizer.eos_ids, own.stop_ids), (own.min_new, own.lookup)
+            request = Request(prompt, limit, own.sampling, *ends, *end, logprobs, top_logprobs, text, echo=echo)
             if echo and logprobs:
-                request.observe = scores = Scores(prompt)
+                request.observe = scores = Scores(prompt, top=top_logprobs)
                 request.first, request.prompt_logprobs = 0, scores.logprobs
             requests.append(request)
-        return self.engine.run(requests)
+        return requests
 
     def _tokens(self, row: Event, stream: Stream) -> _Tokens:
         scored: _Tokens = {"finish_reason": row.finish_reason}

@@ -34,6 +34,8 @@ class Event(NamedTuple):
     tokens: list[int] = []  # noqa: RUF012 - never changed
     logprobs: list[float] = []  # noqa: RUF012 - of each token, if asked for
     finish_reason: str | None = None  # "eos", "stop", "length" or "refused": once, at the end
+    # Of each token that is generated, if asked for: the most probable ids in its place, with their log probabilities.
+    top_logprobs: list[list[tuple[int, float]]] = []  # noqa: RUF012
 
 
 # Hidden states (n, dim) of neighbouring tokens of a prompt, the position of the first, and how to make logits of them;
@@ -53,6 +55,7 @@ class Request:
     min_new: int = 0  # the least number of new tokens: neither EOS nor stop_ids before
     lookup: int = 0  # draft tokens, from the text so far, that are tried with each step
     logprobs: bool = False  # of the tokens that are generated
+    top_logprobs: int = 0  # and, with `logprobs`, of so many of the most probable in the place of each
     text: TextStream | None = None
     observe: Observe | None = None  # is given the hidden states of the prompt from position `first` on
     first: int | None = None  # what lies before need not be computed if a slot holds it; None: all but the last token
@@ -66,6 +69,7 @@ class Request:
         self.finish: str | None = None  # "eos", "stop", "length", "cancelled" or "error"
         self.error: BaseException | None = None
         self.id = self.slot = -1  # set by the engine
+        self.cached = 0  # tokens of the prompt that a slot held already
         self.row = 0  # its number among those that run together
         self.outputs: deque[Event] = deque()
 
@@ -81,14 +85,16 @@ class Request:
             self.finish = "length"
         return True
 
-    def emit(self, tokens: Sequence[int] = (), logprobs: Sequence[float] = ()) -> Event:
-        """Tell whoever reads `outputs` of new tokens, and of the end."""
+    def emit(self, tokens: Sequence[int] = (), chances: Sequence[Sequence[float]] = ()) -> Event:
+        """Tell whoever reads `outputs` of new tokens, with what `sampling.top_logprobs` has of each, and of the end."""
+        logprobs, k = [row[0] for row in chances], self.top_logprobs
+        best = [[*zip(map(int, row[len(row) // 2 + 1 :]), row[1 : k + 1], strict=False)] for row in chances if k]
         if self.echo:
             tokens = [*self.prompt, *tokens]
             logprobs = [0.0, *self.prompt_logprobs, *logprobs] if self.logprobs else []
             self.echo = False
         text = self.text.read(bool(self.finish)) if self.text else ""
-        self.outputs.append(Event(self.row, text, [*tokens], [*logprobs], self.finish))
+        self.outputs.append(Event(self.row, text, [*tokens], logprobs, self.finish, best))
         return self.outputs[-1]
 
 

@@ -132,6 +132,14 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
+def top_logprobs(logits: Tensor, tokens: Tensor, k: int) -> Tensor:
+    """Of logits (M, V): the log probability of each of the tokens (M,), then the k highest, then their ids, which
+    float32 holds exactly below 2^24: (M, 1 + 2 k)."""
+    logprobs = torch.log_softmax(logits, -1)
+    best = logprobs.topk(min(k, logits.shape[-1]))
+    return torch.cat((logprobs.gather(-1, tokens[:, None]), best.values, best.indices.to(logprobs.dtype)), -1)
+
+
 class Rows(NamedTuple):
     """Settings of the rows of logits, as tensors."""
 

@@ -61,12 +61,20 @@ def score(
 def embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> Tensor:
     """The normalized last hidden states of each row, their mean or the last one: (rows, dim) in float32.
     FloatingPointError names the first layer that was not finite."""
+    requests, sums = to_embed(engine, rows, pooling)
+    for _ in engine.run(requests):
+        pass
+    return sums
+
+
+def to_embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> tuple[list[Request], Tensor]:
+    """Requests for the embeddings of rows, and where these are once all have ended."""
     norm, dim = engine.model.norm, engine.model.params.dim
 
     def normed(hidden: Tensor, logits: object) -> Tensor:
         return norm(hidden[:, :dim].type_as(next(norm.parameters(), hidden))).float()
 
-    return pooled(engine, rows, pooling, dim, normed)
+    return to_pool(engine, rows, pooling, dim, normed)
 
 
 def classify(engine: Engine, rows: Sequence[Sequence[int]], pad_id: int | None = None) -> Tensor:
@@ -74,18 +82,22 @@ def classify(engine: Engine, rows: Sequence[Sequence[int]], pad_id: int | None =
     in float32. FloatingPointError names the first layer that was not finite."""
     ends = [1 + max((t for t, id in enumerate(row) if id != pad_id), default=0) for row in rows]
     seen = [row[:end] for row, end in zip(rows, ends, strict=True)]  # what follows changes nothing
-    return pooled(engine, seen, "last", engine.model.params.n_labels, lambda hidden, logits: logits(hidden))
+    labels = engine.model.params.n_labels
+    requests, sums = to_pool(engine, seen, "last", labels, lambda hidden, logits: logits(hidden))
+    for _ in engine.run(requests):
+        pass
+    return sums
 
 
-def pooled(
+def to_pool(
     engine: Engine,
     rows: Sequence[Sequence[int]],
     pooling: str,
     width: int,
     of: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
-) -> Tensor:
-    """What `of` makes of a row's hidden states (n, dim), with the backend's `logits` at hand, (n, width): their mean or
-    the last one; (rows, width) in float32."""
+) -> tuple[list[Request], Tensor]:
+    """Requests for what `of` makes of a row's hidden states (n, dim), with the backend's `logits` at hand, (n, width);
+    and where their means, or the last ones, are once all have ended: (rows, width) in float32."""
     sums = torch.zeros(len(rows), width, device=engine.device, dtype=torch.float32)
 
     def observe(i: int) -> Callable[..., bool]:
@@ -99,9 +111,7 @@ def pooled(
         return add
 
     first = 0 if pooling == "mean" else None
-    for _ in engine.run([Request(row, len(row), observe=observe(i), first=first) for i, row in enumerate(rows)]):
-        pass
-    return sums
+    return [Request(row, len(row), observe=observe(i), first=first) for i, row in enumerate(rows)], sums
 
 
 def perplexity(

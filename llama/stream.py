@@ -131,10 +131,11 @@ def check_verdict(verdict: object) -> str:
 
 def whole(events: Sequence[Event]) -> Event:
     """The events of a row as one."""
-    row, *_, finish = events[-1]
     tokens = [id for event in events for id in event.tokens]
     logprobs = [logprob for event in events for logprob in event.logprobs]
-    return Event(row, "".join(event.text for event in events), tokens, logprobs, finish)
+    best = [found for event in events for found in event.top_logprobs]
+    text = "".join(event.text for event in events)
+    return Event(events[-1].row, text, tokens, logprobs, events[-1].finish_reason, best)
 
 
 def drains(

@@ -4,7 +4,8 @@ from importlib import import_module
 
 from . import script
 
-COMMANDS = ("bench", "build", "chat", "convert", "inspect", "perplexity")  # functions in modules of the same names
+# Functions in modules of the same names.
+COMMANDS = ("bench", "build", "chat", "convert", "inspect", "perplexity", "serve")
 
 
 def main() -> None:

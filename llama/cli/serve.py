@@ -1,0 +1,117 @@
+"""python -m llama serve: an OpenAI-compatible HTTP server, on any number of ranks. Rank 0 has the port."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import parallel
+from ..generation import Llama
+
+KEYS = "LLAMA_API_KEYS"
+log = logging.getLogger("llama.server")
+
+
+def serve(
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_batch_size: int = 8,
+    max_seq_len: int = 2048,
+    model_name: str | None = None,
+    any_model: bool = False,
+    api_key_file: str | None = None,
+    allow_origins: str | list | None = None,
+    max_waiting: int = 64,
+    max_body: int = 4,
+    seed: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    check_memory: bool = True,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    compile: bool | None = None,
+    chat_format: str | None = None,
+    lora: str | list | None = None,
+) -> None:
+    """Serve a model to clients of OpenAI's API; docs/server.md says what it understands.
+
+    Args:
+        ckpt_dir: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
+        host: address to listen on; by default this machine alone can reach the server
+        port: port to listen on
+        max_batch_size: requests that are computed together; others wait
+        max_seq_len: tokens of a prompt and its answer, at most
+        model_name: name of the model in the API; by default that of the folder
+        any_model: answer requests for models of any name
+        api_key_file: file of keys, one a line, of which clients need one; the environment variable LLAMA_API_KEYS
+            may have some too, separated by commas
+        allow_origins: origin whose pages may call the server, or a list such as '["https://a.org"]'; * for all
+        max_waiting: requests that may wait; more are answered with 429
+        max_body: size of a request, at most, in MiB
+        seed: of the random numbers of requests without a seed of their own
+        device: cuda, mps or cpu; by default the first of them that is available
+        dtype: bfloat16, float16 or float32; by default as Llama.build chooses
+        check_memory: refuse a model that will not fit into memory
+        quantize: int8 or int4
+        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
+        compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
+        chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
+        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
+    """
+    limits = check_counts(port=port, max_waiting=max_waiting, max_body=max_body)
+    check_counts(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    origins = [allow_origins] if isinstance(allow_origins, str) else allow_origins or []
+    name = model_name or Path(os.path.abspath(os.path.expanduser(ckpt_dir))).name
+    run = listen(host, limits, name, any_model, api_key_file, origins)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
+    options |= {"compile": compile, "chat_format": chat_format, "lora": lora, "check_memory": check_memory}
+    run(Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **options))
+
+
+def listen(
+    host: str, limits: dict[str, int], name: str, any_model: bool, key_file: str | None, origins: Sequence[str]
+) -> Callable[[Llama], None]:
+    """Listen at once, so that clients hear that the model is being loaded; what serves it when it is there."""
+    try:
+        from ..server.app import Config
+        from ..server.process import Server, serve_rank
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve needs the package {error.name}; pip install 'llama-reference[server]'") from error
+    parallel.init_model_parallel()
+    server = None
+    with parallel.all_or_none():
+        if parallel.rank() == 0:
+            keys = read_keys(key_file)
+            config = Config(name, any_model, keys, limits["max_waiting"], limits["max_body"] << 20, tuple(origins))
+            server = Server(config, host, limits["port"])
+            address = f"[{host}]" if ":" in host else host
+            log.info("serving %s on http://%s:%d/v1 once it is loaded", name, address, server.port)
+            if host not in ("127.0.0.1", "::1", "localhost") and not keys:
+                log.warning("anyone who reaches %s can use this server: it has no keys, see --api_key_file", host)
+    return partial(serve_rank, server=server)
+
+
+def check_counts(**values: Any) -> dict[str, int]:
+    """Numbers of something; ValueError for one that is none."""
+    for name, value in values.items():
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{name} is {value!r}; it must be an int of at least 0")
+    return values
+
+
+def read_keys(file: str | None) -> tuple[str, ...]:
+    """The keys that clients may use: of a file, one a line, and of the environment."""
+    lines = Path(os.path.expanduser(file)).read_text(encoding="utf-8").splitlines() if file else []
+    keys = (key.strip() for key in [*lines, *os.environ.get(KEYS, "").split(",")])
+    found = tuple(key for key in keys if key)
+    if file and not found:
+        raise ValueError(f"{file} has no keys")
+    return found

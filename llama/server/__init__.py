@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server: `python -m llama serve CKPT`. It needs the extra "server"."""

@@ -1,0 +1,93 @@
+"""The server's process: HTTP in a thread of the first rank, the engine's loop in the main thread of every rank."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+
+import uvicorn
+
+from .. import parallel
+from ..generation import Llama
+from .app import Config, Service, make_app
+from .loop import Loop
+from .metrics import Metrics
+
+log = logging.getLogger("llama.server")
+GRACE = 60  # seconds in which running requests may end after the first signal
+
+
+class Server:
+    """HTTP on `host`:`port`, 0 for any that is free. It answers 503 until `serve` is called. OSError for an address
+    that cannot be used."""
+
+    def __init__(self, config: Config, host: str = "127.0.0.1", port: int = 0) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.socket = socket.socket(family)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self.socket.bind((host, port))
+            self.socket.listen()
+        except OSError as error:
+            self.socket.close()
+            raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        self.host, self.port = host, self.socket.getsockname()[1]
+        self.service = Service(config)
+        self.http = uvicorn.Server(
+            uvicorn.Config(
+                make_app(self.service),
+                http="h11",
+                loop="asyncio",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                log_level="warning",
+                timeout_graceful_shutdown=GRACE,
+            )
+        )
+        self.thread = threading.Thread(target=self._http, name="http", daemon=True)
+        self.ended = False
+        self.thread.start()
+
+    def _http(self) -> None:
+        try:
+            self.http.run(sockets=[self.socket])
+        finally:
+            self.ended = True
+            if self.service.loop:
+                self.service.loop.stop()
+
+    def serve(self, llama: Llama) -> None:
+        """Serve until `drain` is called, and what then runs has ended."""
+        self.service.loop = Loop(llama, self.service.metrics)
+        if not self.ended:
+            self.service.loop.run()
+        self.thread.join()
+
+    def drain(self) -> None:
+        """Take no new requests, and end when those that run have ended. From any thread."""
+        self.service.draining = self.http.should_exit = True
+
+
+def serve_rank(llama: Llama, server: Server | None) -> None:
+    """Serve on this rank, the first of which has the server, until a signal: the first drains, the second ends."""
+    signals = 0
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
+            os._exit(128 + number)
+        if server:
+            log.info("ending when the running requests have; a second signal ends at once")
+            server.drain()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    if server:
+        server.serve(llama)
+    elif parallel.rank():
+        Loop(llama, Metrics("")).run()

@@ -1,0 +1,207 @@
+"""What the engine's events become: completions, answers of chats and their chunks, in OpenAI's shapes."""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..request import Event, Request
+from ..tokenizer import Decoder, Tokenizer
+from .loop import Ticket
+from .schema import Asked
+
+REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+NEVER = -9999.0  # stands for minus infinity, which JSON does not have
+
+
+class Token(NamedTuple):
+    text: str  # what it adds
+    bytes: list[int]
+    logprob: float | None  # None for the first of a prompt
+    top: list[tuple[int, float]] | None
+    offset: int  # characters of the text before it
+
+
+class Part(NamedTuple):
+    """What has become final of a choice."""
+
+    text: str = ""
+    tokens: list[Token] = []  # noqa: RUF012 - never changed
+    finish_reason: str | None = None
+
+
+class Choice:
+    """An answer as it grows. With log probabilities, tokens are held back as long as their text is, so that streams
+    tell neither a part of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, asked: Asked, request: Request) -> None:
+        self.tokenizer, self.request, self.work = tokenizer, request, asked.work
+        continues = not (self.work.echo or self.work.chat)
+        self.decoder = Decoder(tokenizer, request.prompt if continues else ())
+        self.held: list[Token] = []
+        self.preface = len(request.prompt) if self.work.echo else 0  # tokens of the first event that are the prompt's
+        self.seen = self.told = 0  # characters of the tokens so far, and of the text
+        self.count = 0  # tokens that were generated
+
+    def take(self, event: Event) -> Part:
+        preface, self.preface = self.preface, 0
+        self.count += len(event.tokens) - preface
+        self.told += len(event.text)
+        reason = REASONS.get(event.finish_reason, event.finish_reason) if event.finish_reason else None
+        if not self.work.logprobs:
+            return Part(event.text, [], reason)
+        self._hold(event, preface)
+        return Part(event.text, self._release(event.finish_reason is not None), reason)
+
+    def _hold(self, event: Event, preface: int) -> None:
+        logprobs: list[float | None] = [*event.logprobs]
+        tops: list[list[tuple[int, float]] | None] = [*(event.top_logprobs or [[] for _ in event.tokens])]
+        if preface:
+            scores: Any = self.request.observe  # scoring.Scores
+            of_prompt = zip(scores.top_ids, scores.top_logprobs, strict=True)
+            answered = tops if event.top_logprobs else tops[preface:]
+            tops = [None, *([*zip(*row, strict=True)] for row in of_prompt), *answered]
+            logprobs[0] = None
+        for id, logprob, top in zip(event.tokens, logprobs, tops, strict=True):
+            text, piece = self.decoder.push(id), self.tokenizer.vocabulary.id_to_piece(id)
+            raw = piece if isinstance(piece, bytes) else text.encode()
+            self.held.append(Token(text, [*raw], logprob, top, self.seen))
+            self.seen += len(text)
+
+    def _release(self, end: bool) -> list[Token]:
+        """The tokens whose text is final; at the end all, cut where the text is."""
+        if end:
+            if self.held and (rest := self.decoder.flush()):
+                last = self.held[-1]
+                self.held[-1] = last._replace(text=last.text + rest)
+            cut = [token._replace(text=token.text[: max(0, self.told - token.offset)]) for token in self.held]
+            self.held = []
+            return cut
+        # A token without a text may be a part of a character, which is told with the last.
+        final = [i for i, t in enumerate(self.held) if t.text and t.offset + len(t.text) <= self.told]
+        count = final[-1] + 1 if final else 0
+        told, self.held = self.held[:count], self.held[count:]
+        return told
+
+
+class Reply:
+    """All of an answer but its events: ids, names and shapes."""
+
+    def __init__(self, tokenizer: Tokenizer, model: str, asked: Asked, ticket: Ticket) -> None:
+        self.tokenizer, self.asked, self.ticket, self.model = tokenizer, asked, ticket, model
+        self.chat, self.created = asked.work.chat, int(time.time())
+        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.choices: list[Choice] = []
+
+    def take(self, event: Event) -> Part:
+        if not self.choices:
+            self.choices = [Choice(self.tokenizer, self.asked, request) for request in self.ticket.requests]
+        return self.choices[event.row].take(event)
+
+    def head(self, chunk: bool = False) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": None,
+        }
+
+    def whole(self, parts: Sequence[Sequence[Part]]) -> dict[str, Any]:
+        """The reply that is not streamed, of all parts of each choice."""
+        choices = []
+        for index, some in enumerate(parts):
+            text = "".join(part.text for part in some)
+            message = {"role": "assistant", "content": text, "refusal": None}
+            choices.append(
+                {
+                    "index": index,
+                    **({"message": message} if self.chat else {"text": text}),
+                    "logprobs": self.logprobs([token for part in some for token in part.tokens]),
+                    "finish_reason": some[-1].finish_reason,
+                }
+            )
+        return {**self.head(), "choices": choices, "usage": self.usage()}
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """What a stream begins with."""
+        roles: dict[str, Any] = {"role": "assistant", "content": ""}
+        return [self.chunk(i, roles) for i in range(self.asked.n)] if self.chat else []
+
+    def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
+        """Of a part: its text, and in a chat the end behind it."""
+        if not self.chat:
+            told = part.text or part.tokens or part.finish_reason
+            return [self.chunk(index, part.text, part.tokens, part.finish_reason)] if told else []
+        said = [self.chunk(index, {"content": part.text}, part.tokens)] if part.text or part.tokens else []
+        return said + ([self.chunk(index, {}, [], part.finish_reason)] if part.finish_reason else [])
+
+    def chunk(
+        self, index: int, new: Any, tokens: Sequence[Token] = (), finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta" if self.chat else "text": new}
+        choice |= {"logprobs": self.logprobs(tokens) if tokens else None, "finish_reason": finish_reason}
+        return {**self.head(True), "choices": [choice], **({"usage": None} if self.asked.include_usage else {})}
+
+    def usage_chunk(self) -> dict[str, Any]:
+        return {**self.head(True), "choices": [], "usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """A prompt counts once, whatever n is."""
+        once = self.ticket.requests[:: self.asked.n]
+        prompt, new = sum(len(request.prompt) for request in once), sum(choice.count for choice in self.choices)
+        cached = sum(request.cached for request in once)
+        counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
+
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self.asked.work.logprobs:
+            return None
+        if self.chat:
+            return {"content": [self._of_chat(token) for token in tokens], "refusal": None}
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [finite(token.logprob) for token in tokens],
+            "top_logprobs": [self._of_text(token) for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+        }
+
+    def _of_chat(self, token: Token) -> dict[str, Any]:
+        top = []
+        for id, logprob in token.top or []:
+            text, piece = self.tokenizer.piece(id), self.tokenizer.vocabulary.id_to_piece(id)
+            raw = piece if isinstance(piece, bytes) else text.encode()
+            top.append({"token": text, "logprob": finite(logprob), "bytes": [*raw]})
+        return {"token": token.text, "logprob": finite(token.logprob), "bytes": token.bytes, "top_logprobs": top}
+
+    def _of_text(self, token: Token) -> dict[str, float | None] | None:
+        """The most probable, and the chosen one; of several with one text the most probable."""
+        if token.top is None:
+            return None
+        found: dict[str, float | None] = {}
+        for id, logprob in token.top:
+            found.setdefault(self.tokenizer.piece(id), finite(logprob))
+        found.setdefault(token.text, finite(token.logprob))
+        return found
+
+
+def finite(logprob: float | None) -> float | None:
+    return NEVER if logprob == -math.inf else logprob
+
+
+def embeddings(model: str, ticket: Ticket, base64_: bool) -> dict[str, Any]:
+    """The reply to a request for embeddings; base64 is of float32, little-endian, as clients expect."""
+    rows = [] if ticket.embeddings is None else ticket.embeddings.tolist()
+    data = []
+    for index, row in enumerate(rows):
+        packed = base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() if base64_ else row
+        data.append({"object": "embedding", "index": index, "embedding": packed})
+    count = sum(len(prompt) for prompt in ticket.work.prompts)
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return {"object": "list", "data": data, "model": model, "usage": usage}

@@ -1,0 +1,256 @@
+"""The bodies of requests, read and checked: JSON -> what the engine is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from reprlib import repr as shorten
+from typing import Any, NamedTuple
+
+from ..generation import Llama
+from ..options import Settings
+
+MOST_CHOICES = 2048  # prompts times n, and inputs of embeddings
+
+
+class ApiError(Exception):
+    """An answer that is an error, in OpenAI's shape."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        kind = kinds.get(self.status, "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+class Work(NamedTuple):
+    """What one HTTP request asks of the engine: a request for each prompt. It is sent to all ranks."""
+
+    prompts: list[list[int]]  # each n times, one behind the other
+    settings: list[Settings] = []  # noqa: RUF012 - of each; none where embeddings are asked for
+    logprobs: bool = False
+    top_logprobs: int = 0
+    echo: bool = False
+    chat: bool = False
+
+
+class Asked(NamedTuple):
+    """A completion or an answer of a chat, and how the client wants it."""
+
+    work: Work
+    n: int
+    stream: bool
+    include_usage: bool
+
+
+Test = Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_list_of(kind: type) -> Test:
+    return lambda value: isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def is_bias(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        key.isascii() and key.isdecimal() and len(key) < 10 and is_number(bias) for key, bias in value.items()
+    )
+
+
+NUMBER = is_number, "a number"
+COUNT = (lambda v: type(v) is int and v >= 0), "an int of at least 0"
+BOOL = (lambda v: isinstance(v, bool)), "true or false"
+FIELDS: dict[str, tuple[Test, str]] = {
+    "model": ((lambda v: isinstance(v, str)), "a string"),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), NUMBER),
+    **dict.fromkeys(("repetition_penalty", "frequency_penalty", "presence_penalty"), NUMBER),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "min_tokens"), COUNT),
+    **dict.fromkeys(("stream", "echo"), BOOL),
+    "top_k": ((lambda v: type(v) is int and v >= -1), "an int, -1 or 0 for all"),
+    "seed": ((lambda v: type(v) is int), "an int of 64 bits"),
+    "n": ((lambda v: type(v) is int and 1 <= v <= 128), "an int from 1 to 128"),
+    "best_of": ((lambda v: type(v) is int and v >= 1), "an int of at least 1"),
+    "stop": ((lambda v: isinstance(v, str) or is_list_of(str)(v)), "a string or a list of strings"),
+    "stop_token_ids": (is_list_of(int), "a list of token ids"),
+    "logit_bias": (is_bias, "an object of numbers by token id"),
+    "stream_options": ((lambda v: isinstance(v, dict)), "an object"),
+}
+LOGPROBS = (lambda v: type(v) is int and 0 <= v <= 20), "an int from 0 to 20"
+OF_TEXT: dict[str, tuple[Test, str]] = {**FIELDS, "logprobs": LOGPROBS}
+OF_CHAT: dict[str, tuple[Test, str]] = {**FIELDS, "logprobs": BOOL, "top_logprobs": LOGPROBS}
+# Fields that ask for what this server cannot do, unless they have a value that asks for nothing.
+REFUSED: dict[str, Test] = {
+    **dict.fromkeys(("tools", "functions"), lambda v: v == []),
+    **dict.fromkeys(("tool_choice", "function_call"), lambda v: v in ("none", "auto")),
+    "response_format": lambda v: isinstance(v, dict) and v.get("type") == "text",
+    "modalities": lambda v: v == ["text"],
+    "suffix": lambda v: v == "",
+    "add_generation_prompt": lambda v: v is True,
+    **dict.fromkeys(("ignore_eos", "continue_final_message", "use_beam_search"), lambda v: v is False),
+    **dict.fromkeys(("audio", "prediction", "web_search_options", "prompt_logprobs"), lambda v: False),
+    **dict.fromkeys(("structured_outputs", "guided_json", "guided_regex", "guided_choice"), lambda v: False),
+}
+# Fields that the library has as options, and what they are called there.
+OPTIONS = {
+    **{name: name for name in ("top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")},
+    **{"stop": "stop", "stop_token_ids": "stop_token_ids", "min_tokens": "min_gen_len"},
+}
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """A JSON object without the fields that are null, as these are absent."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def check_fields(body: Mapping[str, Any], fields: Mapping[str, tuple[Test, str]]) -> None:
+    """ApiError for a field of the wrong kind, or one that asks for what this server cannot do."""
+    for name, value in body.items():
+        if name in REFUSED and not REFUSED[name](value):
+            raise ApiError(400, f"this server does not support {name} {shorten(value)}", name)
+        if name in fields and not fields[name][0](value):
+            raise ApiError(400, f"{name} is {shorten(value)}; it must be {fields[name][1]}", name)
+
+
+def read_completion(llama: Llama, body: Mapping[str, Any]) -> Asked:
+    check_fields(body, OF_TEXT)
+    if body.get("best_of", 1) > body.get("n", 1):
+        raise ApiError(400, "this server does not support best_of larger than n", "best_of")
+    prompts, most = read_prompts(llama, body, "prompt"), body.get("max_tokens", 16)
+    work = Work(prompts, [], "logprobs" in body, body.get("logprobs", 0), body.get("echo", False))
+    return ask(llama, body, work, most, "prompt")
+
+
+def read_chat(llama: Llama, body: Mapping[str, Any]) -> Asked:
+    check_fields(body, OF_CHAT)
+    if body.get("echo"):
+        raise ApiError(400, "this server does not support echo in chats", "echo")
+    wanted, top = body.get("logprobs", False), body.get("top_logprobs", 0)
+    if top and not wanted:
+        raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+    prompt = encode_chat(llama, body)
+    most = body.get("max_completion_tokens", body.get("max_tokens", llama.model.params.max_seq_len))
+    return ask(llama, body, Work([prompt], [], wanted, top, chat=True), most, "messages")
+
+
+def ask(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str) -> Asked:
+    """The options of each choice. A `most` beyond the context ends with it, as everywhere in this library; a prompt
+    that leaves no token is an error."""
+    n = body.get("n", 1)
+    if len(work.prompts) * n > MOST_CHOICES:
+        raise ApiError(400, f"{len(work.prompts)} prompts times n {n} are more than {MOST_CHOICES} choices", "n")
+    check_length(llama, work.prompts, int(most > 0), param)
+    prompts = [prompt for prompt in work.prompts for _ in range(n)]
+    options: dict[str, Any] = {OPTIONS[name]: value for name, value in body.items() if name in OPTIONS}
+    options["top_k"] = max(0, options.get("top_k", 0))
+    options["logit_bias"] = {int(id): bias for id, bias in body.get("logit_bias", {}).items()}
+    if (seed := body.get("seed")) is not None:  # each choice has one of its own, the first that of the request
+        options["seed"] = [seed if i % n == 0 else wrapped(seed + i % n) for i in range(len(prompts))]
+    temperature, top_p = body.get("temperature", 1), body.get("top_p", 1)
+    settings = llama._settings(prompts, most, temperature, top_p, options, check=False)
+    include_usage = body.get("stream_options", {}).get("include_usage") is True
+    work = work._replace(prompts=prompts, settings=settings)
+    return Asked(work, n, body.get("stream", False), include_usage)
+
+
+def wrapped(seed: int) -> int:
+    """A number of 64 bits."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def read_embeddings(llama: Llama, body: Mapping[str, Any]) -> tuple[Work, bool]:
+    """What is to be embedded, and whether the client wants base64."""
+    check_fields(body, {"model": FIELDS["model"]})
+    form = body.get("encoding_format", "float")
+    if form not in ("float", "base64"):
+        raise ApiError(400, f"encoding_format is {shorten(form)}; it must be float or base64", "encoding_format")
+    dim = llama.model.params.dim
+    if body.get("dimensions", dim) != dim:
+        raise ApiError(400, f"this model's embeddings have {dim} dimensions", "dimensions")
+    prompts = read_prompts(llama, body, "input")
+    if any(text == "" for text in (body["input"] if isinstance(body["input"], list) else [body["input"]])):
+        raise ApiError(400, "input has an empty string", "input")
+    check_length(llama, prompts, 0, "input")
+    return Work(prompts), form == "base64"
+
+
+def read_prompts(llama: Llama, body: Mapping[str, Any], name: str) -> list[list[int]]:
+    """The ids of a text or several, given as texts or as ids."""
+    if (value := body.get(name)) is None:
+        raise ApiError(400, f"{name} is missing", name)
+    several = value if isinstance(value, list) and not is_list_of(int)(value) else [value]
+    wanted = f"{name} is {shorten(value)}; it must be a string, a list of strings, token ids or a list of these"
+    if not several or len(several) > MOST_CHOICES:
+        raise ApiError(400, f"{name} has {len(several)} items; it must have 1 to {MOST_CHOICES}", name)
+    if is_list_of(str)(several):
+        return llama._encode(several)
+    if not all(is_list_of(int)(ids) for ids in several):
+        raise ApiError(400, wanted, name)
+    llama._check([ids[:1] for ids in several], [f"{name} {i}" for i in range(len(several))])
+    check_length(llama, several, 0, name)  # before each id is looked at
+    llama._check(several, [f"{name} {i}" for i in range(len(several))])
+    return several
+
+
+def check_length(llama: Llama, prompts: Sequence[Sequence[int]], more: int, param: str) -> None:
+    limit = llama.model.params.max_seq_len
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ApiError(400, f"{param} {i} is empty; it needs at least one token", param)
+        if len(prompt) + more > limit:
+            text = f"{param} has {len(prompt)} tokens, but the context is of {limit}, prompt and answer together"
+            raise ApiError(400, text, param, "context_length_exceeded")
+
+
+def encode_chat(llama: Llama, body: Mapping[str, Any]) -> list[int]:
+    """The ids of `messages`, in the model's chat format."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(400, "messages must be a list with at least one message", "messages")
+    dialog: Any = [read_message(i, message) for i, message in enumerate(messages)]
+    llama.chat_format.check(dialog, "messages")
+    if refusal := llama.chat_format.refusal(dialog):
+        raise ApiError(400, refusal, "messages")
+    return llama.chat_format.encode(llama.tokenizer, dialog)
+
+
+def read_message(i: int, message: Any) -> dict[str, str]:
+    """A message as the library has it: a role and a text."""
+    name = f"messages[{i}]"
+    if not isinstance(message, dict):
+        raise ApiError(400, f"{name} is {shorten(message)}; it must be an object", name)
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise ApiError(400, f"{name} has the role {shorten(role)}; it must be a string", f"{name}.role")
+    for field in ("tool_calls", "function_call", "audio"):
+        if message.get(field):
+            raise ApiError(400, f"this server does not support {field}", f"{name}.{field}")
+    if content is None and role == "assistant":
+        content = ""
+    if isinstance(content, list):
+        content = "".join(read_part(part, f"{name}.content[{k}]") for k, part in enumerate(content))
+    if not isinstance(content, str):
+        raise ApiError(400, f"{name} has the content {shorten(content)}; it must be a string", f"{name}.content")
+    return {"role": "system" if role == "developer" else role, "content": content}
+
+
+def read_part(part: Any, name: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else part
+        raise ApiError(400, f"this server takes parts of type text, not {shorten(kind)}", name)
+    text: str = part["text"]
+    return text

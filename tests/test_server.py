@@ -1,0 +1,519 @@
+"""The HTTP server, asked by OpenAI's client, against the library's own answers."""
+
+import base64
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ranks import free_port
+from small import MODELS, ROOT
+
+from llama import Llama, parallel
+
+openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("uvicorn")
+
+from llama.server.app import Config  # noqa: E402
+from llama.server.loop import Loop  # noqa: E402
+from llama.server.metrics import Metrics  # noqa: E402
+from llama.server.process import Server  # noqa: E402
+from llama.server.schema import OF_CHAT, OF_TEXT  # noqa: E402
+
+PROMPT = "The opposite of hot is"
+DIALOG = [{"role": "user", "content": "What is the opposite of big?"}]
+SAMPLED = {"temperature": 1.2, "top_p": 0.95, "seed": 5}
+
+
+def build(**options):
+    options = {"max_seq_len": 256, "max_batch_size": 4, "device": "cpu", "dtype": "float32", **options}
+    return Llama.build(MODELS / "small-chat", **options)
+
+
+@contextmanager
+def serving(llama, **config):
+    """A client of a server in this process; its `server` is the server."""
+    server = Server(Config("small-chat", **config))
+    thread = threading.Thread(target=server.serve, args=(llama,))
+    thread.start()
+    url = f"http://127.0.0.1:{server.port}"
+    try:
+        wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="key", max_retries=0, timeout=30) as client:
+            client.server, client.url = server, url
+            yield client
+    finally:
+        server.drain()
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def client(llama):
+    with serving(llama) as client:
+        yield client
+
+
+def streamed(chunks):
+    """Texts, finish reasons and logprobs of each choice of a stream, and its usage."""
+    texts, reasons, logprobs, usage = {}, {}, {}, None
+    for chunk in chunks:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            text = choice.delta.content if hasattr(choice, "delta") else choice.text
+            texts[choice.index] = texts.get(choice.index, "") + (text or "")
+            assert choice.index not in reasons or not choice.finish_reason
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+            if choice.logprobs:
+                logprobs.setdefault(choice.index, []).append(choice.logprobs)
+    return texts, reasons, logprobs, usage
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_completion_is_the_librarys(client, llama, sampling):
+    [own] = llama.text_completion([PROMPT], max_gen_len=12, **{"top_p": 1, **sampling})
+    asked = {"model": "small-chat", "prompt": PROMPT, "max_tokens": 12, **sampling}
+    whole = client.completions.create(**asked)
+    assert whole.choices[0].text == own["generation"]
+    assert whole.choices[0].finish_reason == {"eos": "stop"}.get(own["finish_reason"], own["finish_reason"])
+    assert whole.choices[0].logprobs is None
+    texts, reasons, _, usage = streamed(client.completions.create(**asked, stream=True))
+    assert (texts, reasons, usage) == ({0: own["generation"]}, {0: whole.choices[0].finish_reason}, None)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_chat_is_the_librarys(client, llama, sampling):
+    [own] = llama.chat_completion([DIALOG], max_gen_len=20, **{"top_p": 1, **sampling})
+    asked = {"model": "small-chat", "messages": DIALOG, "max_completion_tokens": 20, **sampling}
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == own["generation"]["content"]
+    assert whole.choices[0].message.role == "assistant"
+    chunks = [*client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[0].object == "chat.completion.chunk"
+    assert len({chunk.id for chunk in chunks}) == 1
+    texts, reasons, _, usage = streamed(chunks)
+    assert (texts, reasons) == ({0: own["generation"]["content"]}, {0: whole.choices[0].finish_reason})
+    assert usage.total_tokens == whole.usage.total_tokens
+    assert chunks[-1].choices == []
+
+
+def test_several_choices_have_seeds_of_their_own(client, llama):
+    own = llama.text_completion([PROMPT] * 3, max_gen_len=8, temperature=1.2, top_p=0.95, seed=[5, 6, 7])
+    asked = {"model": "small-chat", "prompt": [PROMPT, "Once"], "max_tokens": 8, "n": 3, **SAMPLED}
+    whole = client.completions.create(**asked)
+    assert [choice.index for choice in whole.choices] == [*range(6)]
+    assert [choice.text for choice in whole.choices[:3]] == [row["generation"] for row in own]
+    texts, reasons, _, _ = streamed(client.completions.create(**asked, stream=True))
+    assert texts == {choice.index: choice.text for choice in whole.choices}
+    assert len(reasons) == 6
+    prompts = [llama.tokenizer.encode(text, bos=True, eos=False) for text in (PROMPT, "Once")]
+    assert whole.usage.prompt_tokens == sum(map(len, prompts))
+    by_ids = client.completions.create(**{**asked, "prompt": prompts})
+    assert [choice.text for choice in by_ids.choices] == [choice.text for choice in whole.choices]
+
+
+@pytest.mark.parametrize("most", [0, 6])
+def test_logprobs_of_completions(client, llama, most):
+    """With echo: the prompt's, as `score` has them, whose first is null; then the answer's."""
+    asked = {"model": "small-chat", "prompt": PROMPT, "temperature": 0, "logprobs": 2, "echo": True}
+    [choice] = client.completions.create(**asked, max_tokens=most).choices
+    found, ids = choice.logprobs, llama.tokenizer.encode(PROMPT, bos=True, eos=False)
+    [score] = llama.score([choice.text], top_logprobs=2)
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset)
+    assert "".join(found.tokens) == choice.text
+    assert found.token_logprobs[0] is None
+    assert found.top_logprobs[0] is None
+    n = len(ids) + most if choice.finish_reason == "length" else len(found.tokens)
+    assert len(found.tokens) == n
+    assert found.token_logprobs[1:] == pytest.approx(score["logprobs"], abs=1e-4)
+    for top, own, token, logprob in zip(
+        found.top_logprobs[1:], score["top_logprobs"], found.tokens[1:], found.token_logprobs[1:], strict=True
+    ):
+        assert top[token] == pytest.approx(logprob, abs=1e-4)
+        assert {text for text, _ in own} <= {*top}
+    assert found.text_offset == [len("".join(found.tokens[:i])) for i in range(n)]
+    _, _, parts, _ = streamed(client.completions.create(**asked, max_tokens=most, stream=True))
+    assert [token for part in parts[0] for token in part.tokens] == found.tokens
+    assert [offset for part in parts[0] for offset in part.text_offset] == found.text_offset
+    logprobs = [logprob for part in parts[0] for logprob in part.token_logprobs]
+    assert logprobs[1:] == pytest.approx(found.token_logprobs[1:], abs=1e-4)
+
+
+def test_logprobs_of_chats(client, llama):
+    [own] = llama.chat_completion([DIALOG], max_gen_len=8, temperature=0, logprobs=True)
+    asked = {"model": "small-chat", "messages": DIALOG, "max_tokens": 8, "temperature": 0, "logprobs": True}
+    found = client.chat.completions.create(**asked, top_logprobs=3).choices[0].logprobs.content
+    assert [token.token for token in found] == own["tokens"]
+    assert [token.logprob for token in found] == pytest.approx(own["logprobs"], abs=1e-4)
+    for token in found:
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].logprob == token.logprob  # greedy
+        assert bytes(token.bytes).decode() == token.token
+    assert client.chat.completions.create(**asked).choices[0].logprobs.content[0].top_logprobs == []
+    _, _, parts, _ = streamed(client.chat.completions.create(**asked, stream=True))
+    assert [token.token for part in parts[0] for token in part.content] == own["tokens"]
+
+
+def test_stop_strings_over_token_borders(client, llama):
+    [own] = llama.text_completion([PROMPT], max_gen_len=12, temperature=0, logprobs=True)
+    pieces = own["tokens"]
+    stop = (pieces[0] + pieces[1])[-2 - len(pieces[1]) // 2 :][: len(pieces[1]) // 2 + 1] or pieces[1]
+    [cut] = llama.text_completion([PROMPT], max_gen_len=12, temperature=0, stop=[stop, "never"], logprobs=True)
+    assert len(cut["generation"]) < len(own["generation"])
+    asked = {"model": "small-chat", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "logprobs": 0}
+    [choice] = client.completions.create(**asked, stop=[stop, "never"]).choices
+    assert (choice.text, choice.finish_reason) == (cut["generation"], "stop")
+    assert choice.logprobs.tokens == cut["tokens"]
+    texts, reasons, parts, _ = streamed(client.completions.create(**asked, stop=[stop, "never"], stream=True))
+    assert (texts, reasons) == ({0: cut["generation"]}, {0: "stop"})
+    assert [token for part in parts[0] for token in part.tokens] == cut["tokens"]
+
+
+def test_options_reach_the_library(client, llama):
+    options = {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.2, "stop_token_ids": [13]}
+    penalties = {"frequency_penalty": 0.5, "presence_penalty": 0.25}
+    [own] = llama.text_completion(
+        [PROMPT], max_gen_len=10, temperature=1.5, top_p=1, seed=-3, min_gen_len=4, logit_bias={5: 2}, **options,
+        **penalties,
+    )  # fmt: skip
+    found = client.completions.create(
+        model="small-chat", prompt=PROMPT, max_tokens=10, temperature=1.5, seed=-3, logit_bias={"5": 2}, **penalties,
+        extra_body={**options, "min_tokens": 4, "unknown": {"a": 1}, "n": None, "user": "u", "tools": []},
+    )  # fmt: skip
+    assert found.choices[0].text == own["generation"]
+
+
+def test_usage_and_what_the_cache_held(client):
+    text = "One day a little fox went into the wood to find a friend. " * 3
+    asked = {"model": "small-chat", "prompt": text, "max_tokens": 3, "temperature": 0, "extra_body": {"min_tokens": 3}}
+    first, second = client.completions.create(**asked).usage, client.completions.create(**asked).usage
+    assert first.completion_tokens == second.completion_tokens == 3
+    assert first.total_tokens == first.prompt_tokens + 3
+    assert second.prompt_tokens_details.cached_tokens == second.prompt_tokens - 1
+
+
+def test_messages(client):
+    def content(*messages):
+        asked = {"model": "small-chat", "messages": [*messages], "temperature": 0, "max_tokens": 12}
+        return client.chat.completions.create(**asked).choices[0].message.content
+
+    plain = content({"role": "system", "content": "Be brief."}, *DIALOG)
+    assert content({"role": "developer", "content": "Be brief."}, *DIALOG) == plain
+    parts = [{"type": "text", "text": "What is the "}, {"type": "text", "text": "opposite of big?"}]
+    assert content({"role": "user", "content": parts, "name": "Ann"}) == content(*DIALOG)
+
+
+@pytest.mark.parametrize("pieces", [["Hello"], ["Hello", "A little fox"]])
+def test_embeddings(client, llama, pieces):
+    own = llama.embed(pieces)
+    found = client.embeddings.create(model="small-chat", input=pieces)  # which asks for base64
+    assert torch.allclose(torch.tensor([row.embedding for row in found.data]), own, atol=1e-5)
+    body = {"model": "small-chat", "input": [llama.tokenizer.encode(text, bos=True, eos=False) for text in pieces]}
+    rows = httpx.post(f"{client.url}/v1/embeddings", json=body).json()["data"]
+    assert torch.allclose(torch.tensor([row["embedding"] for row in rows]), own, atol=1e-5)
+    coded = httpx.post(f"{client.url}/v1/embeddings", json={**body, "encoding_format": "base64"}).json()["data"]
+    raw = base64.b64decode(coded[-1]["embedding"])
+    assert struct.unpack(f"<{len(raw) // 4}f", raw) == pytest.approx(rows[-1]["embedding"], abs=1e-6)
+
+
+def test_models_tokens_and_health(client, llama):
+    assert [model.id for model in client.models.list()] == ["small-chat"]
+    assert client.models.retrieve("small-chat").owned_by == "llama"
+    ids = httpx.post(f"{client.url}/tokenize", json={"prompt": PROMPT}).json()
+    assert ids["tokens"] == llama.tokenizer.encode(PROMPT, bos=True, eos=False)
+    assert httpx.post(f"{client.url}/detokenize", json={"tokens": ids["tokens"]}).json() == {"prompt": PROMPT}
+    chat = httpx.post(f"{client.url}/tokenize", json={"messages": DIALOG}).json()
+    assert chat["tokens"] == llama.chat_format.encode(llama.tokenizer, DIALOG)
+    assert httpx.get(f"{client.url}/health").json() == {"status": "ok"}
+
+
+TEXT = {"model": "small-chat", "prompt": "Hello"}
+CHAT = {"model": "small-chat", "messages": DIALOG}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
+BAD = {
+    "not JSON": ("completions", b"{", 400, None),
+    "no object": ("completions", [1], 400, None),
+    "deep": ("completions", b"[" * 100_000, 400, None),
+    "no prompt": ("completions", {}, 400, "prompt"),
+    "empty prompts": ("completions", {"prompt": []}, 400, "prompt"),
+    "no id": ("completions", {"prompt": [10**9]}, 400, "prompt"),
+    "negative id": ("completions", {"prompt": [[1, -1]]}, 400, "prompt"),
+    "mixed": ("completions", {"prompt": ["a", 1]}, 400, "prompt"),
+    "surrogate": ("completions", b'{"prompt": "\\ud800"}', 400, None),
+    "temperature": ("completions", {**TEXT, "temperature": -1}, 400, "temperature"),
+    "temperature list": ("completions", {**TEXT, "temperature": [1]}, 400, "temperature"),
+    "temperature NaN": ("completions", b'{"prompt": "a", "temperature": NaN}', 400, "temperature"),
+    "top_p": ("completions", {**TEXT, "top_p": 2}, 400, "top_p"),
+    "n": ("completions", {**TEXT, "n": 0}, 400, "n"),
+    "best_of": ("completions", {**TEXT, "best_of": 2}, 400, "best_of"),
+    "suffix": ("completions", {**TEXT, "suffix": "x"}, 400, "suffix"),
+    "seed": ("completions", {**TEXT, "seed": 2**63}, 400, "seed"),
+    "stop": ("completions", {**TEXT, "stop": [["a"]]}, 400, "stop"),
+    "empty stop": ("completions", {**TEXT, "stop": ""}, 400, "stop"),
+    "bias": ("completions", {**TEXT, "logit_bias": {"x": 1}}, 400, "logit_bias"),
+    "bias id": ("completions", {**TEXT, "logit_bias": {"999999": 1}}, 400, "logit_bias"),
+    "logprobs": ("completions", {**TEXT, "logprobs": True}, 400, "logprobs"),
+    "max_tokens": ("completions", {**TEXT, "max_tokens": "3"}, 400, "max_tokens"),
+    "too long": ("completions", {**TEXT, "prompt": [1] * 257}, 400, "prompt"),
+    "no space": ("completions", {**TEXT, "prompt": [1] * 256}, 400, "prompt"),
+    "too many": ("completions", {**TEXT, "prompt": ["a"] * 1000, "n": 128}, 400, "n"),
+    "another model": ("completions", {**TEXT, "model": "gpt-4"}, 404, "model"),
+    "tools": ("chat/completions", {**CHAT, "tools": [{}]}, 400, "tools"),
+    "format": ("chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    "top": ("chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs"),
+    "image": ("chat/completions", {"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "messages[0].content[0]"),
+    "no messages": ("chat/completions", {"messages": []}, 400, "messages"),
+    "role": ("chat/completions", {"messages": [{"role": "king", "content": "a"}]}, 400, "messages"),
+    "two users": ("chat/completions", {"messages": [*DIALOG, *DIALOG]}, 400, "messages"),
+    "tags": ("chat/completions", {"messages": [{"role": "user", "content": "[INST]"}]}, 400, "messages"),
+    "empty input": ("embeddings", {"input": ""}, 400, "input"),
+    "dimensions": ("embeddings", {"input": "a", "dimensions": 3}, 400, "dimensions"),
+    "another path": ("nothing", {}, 404, None),
+    "method": ("models", {}, 405, None),
+    "too large": ("completions", {**TEXT, "user": "x" * 2**22}, 413, None),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_are_told_what_is_wrong(client, name):
+    path, body, status, param = BAD[name]
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    reply = httpx.post(f"{client.url}/v1/{path}", content=sent)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (status, param)
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+    assert (error["code"] == "context_length_exceeded") == (name in ("too long", "no space"))
+
+
+def test_clients_raise_what_they_know(client):
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-4", messages=DIALOG)
+    with pytest.raises(openai.BadRequestError, match="top_p"):
+        client.completions.create(model="small-chat", prompt="a", top_p=3)
+
+
+def test_keys_and_origins(llama):
+    page = {"Origin": "https://a.org", "Access-Control-Request-Method": "POST"}
+    with serving(llama, keys=("key", "other"), allow_origins=("https://a.org",), any_model=True) as client:
+        assert client.completions.create(model="gpt-4", prompt="a", max_tokens=1).model == "gpt-4"
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="kex").models.list()
+        reply = httpx.get(f"{client.url}/v1/models")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+        found = httpx.options(f"{client.url}/v1/completions", headers=page)
+        assert (found.status_code, found.headers["access-control-allow-origin"]) == (200, "https://a.org")
+        found = httpx.get(f"{client.url}/health", headers={"Origin": "https://b.org"})
+        assert "access-control-allow-origin" not in found.headers
+
+
+def gauge(client, name):
+    lines = httpx.get(f"{client.url}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"llama:{name}{{"))
+
+
+@pytest.fixture
+def slow(llama, monkeypatch):
+    """Steps that take long enough to be interrupted."""
+    step = llama.engine.step
+
+    def slower():
+        time.sleep(0.02)
+        return step()
+
+    monkeypatch.setattr(llama.engine, "step", slower)
+
+
+LONG = {"model": "small-chat", "prompt": "Once", "max_tokens": 200, "extra_body": {"min_tokens": 200}}
+
+
+def test_a_client_that_leaves_frees_its_slot(client, slow):
+    stream = client.completions.create(**LONG, stream=True)
+    next(stream)
+    assert gauge(client, "num_requests_running") == 1
+    stream.close()
+    wait_for(lambda: gauge(client, "num_requests_running") == 0, 2)
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.5).completions.create(**LONG)
+    wait_for(lambda: gauge(client, "num_requests_running") == 0, 2)
+    assert gauge(client, "request_success_total") > 0
+    assert 'finished_reason="abort"} 2' in httpx.get(f"{client.url}/metrics").text
+
+
+def test_streams_run_beside_each_other_and_too_many_are_refused(llama, slow):
+    with serving(llama, max_waiting=1) as client:
+        streams = [client.completions.create(**LONG, stream=True) for _ in range(5)]  # of 4 slots
+        for stream in streams[:4]:
+            next(stream)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(**LONG)
+        assert refused.value.response.headers["retry-after"] == "1"
+        assert gauge(client, "num_requests_running") == 4
+        assert gauge(client, "num_requests_waiting") == 1
+        for stream in streams[:4]:
+            next(stream)
+            stream.close()
+        next(streams[4])
+        streams[4].close()
+        wait_for(lambda: gauge(client, "num_requests_running") == 0, 2)
+
+
+def test_metrics(llama):
+    with serving(llama) as client:
+        usage = client.completions.create(model="small-chat", prompt=PROMPT, max_tokens=4, n=2, echo=True).usage
+        assert gauge(client, "generation_tokens_total") == usage.completion_tokens
+        assert gauge(client, "prompt_tokens_total") == 2 * usage.prompt_tokens  # as each choice is a request
+        assert gauge(client, "time_to_first_token_seconds_count") == 2
+        assert gauge(client, "inter_token_latency_seconds_count") == usage.completion_tokens - 2
+        reply = httpx.get(f"{client.url}/metrics")
+        assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert 'llama:e2e_request_latency_seconds_bucket{model_name="small-chat",le="+Inf"} 2' in reply.text
+
+
+def test_numbers_that_are_not_finite_end_the_request_that_has_them():
+    llama = build()
+    weight = llama.model.tok_embeddings.weight.clone()
+    weight[99] = float("nan")
+    llama.model.tok_embeddings.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with serving(llama) as client:
+        other = client.completions.create(model="small-chat", prompt="Once", max_tokens=100, stream=True)
+        next(other)
+        with pytest.raises(openai.InternalServerError, match="NaN or infinite"):
+            client.completions.create(model="small-chat", prompt=[1, 99])
+        with pytest.raises(openai.APIError, match="NaN or infinite"):
+            [*client.completions.create(model="small-chat", prompt=[1, 99], stream=True)]
+        with pytest.raises(openai.InternalServerError):
+            client.embeddings.create(model="small-chat", input=[[1, 99]])
+        assert streamed(other)[1]
+        assert client.completions.create(model="small-chat", prompt="a", max_tokens=1).choices
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text(max_size=5) | st.just(2**70),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+OTHERS = ("prompt", "messages", "input", "encoding_format", "dimensions", "tokens", "add_special_tokens")
+NAMES = [*dict.fromkeys((*OTHERS, *OF_TEXT, *OF_CHAT, "response_format", "tools", "suffix"))]
+PATHS = ("v1/completions", "v1/chat/completions", "v1/embeddings", "tokenize", "detokenize")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3), st.booleans())
+def test_no_body_is_the_servers_fault(client, path, body, sound):
+    usual = {"prompt": "a", "messages": DIALOG, "input": "a", "tokens": [1], "max_tokens": 2} if sound else {}
+    reply = httpx.post(f"{client.url}/{path}", content=json.dumps({**usual, **body}), timeout=30)
+    assert 200 <= reply.status_code < 500, reply.text
+    assert "server_error" not in reply.text
+
+
+BODIES = [
+    ("completions", {"prompt": [PROMPT, "Once upon"], "max_tokens": 8, "temperature": 0, "logprobs": 1}),
+    ("completions", {"prompt": PROMPT, "max_tokens": 8, "n": 2, **SAMPLED}),
+    ("chat/completions", {"messages": DIALOG, "max_tokens": 12, "temperature": 0}),
+    ("embeddings", {"input": ["Hello", "Once"]}),
+]
+
+
+def answers(port):
+    """What a server answers to all bodies, asked at the same time; after one that leaves early."""
+    url, found = f"http://127.0.0.1:{port}", {}
+    wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
+    with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True, "min_tokens": 200}) as stream:
+        next(stream.iter_lines())
+
+    def ask(i, path, body):
+        found[i] = httpx.post(f"{url}/v1/{path}", json=body, timeout=30).json()
+
+    threads = [threading.Thread(target=ask, args=(i, *body)) for i, body in enumerate(BODIES)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    texts = [choice.get("text") or choice["message"]["content"] for i in range(3) for choice in found[i]["choices"]]
+    return texts, [row["embedding"] for row in found[3]["data"]]
+
+
+def served_by_ranks():
+    """On every rank: the first also asks, in a thread."""
+    llama = build()
+    if parallel.rank():
+        return Loop(llama, Metrics("")).run()
+    server, found = Server(Config("small-chat")), []
+
+    def ask():
+        try:
+            found.append(answers(server.port))
+        finally:
+            server.drain()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    server.serve(llama)
+    thread.join()
+    return found[0]
+
+
+def test_ranks_change_nothing(client, ranks):
+    texts, rows = answers(client.server.port)
+    found, nothing = ranks(2).run(served_by_ranks)
+    assert nothing is None
+    assert found[0] == texts
+    assert torch.allclose(torch.tensor(found[1]), torch.tensor(rows), atol=1e-4)
+
+
+def test_the_command_ends_when_its_requests_have(tmp_path):
+    (tmp_path / "keys").write_text("one\ntwo\n")
+    port = free_port()
+    command = [sys.executable, "-m", "llama", "serve", str(MODELS / "small-chat"), "--port", str(port)]
+    command += ["--device", "cpu", "--api_key_file", str(tmp_path / "keys"), "--max_batch_size", "2"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "LLAMA_API_KEYS": "three", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+
+        def ready():
+            assert process.poll() is None, process.stderr.read()
+            try:
+                return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            except httpx.ConnectError:
+                return False
+
+        wait_for(ready, 60)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="three", max_retries=0)
+        stream = client.completions.create(
+            model="small-chat", prompt="A secret", max_tokens=60, stream=True, extra_body={"min_tokens": 60}
+        )
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        assert streamed(stream)[1] == {0: "length"}
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+    out, err = process.communicate()
+    assert out == ""
+    assert "POST '/v1/completions' 200, 6 tokens of prompts (0 cached), 60 new" in err
+    assert "secret" not in err
