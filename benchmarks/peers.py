@@ -17,23 +17,9 @@ from torch import Tensor
 
 from llama.backends.quantized import Scheme
 from llama.checkpoint import Checkpoint, hf, shapes, shard_dim
+from llama.checkpoint.gguf import names
 from llama.cli.measure import Run, Source
 from llama.gguf import is_gguf
-
-GGUF_NAMES = {
-    "tok_embeddings": "token_embd",
-    "norm": "output_norm",
-    "output": "output",
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up",
-    "attention_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
-}
 
 
 def whole(source: Source, name: str) -> Tensor:
@@ -187,11 +173,9 @@ def write_gguf(source: Source, path: Path) -> Path:
     file.add_token_list([b"<unk>", b"<s>", b"</s>", *(str(i).encode() for i in range(3, args.vocab_size))])
     file.add_token_scores([0.0] * args.vocab_size)
     file.add_token_types([2, 3, 3] + [1] * (args.vocab_size - 3))
+    named = names(args.n_layers)
     for name in shapes(args):
-        *layer, stem = (
-            name.removesuffix(".weight").replace("layers.", "").split(".", 1) if "layers" in name else [name[:-7]]
-        )
-        theirs = ".".join([*(f"blk.{i}" for i in layer), GGUF_NAMES[stem], "weight"])
+        theirs = named[name]
         values = whole(source, name).float().cpu().numpy()
         if values.ndim == 1:
             file.add_tensor(theirs, values)

@@ -109,10 +109,10 @@ class Header:
         return value
 
     def count(self, of: str, least: int) -> int:
-        """A number of things that take at least so many bytes each."""
+        """A count of items of at least `least` bytes each. ValueError if the rest of the file is shorter."""
         count: int = self.number("Q")
         if count * least > len(self.data) - self.at:
-            raise ValueError(f"it has no place for {count:,} {of}")
+            raise ValueError(f"it is too short for {count:,} {of}")
         return count
 
     def string(self) -> str:

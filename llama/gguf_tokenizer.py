@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .pre_tokenizer import GPT2, LLAMA3, PRE_TOKENIZERS
+from .pre_tokenizer import GPT2, LLAMA3, PRE_TOKENIZERS, post_processor
 
 log = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens, as SentencePiece numbers them too
@@ -92,6 +92,7 @@ def byte_pair_json(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The content of tokenizer.json, of byte pairs in GPT-2's spelling and their merges. ValueError for a pre-tokenizer
     that is not known."""
     tokens, types = tokens_of(keys)
+    bos = id_of(keys, "bos")
     pre, merges = keys.get("tokenizer.ggml.pre"), keys.get("tokenizer.ggml.merges")
     if pre is None:
         log.warning("the file does not say how its tokenizer splits text: ids may be others than the model knows")
@@ -105,7 +106,7 @@ def byte_pair_json(keys: Mapping[str, Any]) -> dict[str, Any]:
         "added_tokens": [added_token(id, tokens[id], kind != USER_DEFINED) for id, kind in added],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
-        "post_processor": begins_with(tokens, id_of(keys, "bos")) if adds_bos(keys) else None,
+        "post_processor": post_processor(tokens[bos], bos) if bos >= 0 and adds_bos(keys) else None,
         "decoder": GPT2,
         "model": {
             "type": "BPE",
@@ -120,17 +121,6 @@ def adds_bos(keys: Mapping[str, Any]) -> bool:
     """Whether BOS goes before a text; where no key says so, as in llama.cpp."""
     llama2, pre = keys.get("tokenizer.ggml.model") == "llama", keys.get("tokenizer.ggml.pre", "")
     return bool(keys.get("tokenizer.ggml.add_bos_token", llama2 or PRE_TOKENIZERS.get(pre) is LLAMA3))
-
-
-def begins_with(tokens: Sequence[str], id: int) -> dict[str, Any] | None:
-    """BOS before each text, if there is one."""
-    if id < 0:
-        return None
-    bos = tokens[id]
-    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
-    special = {bos: {"id": bos, "ids": [id], "tokens": [bos]}}
-    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
 
 
 def vocabulary(tokens: Sequence[str]) -> dict[str, int]:

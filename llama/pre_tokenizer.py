@@ -1,4 +1,6 @@
-"""How text is split before byte pairs are merged, by the names and in the forms of published tokenizers."""
+"""Parts of published tokenizers, as tokenizer.json has them: pre-tokenization, and BOS before a text."""
+
+from typing import Any
 
 LLAMA3_PATTERN = (  # in the syntax of the package regex
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -30,3 +32,13 @@ PRE_TOKENIZERS = {
     "starcoder": [DIGITS, GPT2],
     "refact": [DIGITS, GPT2],
 }
+
+
+def post_processor(bos: str, id: int) -> dict[str, Any]:
+    """BOS before each text."""
+    first, second = (
+        [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": name, "type_id": i}}]
+        for i, name in enumerate("AB")
+    )
+    special = {bos: {"id": bos, "ids": [id], "tokens": [bos]}}
+    return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": special}

@@ -76,7 +76,7 @@ class Scheme(NamedTuple):
 
 
 class Schemes(NamedTuple):
-    """How the matrices of a file are quantized, of which each may have a scheme of its own."""
+    """How the matrices of a file are quantized. Each may have a scheme of its own."""
 
     matrices: Mapping[str, Scheme]  # the others are in floats
     name: str

@@ -141,7 +141,7 @@ def identity(found: os.stat_result) -> tuple[int, ...]:
 
 
 class File:
-    """A file of weights, of which any slice can be read. Subclasses read its header."""
+    """A file of weights. Any slice can be read. Subclasses read the header."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.state_of_file = path, identity(path.stat())

@@ -1,4 +1,4 @@
-"""Checkpoint: a folder of weights in Meta's layout or Hugging Face's, opened, of which any slice can be read."""
+"""Checkpoint: weights in Meta's layout, Hugging Face's or a GGUF file. Any slice of a weight can be read."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Stored = Mapping[str, tuple[tuple[int, ...], set[torch.dtype]]]  # tensors: whol
 
 
 class Checkpoint:
-    """A folder of weights, saved for any number of ranks: `params`, by Meta's keys, and any slice of any weight. Only
-    headers are read at first. FileNotFoundError or ValueError names the file and what is wrong with it."""
+    """A folder or GGUF file of weights, saved for any number of ranks: `params`, by Meta's keys, and any slice of any
+    weight. Only headers are read at first. FileNotFoundError or ValueError names the file and what is wrong with it."""
 
     files: Sequence[File]
     holders: dict[str, Sequence[File]]  # the files that hold a weight, in the order of ranks

@@ -20,7 +20,7 @@ from ..tokenizer import Tokenizer
 from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary
 from .blocks import CODECS, to_blocks
 from .bpe_tokenizer import byte_pair_files
-from .gguf import AT_ONCE, DIVISORS, DTYPES, names
+from .gguf import AT_ONCE, DIVISORS, DTYPES, names, rope_frequencies
 from .hf_tokenizer import CHARSMAP, DUMMY_PREFIX, MODEL_TYPE, NAME, REMOVE_SPACES, SUFFIX, TYPE_BPE, Model
 from .load import Weights
 from .paths import listed
@@ -61,8 +61,8 @@ def keys_of(args: ModelArgs, kind: BlockType, positions: int | None, name: str) 
 
 
 def tokenizer_keys(tokenizer: Tokenizer, ends: Iterable[int]) -> dict[str, Any]:
-    """The keys that describe a tokenizer, of which `ends` are the ids that end an answer. ValueError for one that GGUF
-    has no place for."""
+    """The keys of a tokenizer. `ends` are the ids that end an answer. ValueError for a tokenizer that GGUF cannot
+    express."""
     kind, special = tokenizer.vocabulary, tokenizer.special
     if isinstance(kind, SentencePieceVocabulary):
         model = Model.of(kind.model.serialized_model_proto())
@@ -113,7 +113,7 @@ def divisors(args: ModelArgs) -> Tensor | None:
     """The divisors (D / 2,) of RoPE's frequencies by Llama 3's scaling."""
     if args.rope_scaling is None or args.rope_scaling.rope_type != "llama3":
         return None
-    frequencies = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2) / args.head_dim)
+    frequencies = rope_frequencies(args.head_dim, args.rope_theta)
     return frequencies / scale_rope_frequencies(frequencies, args.rope_scaling)
 
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from sentencepiece import SentencePieceProcessor
 
+from ..pre_tokenizer import post_processor
+
 SPACE = "▁"
 FLAGS = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 # Numbers of fields, and values, in sentencepiece_model.proto.
@@ -253,16 +255,6 @@ def pre_tokenizer(symbols: Sequence[str]) -> dict[str, Any]:
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
     patterns = (either, r"\A<(?=0x[0-9A-F]{2}>\z)")
     return {"type": "Sequence", "pretokenizers": [{**split, "pattern": {"Regex": regex}} for regex in patterns]}
-
-
-def post_processor(bos: str, id: int) -> dict[str, Any]:
-    """BOS before each text."""
-    first, second = (
-        [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": name, "type_id": i}}]
-        for i, name in enumerate("AB")
-    )
-    special = {bos: {"id": bos, "ids": [id], "tokens": [bos]}}
-    return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": special}
 
 
 def decoders(spec: dict[int, Any]) -> list[dict[str, Any]]:

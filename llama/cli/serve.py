@@ -50,8 +50,8 @@ def serve(
         max_seq_len: tokens of a prompt and its answer, at most
         model_name: name of the model in the API; by default that of the folder
         any_model: answer requests for models of any name
-        api_key_file: file of keys, one a line, of which clients need one; the environment variable LLAMA_API_KEYS
-            may have some too, separated by commas
+        api_key_file: file of API keys, one a line; clients must send one of them. The environment variable
+            LLAMA_API_KEYS adds more, separated by commas
         allow_origins: origin whose pages may call the server, or a list such as '["https://a.org"]'; * for all
         max_waiting: requests that may wait; more are answered with 429
         max_body: size of a request, at most, in MiB
