@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
 import torch
@@ -87,11 +88,6 @@ def decimal(keys: Mapping[str, Any], key: str, default: float) -> float:
     if type(value) is not float or not 0 < value < math.inf:
         raise ValueError(f"llama.{key} is {shorten(value)}, not a positive number")
     return float(f"{value:.7g}")
-
-
-def shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else f"{text[:80]} ..."
 
 
 def rope_scaling(keys: Mapping[str, Any], found: Mapping[str, Any], divisors: Tensor | None) -> dict[str, Any] | None:
