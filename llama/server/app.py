@@ -25,11 +25,13 @@ from ..request import Event
 from . import replies
 from .loop import Loop, Ticket
 from .metrics import Metrics
+from .page import page
 from .schema import ApiError, Asked, Work, encode_chat, parse, read_chat, read_completion, read_embeddings
 
 T = TypeVar("T")
 log = logging.getLogger("llama.server")
 POLL = 0.1  # seconds between two looks at whether a client that waits for a whole reply is still there
+OPEN = {"/", "/health"}  # what needs no key
 POLLED = {"/health", "/metrics"}  # so often that the log has them at its level DEBUG alone
 KEEPALIVE = 15.0  # seconds of silence after which a stream gets a comment, so that proxies keep it
 
@@ -311,7 +313,7 @@ class Guard:
             log.log(level, "%s %r %d%s, %.3f s", scope["method"], scope["path"], status, state.get("note", ""), took)
 
     def allowed(self, scope: Scope) -> bool:
-        if not self.keys or scope["path"] == "/health":
+        if not self.keys or scope["path"] in OPEN:
             return True
         header = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, key = header.partition(b" ")
@@ -320,6 +322,7 @@ class Guard:
 
 
 ROUTES: dict[str, tuple[str, Callable[[HttpRequest], Any]]] = {
+    "/": ("GET", page),
     "/health": ("GET", health),
     "/metrics": ("GET", metrics),
     "/v1/models": ("GET", models),
