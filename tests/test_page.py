@@ -175,9 +175,9 @@ def reply_with(page, body, status=200, headers=None, path="chat/completions", ki
     return bodies
 
 
-def reply_with_error(page, status, message, headers=None, **fields):
+def reply_with_error(page, status, message, headers=None, path="chat/completions", **fields):
     body = json.dumps({"error": {"message": message, "type": "", "param": None, "code": None, **fields}})
-    return reply_with(page, body, status, headers, kind="application/json")
+    return reply_with(page, body, status, headers, path, "application/json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,6 +198,18 @@ def test_the_policy_lets_only_this_script_run():
     assert b"style=" not in PAGE and not re.search(rb"\son[a-z]+=\"", PAGE)
     assert not re.search(rb"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", PAGE)
     assert len(PAGE) <= 100_000
+
+
+def test_the_policy_is_in_force(browser, client):
+    """Markup from a string, a script that was not there, another host: all are refused."""
+    page = browser.new_page()
+    page.goto(client.url)
+    attempt = "async (attempt) => { try { await attempt(); return 'done'; } catch (error) { return error.name; } }"
+    add = "{ const made = document.createElement('script'); made.text = 'window.bad = 1'; document.body.append(made); }"
+    for code in ("document.body.innerHTML = '<b>x</b>'", "fetch('https://example.org')", add):
+        assert page.evaluate(f"({attempt})(() => {code})") == "TypeError"
+    assert page.evaluate("window.bad") is None
+    page.close()
 
 
 def test_the_page_needs_no_key(llama, caplog):
@@ -416,7 +428,7 @@ def test_a_full_context_is_explained(page):
     page.failures.append("400")
     send(page, "big " * 600)
     expect(answers(page)).to_contain_text("the context is of 512")
-    expect(answers(page)).to_contain_text("start a new conversation")
+    expect(answers(page)).to_contain_text("shorten the text, or start a new conversation")
 
 
 def test_a_busy_server_is_explained(page):
@@ -447,6 +459,17 @@ def test_a_lost_network_is_explained(page):
     configure(page, temperature="0")
     press(page, "Regenerate")
     expect(answers(page).locator(".body")).to_have_text(ANSWER)
+
+
+def test_a_model_that_is_being_loaded_is_waited_for(page):
+    page.failures.append("503")
+    reply_with_error(page, 503, "the model is being loaded", {"Retry-After": "5"}, path="models")
+    page.clock.install()
+    page.reload()
+    expect(page.locator("#context")).to_have_text("the model is being loaded")
+    page.unroute("**/v1/models")
+    page.clock.run_for(5000)
+    expect(page.locator("#context")).to_have_text("Context of 512 tokens")
 
 
 @pytest.mark.parametrize("end", ["error", "nothing"])
