@@ -13,6 +13,8 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this repository's llama, installed or not
+
 from llama import Llama
 from llama.server.app import Config
 from llama.server.process import Server
