@@ -382,6 +382,19 @@ def test_full_storage_is_said(page):
     expect(page.locator("#notice")).to_be_hidden()
 
 
+def test_what_else_is_in_the_storage_does_no_harm(page):
+    """Other programs serve pages from the same address."""
+    for value in ("[1", "7", "[]", '{"id": "x", "messages": [1]}', '{"messages": {}}', '"text"'):
+        for name in ("settings", "theme", "prompt", "chat.x", "mode", "current", "draft"):
+            page.evaluate(
+                "([name, value]) => localStorage[name] = sessionStorage[name] = value", [f"llama.{name}", value]
+            )
+        page.reload()
+        ask(page)
+        expect(answers(page).locator(".body")).to_have_text(ANSWER)
+        page.evaluate("localStorage.clear(); sessionStorage.clear()")
+
+
 def test_settings_are_sent(page):
     bodies = reply_with(page, events(said("Yes.", "stop")))
     values = {"temperature": 0.25, "top_p": 0.5, "top_k": 7, "min_p": 0.125, "max_tokens": 9, "seed": -3}
@@ -491,6 +504,7 @@ def test_a_missing_key_is_asked_for(browser, llama, gate):
         page.failures.append("401")
         dialog = page.get_by_role("dialog", name="This server needs an API key")
         expect(dialog).to_contain_text("session storage until the tab is closed")
+        expect(dialog.get_by_label("API key")).to_be_focused()
         dialog.get_by_label("API key").press("Escape")
         expect(page.locator("#context")).to_have_text("An API key is needed.")
         configure(page, temperature="0")
@@ -862,6 +876,7 @@ def test_dark_mode(page):
     ground = "getComputedStyle(document.body).backgroundColor"
     light, toggle = page.evaluate(ground), page.get_by_role("button", name="Dark mode")
     page.emulate_media(color_scheme="dark")
+    expect(toggle).to_have_attribute("aria-pressed", "true")
     dark = page.evaluate(ground)
     assert dark != light
     page.reload()
