@@ -107,9 +107,11 @@ def tab(browser, url, **options):
 @pytest.fixture
 def page(browser, client, gate):
     gate.open()
-    with tab(browser, client.url) as page:
-        yield page
-    gate.open()
+    try:
+        with tab(browser, client.url) as page:
+            yield page
+    finally:
+        gate.open()
 
 
 def expect(of):
@@ -249,6 +251,7 @@ def test_send(page, llama):
 
 
 def test_an_answer_grows(page, gate):
+    configure(page, temperature="0")
     gate.close(6)
     send(page, STORY)
     body = answers(page).locator(".body")
@@ -258,11 +261,12 @@ def test_an_answer_grows(page, gate):
     expect(answers(page)).to_have_attribute("aria-busy", "true")
     gate.open()
     idle(page)
-    assert body.text_content().startswith(begun.rstrip(".")) and len(body.text_content()) > len(begun)
+    assert body.text_content().startswith(begun) and len(body.text_content()) > len(begun) + 100
     expect(answers(page)).to_have_attribute("aria-busy", "false")
 
 
 def test_stop(page, gate, client):
+    configure(page, temperature="0")
     gate.close(6)
     send(page, STORY)
     expect(answers(page).locator(".body")).not_to_be_empty()
@@ -384,7 +388,7 @@ def test_full_storage_is_said(page):
 
 def test_what_else_is_in_the_storage_does_no_harm(page):
     """Other programs serve pages from the same address."""
-    for value in ("[1", "7", "[]", '{"id": "x", "messages": [1]}', '{"messages": {}}', '"text"'):
+    for value in ("[1", '"text"', '{"id": "x", "messages": [1]}'):
         for name in ("settings", "theme", "prompt", "chat.x", "mode", "current", "draft"):
             page.evaluate(
                 "([name, value]) => localStorage[name] = sessionStorage[name] = value", [f"llama.{name}", value]
@@ -398,7 +402,7 @@ def test_what_else_is_in_the_storage_does_no_harm(page):
 def test_settings_are_sent(page):
     bodies = reply_with(page, events(said("Yes.", "stop")))
     values = {"temperature": 0.25, "top_p": 0.5, "top_k": 7, "min_p": 0.125, "max_tokens": 9, "seed": -3}
-    values["repetition_penalty"] = 1.25
+    values |= {"repetition_penalty": 1.25, "frequency_penalty": 0.5, "presence_penalty": -0.5}
     configure(page, **{name: str(value) for name, value in values.items()}, stop_strings="END\n\\n\\n")
     page.reload()
     send(page)
@@ -728,6 +732,7 @@ def test_completion_shows_probabilities(page, client):
 
 
 def test_completion_stops_and_continues(page, gate):
+    configure(page, temperature="0")
     press(page, "Completion")
     prompt = page.get_by_label("Text", exact=True)
     prompt.fill("Once upon a time")
