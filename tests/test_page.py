@@ -611,6 +611,20 @@ def test_markdown(page):
     assert page.evaluate("copied") == 'def f(x):\n\n    return "<b>"  # not *em*'
 
 
+def test_copying_without_the_clipboards_interface(page):
+    """Browsers have it in secure contexts alone: not over plain HTTP from another machine."""
+    page.evaluate("void Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    ask(page)
+    copy = answers(page).get_by_role("button").first
+    expect(copy).to_have_text("Copy")
+    copy.click()
+    expect(copy).to_have_text("Copied")
+    expect(copy).to_be_focused()
+    message(page).focus()
+    page.keyboard.press("Control+V")
+    expect(message(page)).to_have_value(ANSWER)
+
+
 HOSTILE = """<script>window.bad = 1</script> <img src=x onerror="window.bad = 1"> <b>bold</b>
 
 [one](javascript:window.bad=1) [two](data:text/html,x) [three](JaVaScRiPt:alert(1)) [four](//example.org) ![five](http://a.b/c.png)
@@ -810,7 +824,7 @@ def test_by_keyboard_alone(page, gate):
     expect(page.get_by_role("button", name="Settings")).to_be_focused()
 
 
-def test_escape_while_a_character_is_composed_sends_nothing(page):
+def test_enter_that_ends_a_composition_of_characters_sends_nothing(page):
     message(page).fill("か")
     message(page).dispatch_event("keydown", {"key": "Enter", "isComposing": True})
     expect(page.locator("article")).to_have_count(0)
