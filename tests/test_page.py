@@ -915,7 +915,8 @@ def test_on_a_phone(browser, client, gate):
     gate.open()
     screen = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
     with tab(browser, client.url, **screen) as page:
-        wide = "document.documentElement.scrollWidth - innerWidth"
+        views = "[document.documentElement, ...document.querySelectorAll('.scroll')]"
+        wide = f"Math.max(...{views}.map((view) => view.scrollWidth - view.clientWidth))"
         long = "x" * 300 + "\n```\n" + "y" * 300 + "\n```\n|" + "z|" * 60 + "\n|" + "-|" * 60
         reply_with(page, events(said(long, "stop")))
         message(page).tap()
