@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -88,8 +89,8 @@ class Service:
             try:
                 return await asyncio.to_thread(read, llama, body)
             except ValueError as error:
-                words = str(error).split()
-                raise ApiError(400, str(error), words[0] if words and words[0] in body else None) from error
+                name = re.split(r"[ :]", str(error))[0]
+                raise ApiError(400, str(error), name if name in body else None) from error
 
     def submit(self, work: Work) -> Ticket:
         loop, limit = self.ready(), len(self.ready().llama.engine.slots) + self.config.max_waiting

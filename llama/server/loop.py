@@ -161,7 +161,7 @@ class Loop:
         embeddings = None
         if work.settings:
             options = work.logprobs, work.echo, work.chat, work.top_logprobs
-            requests = self.llama._requests(work.prompts, work.settings, *options)
+            requests = self.llama.inputs.requests(work.prompts, work.settings, *options)
         else:
             requests, embeddings = to_embed(engine, work.prompts, "mean")
         for row, request in enumerate(requests):

@@ -161,7 +161,7 @@ def ask(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str
     if (seed := body.get("seed")) is not None:  # each choice has one of its own, the first that of the request
         options["seed"] = [seed if i % n == 0 else wrapped(seed + i % n) for i in range(len(prompts))]
     temperature, top_p = body.get("temperature", 1), body.get("top_p", 1)
-    settings = llama._settings(prompts, most, temperature, top_p, options, check=False)
+    settings = llama.inputs.settings(len(prompts), most, temperature, top_p, options)
     include_usage = body.get("stream_options", {}).get("include_usage") is True
     work = work._replace(prompts=prompts, settings=settings)
     return Asked(work, n, body.get("stream", False), include_usage)
@@ -197,12 +197,12 @@ def read_prompts(llama: Llama, body: Mapping[str, Any], name: str) -> list[list[
     if not several or len(several) > MOST_CHOICES:
         raise ApiError(400, f"{name} has {len(several)} items; it must have 1 to {MOST_CHOICES}", name)
     if is_list_of(str)(several):
-        return llama._encode(several)
+        return llama.inputs.encode(several)
     if not all(is_list_of(int)(ids) for ids in several):
         raise ApiError(400, wanted, name)
-    llama._check([ids[:1] for ids in several], [f"{name} {i}" for i in range(len(several))])
+    llama.inputs.check([ids[:1] for ids in several], [f"{name} {i}" for i in range(len(several))])
     check_length(llama, several, 0, name)  # before each id is looked at
-    llama._check(several, [f"{name} {i}" for i in range(len(several))])
+    llama.inputs.check(several, [f"{name} {i}" for i in range(len(several))])
     return several
 
 
@@ -222,10 +222,7 @@ def encode_chat(llama: Llama, body: Mapping[str, Any]) -> list[int]:
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message", "messages")
     dialog: Any = [read_message(i, message) for i, message in enumerate(messages)]
-    llama.chat_format.check(dialog, "messages")
-    if refusal := llama.chat_format.refusal(dialog):
-        raise ApiError(400, refusal, "messages")
-    return llama.chat_format.encode(llama.tokenizer, dialog)
+    return llama.inputs.encode_dialog(dialog, "messages")
 
 
 def read_message(i: int, message: Any) -> dict[str, str]:
