@@ -15,7 +15,7 @@ from ..tokenizer import Decoder, Tokenizer
 from .loop import Ticket
 from .schema import Asked
 
-REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+REASONS = {"eos": "stop", "stop": "stop", "length": "length", "refused": "content_filter"}
 NEVER = -9999.0  # stands for minus infinity, which JSON does not have
 
 
@@ -49,11 +49,11 @@ class Choice:
         self.count = 0  # tokens that were generated
 
     def take(self, event: Event) -> Part:
-        preface, self.preface = self.preface, 0
+        preface, self.preface = min(self.preface, len(event.tokens)), 0
         self.count += len(event.tokens) - preface
         self.told += len(event.text)
         reason = REASONS.get(event.finish_reason, event.finish_reason) if event.finish_reason else None
-        if not self.work.logprobs:
+        if not self.work.logprobs or event.finish_reason == "refused":
             return Part(event.text, [], reason)
         self._hold(event, preface)
         return Part(event.text, self._release(event.finish_reason is not None), reason)

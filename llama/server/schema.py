@@ -218,11 +218,14 @@ def check_length(llama: Llama, prompts: Sequence[Sequence[int]], more: int, para
 
 def encode_chat(llama: Llama, body: Mapping[str, Any]) -> list[int]:
     """The ids of `messages`, in the model's chat format."""
+    return llama.inputs.encode_dialog(read_dialog(body), "messages")
+
+
+def read_dialog(body: Mapping[str, Any]) -> Any:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message", "messages")
-    dialog: Any = [read_message(i, message) for i, message in enumerate(messages)]
-    return llama.inputs.encode_dialog(dialog, "messages")
+    return [read_message(i, message) for i, message in enumerate(messages)]
 
 
 def read_message(i: int, message: Any) -> dict[str, str]:
