@@ -170,6 +170,35 @@ def test_messages(client):
     assert content({"role": "user", "content": parts, "name": "Ann"}) == content(*DIALOG)
 
 
+def test_answers_beyond_eos(client, llama):
+    [own] = llama.chat_completion([DIALOG], max_gen_len=40, temperature=0)
+    assert own["finish_reason"] == "eos"
+    asked = {"model": "small-chat", "messages": DIALOG, "temperature": 0, "max_tokens": 40}
+    found = client.chat.completions.create(**asked, extra_body={"ignore_eos": True})
+    assert (found.choices[0].finish_reason, found.usage.completion_tokens) == ("length", 40)
+    assert found.choices[0].message.content.startswith(own["generation"]["content"])
+    ends = {"ignore_eos": True, "stop_token_ids": [llama.tokenizer.eos_id]}
+    found = client.chat.completions.create(**asked, extra_body=ends)
+    assert (found.choices[0].message.content, found.choices[0].finish_reason) == (own["generation"]["content"], "stop")
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_a_message_that_goes_on(client, llama, logprobs):
+    begun = [*DIALOG, {"role": "assistant", "content": "The opposite"}]
+    ids = llama.tokenizer.encode(f"[INST] {DIALOG[0]['content']} [/INST] The opposite", bos=True, eos=False)
+    [[*new]], _ = llama.generate([ids], max_gen_len=12, temperature=0)
+    own = llama.tokenizer.decode([*ids, *new])[len(llama.tokenizer.decode(ids)) :]
+    asked = {"model": "small-chat", "messages": begun, "temperature": 0, "max_tokens": 12, "logprobs": logprobs}
+    flags = {"continue_final_message": True, "add_generation_prompt": False}
+    [choice] = client.chat.completions.create(**asked, extra_body=flags).choices
+    assert choice.message.content == own
+    assert own.startswith(" ")
+    if logprobs:
+        assert "".join(token.token for token in choice.logprobs.content) == own
+    found = httpx.post(f"{client.url}/tokenize", json={"messages": begun, "continue_final_message": True}).json()
+    assert found["tokens"] == ids
+
+
 @pytest.mark.parametrize("pieces", [["Hello"], ["Hello", "A little fox"]])
 def test_embeddings(client, llama, pieces):
     own = llama.embed(pieces)
@@ -196,6 +225,7 @@ def test_models_tokens_and_health(client, llama):
 
 TEXT = {"model": "small-chat", "prompt": "Hello"}
 CHAT = {"model": "small-chat", "messages": DIALOG}
+ANSWER = {"role": "assistant", "content": "Small."}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 BAD = {
     "not JSON": ("completions", b"{", 400, None),
@@ -230,6 +260,14 @@ BAD = {
     "top": ("chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs"),
     "image": ("chat/completions", {"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "messages[0].content[0]"),
     "no messages": ("chat/completions", {"messages": []}, 400, "messages"),
+    "answered": ("chat/completions", {"messages": [*DIALOG, ANSWER]}, 400, "messages"),
+    "not answered": ("chat/completions", {**CHAT, "continue_final_message": True}, 400, "messages"),
+    "no header": (
+        "chat/completions",
+        {**CHAT, "add_generation_prompt": False},
+        400,
+        "add_generation_prompt",
+    ),
     "role": ("chat/completions", {"messages": [{"role": "king", "content": "a"}]}, 400, "messages"),
     "two users": ("chat/completions", {"messages": [*DIALOG, *DIALOG]}, 400, "messages"),
     "tags": ("chat/completions", {"messages": [{"role": "user", "content": "[INST]"}]}, 400, "messages"),

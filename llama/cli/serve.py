@@ -18,33 +18,15 @@ log = logging.getLogger("llama.server")
 
 
 def serve(
-    ckpt_dir: str,
-    tokenizer_path: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    max_batch_size: int = 8,
-    max_seq_len: int = 2048,
-    model_name: str | None = None,
-    any_model: bool = False,
-    api_key_file: str | None = None,
-    allow_origins: str | list | None = None,
-    max_waiting: int = 64,
-    max_wait: int = 60,
-    max_time: int = 600,
-    max_body: int = 4,
-    filter: str | list | None = None,
-    log_json: bool = False,
-    log_prompts: bool = False,
-    seed: int = 1,
-    device: str | None = None,
-    dtype: str | None = None,
-    check_memory: bool = True,
-    quantize: str | None = None,
-    group_size: int | None = None,
-    compile: bool | None = None,
-    chat_format: str | None = None,
-    lora: str | list | None = None,
-) -> None:
+    ckpt_dir: str, tokenizer_path: str | None = None, host: str = "127.0.0.1", port: int = 8000,
+    max_batch_size: int = 8, max_seq_len: int = 2048, model_name: str | None = None, any_model: bool = False,
+    api_key_file: str | None = None, allow_origins: str | list | None = None,
+    max_waiting: int = 64, max_wait: int = 60, max_time: int = 600, max_body: int = 4,
+    filter: str | list | None = None, log_json: bool = False, log_prompts: bool = False,
+    seed: int = 1, device: str | None = None, dtype: str | None = None, check_memory: bool = True,
+    quantize: str | None = None, group_size: int | None = None, compile: bool | None = None,
+    chat_format: str | None = None, lora: str | list | None = None,
+) -> None:  # fmt: skip
     """Serve a model to clients of OpenAI's API; docs/server.md says what it understands.
 
     Args:

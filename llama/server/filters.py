@@ -71,14 +71,14 @@ def load_filters(names: Sequence[str]) -> Filters:
         sys.path.insert(0, os.getcwd())
     inputs, outputs = list[InputFilter](), list[OutputFilter]()
     for name in names:
-        module, _, path = name.partition(":")
         try:
+            module, _, path = name.partition(":")
             found = importlib.import_module(module)
             for part in filter(None, path.split(".")):
                 found = getattr(found, part)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"cannot load the filter {name}: {error}") from error
-        owner: Any = found() if inspect.isclass(found) else found
+            owner: Any = found() if inspect.isclass(found) else found
+        except Exception as error:  # it is somebody's program
+            raise ValueError(f"cannot load the filter {name}: {type(error).__name__}: {error}") from error
         own = [getattr(owner, kind, None) for kind in ("input_filter", "output_filter")]
         if not any(map(callable, own)):
             raise ValueError(f"the filter {name} has neither a function input_filter nor one output_filter")

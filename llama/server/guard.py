@@ -95,4 +95,6 @@ def error_response(error: ApiError) -> Response:
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if error.status in (408, 413):  # nobody will read the rest
+        headers["Connection"] = "close"
     return json_response(error.body, error.status, headers)

@@ -240,7 +240,7 @@ class Loop:
         engine, ticket = self.llama.engine, self.tickets.get(number)
         embeddings = None
         if work.settings:
-            options = work.logprobs, work.echo, work.chat, work.top_logprobs
+            options = work.logprobs, work.echo, not work.continues, work.top_logprobs
             requests = self.llama.inputs.requests(work.prompts, work.settings, *options)
         else:
             requests, embeddings = to_embed(engine, work.prompts, "mean")

@@ -41,8 +41,7 @@ class Choice:
 
     def __init__(self, tokenizer: Tokenizer, asked: Asked, request: Request) -> None:
         self.tokenizer, self.request, self.work = tokenizer, request, asked.work
-        continues = not (self.work.echo or self.work.chat)
-        self.decoder = Decoder(tokenizer, request.prompt if continues else ())
+        self.decoder = Decoder(tokenizer, request.prompt if self.work.continues and not self.work.echo else ())
         self.held: list[Token] = []
         self.preface = len(request.prompt) if self.work.echo else 0  # tokens of the first event that are the prompt's
         self.seen = self.told = 0  # characters of the tokens so far, and of the text
