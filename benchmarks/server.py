@@ -4,9 +4,10 @@
     python benchmarks/server.py overhead
 
 `load`: 32 clients at once ask for 32 to 128 tokens behind prompts of 64 to 512, streamed, and one client asks for the
-same one after another. 110M shape (dim 768, 12 layers, FFN 2048, vocabulary 32000), random weights in one GGUF file, F16
-or Q8_0, that both servers read; two threads each, 16 slots. `overhead`: CPU time per token of 8 streams of the bundled
-model, with the server and by the engine alone. Needs the extra `server`; llama.cpp's server is built from its sources.
+same one after another. 110M shape (dim 768, 12 layers, FFN 2048, vocabulary 32000), random weights in one GGUF file of
+F16 or Q8_0 that both servers read; two threads each, 16 slots. `overhead`: CPU time per token of 8 streams of the
+bundled model, with the server and by the engine alone. Needs the extra `server`; llama.cpp's server is built from its
+sources.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ async def ask(port: int, body: Body) -> Timing:
     """One streamed completion. HTTP by hand, as a client of many layers would take a part of the two cores."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    )
     writer.write(f"{head}\r\nConnection: close\r\n\r\n".encode() + content)
     began, events, tokens = time.perf_counter(), list[float](), 0
     async for line in reader:
@@ -181,7 +184,7 @@ def overhead(tokens: int = 200, streams: int = 8, repeats: int = 5) -> None:
     threading.Thread(target=server.serve, args=(llama,)).start()
     options = {"max_tokens": tokens, "min_tokens": tokens, "temperature": 0}
     rows = [{"model": "model", "prompt": f"{i} Once upon a time", "stream": True, **options} for i in range(streams)]
-    texts = [row["prompt"] for row in rows]
+    texts = [str(row["prompt"]) for row in rows]
     client = f"import asyncio,sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from server import *; "
     client += f"print(sum(t.tokens for t in asyncio.run(all_at_once({server.port}, {rows!r}))))"
     by_server, by_engine = [], []
@@ -197,7 +200,9 @@ def overhead(tokens: int = 200, streams: int = 8, repeats: int = 5) -> None:
     server.drain()
     count = 1000 / (tokens * streams)
     with_it, without = (statistics.median(times[1:]) * count for times in (by_server, by_engine))
-    print(f"CPU per token: {with_it:.3f} ms by the server, {without:.3f} ms by the engine: {with_it - without:.3f} ms more")
+    print(
+        f"CPU per token: {with_it:.3f} ms by the server, {without:.3f} ms by the engine: {with_it - without:.3f} ms more"
+    )
 
 
 if __name__ == "__main__":

@@ -34,12 +34,13 @@ class InputProcessor:
         check_texts(texts, name)
         return [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
 
-    def encode_dialog(self, dialog: Dialog, name: str, answered: bool = False) -> list[int]:
-        """The ids of a dialog in the chat format; with `answered` it ends with the assistant's message."""
+    def encode_dialog(self, dialog: Dialog, name: str, answered: bool = False, unfinished: bool = False) -> list[int]:
+        """The ids of a dialog in the chat format; with `answered` it ends with the assistant's message, which is to go
+        on if it is `unfinished`."""
         self.chat_format.check(dialog, name, answered=answered)
         if refusal := self.chat_format.refusal(dialog):
             raise ValueError(f"{name}: {refusal}")
-        return self.chat_format.encode(self.tokenizer, dialog, answered=answered)
+        return self.chat_format.encode(self.tokenizer, dialog, answered, unfinished)
 
     def check_ids(self, prompts: Any) -> None:
         """Prompts that are given as ids."""

@@ -175,7 +175,7 @@ def test_ranks_agree(ranks):
 
 @pytest.fixture(scope="module")
 def client(llama):
-    from test_server import serving
+    from serving import serving
 
     with serving(llama) as client:
         yield client

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as shorten
@@ -39,6 +40,7 @@ class Work(NamedTuple):
     top_logprobs: int = 0
     echo: bool = False
     chat: bool = False
+    continues: bool = True  # the answer's text goes on from the prompt's
 
 
 class Asked(NamedTuple):
@@ -81,7 +83,7 @@ FIELDS: dict[str, tuple[Test, str]] = {
     **dict.fromkeys(("temperature", "top_p", "min_p"), NUMBER),
     **dict.fromkeys(("repetition_penalty", "frequency_penalty", "presence_penalty"), NUMBER),
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "min_tokens"), COUNT),
-    **dict.fromkeys(("stream", "echo"), BOOL),
+    **dict.fromkeys(("stream", "echo", "ignore_eos", "add_generation_prompt", "continue_final_message"), BOOL),
     "top_k": ((lambda v: type(v) is int and v >= -1), "an int, -1 or 0 for all"),
     "seed": ((lambda v: type(v) is int), "an int of 64 bits"),
     "n": ((lambda v: type(v) is int and 1 <= v <= 128), "an int from 1 to 128"),
@@ -104,8 +106,7 @@ REFUSED: dict[str, Test] = {
     **dict.fromkeys(("tool_choice", "function_call"), lambda v: v in ("none", "auto")),
     "modalities": lambda v: v == ["text"],
     "suffix": lambda v: v == "",
-    "add_generation_prompt": lambda v: v is True,
-    **dict.fromkeys(("ignore_eos", "continue_final_message", "use_beam_search"), lambda v: v is False),
+    "use_beam_search": lambda v: v is False,
     **dict.fromkeys(("audio", "prediction", "web_search_options", "prompt_logprobs"), lambda v: False),
     **dict.fromkeys(("guided_grammar", "structural_tag"), lambda v: False),
 }
@@ -163,7 +164,17 @@ def read_chat(llama: Llama, body: Mapping[str, Any]) -> Asked:
         raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     prompt = encode_chat(llama, body)
     most = body.get("max_completion_tokens", body.get("max_tokens", llama.model.params.max_seq_len))
-    return ask(llama, body, Work([prompt], [], wanted, top, chat=True), most, "messages")
+    goes_on = continues(body)
+    return ask(llama, body, Work([prompt], [], wanted, top, chat=True, continues=goes_on), most, "messages")
+
+
+def continues(body: Mapping[str, Any]) -> bool:
+    """Whether the answer goes on from the last message, which is the assistant's."""
+    goes_on: bool = body.get("continue_final_message", False)
+    if body.get("add_generation_prompt", not goes_on) == goes_on:
+        text = "add_generation_prompt is false if, and only if, continue_final_message is true"
+        raise ApiError(400, text, "add_generation_prompt")
+    return goes_on
 
 
 def ask(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str) -> Asked:
@@ -177,9 +188,12 @@ def ask(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str
     options: dict[str, Any] = {OPTIONS[name]: value for name, value in body.items() if name in OPTIONS}
     options["top_k"] = max(0, options.get("top_k", 0))
     options["logit_bias"] = {int(id): bias for id, bias in body.get("logit_bias", {}).items()}
+    structure, field = read_structure(body)
+    if body.get("ignore_eos") and not structure:  # it is never sampled, unless it is one of the request's own ends
+        ends = {id for id in llama.tokenizer.eos_ids if id >= 0} - {*body.get("stop_token_ids", ())}
+        options["logit_bias"] |= dict.fromkeys(ends, -math.inf)
     if (seed := body.get("seed")) is not None:  # each choice has one of its own, the first that of the request
         options["seed"] = [seed if i % n == 0 else wrapped(seed + i % n) for i in range(len(prompts))]
-    structure, field = read_structure(body)
     temperature, top_p, options = body.get("temperature", 1), body.get("top_p", 1), {**options, **structure}
     try:
         settings = llama.inputs.settings(len(prompts), most, temperature, top_p, options, work.chat)
@@ -264,11 +278,16 @@ def check_length(llama: Llama, prompts: Sequence[Sequence[int]], more: int, para
 
 def encode_chat(llama: Llama, body: Mapping[str, Any]) -> list[int]:
     """The ids of `messages`, in the model's chat format."""
+    if continues(body):
+        return llama.inputs.encode_dialog(read_dialog(body), "messages", answered=True, unfinished=True)
+    return llama.inputs.encode_dialog(read_dialog(body), "messages")
+
+
+def read_dialog(body: Mapping[str, Any]) -> Any:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list with at least one message", "messages")
-    dialog: Any = [read_message(i, message) for i, message in enumerate(messages)]
-    return llama.inputs.encode_dialog(dialog, "messages")
+    return [read_message(i, message) for i, message in enumerate(messages)]
 
 
 def read_message(i: int, message: Any) -> dict[str, str]:
