@@ -46,20 +46,22 @@ class ChatFormat:
         """An answer as a message of the dialog may hold it."""
         return answer
 
-    def encode(self, tokenizer: Tokenizer, dialog: Dialog, answered: bool = False) -> list[int]:
+    def encode(
+        self, tokenizer: Tokenizer, dialog: Dialog, answered: bool = False, unfinished: bool = False
+    ) -> list[int]:
         """The ids of a dialog that asks for an answer; or of one that is `answered`, up to the end of the assistant's
-        message. ValueError for a malformed one."""
+        message, or of its text if it is `unfinished`. ValueError for a malformed one."""
         self.check(dialog, answered=answered)
         if self.note:
             log.warning(self.note)
             self.note = ""
-        return self._encode(tokenizer, dialog)
+        return self._encode(tokenizer, dialog, unfinished)
 
     def render(self, dialog: Dialog) -> str:
         """What `encode` encodes, for people to look at."""
         raise NotImplementedError
 
-    def _encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+    def _encode(self, tokenizer: Tokenizer, dialog: Dialog, unfinished: bool) -> list[int]:
         raise NotImplementedError
 
 
@@ -118,8 +120,10 @@ class Llama2Format(ChatFormat):
                 answer = answer.replace(tag, "")
         return answer
 
-    def _encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
-        return [id for text, ended in self._turns(dialog) for id in tokenizer.encode(text, bos=True, eos=ended)]
+    def _encode(self, tokenizer: Tokenizer, dialog: Dialog, unfinished: bool) -> list[int]:
+        *turns, (last, ended) = self._turns(dialog)
+        turns.append((last.rstrip(), False) if unfinished else (last, ended))
+        return [id for text, ended in turns for id in tokenizer.encode(text, bos=True, eos=ended)]
 
     def render(self, dialog: Dialog) -> str:
         self.check(dialog)
@@ -147,7 +151,7 @@ class Llama3Format(ChatFormat):
 
     name = "llama3"
 
-    def _encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+    def _encode(self, tokenizer: Tokenizer, dialog: Dialog, unfinished: bool) -> list[int]:
         try:
             start, end, over = (tokenizer.special[name] for name in (START_HEADER, END_HEADER, END_TURN))
         except KeyError as error:
@@ -159,6 +163,8 @@ class Llama3Format(ChatFormat):
         ids = [tokenizer.bos_id]
         for role, content in self._messages(dialog):
             ids += [start, *text(role), end, *text("\n\n"), *text(content), over]
+        if unfinished:
+            return ids[:-1]
         return ids if is_answered(dialog) else [*ids, start, *text("assistant"), end, *text("\n\n")]
 
     def render(self, dialog: Dialog) -> str:

@@ -74,7 +74,7 @@ class TemplateFormat(ChatFormat):
         except Exception as error:  # a template is a program
             raise ValueError(f"the chat template refuses the dialog: {error}") from error
 
-    def _encode(self, tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+    def _encode(self, tokenizer: Tokenizer, dialog: Dialog, unfinished: bool) -> list[int]:
         spelled = sorted({name for message in dialog for name in self.names.findall(message["content"])})
         hidden = {name: chr(PRIVATE + i) for i, name in enumerate(spelled)}
         messages: list[Message] = [
@@ -82,6 +82,8 @@ class TemplateFormat(ChatFormat):
             for message in dialog
         ]
         text = self._render(messages)
+        if unfinished:
+            text = cut_behind(text, messages[-1]["content"])
         if not spelled and (whole := tokenizer.encode_special(text)) is not None:
             return whole
         ids = list[int]()
@@ -94,6 +96,15 @@ class TemplateFormat(ChatFormat):
             for piece in filter(None, part.split(CUT)):
                 ids += tokenizer.encode(piece, bos=False, eos=False)
         return ids
+
+
+def cut_behind(text: str, message: str) -> str:
+    """A rendered dialog up to the end of its last message, with the spaces behind it if the template keeps them."""
+    begin = text.rfind(message.strip())
+    if not message.strip() or begin < 0:
+        raise ValueError("the chat template does not show the last message, so that it cannot go on")
+    kept = message.lstrip() if text.startswith(message.lstrip(), begin) else message.strip()
+    return text[: begin + len(kept)]
 
 
 def choose_format(folder: Path, tokenizer: Tokenizer, chat_format: str | None) -> ChatFormat:

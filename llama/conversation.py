@@ -63,12 +63,12 @@ class Chat:
         rest = dict(changed)
         pop_filters(rest)
         changed = {name: value for name, value in changed.items() if name not in OLD_NAMES}
-        state = self.llama.generator.get_state()  # to check seeds is to draw some
+        state = self.llama.inputs.generator.get_state()  # to check seeds is to draw some
         most, temperature, top_p = (rest.pop(name) for name in ("max_gen_len", "temperature", "top_p"))
         try:
-            [settings] = self.llama._settings([[0]], most, temperature, top_p, rest)
+            [settings] = self.llama.inputs.settings(1, most, temperature, top_p, rest)
         finally:
-            self.llama.generator.set_state(state)
+            self.llama.inputs.generator.set_state(state)
         self.options, self.most = changed, settings.max_new
 
     def say(self, text: str) -> str:

@@ -15,13 +15,15 @@ from torch import Tensor
 from . import devices, parallel
 from .chat import ChatFormat, Dialog, Message, get_chat_format
 from .engine import Engine
+from .grammar import Grammars
 from .loading import LoadOptions, load_model
 from .model import Transformer
-from .options import Options, Settings, plain_arguments, spread_options
-from .request import Event, Request
+from .options import Options, plain_arguments
+from .processor import InputProcessor, check_texts
+from .request import Event
 from .scoring import Scores, classify, embed, score
 from .stream import InputFilter, OutputFilter, Stream, check_verdict, drains, filtered, pop_filters
-from .text import Text, border
+from .text import border
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -71,16 +73,24 @@ class Llama:
         check_seed(seed)
         self.engine = Engine.of(model)  # first, as it is what pickle refuses
         self.model = model
-        self.tokenizer = tokenizer
-        self.chat_format = get_chat_format(tokenizer, chat_format)
         self.labels = [f"LABEL_{i}" for i in range(model.params.n_labels)]
         self.pad_id: int | None = None  # which `classify` looks past
-        self.generator = torch.Generator().manual_seed(seed)  # where prompts without a seed of their own get one
+        chat_format = get_chat_format(tokenizer, chat_format)
+        generator, grammars = torch.Generator().manual_seed(seed), Grammars(tokenizer, model.vocab_size)
+        self.inputs = InputProcessor(model.params, tokenizer, chat_format, generator, grammars)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.inputs.tokenizer
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        return self.inputs.chat_format
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Llama:
         with devices.own_context(inference=False), self.engine.lock:
             twin = Llama(copy.deepcopy(self.model, memo), self.tokenizer, chat_format=self.chat_format)
-        twin.generator.set_state(self.generator.get_state())
+        twin.inputs.generator.set_state(self.inputs.generator.get_state())
         twin.engine.compile, twin.labels, twin.pad_id = self.engine.compile, [*self.labels], self.pad_id
         return twin
 
@@ -143,8 +153,9 @@ class Llama:
         **options: Unpack[Options],
     ) -> Stream:
         """`generate` as it happens. The first pass is done when this returns; closing the stream ends it."""
-        settings = self._settings(prompt_tokens, max_gen_len, temperature, top_p, options)
-        requests = self._requests(prompt_tokens, settings, logprobs, echo)
+        self.inputs.check_ids(prompt_tokens)
+        settings = self.inputs.settings(len(prompt_tokens), max_gen_len, temperature, top_p, options)
+        requests = self.inputs.requests(prompt_tokens, settings, logprobs, echo)
         return Stream(self.engine.run(requests), len(prompt_tokens), logprobs)
 
     @drains(generate_stream)
@@ -172,10 +183,11 @@ class Llama:
         **options: Unpack[Options],
     ) -> Stream:
         """`text_completion` as it happens; see `generate_stream`."""
-        prompt_tokens = self._encode(prompts)
-        settings = self._settings(prompt_tokens, max_gen_len, temperature, top_p, options)
+        prompt_tokens = self.inputs.encode(prompts)
+        self.inputs.check_ids(prompt_tokens)
+        settings = self.inputs.settings(len(prompts), max_gen_len, temperature, top_p, options)
         before = [() if echo else prompt for prompt in prompt_tokens]
-        requests = self._requests(prompt_tokens, settings, logprobs, echo)
+        requests = self.inputs.requests(prompt_tokens, settings, logprobs, echo)
         return Stream(self.engine.run(requests), len(prompts), logprobs, before)
 
     @drains(text_stream)
@@ -227,17 +239,17 @@ class Llama:
         A continuation's tokens are those of prompt + continuation from the first that is not wholly the prompt's, whose
         white space at the end counts as the continuation's. The perplexity of an empty text is NaN. Raises ValueError
         for a prompt that is longer than max_seq_len, and for a continuation that adds nothing to its prompt."""
-        self._texts("prompts", prompts)
+        check_texts(prompts, "prompts")
         if type(top_logprobs) is not int or not 0 <= top_logprobs <= self.model.vocab_size:
             raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to {self.model.vocab_size}")
-        rows, begins = self._encode(prompts), [1] * len(prompts)
+        rows, begins = self.inputs.encode(prompts), [1] * len(prompts)
         if continuations is not None:
-            self._texts("continuations", continuations)
+            check_texts(continuations, "continuations")
             if len(continuations) != len(prompts):
                 raise ValueError(f"there are {len(continuations)} continuations for {len(prompts)} prompts")
-            rows = self._encode([prompt + more for prompt, more in zip(prompts, continuations, strict=True)])
+            rows = self.inputs.encode([prompt + more for prompt, more in zip(prompts, continuations, strict=True)])
             begins = [*map(self._border, range(len(rows)), prompts, continuations, rows)]
-        self._fit(rows, [f"prompt {i}" for i in range(len(rows))])
+        self.inputs.check_lengths(rows, [f"prompt {i}" for i in range(len(rows))])
         return [*map(self._scored, score(self.engine, rows, begins, top_logprobs))]
 
     def _border(self, i: int, prompt: str, continuation: str, ids: Sequence[int]) -> int:
@@ -267,8 +279,8 @@ class Llama:
         the last token's; float32 (len(texts), dim)."""
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling is {pooling!r}; it must be 'mean' or 'last'")
-        rows = self._encode(texts, "texts")
-        self._fit(rows, [f"text {i}" for i in range(len(rows))])
+        rows = self.inputs.encode(texts, "texts")
+        self.inputs.check_lengths(rows, [f"text {i}" for i in range(len(rows))])
         return embed(self.engine, rows, pooling)
 
     @parallel.as_first_rank
@@ -281,26 +293,11 @@ class Llama:
         if not self.model.params.n_labels:
             raise ValueError("the model has no score head, as LlamaForSequenceClassification has; classify needs one")
         if isinstance(inputs, list) and inputs and not any(isinstance(item, str) for item in inputs):
-            for i, dialog in enumerate(inputs):
-                self.chat_format.check(dialog, f"dialog {i}", answered=True)
-                if refusal := self.chat_format.refusal(dialog):
-                    raise ValueError(f"dialog {i}: {refusal}")
-            rows = [self.chat_format.encode(self.tokenizer, dialog, answered=True) for dialog in inputs]
+            rows = [self.inputs.encode_dialog(d, f"dialog {i}", answered=True) for i, d in enumerate(inputs)]
         else:
-            rows = self._encode(inputs, "inputs")
-        self._check(rows, [f"input {i}" for i in range(len(rows))])
+            rows = self.inputs.encode(inputs, "inputs")
+        self.inputs.check(rows, [f"input {i}" for i in range(len(rows))])
         return classify(self.engine, rows, self.pad_id)
-
-    def _texts(self, name: str, texts: Any) -> None:
-        if not isinstance(texts, list):
-            raise ValueError(f"{name} is {shorten(texts)}; it must be a list of str")
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"{name.removesuffix('s')} {i} is {shorten(text)}, which is not a str")
-
-    def _encode(self, prompts: Any, name: str = "prompts") -> list[list[int]]:
-        self._texts(name, prompts)
-        return [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
 
     def _chat(
         self,
@@ -324,65 +321,10 @@ class Llama:
                     refusals[i] = check_verdict(refusal)
         allowed = [i for i in range(len(dialogs)) if i not in refusals]
         prompts = [self.chat_format.encode(self.tokenizer, dialogs[i]) for i in allowed]
-        self._check(prompts, [f"dialog {i}" for i in allowed])
-        settings = self._settings(dialogs, max_gen_len, temperature, top_p, options, check=False)
-        requests = self._requests(prompts, [settings[i] for i in allowed], logprobs, chat=True)
+        self.inputs.check(prompts, [f"dialog {i}" for i in allowed])
+        settings = self.inputs.settings(len(dialogs), max_gen_len, temperature, top_p, options, chat=True)
+        requests = self.inputs.requests(prompts, [settings[i] for i in allowed], logprobs, chat=True)
         return filtered(self.engine.run(requests), allowed, refusals, output_filter)
-
-    def _settings(
-        self, prompts: Any, max_gen_len: Any, temperature: Any, top_p: Any, options: Any, check: bool = True
-    ) -> list[Settings]:
-        """The options of each prompt; ValueError where they cannot be served."""
-        self.model.params.check_output()
-        if check:
-            if not isinstance(prompts, list) or not all(isinstance(row, list) for row in prompts):
-                raise ValueError(f"prompt_tokens is {shorten(prompts)}; it must be a list of lists of token ids")
-            self._check(prompts, [f"prompt {i}" for i in range(len(prompts))])
-        p = self.model.params
-        every = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, **options}
-        return spread_options(len(prompts), p.vocab_size, self.tokenizer.eos_ids, p.max_seq_len, self.generator, every)
-
-    def _check(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> None:
-        params = self.model.params
-        for prompt, name in zip(prompts, names, strict=True):
-            if not prompt:
-                raise ValueError(f"{name} is empty; it needs at least one token, such as bos_id")
-            if odd := [id for id in prompt if type(id) is not int or not 0 <= id < params.vocab_size]:
-                raise ValueError(f"{name} holds {shorten(odd[0])}, which is no int from 0 to {params.vocab_size - 1}")
-        self._fit(prompts, names)
-
-    def _fit(self, rows: Sequence[Sequence[int]], names: Sequence[str]) -> None:
-        limit = self.model.params.max_seq_len
-        for row, name in zip(rows, names, strict=True):
-            if len(row) > limit:
-                raise ValueError(
-                    f"{name} has {len(row)} tokens, more than max_seq_len {limit}; "
-                    "shorten it or build with a larger max_seq_len"
-                )
-
-    def _requests(
-        self,
-        prompts: Sequence[Sequence[int]],
-        settings: Sequence[Settings],
-        logprobs: bool,
-        echo: bool = False,
-        chat: bool = False,
-        top_logprobs: int = 0,
-    ) -> list[Request]:
-        """What the engine is asked. A text continues its prompt's; an answer of a chat is one of its own."""
-        requests = []
-        for prompt, own in zip(prompts, settings, strict=True):
-            text = Text(self.tokenizer, own.stop, own.min_new, () if echo or chat else prompt)
-            if echo:
-                text.preface(prompt)
-            limit = min(self.model.params.max_seq_len, len(prompt) + own.max_new)
-            ends, end = (self.tokenizer.eos_ids, own.stop_ids), (own.min_new, own.lookup)
-            request = Request(prompt, limit, own.sampling, *ends, *end, logprobs, top_logprobs, text, echo=echo)
-            if echo and logprobs:
-                request.observe = scores = Scores(prompt, top=top_logprobs)
-                request.first, request.prompt_logprobs = 0, scores.logprobs
-            requests.append(request)
-        return requests
 
     def _tokens(self, row: Event, stream: Stream) -> _Tokens:
         scored: _Tokens = {"finish_reason": row.finish_reason}

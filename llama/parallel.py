@@ -280,7 +280,21 @@ def all_or_none() -> Iterator[None]:
 def first_to_fail() -> bool:
     """Whether no rank has called this before. For a script of several ranks: the others fail because of the first, so
     it alone should speak."""
+    with _silent_stderr():  # PyTorch writes a page where whoever kept the store is gone, and could not speak
+        try:
+            return (_store or next(dist.rendezvous("env://"))[0]).add("llama/failed", 1) == 1
+        except (RuntimeError, ValueError):
+            return True
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Nothing that this process writes to file descriptor 2 is seen."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
-        return (_store or next(dist.rendezvous("env://"))[0]).add("llama/failed", 1) == 1
-    except (RuntimeError, ValueError):  # whoever kept the store is gone, and could not speak
-        return True
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)

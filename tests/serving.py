@@ -1,11 +1,16 @@
-"""A server of the bundled chat model in this process."""
+"""Servers in this process, or of their own, and clients of them."""
 
+import contextlib
+import os
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
 
 import pytest
-from small import MODELS
+from ranks import free_port
+from small import MODELS, ROOT
 
 from llama import Llama
 
@@ -40,8 +45,86 @@ def serving(llama, **config):
     assert not thread.is_alive()
 
 
+@contextmanager
+def command(*flags, ranks=1, stderr=subprocess.PIPE, cwd=ROOT, **environment):
+    """`python -m llama serve` on a port of its own, for each rank a process; the first has the `url`."""
+    port, meeting = free_port(), free_port()
+    line = [sys.executable, "-m", "llama", "serve", str(MODELS / "small-chat"), "--port", str(port), "--device", "cpu"]
+    processes = []
+    for rank in range(ranks):
+        of_ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+        of_ranks = {**of_ranks, "MASTER_PORT": meeting} if ranks > 1 else {}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **of_ranks, **environment}
+        processes.append(
+            subprocess.Popen(
+                [*line, *flags], cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, text=True,
+                env={name: str(value) for name, value in env.items()},
+            )
+        )  # fmt: skip
+    processes[0].url = f"http://127.0.0.1:{port}"
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.communicate()
+
+
+def health(url):
+    """The status of /health; None while nothing listens."""
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code
+    except httpx.TransportError:
+        return None
+
+
+def wait_until_ready(process):
+    def ready():
+        assert process.poll() is None, process.stderr.read()
+        return health(process.url) == 200
+
+    wait_for(ready, 60)
+
+
 def wait_for(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def streamed(chunks):
+    """Texts, finish reasons and logprobs of each choice of a stream, and its usage."""
+    texts, reasons, logprobs, usage = {}, {}, {}, None
+    for chunk in chunks:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            text = choice.delta.content if hasattr(choice, "delta") else choice.text
+            texts[choice.index] = texts.get(choice.index, "") + (text or "")
+            assert choice.index not in reasons or not choice.finish_reason
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+            if choice.logprobs:
+                logprobs.setdefault(choice.index, []).append(choice.logprobs)
+    return texts, reasons, logprobs, usage
+
+
+def gauge(client, name):
+    """The sum of a metric, over all labels."""
+    lines = httpx.get(f"{client.url}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"llama:{name}{{"))
+
+
+def slow_down(llama, monkeypatch, seconds=0.02):
+    """Steps that take long enough to be interrupted."""
+    step = llama.engine.step
+
+    def slower():
+        time.sleep(seconds)
+        return step()
+
+    monkeypatch.setattr(llama.engine, "step", slower)
+
+
+LONG = {"model": "small-chat", "prompt": "Once", "max_tokens": 200, "extra_body": {"min_tokens": 200}}

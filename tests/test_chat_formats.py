@@ -8,6 +8,7 @@ from small import MODELS, TOKENIZER, passes, random_model
 from test_vocabulary import write_ranks
 
 from llama import Chat, Llama, Tokenizer, encode_dialog, render_dialog
+from llama.chat import get_chat_format
 from llama.chat_template import TemplateFormat
 from llama.checkpoint.bpe_tokenizer import byte_pair_files
 from llama.checkpoint.convert import convert
@@ -151,6 +152,34 @@ def test_templates_are_rendered_and_encoded_as_by_transformers(name, tmp_path, l
                 assert ours.render(dialog) == expected
                 ids = theirs.apply_chat_template(dialog, add_generation_prompt=True)["input_ids"]
                 assert ours.encode(tokenizer, dialog) == ids
+
+
+UNFINISHED = [*SYSTEM, {"role": "assistant", "content": "One, two <|eot_id|>,"}]
+
+
+def test_a_message_that_goes_on(llama3, tmp_path):
+    """Ids end with its text, as transformers' do with continue_final_message."""
+    own, theirs = encode_format(llama3, "llama3"), encode_format(llama3, TemplateFormat(TEMPLATES["Llama 3"], llama3))
+    assert own == theirs
+    assert llama3.decode(own).endswith("One, two <|eot_id|>,")
+    llama2 = Tokenizer(TOKENIZER)
+    dialog = [*HELLO, {"role": "assistant", "content": " One, two "}]
+    text = llama2.encode("[INST] Hello [/INST] One, two", bos=True, eos=False)
+    assert encode_format(llama2, "llama2", dialog) == text
+    first = llama2.encode("[INST] a [/INST] b ", bos=True, eos=True)
+    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert encode_format(llama2, "llama2", [*before, *dialog]) == [*first, *text]
+    for folder, other in folders(tmp_path, llama3, TEMPLATES["ChatML"]):
+        tokenizer = Tokenizer(folder / "tokenizer.json")
+        expected = other.apply_chat_template(dialog, continue_final_message=True)["input_ids"]
+        assert encode_format(tokenizer, TemplateFormat(TEMPLATES["ChatML"], tokenizer), dialog) == expected
+        hides = TemplateFormat("{{ messages[0].content }}", tokenizer)
+        with pytest.raises(ValueError, match="does not show the last message"):
+            encode_format(tokenizer, hides, dialog)
+
+
+def encode_format(tokenizer, chat_format, dialog=UNFINISHED):
+    return get_chat_format(tokenizer, chat_format).encode(tokenizer, dialog, answered=True, unfinished=True)
 
 
 def test_a_message_that_spells_special_tokens_in_a_template(llama3):

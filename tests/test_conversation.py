@@ -179,7 +179,7 @@ def test_tags_that_the_model_says_are_not_repeated_to_it(small):
     chat = Chat(small, temperature=0, max_gen_len=5)
     with (
         mock.patch.object(type(small.tokenizer), "decode", lambda *_: "a [INST] b"),
-        mock.patch("llama.generation.Text.read", side_effect=["a [INST] b", "", "", "", "", ""]),
+        mock.patch("llama.text.Text.read", side_effect=["a [INST] b", "", "", "", "", ""]),
     ):
         assert chat.say("Hello") == "a [INST] b"
     assert chat.dialog[-1]["content"] == "a  b"

@@ -2,34 +2,22 @@
 
 import base64
 import json
-import os
 import signal
 import struct
-import subprocess
-import sys
 import threading
-import time
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ranks import free_port
-from small import MODELS, ROOT
+from serving import LONG, build, command, gauge, httpx, openai, serving, slow_down, streamed, wait_for, wait_until_ready
 
 from llama import parallel
-
-openai = pytest.importorskip("openai")
-httpx = pytest.importorskip("httpx")
-pytest.importorskip("uvicorn")
-
-from serving import build, serving, wait_for  # noqa: E402
-
-from llama.server.app import Config  # noqa: E402
-from llama.server.loop import Loop  # noqa: E402
-from llama.server.metrics import Metrics  # noqa: E402
-from llama.server.process import Server  # noqa: E402
-from llama.server.schema import OF_CHAT, OF_TEXT  # noqa: E402
+from llama.server.app import Config
+from llama.server.loop import Loop
+from llama.server.metrics import Metrics
+from llama.server.process import Server
+from llama.server.schema import OF_CHAT, OF_TEXT
 
 PROMPT = "The opposite of hot is"
 DIALOG = [{"role": "user", "content": "What is the opposite of big?"}]
@@ -45,22 +33,6 @@ def llama():
 def client(llama):
     with serving(llama) as client:
         yield client
-
-
-def streamed(chunks):
-    """Texts, finish reasons and logprobs of each choice of a stream, and its usage."""
-    texts, reasons, logprobs, usage = {}, {}, {}, None
-    for chunk in chunks:
-        usage = chunk.usage or usage
-        for choice in chunk.choices:
-            text = choice.delta.content if hasattr(choice, "delta") else choice.text
-            texts[choice.index] = texts.get(choice.index, "") + (text or "")
-            assert choice.index not in reasons or not choice.finish_reason
-            if choice.finish_reason:
-                reasons[choice.index] = choice.finish_reason
-            if choice.logprobs:
-                logprobs.setdefault(choice.index, []).append(choice.logprobs)
-    return texts, reasons, logprobs, usage
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, SAMPLED], ids=["greedy", "sampled"])
@@ -198,6 +170,35 @@ def test_messages(client):
     assert content({"role": "user", "content": parts, "name": "Ann"}) == content(*DIALOG)
 
 
+def test_answers_beyond_eos(client, llama):
+    [own] = llama.chat_completion([DIALOG], max_gen_len=40, temperature=0)
+    assert own["finish_reason"] == "eos"
+    asked = {"model": "small-chat", "messages": DIALOG, "temperature": 0, "max_tokens": 40}
+    found = client.chat.completions.create(**asked, extra_body={"ignore_eos": True})
+    assert (found.choices[0].finish_reason, found.usage.completion_tokens) == ("length", 40)
+    assert found.choices[0].message.content.startswith(own["generation"]["content"])
+    ends = {"ignore_eos": True, "stop_token_ids": [llama.tokenizer.eos_id]}
+    found = client.chat.completions.create(**asked, extra_body=ends)
+    assert (found.choices[0].message.content, found.choices[0].finish_reason) == (own["generation"]["content"], "stop")
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_a_message_that_goes_on(client, llama, logprobs):
+    begun = [*DIALOG, {"role": "assistant", "content": "The opposite"}]
+    ids = llama.tokenizer.encode(f"[INST] {DIALOG[0]['content']} [/INST] The opposite", bos=True, eos=False)
+    [[*new]], _ = llama.generate([ids], max_gen_len=12, temperature=0)
+    own = llama.tokenizer.decode([*ids, *new])[len(llama.tokenizer.decode(ids)) :]
+    asked = {"model": "small-chat", "messages": begun, "temperature": 0, "max_tokens": 12, "logprobs": logprobs}
+    flags = {"continue_final_message": True, "add_generation_prompt": False}
+    [choice] = client.chat.completions.create(**asked, extra_body=flags).choices
+    assert choice.message.content == own
+    assert own.startswith(" ")
+    if logprobs:
+        assert "".join(token.token for token in choice.logprobs.content) == own
+    found = httpx.post(f"{client.url}/tokenize", json={"messages": begun, "continue_final_message": True}).json()
+    assert found["tokens"] == ids
+
+
 @pytest.mark.parametrize("pieces", [["Hello"], ["Hello", "A little fox"]])
 def test_embeddings(client, llama, pieces):
     own = llama.embed(pieces)
@@ -224,6 +225,7 @@ def test_models_tokens_and_health(client, llama):
 
 TEXT = {"model": "small-chat", "prompt": "Hello"}
 CHAT = {"model": "small-chat", "messages": DIALOG}
+ANSWER = {"role": "assistant", "content": "Small."}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 BAD = {
     "not JSON": ("completions", b"{", 400, None),
@@ -254,10 +256,18 @@ BAD = {
     "too many": ("completions", {**TEXT, "prompt": ["a"] * 1000, "n": 128}, 400, "n"),
     "another model": ("completions", {**TEXT, "model": "gpt-4"}, 404, "model"),
     "tools": ("chat/completions", {**CHAT, "tools": [{}]}, 400, "tools"),
-    "format": ("chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    "format": ("chat/completions", {**CHAT, "response_format": {"type": "xml"}}, 400, "response_format"),
     "top": ("chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs"),
     "image": ("chat/completions", {"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "messages[0].content[0]"),
     "no messages": ("chat/completions", {"messages": []}, 400, "messages"),
+    "answered": ("chat/completions", {"messages": [*DIALOG, ANSWER]}, 400, "messages"),
+    "not answered": ("chat/completions", {**CHAT, "continue_final_message": True}, 400, "messages"),
+    "no header": (
+        "chat/completions",
+        {**CHAT, "add_generation_prompt": False},
+        400,
+        "add_generation_prompt",
+    ),
     "role": ("chat/completions", {"messages": [{"role": "king", "content": "a"}]}, 400, "messages"),
     "two users": ("chat/completions", {"messages": [*DIALOG, *DIALOG]}, 400, "messages"),
     "tags": ("chat/completions", {"messages": [{"role": "user", "content": "[INST]"}]}, 400, "messages"),
@@ -302,24 +312,9 @@ def test_keys_and_origins(llama):
         assert "access-control-allow-origin" not in found.headers
 
 
-def gauge(client, name):
-    lines = httpx.get(f"{client.url}/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"llama:{name}{{"))
-
-
 @pytest.fixture
 def slow(llama, monkeypatch):
-    """Steps that take long enough to be interrupted."""
-    step = llama.engine.step
-
-    def slower():
-        time.sleep(0.02)
-        return step()
-
-    monkeypatch.setattr(llama.engine, "step", slower)
-
-
-LONG = {"model": "small-chat", "prompt": "Once", "max_tokens": 200, "extra_body": {"min_tokens": 200}}
+    slow_down(llama, monkeypatch)
 
 
 def test_a_client_that_leaves_frees_its_slot(client, slow):
@@ -337,17 +332,20 @@ def test_a_client_that_leaves_frees_its_slot(client, slow):
 
 def test_streams_run_beside_each_other_and_too_many_are_refused(llama, slow):
     with serving(llama, max_waiting=1) as client:
-        streams = [client.completions.create(**LONG, stream=True) for _ in range(5)]  # of 4 slots
+        streams = [client.completions.create(**LONG, stream=True) for _ in range(4)]  # of 4 slots
+        waiting = threading.Thread(target=lambda: streams.append(client.completions.create(**LONG, stream=True)))
+        waiting.start()  # as a stream begins with its slot
+        wait_for(lambda: gauge(client, "num_requests_waiting") == 1)
         for stream in streams[:4]:
             next(stream)
         with pytest.raises(openai.RateLimitError) as refused:
             client.completions.create(**LONG)
         assert refused.value.response.headers["retry-after"] == "1"
         assert gauge(client, "num_requests_running") == 4
-        assert gauge(client, "num_requests_waiting") == 1
         for stream in streams[:4]:
             next(stream)
             stream.close()
+        waiting.join()
         next(streams[4])
         streams[4].close()
         wait_for(lambda: gauge(client, "num_requests_running") == 0, 2)
@@ -457,24 +455,10 @@ def test_ranks_change_nothing(client, ranks):
 
 def test_the_command_ends_when_its_requests_have(tmp_path):
     (tmp_path / "keys").write_text("one\ntwo\n")
-    port = free_port()
-    command = [sys.executable, "-m", "llama", "serve", str(MODELS / "small-chat"), "--port", str(port)]
-    command += ["--device", "cpu", "--api_key_file", str(tmp_path / "keys"), "--max_batch_size", "2"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "LLAMA_API_KEYS": "three", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-
-        def ready():
-            assert process.poll() is None, process.stderr.read()
-            try:
-                return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-            except httpx.ConnectError:
-                return False
-
-        wait_for(ready, 60)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="three", max_retries=0)
+    flags = ["--api_key_file", str(tmp_path / "keys"), "--max_batch_size", "2"]
+    with command(*flags, LLAMA_API_KEYS="three") as [process]:
+        wait_until_ready(process)
+        client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="three", max_retries=0)
         stream = client.completions.create(
             model="small-chat", prompt="A secret", max_tokens=60, stream=True, extra_body={"min_tokens": 60}
         )
@@ -482,9 +466,7 @@ def test_the_command_ends_when_its_requests_have(tmp_path):
         process.send_signal(signal.SIGTERM)
         assert streamed(stream)[1] == {0: "length"}
         assert process.wait(20) == 0
-    finally:
-        process.kill()
-    out, err = process.communicate()
+        out, err = process.communicate()
     assert out == ""
     assert "POST '/v1/completions' 200, 6 tokens of prompts (0 cached), 60 new" in err
     assert "secret" not in err

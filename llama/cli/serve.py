@@ -11,34 +11,22 @@ from typing import Any
 
 from .. import parallel
 from ..generation import Llama
+from ..server import log as log_lines
 
 KEYS = "LLAMA_API_KEYS"
 log = logging.getLogger("llama.server")
 
 
 def serve(
-    ckpt_dir: str,
-    tokenizer_path: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    max_batch_size: int = 8,
-    max_seq_len: int = 2048,
-    model_name: str | None = None,
-    any_model: bool = False,
-    api_key_file: str | None = None,
-    allow_origins: str | list | None = None,
-    max_waiting: int = 64,
-    max_body: int = 4,
-    seed: int = 1,
-    device: str | None = None,
-    dtype: str | None = None,
-    check_memory: bool = True,
-    quantize: str | None = None,
-    group_size: int | None = None,
-    compile: bool | None = None,
-    chat_format: str | None = None,
-    lora: str | list | None = None,
-) -> None:
+    ckpt_dir: str, tokenizer_path: str | None = None, host: str = "127.0.0.1", port: int = 8000,
+    max_batch_size: int = 8, max_seq_len: int = 2048, model_name: str | None = None, any_model: bool = False,
+    api_key_file: str | None = None, allow_origins: str | list | None = None,
+    max_waiting: int = 64, max_wait: int = 60, max_time: int = 600, max_body: int = 4,
+    filter: str | list | None = None, log_json: bool = False, log_prompts: bool = False,
+    seed: int = 1, device: str | None = None, dtype: str | None = None, check_memory: bool = True,
+    quantize: str | None = None, group_size: int | None = None, compile: bool | None = None,
+    chat_format: str | None = None, lora: str | list | None = None,
+) -> None:  # fmt: skip
     """Serve a model to clients of OpenAI's API; docs/server.md says what it understands.
 
     Args:
@@ -54,7 +42,13 @@ def serve(
             LLAMA_API_KEYS adds more, separated by commas
         allow_origins: origin whose pages may call the server, or a list such as '["https://a.org"]'; * for all
         max_waiting: requests that may wait; more are answered with 429
+        max_wait: seconds that a request may wait for a slot; then it is answered with 503
+        max_time: seconds that a request may then run; then its answer ends with the finish_reason length
         max_body: size of a request, at most, in MiB
+        filter: module, or module:object, with functions input_filter and output_filter as those of
+            Llama.chat_completion; or a list such as '["a", "b:C"]'
+        log_json: log JSON objects, one a line
+        log_prompts: log prompts too
         seed: of the random numbers of requests without a seed of their own
         device: cuda, mps or cpu; by default the first of them that is available
         dtype: bfloat16, float16 or float32; by default as Llama.build chooses
@@ -65,23 +59,32 @@ def serve(
         chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
         lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
-    limits = check_counts(port=port, max_waiting=max_waiting, max_body=max_body)
+    check_counts(port=port, max_waiting=max_waiting, max_wait=max_wait, max_time=max_time, max_body=max_body)
     check_counts(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    origins = [allow_origins] if isinstance(allow_origins, str) else allow_origins or []
-    name = model_name or Path(os.path.abspath(os.path.expanduser(ckpt_dir))).name
-    run = listen(host, limits, name, any_model, api_key_file, origins)
+    log_lines.set_up(log_json)
+    config: dict[str, Any] = {
+        "model": model_name or Path(os.path.abspath(os.path.expanduser(ckpt_dir))).name,
+        "any_model": any_model,
+        "max_waiting": max_waiting,
+        "max_wait": max_wait,
+        "max_time": max_time,
+        "max_body": max_body << 20,
+        "allow_origins": tuple(listed(allow_origins)),
+        "log_prompts": log_prompts,
+    }
+    run = listen(host, port, config, api_key_file, listed(filter))
     options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
     options |= {"compile": compile, "chat_format": chat_format, "lora": lora, "check_memory": check_memory}
     run(Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **options))
 
 
 def listen(
-    host: str, limits: dict[str, int], name: str, any_model: bool, key_file: str | None, origins: Sequence[str]
+    host: str, port: int, config: dict[str, Any], key_file: str | None, filters: Sequence[str]
 ) -> Callable[[Llama], None]:
     """Listen at once, so that clients hear that the model is being loaded; what serves it when it is there."""
     try:
         from ..server.app import Config
+        from ..server.filters import load_filters
         from ..server.process import Server, serve_rank
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs the package {error.name}; pip install 'llama-reference[server]'") from error
@@ -89,22 +92,24 @@ def listen(
     server = None
     with parallel.all_or_none():
         if parallel.rank() == 0:
-            keys = read_keys(key_file)
-            config = Config(name, any_model, keys, limits["max_waiting"], limits["max_body"] << 20, tuple(origins))
-            server = Server(config, host, limits["port"])
+            keys, found = read_keys(key_file), load_filters(filters) if filters else None
+            server = Server(Config(**config, keys=keys, filters=found), host, port)
             address = f"[{host}]" if ":" in host else host
-            log.info("serving %s on http://%s:%d/v1 once it is loaded", name, address, server.port)
+            log.info("serving %s on http://%s:%d/v1 once it is loaded", config["model"], address, server.port)
             if host not in ("127.0.0.1", "::1", "localhost") and not keys:
                 log.warning("anyone who reaches %s can use this server: it has no keys, see --api_key_file", host)
     return partial(serve_rank, server=server)
 
 
-def check_counts(**values: Any) -> dict[str, int]:
-    """Numbers of something; ValueError for one that is none."""
+def listed(value: str | list | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
+
+
+def check_counts(**values: Any) -> None:
+    """ValueError for what is no number of something."""
     for name, value in values.items():
         if type(value) is not int or value < 0:
             raise ValueError(f"{name} is {value!r}; it must be an int of at least 0")
-    return values
 
 
 def read_keys(file: str | None) -> tuple[str, ...]:

@@ -1,11 +1,10 @@
-"""The routes of the server, and what is around each: keys, limits, errors and a line of the log."""
+"""The routes of the server, their limits and errors."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
-import logging
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -18,21 +17,21 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from ..generation import Llama
 from ..request import Event
 from . import replies
+from .filters import Filters
+from .guard import Guard, error_response, json_response
 from .loop import Loop, Ticket
 from .metrics import Metrics
 from .page import page
-from .schema import ApiError, Asked, Work, encode_chat, parse, read_chat, read_completion, read_embeddings
+from .protocol import BODY
+from .schema import ApiError, Asked, Work, encode_chat, parse, read_chat, read_completion, read_dialog, read_embeddings
 
 T = TypeVar("T")
-log = logging.getLogger("llama.server")
 POLL = 0.1  # seconds between two looks at whether a client that waits for a whole reply is still there
-OPEN = {"/", "/health"}  # what needs no key
-POLLED = {"/health", "/metrics"}  # so often that the log has them at its level DEBUG alone
 KEEPALIVE = 15.0  # seconds of silence after which a stream gets a comment, so that proxies keep it
 
 
@@ -43,6 +42,10 @@ class Config(NamedTuple):
     max_waiting: int = 64  # requests that may wait for a slot
     max_body: int = 2**22  # bytes
     allow_origins: tuple[str, ...] = ()
+    max_wait: float = 60.0  # seconds that a request may wait for a slot
+    max_time: float = 600.0  # seconds that it may then run
+    log_prompts: bool = False
+    filters: Filters | None = None
 
 
 class Service:
@@ -64,17 +67,25 @@ class Service:
 
     async def body(self, request: HttpRequest) -> dict[str, Any]:
         """The JSON body, with the name of a model that this server has."""
-        data, limit = bytearray(), self.config.max_body
         try:
-            async for part in request.stream():
-                data += part
-                if len(data) > limit:
-                    raise ApiError(413, f"the body is longer than {limit} bytes")
+            found = parse(await asyncio.wait_for(self._bytes(request), BODY))
         except ClientDisconnect as error:
             raise ApiError(499, "the client has gone") from error
-        found = parse(bytes(data))
+        except asyncio.TimeoutError as error:
+            raise ApiError(408, f"the body took longer than {BODY:g} seconds") from error
+        if self.config.log_prompts:
+            prompt = next((found[name] for name in ("messages", "prompt", "input") if name in found), None)
+            request.state.fields = {"prompt": prompt}
         self.check_model(found.get("model", self.config.model))
         return found
+
+    async def _bytes(self, request: HttpRequest) -> bytes:
+        data, limit = bytearray(), self.config.max_body
+        async for part in request.stream():
+            data += part
+            if len(data) > limit:
+                raise ApiError(413, f"the body is longer than {limit} bytes")
+        return bytes(data)
 
     def check_model(self, name: object) -> None:
         if not isinstance(name, str):
@@ -90,8 +101,8 @@ class Service:
             try:
                 return await asyncio.to_thread(read, llama, body)
             except ValueError as error:
-                words = str(error).split()
-                raise ApiError(400, str(error), words[0] if words and words[0] in body else None) from error
+                name = re.split(r"[ :]", str(error))[0]
+                raise ApiError(400, str(error), name if name in body else None) from error
 
     def submit(self, work: Work) -> Ticket:
         loop, limit = self.ready(), len(self.ready().llama.engine.slots) + self.config.max_waiting
@@ -117,7 +128,9 @@ async def generate(request: HttpRequest, read: Callable[[Llama, Mapping[str, Any
     own = service(request)
     loop, body = own.ready(), await own.body(request)
     asked = await own.read(read, body)
-    ticket = own.submit(asked.work)
+    refusal = await refused(own, asked, body)
+    ticket = own.submit(asked.work) if refusal is None else loop.refuse(asked.work, refusal)
+    own.metrics.observe("request_params_n", asked.n)
     reply = replies.Reply(loop.llama.tokenizer, body.get("model", own.config.model), asked, ticket)
     if asked.stream:
         return EventStream(stream(request, reply, ticket), loop, ticket)
@@ -128,11 +141,27 @@ async def generate(request: HttpRequest, read: Callable[[Llama, Mapping[str, Any
     return json_response(reply.whole(parts))
 
 
+async def refused(own: Service, asked: Asked, body: Mapping[str, Any]) -> str | None:
+    """What a filter says instead of an answer. The prompt of a completion is a message of the user; where one of
+    several is refused, all are."""
+    if not own.config.filters:
+        return None
+    if asked.work.chat:
+        dialogs = [read_dialog(body)]
+    else:
+        decode = own.ready().llama.tokenizer.decode
+        dialogs = [[{"role": "user", "content": decode(ids)}] for ids in asked.work.prompts[:: asked.n]]
+    for dialog in dialogs:
+        if (text := await own.config.filters.of_dialog(dialog)) is not None:
+            return text
+    return None
+
+
 async def stream(request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
     for chunk in reply.first_chunks():
         yield data(chunk)
     try:
-        async for events in ticket.events(KEEPALIVE):
+        async for events in answered(request, ticket, KEEPALIVE):
             if not events:
                 yield ": keepalive\n\n"
             for event in events:
@@ -147,29 +176,43 @@ async def stream(request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> 
     yield "data: [DONE]\n\n"
 
 
+def answered(request: HttpRequest, ticket: Ticket, patience: float) -> AsyncIterator[list[Event]]:
+    """The events of a ticket, as filters see them."""
+    filters, events = service(request).config.filters, ticket.events(patience)
+    return filters.answered(events) if filters else events
+
+
 def data(value: object) -> str:
     return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
 
 
 class EventStream(StreamingResponse):
-    """A stream of events, whose ticket is cancelled when the client has gone, even before the first."""
+    """A stream of events, whose ticket is cancelled when the client has gone, even before the first. It begins when the
+    first request has a slot, so that one that has waited for too long can be answered with 503."""
 
     def __init__(self, content: AsyncIterator[str], loop: Loop, ticket: Ticket) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.loop, self.ticket = loop, ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope, self.receive = scope, receive
         try:
             await super().__call__(scope, receive, send)
         finally:
             self.loop.cancel(self.ticket)
+
+    async def stream_response(self, send: Send) -> None:
+        await self.ticket.started.wait()
+        if self.ticket.late and not self.ticket.began:
+            return await error_response(late(self.ticket))(self.scope, self.receive, send)
+        await super().stream_response(send)
 
 
 async def until_gone(request: HttpRequest, loop: Loop, ticket: Ticket) -> AsyncIterator[Event]:
     """The events of a ticket, which is cancelled where the client has gone."""
     looked = time.monotonic()
     try:
-        async for events in ticket.events(POLL):
+        async for events in answered(request, ticket, POLL):
             for event in events:
                 check(ticket, event)
                 yield event
@@ -184,17 +227,26 @@ async def until_gone(request: HttpRequest, loop: Loop, ticket: Ticket) -> AsyncI
 def check(ticket: Ticket, event: Event) -> None:
     """ApiError for an event that says that its request failed."""
     if event.finish_reason == "error":
-        raise ApiError(500, str(ticket.requests[event.row].error))
+        error = ticket.requests[event.row].error
+        # A ValueError is of options that contradict each other, such as a logit_bias that excludes all of a grammar.
+        raise ApiError(400 if isinstance(error, ValueError) else 500, str(error))
     if event.finish_reason == "cancelled":
-        raise ApiError(503, "the request was cancelled", retry_after=1)
+        raise late(ticket)
+
+
+def late(ticket: Ticket) -> ApiError:
+    return ApiError(503, ticket.late or "the request was cancelled", retry_after=1)
 
 
 def note(request: HttpRequest, ticket: Ticket, usage: Mapping[str, Any]) -> None:
-    """What the log tells of a request: numbers of tokens, and the time to the first; no text."""
-    cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
-    first = f"{ticket.first - ticket.arrived:.3f} s" if ticket.first else "none"
-    counts = f"{usage['prompt_tokens']} tokens of prompts ({cached} cached), {usage.get('completion_tokens', 0)} new"
-    request.state.note = f", {counts}, first after {first}"
+    """What the log has of a request: numbers of tokens, and the time to the first."""
+    fields = getattr(request.state, "fields", {})
+    request.state.fields = fields | {
+        "prompt_tokens": usage["prompt_tokens"],
+        "cached_tokens": usage.get("prompt_tokens_details", {}).get("cached_tokens", 0),
+        "completion_tokens": usage.get("completion_tokens", 0),
+        "first_token_seconds": round(ticket.first - ticket.arrived, 4) if ticket.first else None,
+    }
 
 
 async def embeddings(request: HttpRequest) -> Response:
@@ -260,18 +312,6 @@ async def metrics(request: HttpRequest) -> Response:
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
-def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """JSON in ASCII, which holds any text."""
-    return Response(json.dumps(value, separators=(",", ":")), status, headers, "application/json")
-
-
-def error_response(error: ApiError) -> Response:
-    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return json_response(error.body, error.status, headers)
-
-
 async def on_error(request: HttpRequest, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         text = f"{error.detail}: {request.method} {request.url.path}"
@@ -279,46 +319,6 @@ async def on_error(request: HttpRequest, error: Exception) -> Response:
         response.headers.update(error.headers or {})
         return response
     return error_response(error if isinstance(error, ApiError) else ApiError(500, "the server has failed; see its log"))
-
-
-class Guard:
-    """Around every route: keys, and a line of the log for each request."""
-
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self.app, self.keys = app, [key.encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        began, status = time.monotonic(), 499  # as logs call it when the client goes before the reply begins
-        state = scope.setdefault("state", {})
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        try:
-            if self.allowed(scope):
-                await self.app(scope, receive, noting)
-            else:
-                text = "the key is missing or wrong; send the header Authorization: Bearer KEY"
-                await error_response(ApiError(401, text, code="invalid_api_key"))(scope, receive, noting)
-        except Exception:
-            status = 500
-            raise
-        finally:
-            took = time.monotonic() - began
-            level = logging.DEBUG if scope["path"] in POLLED else logging.INFO
-            log.log(level, "%s %r %d%s, %.3f s", scope["method"], scope["path"], status, state.get("note", ""), took)
-
-    def allowed(self, scope: Scope) -> bool:
-        if not self.keys or scope["path"] in OPEN:
-            return True
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, key = header.partition(b" ")
-        matches = [hmac.compare_digest(key.strip(), own) for own in self.keys]  # all, so that time tells nothing
-        return kind.lower() == b"bearer" and any(matches)
 
 
 ROUTES: dict[str, tuple[str, Callable[[HttpRequest], Any]]] = {

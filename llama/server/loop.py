@@ -9,43 +9,67 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import queue
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..generation import Llama
-from ..parallel import broadcast, broadcast_object, rank, world_size
+from ..parallel import broadcast_object, rank, world_size
 from ..request import Event, Request
 from ..scoring import to_embed
+from ..stream import refused
 from .metrics import Metrics
 from .schema import Work
 
 log = logging.getLogger("llama.server")
-IDLE = 60.0  # seconds after which waiting ranks hear that nothing has come; gloo gives up after 30 minutes
+# Seconds after which waiting ranks hear that nothing has come, and the first finds out if another is gone. gloo itself
+# gives up after 30 minutes.
+IDLE = 20.0
+NAMES = {"eos": "stop", "cancelled": "abort", "refused": "content_filter"}  # of finish reasons in the metrics
+
+
+@dataclass
+class Times:
+    """When a request took its slot, and when its first and its latest token came; 0 for what has not happened."""
+
+    admitted: float = 0.0
+    first: float = 0.0
+    latest: float = 0.0
+    tokens: int = 0  # that were generated
+    counted: bool = False  # the prompt is in the metrics
 
 
 class Ticket:
-    """An HTTP request's place at the engine. The event loop's thread has it, but for what the first events tell."""
+    """An HTTP request's place at the engine: an engine's request for each prompt. Attributes belong to the event loop's
+    thread, except where noted."""
 
     def __init__(self, number: int, work: Work) -> None:
         self.number, self.work, self.arrived = number, work, time.monotonic()
-        self.requests: list[Request] = []  # there before the first event
+        self.requests: list[Request] = []  # set by the engine's thread before the first event
         self.embeddings: Tensor | None = None  # complete with the last
         self.updates: asyncio.Queue[list[Event]] = asyncio.Queue()
-        self.first = 0.0  # when the first token came, of any
-        self.latest = [0.0] * len(work.prompts)  # when each got its last token
+        self.times = [Times() for _ in work.prompts]  # `admitted` is set by the engine's thread
+        self.began = 0.0  # when the first request took a slot; set by the engine's thread
+        self.late = ""  # why the time limits have ended it; set by the engine's thread
+        self.started = asyncio.Event()  # a request has taken a slot or has ended
         self.open = len(work.prompts)  # requests that go on
+
+    @property
+    def first(self) -> float:
+        """When the first token came, of any request; 0 before."""
+        return min((times.first for times in self.times if times.first), default=0.0)
 
     async def events(self, patience: float) -> AsyncIterator[list[Event]]:
         """What steps bring, until all requests have ended; an empty list where that takes longer than `patience`
         seconds."""
-        left = self.open
+        left = len(self.work.prompts)
         while left:
             events: list[Event] = []
             with suppress(asyncio.TimeoutError):
@@ -55,9 +79,13 @@ class Ticket:
 
 
 class Loop:
-    def __init__(self, llama: Llama, metrics: Metrics) -> None:
-        self.llama, self.metrics = llama, metrics
+    """`max_wait` is how many seconds an HTTP request may wait for its first slot, `max_time` how many it may then run;
+    what is late ends, on all ranks."""
+
+    def __init__(self, llama: Llama, metrics: Metrics, max_wait: float = math.inf, max_time: float = math.inf) -> None:
+        self.llama, self.metrics, self.max_wait, self.max_time = llama, metrics, max_wait, max_time
         self.inbox: queue.SimpleQueue[tuple[int, Work | None] | None] = queue.SimpleQueue()
+        llama.engine.outbox = self.inbox
         self.numbers = itertools.count()
         self.tickets: dict[int, Ticket] = {}  # on the first rank
         self.open = 0  # requests that have been submitted and have not ended
@@ -73,53 +101,90 @@ class Loop:
         self.inbox.put((ticket.number, work))
         return ticket
 
+    def refuse(self, work: Work, text: str) -> Ticket:
+        """A ticket that the engine never sees: each of its requests has ended with `text` in place of an answer."""
+        ticket = Ticket(next(self.numbers), work)
+        ticket.requests, ticket.open = [Request(prompt, len(prompt)) for prompt in work.prompts], 0
+        ticket.updates.put_nowait([refused(row, text) for row in range(len(work.prompts))])
+        ticket.started.set()
+        self.metrics.add("request_success_total", len(work.prompts), finished_reason="content_filter")
+        return ticket
+
     def cancel(self, ticket: Ticket) -> None:
         """End what is left of a ticket. To cancel one that has ended is nothing."""
         if ticket.open:
             self.inbox.put((ticket.number, None))
 
     def gauges(self) -> dict[str, float]:
-        running = sum(slot.request is not None for slot in self.llama.engine.slots)
-        return {"num_requests_running": running, "num_requests_waiting": max(0, self.open - running)}
+        slots = self.llama.engine.slots
+        running = [slot for slot in slots if slot.request is not None]
+        used = sum(len(slot.tokens) for slot in running)
+        return {
+            "num_requests_running": len(running),
+            "num_requests_waiting": max(0, self.open - len(running)),
+            "kv_cache_usage_perc": used / (len(slots) * self.llama.model.params.max_seq_len),
+        }
 
     def stop(self) -> None:
         """End `run`, on all ranks. From any thread."""
         self.inbox.put(None)
 
     def _deliver(self, found: list[tuple[Ticket, list[Event]]]) -> None:
-        now = time.monotonic()
+        now, tokens = time.monotonic(), 0
         for ticket, events in found:
             for event in events:
-                self._count(ticket, event, now)
+                tokens += self._count(ticket, event, now)
                 if event.finish_reason:
                     ticket.open -= 1
                     self.open -= 1
             if not ticket.open:
                 self.tickets.pop(ticket.number, None)
-            ticket.updates.put_nowait(events)
+            if events:
+                ticket.updates.put_nowait(events)
+            ticket.started.set()
+        if tokens:
+            self.metrics.observe("iteration_tokens_total", tokens)
 
-    def _count(self, ticket: Ticket, event: Event, now: float) -> None:
-        metrics, last = self.metrics, ticket.latest[event.row]
-        prompt = ticket.work.prompts[event.row]
-        new = len(event.tokens) - (len(prompt) if ticket.work.echo and not last else 0)
-        if not last and ticket.requests:
+    def _count(self, ticket: Ticket, event: Event, now: float) -> int:
+        """Add an event to the metrics; the number of its tokens, with those of a prompt that is complete."""
+        metrics, times, prompt = self.metrics, ticket.times[event.row], ticket.work.prompts[event.row]
+        new = len(event.tokens) - (len(prompt) if ticket.work.echo and not times.counted else 0)
+        count = max(0, new)
+        if not times.counted and ticket.requests:
+            times.counted = True
             metrics.add("prompt_tokens_total", len(prompt))
             metrics.add("prefix_cache_queries_total", len(prompt))
             metrics.add("prefix_cache_hits_total", ticket.requests[event.row].cached)
-        if event.tokens or not last:
-            ticket.latest[event.row] = now
+            count += len(prompt)
         if new > 0:
             metrics.add("generation_tokens_total", new)
-            ticket.first = ticket.first or now
-            if not last:
+            if not times.first:
+                times.first = now
                 metrics.observe("time_to_first_token_seconds", now - ticket.arrived)
-            more = new if last else new - 1
-            if more:
-                metrics.observe("inter_token_latency_seconds", (now - last) / new if last else 0.0, more)
+            if more := new if times.latest else new - 1:
+                metrics.observe("inter_token_latency_seconds", (now - (times.latest or now)) / new, more)
+            times.latest, times.tokens = now, times.tokens + new
         if reason := event.finish_reason:
-            names = {"eos": "stop", "cancelled": "abort"}
-            metrics.add("request_success_total", labels=f',finished_reason="{names.get(reason, reason)}"')
-            metrics.observe("e2e_request_latency_seconds", now - ticket.arrived)
+            metrics.add("request_success_total", finished_reason=NAMES.get(reason, reason))
+            self._count_end(ticket, event.row, now)
+        return count
+
+    def _count_end(self, ticket: Ticket, row: int, now: float) -> None:
+        times = ticket.times[row]
+        found = {
+            "request_prompt_tokens": len(ticket.work.prompts[row]),
+            "request_generation_tokens": times.tokens,
+            "e2e_request_latency_seconds": now - ticket.arrived,
+        }
+        if ticket.work.settings:
+            found["request_params_max_tokens"] = ticket.work.settings[row].max_new
+        if times.admitted:
+            found["request_queue_time_seconds"] = times.admitted - ticket.arrived
+        if times.first:
+            found["request_prefill_time_seconds"] = times.first - times.admitted
+            found["request_decode_time_seconds"] = times.latest - times.first
+        for name, value in found.items():
+            self.metrics.observe(name, value)
 
     # -----------------------------------------------------------------------------------------------------------------
     # In the engine's thread, on every rank
@@ -129,6 +194,7 @@ class Loop:
         running: dict[int, list[Request]] = {}
         ending = False
         while not ending or running:
+            self._end_late(running)
             for item in self._receive(ending or bool(running)):
                 number, work = item or (None, None)
                 if number is None:
@@ -138,30 +204,44 @@ class Loop:
                     running[number] = self._begin(number, work)
                 elif number in running:
                     self.llama.engine.cancel(*running[number])
+            began = time.monotonic()
             if running:
                 self._step()
-            running = self._send(running)
+            running = self._send(running, began)
+
+    def _end_late(self, running: Iterable[int]) -> None:
+        """On the first rank: cancel the tickets that have waited or run for too long."""
+        now = time.monotonic()
+        for ticket in filter(None, map(self.tickets.get, running)):
+            if ticket.late:
+                continue
+            if not ticket.began and now - ticket.arrived > self.max_wait:
+                ticket.late = f"no slot was free for {self.max_wait:g} seconds; try again"
+            elif ticket.began and now - ticket.began > self.max_time:
+                ticket.late = f"the request has run for {self.max_time:g} seconds, as long as this server allows"
+            if ticket.late:
+                self.inbox.put((ticket.number, None))
 
     def _receive(self, busy: bool) -> list[tuple[int, Work | None] | None]:
         """What has arrived at the first rank since the last turn; if nothing is to be done, what arrives next."""
-        items: list[Any] = []
+        items: list[Any]
+        items, self.llama.engine.received = self.llama.engine.received, []
+        if world_size() > 1 and (busy or items):  # it came with the last step
+            return items
         if rank() == 0:
             with suppress(queue.Empty):
                 if not busy:
                     items.append(self.inbox.get(timeout=IDLE))
                 while True:
                     items.append(self.inbox.get_nowait())
-        # The numbers of a step are sent as one tensor; a turn in which nothing arrived costs one more, of one number.
-        if world_size() > 1 and broadcast(torch.tensor([len(items)], device="cpu")).item():
-            items = broadcast_object(items)
-        return items
+        return broadcast_object(items)
 
     def _begin(self, number: int, work: Work) -> list[Request]:
         engine, ticket = self.llama.engine, self.tickets.get(number)
         embeddings = None
         if work.settings:
-            options = work.logprobs, work.echo, work.chat, work.top_logprobs
-            requests = self.llama._requests(work.prompts, work.settings, *options)
+            options = work.logprobs, work.echo, not work.continues, work.top_logprobs
+            requests = self.llama.inputs.requests(work.prompts, work.settings, *options)
         else:
             requests, embeddings = to_embed(engine, work.prompts, "mean")
         for row, request in enumerate(requests):
@@ -180,14 +260,20 @@ class Loop:
                 raise
             log.exception("a step failed; its requests have ended")
 
-    def _send(self, running: dict[int, list[Request]]) -> dict[int, list[Request]]:
-        """Give the tickets what they have got; the requests that go on."""
+    def _send(self, running: dict[int, list[Request]], began: float) -> dict[int, list[Request]]:
+        """Give the tickets what a step that began at `began` has brought; the requests that go on."""
         found: list[tuple[Ticket, list[Event]]] = []
         for number, requests in running.items():
             if ticket := self.tickets.get(number):
-                outputs = [request.outputs for request in requests]
-                events = [output.popleft() for output in outputs for _ in range(len(output))]
-                if events:
+                events = list[Event]()
+                for request, times in zip(requests, ticket.times, strict=True):
+                    if request.slot >= 0 and not times.admitted:
+                        times.admitted = began
+                    new = [request.outputs.popleft() for _ in range(len(request.outputs))]
+                    events += [in_time(ticket, request, event) for event in new]
+                admitted = not ticket.began and any(times.admitted for times in ticket.times)
+                ticket.began = ticket.began or (began if admitted else 0.0)
+                if events or admitted:
                     found.append((ticket, events))
         if found:
             with suppress(RuntimeError):  # the event loop has ended, and with it all who wait
@@ -195,3 +281,11 @@ class Loop:
         return {
             number: requests for number, requests in running.items() if not all(request.finish for request in requests)
         }
+
+
+def in_time(ticket: Ticket, request: Request, event: Event) -> Event:
+    """An event, where an answer that has run for too long is one that has reached its length. What needs the whole
+    prompt, embeddings and an echo's log probabilities, stays cancelled before it is computed."""
+    complete = not request.observe or len(request.ids) > len(request.prompt)
+    cut = event.finish_reason == "cancelled" and ticket.late and ticket.began and complete
+    return event._replace(finish_reason="length") if cut else event

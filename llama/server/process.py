@@ -15,6 +15,7 @@ from ..generation import Llama
 from .app import Config, Service, make_app
 from .loop import Loop
 from .metrics import Metrics
+from .protocol import LARGEST_HEADERS, Http
 
 log = logging.getLogger("llama.server")
 GRACE = 60  # seconds in which running requests may end after the first signal
@@ -39,7 +40,9 @@ class Server:
         self.http = uvicorn.Server(
             uvicorn.Config(
                 make_app(self.service),
-                http="h11",
+                http=Http,
+                ws="none",
+                h11_max_incomplete_event_size=LARGEST_HEADERS,
                 loop="asyncio",
                 lifespan="off",
                 access_log=False,
@@ -62,7 +65,8 @@ class Server:
 
     def serve(self, llama: Llama) -> None:
         """Serve until `drain` is called, and what then runs has ended."""
-        self.service.loop = Loop(llama, self.service.metrics)
+        config = self.service.config
+        self.service.loop = Loop(llama, self.service.metrics, config.max_wait, config.max_time)
         if not self.ended:
             self.service.loop.run()
         self.thread.join()

@@ -15,7 +15,7 @@ from ..tokenizer import Decoder, Tokenizer
 from .loop import Ticket
 from .schema import Asked
 
-REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+REASONS = {"eos": "stop", "stop": "stop", "length": "length", "refused": "content_filter"}
 NEVER = -9999.0  # stands for minus infinity, which JSON does not have
 
 
@@ -41,19 +41,18 @@ class Choice:
 
     def __init__(self, tokenizer: Tokenizer, asked: Asked, request: Request) -> None:
         self.tokenizer, self.request, self.work = tokenizer, request, asked.work
-        continues = not (self.work.echo or self.work.chat)
-        self.decoder = Decoder(tokenizer, request.prompt if continues else ())
+        self.decoder = Decoder(tokenizer, request.prompt if self.work.continues and not self.work.echo else ())
         self.held: list[Token] = []
         self.preface = len(request.prompt) if self.work.echo else 0  # tokens of the first event that are the prompt's
         self.seen = self.told = 0  # characters of the tokens so far, and of the text
         self.count = 0  # tokens that were generated
 
     def take(self, event: Event) -> Part:
-        preface, self.preface = self.preface, 0
+        preface, self.preface = min(self.preface, len(event.tokens)), 0
         self.count += len(event.tokens) - preface
         self.told += len(event.text)
         reason = REASONS.get(event.finish_reason, event.finish_reason) if event.finish_reason else None
-        if not self.work.logprobs:
+        if not self.work.logprobs or event.finish_reason == "refused":
             return Part(event.text, [], reason)
         self._hold(event, preface)
         return Part(event.text, self._release(event.finish_reason is not None), reason)

@@ -1,0 +1,115 @@
+"""Texts, dialogs and token ids -> checked requests for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from reprlib import repr as shorten
+from typing import Any
+
+import torch
+
+from .chat import ChatFormat, Dialog
+from .grammar import Grammars
+from .model import ModelArgs
+from .options import Settings, spread_options
+from .request import Request
+from .scoring import Scores
+from .text import Text
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class InputProcessor:
+    """What a model's inputs are made with. Methods raise ValueError that names a bad input and its limit."""
+
+    params: ModelArgs
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    generator: torch.Generator  # where prompts without a seed of their own get one
+    grammars: Grammars
+
+    def encode(self, texts: Any, name: str = "prompts") -> list[list[int]]:
+        """The ids of each text, with BOS before it."""
+        check_texts(texts, name)
+        return [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
+
+    def encode_dialog(self, dialog: Dialog, name: str, answered: bool = False, unfinished: bool = False) -> list[int]:
+        """The ids of a dialog in the chat format; with `answered` it ends with the assistant's message, which is to go
+        on if it is `unfinished`."""
+        self.chat_format.check(dialog, name, answered=answered)
+        if refusal := self.chat_format.refusal(dialog):
+            raise ValueError(f"{name}: {refusal}")
+        return self.chat_format.encode(self.tokenizer, dialog, answered, unfinished)
+
+    def check_ids(self, prompts: Any) -> None:
+        """Prompts that are given as ids."""
+        if not isinstance(prompts, list) or not all(isinstance(row, list) for row in prompts):
+            raise ValueError(f"prompt_tokens is {shorten(prompts)}; it must be a list of lists of token ids")
+        self.check(prompts, [f"prompt {i}" for i in range(len(prompts))])
+
+    def check(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> None:
+        for prompt, name in zip(prompts, names, strict=True):
+            if not prompt:
+                raise ValueError(f"{name} is empty; it needs at least one token, such as bos_id")
+            size = self.params.vocab_size
+            if odd := [id for id in prompt if type(id) is not int or not 0 <= id < size]:
+                raise ValueError(f"{name} holds {shorten(odd[0])}, which is no int from 0 to {size - 1}")
+        self.check_lengths(prompts, names)
+
+    def check_lengths(self, rows: Sequence[Sequence[int]], names: Sequence[str]) -> None:
+        limit = self.params.max_seq_len
+        for row, name in zip(rows, names, strict=True):
+            if len(row) > limit:
+                raise ValueError(
+                    f"{name} has {len(row)} tokens, more than max_seq_len {limit}; "
+                    "shorten it or build with a larger max_seq_len"
+                )
+
+    def settings(
+        self, B: int, max_gen_len: Any, temperature: Any, top_p: Any, options: Mapping[str, Any], chat: bool = False
+    ) -> list[Settings]:
+        """The options of each of B prompts, or of answers of a chat."""
+        self.params.check_output()
+        every = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, **options}
+        limits = self.params.vocab_size, self.tokenizer.eos_ids, self.params.max_seq_len
+        found = spread_options(B, *limits, self.generator, every)
+        for grammar in {own.grammar for own in found if own.grammar}:
+            self.grammars.compile(grammar, chat)
+        return found
+
+    def requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sequence[Settings],
+        logprobs: bool,
+        echo: bool = False,
+        chat: bool = False,
+        top_logprobs: int = 0,
+    ) -> list[Request]:
+        """What the engine is asked. A text continues its prompt's; an answer of a chat is one of its own."""
+        requests = []
+        for prompt, own in zip(prompts, settings, strict=True):
+            text = Text(self.tokenizer, own.stop, own.min_new, () if echo or chat else prompt)
+            if echo:
+                text.preface(prompt)
+            limit = min(self.params.max_seq_len, len(prompt) + own.max_new)
+            matcher = self.grammars.matcher(own.grammar, chat) if own.grammar else None
+            lookup = 0 if matcher else own.lookup
+            ends, end = (self.tokenizer.eos_ids, own.stop_ids), (own.min_new, lookup)
+            request = Request(
+                prompt, limit, own.sampling, *ends, *end, logprobs, top_logprobs, text, matcher, echo=echo
+            )
+            if echo and logprobs:
+                request.observe = scores = Scores(prompt, top=top_logprobs)
+                request.first, request.prompt_logprobs = 0, scores.logprobs
+            requests.append(request)
+        return requests
+
+
+def check_texts(texts: Any, name: str) -> None:
+    if not isinstance(texts, list):
+        raise ValueError(f"{name} is {shorten(texts)}; it must be a list of str")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name.removesuffix('s')} {i} is {shorten(text)}, which is not a str")

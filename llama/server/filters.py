@@ -1,0 +1,87 @@
+"""Filters that see what is asked and what is answered, and may put a text in place of the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ..chat import Dialog
+from ..request import Event
+from ..stream import InputFilter, OutputFilter, check_verdict, whole
+from .schema import ApiError
+
+log = logging.getLogger("llama.server")
+THREADS = 16  # in which filters run, so that a slow one holds up only what it looks at
+
+
+class Filters:
+    """The filters of a server: the first that returns a text decides."""
+
+    def __init__(self, input_filters: Sequence[InputFilter] = (), output_filters: Sequence[OutputFilter] = ()) -> None:
+        self.input_filters, self.output_filters = input_filters, output_filters
+        self.threads = ThreadPoolExecutor(THREADS, "filter")
+
+    async def of_dialog(self, dialog: Dialog) -> str | None:
+        return await self._first(self.input_filters, dialog)
+
+    async def answered(self, events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
+        """Events, each answer held back until it is whole where there are output filters."""
+        held: dict[int, list[Event]] = {}
+        async for some in events:
+            if not self.output_filters:
+                yield some
+                continue
+            ended = list[Event]()
+            for event in some:
+                held.setdefault(event.row, []).append(event)
+                if event.finish_reason:
+                    ended.append(await self._judged(whole(held.pop(event.row))))
+            yield ended
+
+    async def _judged(self, answer: Event) -> Event:
+        if answer.finish_reason in ("error", "cancelled", "refused"):
+            return answer
+        verdict = await self._first(self.output_filters, answer.text)
+        return answer if verdict is None else answer._replace(text=verdict, finish_reason="refused")
+
+    async def _first(self, filters: Sequence[Callable[[Any], str | None]], value: object) -> str | None:
+        """What the first of several filters says that says something."""
+        for function in filters:
+            try:
+                found = await asyncio.get_running_loop().run_in_executor(self.threads, function, value)
+                if found is not None:
+                    return check_verdict(found)
+            except Exception as error:
+                log.exception("the filter %s failed", getattr(function, "__qualname__", function))
+                raise ApiError(500, "a filter has failed; see the server's log") from error
+        return None
+
+
+def load_filters(names: Sequence[str]) -> Filters:
+    """The functions `input_filter` and `output_filter` of objects `module:name`, or of modules; a class is called to
+    make one. ValueError for what has neither."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    inputs, outputs = list[InputFilter](), list[OutputFilter]()
+    for name in names:
+        try:
+            module, _, path = name.partition(":")
+            found = importlib.import_module(module)
+            for part in filter(None, path.split(".")):
+                found = getattr(found, part)
+            owner: Any = found() if inspect.isclass(found) else found
+        except Exception as error:  # it is somebody's program
+            raise ValueError(f"cannot load the filter {name}: {type(error).__name__}: {error}") from error
+        own = [getattr(owner, kind, None) for kind in ("input_filter", "output_filter")]
+        if not any(map(callable, own)):
+            raise ValueError(f"the filter {name} has neither a function input_filter nor one output_filter")
+        inputs += [own[0]] if callable(own[0]) else []
+        outputs += [own[1]] if callable(own[1]) else []
+    return Filters(inputs, outputs)

@@ -1,0 +1,101 @@
+"""What is around every route: keys, an id, and a line of the log for each request; and replies in JSON."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .schema import ApiError
+
+log = logging.getLogger("llama.server")
+OPEN = {"/", "/health"}  # what needs no key
+POLLED = {"/health", "/metrics"}  # so often that the log has them at its level DEBUG alone
+ID = re.compile(rb"[\x21-\x7e]{1,128}")  # of a request, as clients may choose it
+
+
+class Guard:
+    """An application that answers those who have a key, if there are any, and logs each request. What routes note in
+    `request.state.fields` is a part of the line."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self.app, self.keys = app, [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began, status = time.monotonic(), 499  # as logs call it when the client goes before the reply begins
+        state = scope.setdefault("state", {})
+        given = header(scope, b"x-request-id")
+        id = given if ID.fullmatch(given) else uuid.uuid4().hex.encode()
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", id)]}
+            await send(message)
+
+        try:
+            if self.allowed(scope):
+                await self.app(scope, receive, noting)
+            else:
+                text = "the key is missing or wrong; send the header Authorization: Bearer KEY"
+                await error_response(ApiError(401, text, code="invalid_api_key"))(scope, receive, noting)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            fields = {"method": scope["method"], "path": scope["path"], "status": status}
+            fields |= {"seconds": round(time.monotonic() - began, 4), "request_id": id.decode()}
+            access(fields | state.get("fields", {}))
+
+    def allowed(self, scope: Scope) -> bool:
+        if not self.keys or scope["path"] in OPEN:
+            return True
+        kind, _, key = header(scope, b"authorization").partition(b" ")
+        matches = [hmac.compare_digest(key.strip(), own) for own in self.keys]  # all, so that time tells nothing
+        return kind.lower() == b"bearer" and any(matches)
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    found: bytes = dict(scope["headers"]).get(name, b"")
+    return found
+
+
+def access(fields: Mapping[str, Any]) -> None:
+    """A line of the log about a request."""
+    text = "{method} {path!r} {status}".format_map(fields)
+    if "prompt_tokens" in fields:
+        text += ", {prompt_tokens} tokens of prompts ({cached_tokens} cached), {completion_tokens} new".format_map(
+            fields
+        )
+        first = fields["first_token_seconds"]
+        text += f", first after {first:.3f} s" if first is not None else ", first never"
+    text += ", {seconds:.3f} s, {request_id}".format_map(fields)
+    if "prompt" in fields:
+        text += f", {json.dumps(fields['prompt'])}"
+    level = logging.DEBUG if fields["path"] in POLLED else logging.INFO
+    log.log(level, "%s", text, extra={"fields": fields})
+
+
+def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """JSON in ASCII, which holds any text."""
+    return Response(json.dumps(value, separators=(",", ":")), status, headers, "application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.status in (408, 413):  # nobody will read the rest
+        headers["Connection"] = "close"
+    return json_response(error.body, error.status, headers)

@@ -1,0 +1,102 @@
+"""The server's processes: loading, signals, ranks that die, and how little they do when idle."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from serving import build, command, gauge, httpx, openai, streamed, wait_for, wait_until_ready
+
+from llama.server.app import Config
+from llama.server.process import Server
+
+LONG = {"model": "small-chat", "prompt": "Once", "max_tokens": 400, "extra_body": {"min_tokens": 400}}
+
+
+@pytest.fixture
+def jobs():
+    """Two ranks that serve, with a client."""
+    with command(ranks=2) as processes:
+        wait_until_ready(processes[0])
+        yield processes
+
+
+def client_of(process):
+    client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="key", max_retries=0, timeout=30)
+    client.url = process.url
+    return client
+
+
+def ended(process, seconds=30):
+    """Exit code and stderr."""
+    code = process.wait(seconds)
+    return code, process.stderr.read()
+
+
+def test_503_while_loading():
+    server = Server(Config("small-chat"))
+    url = f"http://127.0.0.1:{server.port}"
+    for path in ("health", "v1/models"):
+        reply = httpx.get(f"{url}/{path}")
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+        assert reply.json()["error"]["message"] == "the model is being loaded"
+    reply = httpx.post(f"{url}/v1/completions", json={"prompt": "a"})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (503, "server_error")
+    assert httpx.get(f"{url}/metrics").status_code == 200
+    server.drain()
+    server.serve(build(max_seq_len=16))
+
+
+def test_sigterm_under_load(jobs):
+    """What runs ends as it would, newcomers hear that the server ends, and all ranks end well."""
+    client = client_of(jobs[0])
+    streams = [client.completions.create(**LONG, stream=True) for _ in range(4)]
+    for process in jobs:  # as torchrun sends it to all
+        process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    with pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
+        client.completions.create(**LONG)
+    assert [streamed(stream)[1] for stream in streams] == [{0: "length"}] * 4
+    assert [ended(process)[0] for process in jobs] == [0, 0]
+
+
+def test_a_second_signal_ends_at_once(jobs):
+    client = client_of(jobs[0])
+    stream = client.completions.create(**{**LONG, "n": 16}, stream=True)
+    next(stream)
+    for _ in range(2):
+        for process in jobs:
+            process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert [ended(process, 5)[0] for process in jobs] == [128 + signal.SIGINT] * 2
+
+
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_job(jobs, victim, busy):
+    if busy:
+        stream = client_of(jobs[0]).completions.create(**{**LONG, "n": 16}, stream=True)
+        next(stream)
+    jobs[victim].kill()
+    code, err = ended(jobs[1 - victim])
+    assert code > 0
+    errors = [line for line in err.splitlines() if "INFO" not in line and "WARNING" not in line and "[W" not in line]
+    assert len(errors) == 1, err
+    assert errors[0].startswith(f"error: rank {1 - victim}: lost contact with another rank")
+
+
+def seconds_of_cpu(process):
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+def test_idle_ranks_do_nothing(jobs):
+    client = client_of(jobs[0])
+    assert client.completions.create(model="small-chat", prompt="Once", max_tokens=4).choices
+    wait_for(lambda: gauge(client, "num_requests_running") == 0)
+    time.sleep(1)
+    before = [seconds_of_cpu(process) for process in jobs]
+    time.sleep(4)
+    assert all(seconds_of_cpu(process) - at < 0.4 for process, at in zip(jobs, before, strict=True))
