@@ -65,6 +65,8 @@ def parse(
 
     if isinstance(command, Mapping):
         chosen = command.get(args[0]) if args else None
+        if own := getattr(chosen, "parse", None):  # most flags are another program's
+            return [own(args[1:])]
         fire.Fire({name: note(function) for name, function in command.items()}, [*attached(args, chosen)])
     else:
         fire.Fire(note(command), [*attached(args, command)])

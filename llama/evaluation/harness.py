@@ -1,0 +1,235 @@
+"""This library as a model of lm-evaluation-harness, which has the tasks, prompts and metrics (extra `eval`)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import parallel
+from ..generation import Llama
+from ..request import Request
+from ..scoring import AT_ONCE
+
+NAME = "llama"  # what the harness calls it
+QUEUE = 16  # requests per slot that the engine is given at a time: each step looks at all that wait
+MAX_GEN_TOKS = 256  # the harness's default
+# The harness's names of options -> the library's. Others, such as do_sample, have been applied before, or mean nothing.
+OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class Continuation(NamedTuple):
+    context: Sequence[int]
+    ids: Sequence[int]  # what follows it
+
+
+class Continuations:
+    """Log probabilities of continuations that have all ids but the last in common: `row` is what the model sees, from
+    number `begin` on ids of the continuations, and `ends` are their last ids. It observes a request for `row`."""
+
+    def __init__(self, row: Sequence[int], begin: int, ends: Sequence[int]) -> None:
+        self.row, self.begin, self.ends = row, begin, ends
+        self.sum, self.greedy = 0.0, True  # of the ids in the row
+        self.last: list[float] = []  # log probabilities of the ends
+        self.best = -1  # the argmax in their place
+
+    def __call__(self, hidden: Tensor, start: int, logits: Callable[[Tensor], Tensor]) -> bool:
+        """Take hidden states (n, dim) of the positions from `start` on; whether all was finite."""
+        hidden = hidden[max(0, self.begin - 1 - start) :]
+        start = max(start, self.begin - 1)
+        for part in hidden.split(AT_ONCE):
+            logprobs = torch.log_softmax(logits(part), -1)
+            best = logprobs.argmax(-1)
+            targets = torch.tensor(self.row[start + 1 : start + 1 + len(part)], device=part.device)
+            inner = logprobs[: len(targets)].gather(-1, targets[:, None])
+            self.sum += inner.double().sum().item()
+            self.greedy = self.greedy and bool((best[: len(targets)] == targets).all())
+            start += len(part)
+            if start == len(self.row):
+                self.last, self.best = logprobs[-1, list(self.ends)].tolist(), int(best[-1])
+        return math.isfinite(self.sum) and all(map(math.isfinite, self.last))
+
+
+class HarnessModel(TemplateLM):
+    """A `Llama` for lm_eval.simple_evaluate(model=HarnessModel(llama), ...). Under torchrun every rank has one and
+    makes the same calls."""
+
+    def __init__(self, llama: Llama, name: str = "llama", progress: bool = True) -> None:
+        super().__init__()
+        self.llama, self.name = llama, name
+        self.hidden_progress = not progress or parallel.rank() > 0
+        special = sorted(llama.tokenizer.special, key=len, reverse=True)
+        self.special = re.compile(f"({'|'.join(map(re.escape, special))})") if special else None
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Texts
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.llama.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        tokenizer = self.llama.tokenizer
+        return tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
+
+    @property
+    def max_length(self) -> int:
+        return self.llama.model.params.max_seq_len
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The ids of a text, in which special tokens may be spelled out, as chat templates do; with BOS before it,
+        unless it has one or `add_special_tokens` is False."""
+        tokenizer, ids = self.llama.tokenizer, list[int]()
+        parts = self.special.split(string) if self.special else [string]
+        for part in filter(None, parts):
+            known = tokenizer.special.get(part)
+            ids += [known] if known is not None else tokenizer.encode(part, bos=False, eos=False)
+        before = tokenizer.encode("", bos=add_special_tokens is not False, eos=False)
+        return ids if ids[:1] == before and add_special_tokens is None else before + ids
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"{self.name}, {self.llama.chat_format.name}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.llama.chat_format.name if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A dialog in the model's own format, special tokens spelled out."""
+        llama, dialog = self.llama, [{"role": m["role"], "content": m["content"]} for m in chat_history]
+        ids = llama.inputs.encode_dialog(dialog, "the dialog", answered=not add_generation_prompt)  # type: ignore[arg-type]
+        names = {id: name for name, id in llama.tokenizer.special.items()}
+        return "".join(names.get(id) or piece for id, piece in zip(ids, self._pieces(ids), strict=True))
+
+    def _pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each id, where a special token begins a new text."""
+        pieces, rest = list[str](), list[int]()
+        for id in [*ids, None]:
+            if id is not None and id not in self.llama.tokenizer.special.values():
+                rest.append(id)
+                continue
+            pieces += [*self.llama.tokenizer.decode_pieces(rest), ""]
+            rest = []
+        return pieces[:-1]
+
+    def get_model_info(self) -> dict[str, Any]:
+        model = self.llama.model
+        counts = sum(p.numel() for p in model.parameters())
+        return {"model_num_parameters": counts, "model_dtype": str(next(model.parameters()).dtype), "model": self.name}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Log likelihoods
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """For each (texts, context ids, continuation ids) the sum of the continuation's log probabilities, and whether
+        each of its ids is the argmax. Of what is too long the end counts."""
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        alike: dict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
+        ends = list[int]()
+        for i, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise ValueError(f"a continuation has {len(continuation)} tokens, more than {self.max_length}")
+            ids = [*context, *continuation][-self.max_length - 1 :]
+            ends.append(ids[-1])
+            if continuation:
+                alike[tuple(ids[:-1]), len(ids) - len(continuation)].append(i)
+        keys = sorted(alike)  # neighbours share a prefix, which is computed once
+        observers = [Continuations(row, begin, [ends[i] for i in alike[row, begin]]) for row, begin in keys]
+        asked = [Request(o.row, len(o.row), observe=o, first=o.begin - 1) for o in observers]
+        self._run(asked, disable_tqdm, "log likelihoods")
+        for key, observer in zip(keys, observers, strict=True):
+            for i, logprob in zip(alike[key], observer.last, strict=True):
+                found[i] = observer.sum + logprob, observer.greedy and observer.best == ends[i]
+                if (texts := requests[i][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, found[i])
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log probability of each whole text, in windows of `max_length`."""
+        rows = list[tuple[None, list[int], list[int]]]()
+        counts = list[int]()
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            new = [(None, *make_disjoint_window(window)) for window in windows]
+            rows += new
+            counts.append(len(new))
+        parts = iter(self._loglikelihood_tokens(rows, disable_tqdm))
+        sums = [math.fsum(next(parts)[0] for _ in range(count)) for count in counts]
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Generation
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text that follows each context, up to the first of its stop strings."""
+        llama, asked, stops = self.llama, list[Request](), list[list[str]]()
+        for request in requests:
+            context, given = request.args
+            options = normalize_gen_kwargs(given, MAX_GEN_TOKS)
+            until, most = options.get("until") or [], options["max_gen_toks"]
+            stops.append([stop for stop in ([until] if isinstance(until, str) else until) if stop])
+            if not 0 < most < self.max_length:
+                raise ValueError(f"max_gen_toks is {most}; the context of {self.max_length} must be longer")
+            prompt = self.tok_encode(context)[most - self.max_length :]
+            kept = {name: options[name] for name in OPTIONS if options.get(name) is not None}
+            temperature, top_p = kept.pop("temperature", 0.0), kept.pop("top_p", 1.0)
+            [own] = llama.inputs.settings(1, most, temperature, top_p, {**kept, "stop": stops[-1] or None})
+            prompt = prompt or [self.prefix_token_id]
+            asked += llama.inputs.requests([prompt], [own], logprobs=False, chat=True)  # an answer is a text of its own
+        # Longest first, so that the last to end are short.
+        order = sorted(range(len(asked)), key=lambda i: (-len(asked[i].prompt), asked[i].prompt))
+        texts = self._run([asked[i] for i in order], disable_tqdm, "generation")
+        found = dict(zip(order, texts, strict=True))
+        answers = []
+        for i, (request, stop) in enumerate(zip(requests, stops, strict=True)):
+            answers.append(postprocess_generated_text(found[i], stop, None))
+            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+        return answers
+
+    def _run(self, asked: Sequence[Request], disable_tqdm: bool, what: str) -> list[str]:
+        """Let the engine serve requests; the text of each."""
+        hidden = disable_tqdm or self.hidden_progress
+        texts = list[str]()
+        with tqdm(total=len(asked), desc=what, disable=hidden) as bar:
+            for some in groups(asked, QUEUE * len(self.llama.engine.slots)):
+                parts = [""] * len(some)
+                for events in self.llama.engine.run(some):
+                    for event in events:
+                        parts[event.row] += event.text
+                        bar.update(event.finish_reason is not None)
+                texts += parts
+        return texts
+
+
+def register(build: Callable[[], HarnessModel]) -> None:
+    """Let the harness's command line make its model `NAME` by `build`."""
+    import lm_eval.models  # noqa: F401 - registers the others, which it does only where there is none
+    from lm_eval.api.registry import register_model
+
+    class Registered(HarnessModel):
+        @classmethod
+        def create_from_arg_obj(cls, arg_dict: Any, additional_config: Any = None) -> HarnessModel:
+            return build()
+
+        create_from_arg_string = create_from_arg_obj
+
+    register_model(NAME)(Registered)
+
+
+def groups(items: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
+    return (items[i : i + size] for i in range(0, len(items), size))

@@ -1,0 +1,313 @@
+"""lm-evaluation-harness with models of this library, against its own Hugging Face models on the same weights."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small import GQA, MODELS, ROOT, TOKENIZER, save_random
+from test_vocabulary import write_ranks
+
+from llama import Llama
+from llama.checkpoint.convert import convert
+
+pytest.importorskip("lm_eval")
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+QUESTIONS = [
+    ("The opposite of hot is", ["cold", "small", "wet"], 0),
+    ("The opposite of big is", ["red", "small", "high"], 1),
+    ("3 + 4 =", ["7", "8", "12"], 0),
+    ("A sheep is bigger than a", ["house", "mouse", "mountain"], 1),
+    ("Snow is", ["white and cold", "white and hot", "green"], 0),
+    ("In the evening the sun", ["rises", "sings", "goes down"], 2),
+    ("Les élèves vont à l'", ["école", "eau 🐟", "été"], 0),
+    ("", ["Once upon a time", "zzz"], 0),
+]
+TEXTS = ["Once upon a time, there was a little fox.", "The sun was warm. " * 40, "Été 🐈 x"]
+TASKS = {
+    "choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+    "written": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": [".", "\n"], "max_gen_toks": 12},
+        "metric_list": [{"metric": "exact_match", "ignore_case": True}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder of tasks of each type, in words of our own."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("tasks")
+    asked = [{"question": q, "choices": choices, "answer": right} for q, choices, right in QUESTIONS]
+    for name, rows in {"questions": asked, "texts": [{"text": text} for text in TEXTS]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, task in TASKS.items():
+        data = str(folder / ("texts.jsonl" if name == "rolling" else "questions.jsonl"))
+        common = {"task": f"own_{name}", "dataset_path": "json", "test_split": "test"}
+        common |= {"dataset_kwargs": {"data_files": {"test": data}}, "fewshot_split": "test"}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(common | task))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """name -> a folder in Meta's layout, and the same in Hugging Face's."""
+    folder = tmp_path_factory.mktemp("models")
+    sources = {"bundled": MODELS / "small"}
+    torch.manual_seed(0)
+    sources["Llama 2, random"] = folder / "llama2"
+    save_random(folder / "llama2", GQA, vocab_size=1024)
+    (folder / "llama2" / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
+    sources["Llama 3, random"] = folder / "llama3"
+    (folder / "ranks").mkdir()
+    words = len((ranks := write_ranks(folder / "ranks")).read_text().splitlines()) + 256
+    save_random(folder / "llama3", {**GQA, "rope_theta": 5e5}, vocab_size=words)
+    (folder / "llama3" / "tokenizer.model").write_bytes(ranks.read_bytes())
+    found = {}
+    for name, source in sources.items():
+        target = folder / f"{source.name} hf"
+        convert(source, target, "hf", 1, torch.float32)
+        found[name] = source, target
+    return found
+
+
+def ours(folder, **options):
+    from llama.evaluation import HarnessModel
+
+    options = {"max_seq_len": 128, "max_batch_size": 4, "device": "cpu", "dtype": "float32", **options}
+    return HarnessModel(Llama.build(folder, **options), progress=False)
+
+
+def theirs(folder):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, max_length=128)
+
+
+def instances(*args):
+    return [SimpleNamespace(args=arg) for arg in args]
+
+
+def evaluated(model, tasks, **options):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    names = [f"own_{name}" for name in TASKS]
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, bootstrap_iters=0, **options)
+
+
+NAMES = ["bundled", "Llama 2, random", "Llama 3, random"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics_are_those_of_the_harness_with_transformers(models, tasks, name):
+    meta, hf = models[name]
+    mine, other = (evaluated(model, tasks, num_fewshot=1) for model in (ours(meta), theirs(hf)))
+    assert {*mine["results"]} == {*other["results"]} == {f"own_{name}" for name in TASKS}
+    for task, metrics in other["results"].items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                assert mine["results"][task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
+    for task, samples in other["samples"].items():
+        for a, b in zip(mine["samples"][task], samples, strict=True):
+            for x, y in zip(a["filtered_resps"], b["filtered_resps"], strict=True):
+                if isinstance(y, (tuple, list)):
+                    assert x[0] == pytest.approx(y[0], abs=1e-4) and x[1] == y[1]
+                elif isinstance(y, float):
+                    assert x == pytest.approx(y, abs=1e-3)
+                else:
+                    assert x == y
+
+
+PAIRS = [
+    ("The opposite of hot is", " cold."),
+    ("The opposite of hot is ", "cold."),
+    ("", "cold"),
+    ("Été", "  🐈 x"),
+    ("a " * 300, "b c"),  # longer than the context
+    ("x", "y" * 3),
+    *(("Q: 1\nA:", f" {letter}") for letter in "ABCD"),  # one token each behind one context
+    ("Q: 1\nA:", " A B"),
+    ("Q: 1\nA: ", "A"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_log_likelihoods(models, name):
+    meta, hf = models[name]
+    mine, other = ours(meta).loglikelihood(instances(*PAIRS)), theirs(hf).loglikelihood(instances(*PAIRS))
+    for pair, (a, greedy), (b, expected) in zip(PAIRS, mine, other, strict=True):
+        assert a == pytest.approx(b, abs=1e-4) and greedy == expected, pair
+
+
+def test_log_likelihoods_are_those_of_score(models):
+    model = ours(models["bundled"][0])
+    [(value, greedy)] = model.loglikelihood(instances(("The opposite of hot is", " cold.")))
+    [scored] = model.llama.score(["The opposite of hot is"], [" cold."])
+    assert value == pytest.approx(scored["sum"], abs=1e-5) and greedy
+
+
+def test_answers(models):
+    meta, hf = models["bundled"]
+    asked = instances(
+        ("Once upon a time", {"until": ["."], "max_gen_toks": 30, "do_sample": False}),
+        ("The opposite of hot is", {"until": "\n", "max_new_tokens": 20}),
+        ("word " * 300, {"until": ["\n\n"], "max_gen_toks": 20}),
+        ("", {"until": [], "max_gen_toks": 3}),
+    )
+    model = ours(meta)
+    found = model.generate_until(asked)
+    assert found[:3] == theirs(hf).generate_until(asked[:3])
+    assert model.generate_until(asked[3:]) == found[3:]
+    [sampled] = model.generate_until(instances(("Once", {"temperature": 2.0, "do_sample": True, "max_gen_toks": 9})))
+    assert sampled
+    with pytest.raises(ValueError, match="max_gen_toks is 128; the context of 128 must be longer"):
+        model.generate_until(instances(("a", {"max_gen_toks": 128})))
+
+
+def test_lists_of_any_length(models):
+    model = ours(models["Llama 2, random"][0], max_batch_size=8)
+    assert model.loglikelihood([]) == model.loglikelihood_rolling([]) == model.generate_until([]) == []
+    pairs = [(f"{i % 7}", f" {i}") for i in range(10_000)]
+    found = model.loglikelihood(instances(*pairs), disable_tqdm=True)
+    assert len(found) == len(pairs)
+    for i in (0, 1, 5_000, 9_999):  # in the order of the requests
+        assert found[i][0] == pytest.approx(model.loglikelihood(instances(pairs[i]))[0][0], abs=1e-4)
+    assert math.isfinite(sum(value for value, _ in found))
+
+
+def test_dialogs_are_in_the_models_own_format(models):
+    dialog = [("system", "Be short."), ("user", "Hi"), ("assistant", "Hello </s>"), ("user", "2+2?")]
+    dialog = [{"role": role, "content": content} for role, content in dialog]
+    for name in NAMES:
+        model = ours(models[name][0])
+        text = model.apply_chat_template(dialog)
+        assert ("[INST]" in text) == (name != "Llama 3, random") and "Be short." in text
+        if name == "Llama 3, random":
+            assert model.tok_encode(text) == model.llama.inputs.encode_dialog(dialog, "dialog")
+            assert text.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+        assert model.tokenizer_name and model.chat_template(True) == model.llama.chat_format.name
+    started = model.apply_chat_template([*dialog[:2], {"role": "assistant", "content": "Hello"}], False)
+    assert started.rstrip().endswith("Hello<|eot_id|>")
+
+
+def test_cached_results_are_used(models, tasks, tmp_path):
+    model = ours(models["bundled"][0])
+    first = evaluated(model, tasks, use_cache=str(tmp_path / "cache"))
+    model._run = None  # nothing is computed again
+    again = evaluated(model, tasks, use_cache=str(tmp_path / "cache"))
+    assert again["results"] == first["results"]
+
+
+def test_a_context_is_computed_once(models):
+    model = ours(models["bundled"][0])
+    seen, hidden = 0, model.llama.engine.backend.hidden
+    model.loglikelihood(instances(("warm", " up")))
+    backend = model.llama.engine.backend
+
+    def counted(batch):
+        nonlocal seen
+        seen += len(batch.tokens)
+        return hidden(batch)
+
+    hidden, backend.hidden = backend.hidden, counted
+    context = "The quick brown fox jumps over the lazy dog. " * 4
+    length = len(model.tok_encode(context.rstrip()))
+    model.loglikelihood(instances(*((context, letter) for letter in "ABCD"), *((context, f"{c}12 {c}") for c in "xyz")))
+    del backend.hidden
+    assert length <= seen < 2 * length
+
+
+def run(*flags, **environment):
+    line = [sys.executable, "-m", "llama", "eval", *map(str, flags)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=300)
+
+
+def test_the_command(tasks, tmp_path):
+    flags = ["--max_seq_len", 128, "--device", "cpu", "--dtype", "float32", "--include_path", tasks]
+    done = run(MODELS / "small", *flags, "--tasks", "own_choice,own_written", "--output_path", tmp_path, "--limit", 5)
+    assert done.returncode == 0, done.stderr
+    assert "own_choice" in done.stdout and "own_written" in done.stdout
+    [file] = tmp_path.rglob("results*.json")
+    results = json.loads(file.read_text())
+    assert results["results"]["own_choice"]["acc,none"] >= 0.6
+    assert results["config"]["model_num_parameters"] > 1e6
+
+
+def test_the_commands_errors_are_one_line(tmp_path):
+    done = run(tmp_path / "nothing", "--tasks", "own_choice")
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()[-1]) < 300
+    assert "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_card(models, tasks):
+    from llama.evaluation import card
+
+    groups = [
+        card.Group("commonsense", [card.Task("own_choice", 1, "acc_norm"), card.Task("own_choice", 0, "acc")]),
+        card.Group("MMLU", [card.Task("own_written", 0, "exact_match"), card.Task("nowhere", 0, "acc")], "a note"),
+        card.Group("code", [card.Task("own_written", 0, "exact_match")], "runs code", code=True),
+    ]
+    model = ours(models["bundled"][0])
+    first, second, third = card.evaluate(model, groups, "Llama 2 7B", include_path=str(tasks))
+    assert first.percent > 50 and first.published == 63.9
+    assert second.percent is None and second.published == 45.3 and second.note == "a note; nowhere is missing"
+    assert third.percent is None and "HF_ALLOW_CODE_EVAL=1" in third.note
+    assert "| commonsense | " in card.table([first, second, third])
+
+
+def test_the_published_rows_are_the_model_cards():
+    from llama.evaluation import card
+
+    text = (ROOT / "MODEL_CARD.md").read_text().replace("*", "")
+    for name, row in card.PUBLISHED.items():
+        family, number, size = name.split()
+        cells = " | ".join(f"{value:g}" if value != int(value) else f"{value:.1f}" for value in row)
+        assert f"| {family} {number} | {size} | {cells} |" in text, name
+    assert card.published_row(Llama.build(MODELS / "small", device="cpu").model.params) == {}
+
+
+def test_the_card_as_a_command(tasks, tmp_path):
+    done = run(MODELS / "small", "--card", "--limit", 1, "--output_path", tmp_path / "out", "--max_seq_len", 64)
+    assert done.returncode == 0, done.stderr
+    assert "| MMLU |  |  | mmlu is missing |" in done.stdout and "cannot be run" in done.stderr
+    assert json.loads((tmp_path / "out" / "card.json").read_text())[0]["group"] == "code"
+    done = run(MODELS / "small", "--card", "--published", "GPT-4")
+    assert done.returncode == 1 and "published is 'GPT-4'; it must be one of Llama 1 7B" in done.stderr
+
+
+def loglikelihoods_of_a_rank():
+    model = ours(MODELS / "small-chat", max_batch_size=2)
+    found = model.loglikelihood(instances(*PAIRS))
+    return found, model.generate_until(instances(("The opposite of hot is", {"until": ["."], "max_gen_toks": 8})))
+
+
+def test_ranks_agree(ranks):
+    one, two = ranks(2).run(loglikelihoods_of_a_rank)
+    assert one == two
+    alone = loglikelihoods_of_a_rank()
+    assert one[1] == alone[1]
+    for (a, x), (b, y) in zip(one[0], alone[0], strict=True):
+        assert a == pytest.approx(b, abs=1e-4) and x == y
