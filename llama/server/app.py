@@ -190,7 +190,9 @@ class EventStream(StreamingResponse):
     first request has a slot, so that one that has waited for too long can be answered with 503."""
 
     def __init__(self, content: AsyncIterator[str], loop: Loop, ticket: Ticket) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(
+            content, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
         self.loop, self.ticket = loop, ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
