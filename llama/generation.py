@@ -15,6 +15,7 @@ from torch import Tensor
 from . import devices, parallel
 from .chat import ChatFormat, Dialog, Message, get_chat_format
 from .engine import Engine
+from .grammar import Grammars
 from .loading import LoadOptions, load_model
 from .model import Transformer
 from .options import Options, plain_arguments
@@ -75,7 +76,8 @@ class Llama:
         self.labels = [f"LABEL_{i}" for i in range(model.params.n_labels)]
         self.pad_id: int | None = None  # which `classify` looks past
         chat_format = get_chat_format(tokenizer, chat_format)
-        self.inputs = InputProcessor(model.params, tokenizer, chat_format, torch.Generator().manual_seed(seed))
+        generator, grammars = torch.Generator().manual_seed(seed), Grammars(tokenizer, model.vocab_size)
+        self.inputs = InputProcessor(model.params, tokenizer, chat_format, generator, grammars)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -320,7 +322,7 @@ class Llama:
         allowed = [i for i in range(len(dialogs)) if i not in refusals]
         prompts = [self.chat_format.encode(self.tokenizer, dialogs[i]) for i in allowed]
         self.inputs.check(prompts, [f"dialog {i}" for i in allowed])
-        settings = self.inputs.settings(len(dialogs), max_gen_len, temperature, top_p, options)
+        settings = self.inputs.settings(len(dialogs), max_gen_len, temperature, top_p, options, chat=True)
         requests = self.inputs.requests(prompts, [settings[i] for i in allowed], logprobs, chat=True)
         return filtered(self.engine.run(requests), allowed, refusals, output_filter)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar
 
 import torch
 
+from .grammar import to_grammar
 from .sampling import SamplingParams
 
 T = TypeVar("T")
@@ -66,6 +67,8 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str] | Sequence[Sequence[str]]  # strings before which a text ends; a list of str is for all
     stop_token_ids: Sequence[int] | Sequence[Sequence[int]]  # ids before which it ends; a list of int is for all
     min_gen_len: int | Sequence[int]  # the least number of new tokens, unless max_gen_len is smaller
+    json_schema: str | Mapping[str, Any] | Sequence[Any]  # JSON that an answer is, see `grammar`
+    regex: str | Sequence[str]  # a regular expression that a whole answer matches
     prompt_lookup: int  # draft tokens, copied from the text so far, tried with each step: the same tokens, sooner
 
 
@@ -78,6 +81,7 @@ class Settings(NamedTuple):
     max_new: int
     min_new: int
     lookup: int
+    grammar: str = ""  # see `grammar.to_grammar`
 
 
 def spread_options(
@@ -106,6 +110,11 @@ def spread_options(
                 each("max_gen_len", most),
                 each("min_gen_len", 0),
                 each("prompt_lookup", 0),
+                map(
+                    to_grammar,
+                    spread("json_schema", options.get("json_schema"), B),
+                    spread("regex", options.get("regex"), B),
+                ),
                 strict=True,
             ),
             strict=True,

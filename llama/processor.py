@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from reprlib import repr as shorten
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .chat import ChatFormat, Dialog
+from .grammar import Grammars
 from .model import ModelArgs
 from .options import Settings, spread_options
 from .request import Request
@@ -17,13 +19,15 @@ from .text import Text
 from .tokenizer import Tokenizer
 
 
-class InputProcessor(NamedTuple):
+@dataclass(frozen=True)
+class InputProcessor:
     """What a model's inputs are made with. Methods raise ValueError that names a bad input and its limit."""
 
     params: ModelArgs
     tokenizer: Tokenizer
     chat_format: ChatFormat
     generator: torch.Generator  # where prompts without a seed of their own get one
+    grammars: Grammars
 
     def encode(self, texts: Any, name: str = "prompts") -> list[list[int]]:
         """The ids of each text, with BOS before it."""
@@ -63,13 +67,16 @@ class InputProcessor(NamedTuple):
                 )
 
     def settings(
-        self, B: int, max_gen_len: Any, temperature: Any, top_p: Any, options: Mapping[str, Any]
+        self, B: int, max_gen_len: Any, temperature: Any, top_p: Any, options: Mapping[str, Any], chat: bool = False
     ) -> list[Settings]:
-        """The options of each of B prompts."""
+        """The options of each of B prompts, or of answers of a chat."""
         self.params.check_output()
         every = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, **options}
         limits = self.params.vocab_size, self.tokenizer.eos_ids, self.params.max_seq_len
-        return spread_options(B, *limits, self.generator, every)
+        found = spread_options(B, *limits, self.generator, every)
+        for grammar in {own.grammar for own in found if own.grammar}:
+            self.grammars.compile(grammar, chat)
+        return found
 
     def requests(
         self,
@@ -87,8 +94,12 @@ class InputProcessor(NamedTuple):
             if echo:
                 text.preface(prompt)
             limit = min(self.params.max_seq_len, len(prompt) + own.max_new)
-            ends, end = (self.tokenizer.eos_ids, own.stop_ids), (own.min_new, own.lookup)
-            request = Request(prompt, limit, own.sampling, *ends, *end, logprobs, top_logprobs, text, echo=echo)
+            matcher = self.grammars.matcher(own.grammar, chat) if own.grammar else None
+            lookup = 0 if matcher else own.lookup
+            ends, end = (self.tokenizer.eos_ids, own.stop_ids), (own.min_new, lookup)
+            request = Request(
+                prompt, limit, own.sampling, *ends, *end, logprobs, top_logprobs, text, matcher, echo=echo
+            )
             if echo and logprobs:
                 request.observe = scores = Scores(prompt, top=top_logprobs)
                 request.first, request.prompt_logprobs = 0, scores.logprobs

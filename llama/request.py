@@ -26,6 +26,16 @@ class TextStream(Protocol):
         """The text that has become final."""
 
 
+class TokenMatcher(Protocol):
+    """The tokens that may come next, see grammar.Matcher."""
+
+    def mask(self, without: Sequence[int] = ()) -> Tensor:
+        """Bool (V,), on the CPU; `without` some, unless only these may come."""
+
+    def take(self, id: int) -> bool:
+        """Take a token; whether it is the last. ValueError for one that may not come."""
+
+
 class Event(NamedTuple):
     """What a step has brought one of several requests."""
 
@@ -57,6 +67,7 @@ class Request:
     logprobs: bool = False  # of the tokens that are generated
     top_logprobs: int = 0  # and, with `logprobs`, of so many of the most probable in the place of each
     text: TextStream | None = None
+    matcher: TokenMatcher | None = None  # without drafts
     observe: Observe | None = None  # is given the hidden states of the prompt from position `first` on
     first: int | None = None  # what lies before need not be computed if a slot holds it; None: all but the last token
     echo: bool = False  # the first event begins with the prompt
@@ -73,13 +84,25 @@ class Request:
         self.row = 0  # its number among those that run together
         self.outputs: deque[Event] = deque()
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the last tokens must be known on the host before a pass is launched."""
+        return self.lookup > 0 or self.matcher is not None
+
     def take(self, id: int) -> bool:
         """Whether a token becomes part of the answer; either way it may be the end."""
+        complete = False
+        if self.matcher:
+            try:
+                complete = self.matcher.take(id)
+            except ValueError as error:
+                self.error, self.finish = error, "error"
+                return False
         if id in self.eos_ids or id in self.stop_ids:
             self.finish = "eos" if id in self.eos_ids else "stop"
             return False
         self.ids.append(id)
-        if self.text and self.text.add(id):
+        if (self.text and self.text.add(id)) or complete:
             self.finish = "stop"
         elif len(self.ids) == self.limit:
             self.finish = "length"
@@ -143,11 +166,17 @@ def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
 
 
 def forbid(logits: Tensor, requests: Sequence[Request], which: Sequence[int]) -> Tensor:
-    """Logits (B, V) without the ends of requests whose `which[b]`-th new token comes too early for one."""
+    """Logits (B, V) without the tokens that matchers exclude, and without the ends of requests whose `which[b]`-th new
+    token comes too early for one."""
+    for i, request in enumerate(requests):
+        if request.matcher:
+            ends = (*request.eos_ids, *request.stop_ids) if which[i] < request.min_new else ()
+            excluded = ~request.matcher.mask(ends).to(logits.device, non_blocking=True)
+            logits = logits.index_put((torch.tensor(i),), logits[i].masked_fill(excluded, -math.inf))
     early = [
         (i, id)
         for i, request in enumerate(requests)
-        if which[i] < request.min_new
+        if which[i] < request.min_new and not request.matcher
         for id in (*request.eos_ids, *request.stop_ids)
         if id >= 0
     ]

@@ -1,6 +1,7 @@
 """Arguments and options as people have them: of NumPy, PyTorch and pandas, and None for a default."""
 
 import inspect
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -85,6 +86,7 @@ def test_texts_of_a_column(llama, collect):
         assert chat.say(np.str_("a")) == same.say("a")
 
 
+SCHEMA = {"type": "string", "maxLength": 3}
 OPTIONS = {
     "temperature": [np.float32(0.5), torch.tensor(0.5), (0.5, 0.5), np.array([0.5, 0.5]), Column([0.5, 0.5])],
     "top_p": [np.float64(0.5), torch.tensor([0.5, 0.5])],
@@ -98,12 +100,21 @@ OPTIONS = {
     "stop": [np.array(["a", "e"]), ("a", "e"), {"a", "e"}, [np.array(["a", "e"]), ("e", "a")]],
     "stop_token_ids": [np.array([9, 11]), torch.tensor([9, 11]), (9, np.int64(11)), np.array([[9, 11], [11, 9]])],
     "min_gen_len": [np.int64(3), (3, 3)],
+    "json_schema": [MappingProxyType(SCHEMA), np.array([SCHEMA, SCHEMA]), {**SCHEMA, "maxLength": np.int64(3)}],
+    "regex": [np.array(["[a-z]{2,4}"] * 2), ("[a-z]{2,4}", "[a-z]{2,4}")],
     "prompt_lookup": [np.int8(3)],
     "max_gen_len": [np.int64(7), torch.tensor([7, 7])],
 }
 SAME = {"temperature": 0.5, "top_p": 0.5, "top_k": 4, "min_p": 0.5, "repetition_penalty": 1.5, "seed": 3}
 SAME |= {"frequency_penalty": 0.5, "presence_penalty": 0.5, "logit_bias": {9: 2.0}, "stop": ["a", "e"]}
-SAME |= {"stop_token_ids": [9, 11], "min_gen_len": 3, "prompt_lookup": 3, "max_gen_len": 7}
+SAME |= {
+    "stop_token_ids": [9, 11],
+    "min_gen_len": 3,
+    "prompt_lookup": 3,
+    "max_gen_len": 7,
+    "json_schema": SCHEMA,
+    "regex": "[a-z]{2,4}",
+}
 
 
 def test_every_option_is_here():

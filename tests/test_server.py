@@ -256,7 +256,7 @@ BAD = {
     "too many": ("completions", {**TEXT, "prompt": ["a"] * 1000, "n": 128}, 400, "n"),
     "another model": ("completions", {**TEXT, "model": "gpt-4"}, 404, "model"),
     "tools": ("chat/completions", {**CHAT, "tools": [{}]}, 400, "tools"),
-    "format": ("chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    "format": ("chat/completions", {**CHAT, "response_format": {"type": "xml"}}, 400, "response_format"),
     "top": ("chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs"),
     "image": ("chat/completions", {"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "messages[0].content[0]"),
     "no messages": ("chat/completions", {"messages": []}, 400, "messages"),

@@ -228,7 +228,9 @@ async def until_gone(request: HttpRequest, loop: Loop, ticket: Ticket) -> AsyncI
 def check(ticket: Ticket, event: Event) -> None:
     """ApiError for an event that says that its request failed."""
     if event.finish_reason == "error":
-        raise ApiError(500, str(ticket.requests[event.row].error))
+        error = ticket.requests[event.row].error
+        # A ValueError is of options that contradict each other, such as a logit_bias that excludes all of a grammar.
+        raise ApiError(400 if isinstance(error, ValueError) else 500, str(error))
     if event.finish_reason == "cancelled":
         raise late(ticket)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as shorten
 from typing import Any, NamedTuple
@@ -68,6 +69,12 @@ def is_bias(value: Any) -> bool:
     )
 
 
+def is_format(value: Any) -> bool:
+    kind = value.get("type") if isinstance(value, dict) else None
+    inner = value.get("json_schema") if kind == "json_schema" else None
+    return kind in ("text", "json_object") or (isinstance(inner, dict) and isinstance(inner.get("schema"), dict))
+
+
 NUMBER = is_number, "a number"
 COUNT = (lambda v: type(v) is int and v >= 0), "an int of at least 0"
 BOOL = (lambda v: isinstance(v, bool)), "true or false"
@@ -84,7 +91,11 @@ FIELDS: dict[str, tuple[Test, str]] = {
     "stop": ((lambda v: isinstance(v, str) or is_list_of(str)(v)), "a string or a list of strings"),
     "stop_token_ids": (is_list_of(int), "a list of token ids"),
     "logit_bias": (is_bias, "an object of numbers by token id"),
-    "stream_options": ((lambda v: isinstance(v, dict)), "an object"),
+    **dict.fromkeys(("stream_options", "structured_outputs"), ((lambda v: isinstance(v, dict)), "an object")),
+    "response_format": (
+        is_format,
+        "an object of type text, json_object or json_schema, which needs json_schema.schema",
+    ),
 }
 LOGPROBS = (lambda v: type(v) is int and 0 <= v <= 20), "an int from 0 to 20"
 OF_TEXT: dict[str, tuple[Test, str]] = {**FIELDS, "logprobs": LOGPROBS}
@@ -93,17 +104,25 @@ OF_CHAT: dict[str, tuple[Test, str]] = {**FIELDS, "logprobs": BOOL, "top_logprob
 REFUSED: dict[str, Test] = {
     **dict.fromkeys(("tools", "functions"), lambda v: v == []),
     **dict.fromkeys(("tool_choice", "function_call"), lambda v: v in ("none", "auto")),
-    "response_format": lambda v: isinstance(v, dict) and v.get("type") == "text",
     "modalities": lambda v: v == ["text"],
     "suffix": lambda v: v == "",
     "use_beam_search": lambda v: v is False,
     **dict.fromkeys(("audio", "prediction", "web_search_options", "prompt_logprobs"), lambda v: False),
-    **dict.fromkeys(("structured_outputs", "guided_json", "guided_regex", "guided_choice"), lambda v: False),
+    **dict.fromkeys(("guided_grammar", "structural_tag"), lambda v: False),
 }
 # Fields that the library has as options, and what they are called there.
 OPTIONS = {
     **{name: name for name in ("top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")},
     **{"stop": "stop", "stop_token_ids": "stop_token_ids", "min_tokens": "min_gen_len"},
+}
+
+# Kinds of structured output, as vLLM calls them, and the option of the library. They are fields `guided_KIND` of a body
+# or fields of its structured_outputs.
+STRUCTURES: dict[str, tuple[Test, Callable[[Any], dict[str, Any]]]] = {
+    "json": (lambda v: isinstance(v, (str, dict)), lambda v: {"json_schema": v}),
+    "json_object": (lambda v: v is True, lambda v: {"json_schema": {"type": "object"}}),
+    "regex": (lambda v: isinstance(v, str), lambda v: {"regex": v}),
+    "choice": (lambda v: v and is_list_of(str)(v), lambda v: {"regex": "|".join(map(re.escape, v))}),
 }
 
 
@@ -171,16 +190,43 @@ def ask(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str
     options: dict[str, Any] = {OPTIONS[name]: value for name, value in body.items() if name in OPTIONS}
     options["top_k"] = max(0, options.get("top_k", 0))
     options["logit_bias"] = {int(id): bias for id, bias in body.get("logit_bias", {}).items()}
-    if body.get("ignore_eos"):  # it is never sampled, unless it is one of the request's own ends
+    structure, field = read_structure(body)
+    if body.get("ignore_eos") and not structure:  # it is never sampled, unless it is one of the request's own ends
         ends = {id for id in llama.tokenizer.eos_ids if id >= 0} - {*body.get("stop_token_ids", ())}
         options["logit_bias"] |= dict.fromkeys(ends, -math.inf)
     if (seed := body.get("seed")) is not None:  # each choice has one of its own, the first that of the request
         options["seed"] = [seed if i % n == 0 else wrapped(seed + i % n) for i in range(len(prompts))]
-    temperature, top_p = body.get("temperature", 1), body.get("top_p", 1)
-    settings = llama.inputs.settings(len(prompts), most, temperature, top_p, options)
+    temperature, top_p, options = body.get("temperature", 1), body.get("top_p", 1), {**options, **structure}
+    try:
+        settings = llama.inputs.settings(len(prompts), most, temperature, top_p, options, work.chat)
+    except ValueError as error:
+        if str(error).startswith(tuple(structure) or " "):
+            raise ApiError(400, str(error), field) from error
+        raise
     include_usage = body.get("stream_options", {}).get("include_usage") is True
     work = work._replace(prompts=prompts, settings=settings)
     return Asked(work, n, body.get("stream", False), include_usage)
+
+
+def read_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The option that says what answers match, if there is one, and the field that asks for it."""
+    wanted = [(f"guided_{kind}", kind, body[f"guided_{kind}"]) for kind in STRUCTURES if f"guided_{kind}" in body]
+    inner = body.get("structured_outputs", {})
+    wanted += [("structured_outputs", kind, value) for kind, value in inner.items() if value is not None]
+    form = body.get("response_format", {"type": "text"})
+    if form["type"] != "text":
+        schema = form["json_schema"]["schema"] if form["type"] == "json_schema" else {"type": "object"}
+        wanted.append(("response_format", "json", schema))
+    if len(wanted) > 1:
+        text = f"{wanted[0][0]} and {wanted[1][0]} both say what an answer matches; give one of them"
+        raise ApiError(400, text, wanted[1][0])
+    for field, kind, value in wanted:
+        if kind not in STRUCTURES:
+            raise ApiError(400, f"this server does not support {kind} in {field}", field)
+        if not STRUCTURES[kind][0](value):
+            raise ApiError(400, f"{field} has the {kind} {shorten(value)}, which is none", field)
+        return STRUCTURES[kind][1](value), field
+    return {}, ""
 
 
 def wrapped(seed: int) -> int:

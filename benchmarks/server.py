@@ -1,0 +1,209 @@
+"""The server under load, beside llama.cpp's, and what it costs on top of the engine.
+
+    python benchmarks/server.py load [--llama_server PATH] [--quantize int8]
+    python benchmarks/server.py overhead
+
+`load`: 32 clients at once ask for 32 to 128 tokens behind prompts of 64 to 512, streamed, and one client asks for the
+same one after another. 110M shape (dim 768, 12 layers, FFN 2048, vocabulary 32000), random weights in one GGUF file of
+F16 or Q8_0 that both servers read; two threads each, 16 slots. `overhead`: CPU time per token of 8 streams of the
+bundled model, with the server and by the engine alone. Needs the extra `server`; llama.cpp's server is built from its
+sources.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import json
+import random
+import socket
+import statistics
+import string
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fire
+import torch
+
+from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
+from llama.checkpoint import convert
+
+ROOT = Path(__file__).parent.parent
+CLIENTS, SLOTS, CONTEXT, THREADS = 32, 16, 1024, 2
+Body = dict[str, Any]
+
+
+class Timing(NamedTuple):
+    """What one client saw, in seconds."""
+
+    first: float  # from sending to the first token
+    gaps: list[float]  # between one event and the next
+    tokens: int
+
+
+def write_model(folder: Path, scheme: str | None) -> Path:
+    """A GGUF file of random weights, whose words are two or three letters."""
+    args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000)
+    letters = string.ascii_letters + string.digits + " "
+    words = itertools.chain(itertools.product(letters, repeat=2), itertools.product(letters, repeat=3))
+    ranks = [bytes([i]) for i in range(256)] + ["".join(w).encode() for w in itertools.islice(words, 32000 - 512)]
+    (folder / "meta").mkdir()
+    lines = [b"%s %d\n" % (base64.b64encode(word), i) for i, word in enumerate(ranks)]
+    (folder / "meta" / "tokenizer.model").write_bytes(b"".join(lines))
+    torch.manual_seed(0)
+    parallel.init_model_parallel()
+    state = Transformer(args).state_dict()
+    state = {name: torch.randn_like(w) * 0.02 if w.dim() > 1 else torch.ones_like(w) for name, w in state.items()}
+    params = {"dim": 768, "n_layers": 12, "n_heads": 12, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000}
+    checkpoint.save({name: weight.half() for name, weight in state.items()}, folder / "meta", params)
+    convert(folder / "meta", folder / "gguf", to="gguf", quantize=scheme)
+    return next((folder / "gguf").glob("*.gguf"))
+
+
+def bodies(count: int, seed: int = 0) -> list[Body]:
+    chance = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        prompt = [chance.randrange(256, 31000) for _ in range(chance.randint(64, 512))]
+        more = {"max_tokens": chance.randint(32, 128), "temperature": 0, "stream": True, "ignore_eos": True}
+        rows.append({"model": "model", "prompt": prompt, **more})
+    return rows
+
+
+async def ask(port: int, body: Body) -> Timing:
+    """One streamed completion. HTTP by hand, as a client of many layers would take a part of the two cores."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    content = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    )
+    writer.write(f"{head}\r\nConnection: close\r\n\r\n".encode() + content)
+    began, events, tokens = time.perf_counter(), list[float](), 0
+    async for line in reader:
+        if line.startswith(b"HTTP/1.1") and b" 200 " not in line:
+            raise RuntimeError((line + await reader.read()).decode())
+        if line.startswith(b"data: {"):
+            events.append(time.perf_counter())
+            tokens += 1
+    writer.close()
+    return Timing(events[0] - began, [b - a for a, b in itertools.pairwise(events)], tokens)
+
+
+async def all_at_once(port: int, rows: Sequence[Body]) -> list[Timing]:
+    return await asyncio.gather(*(ask(port, row) for row in rows))
+
+
+async def in_turn(port: int, rows: Sequence[Body]) -> list[Timing]:
+    return [await ask(port, row) for row in rows]
+
+
+@contextmanager
+def running(*command: str, port: int) -> Iterator[None]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            except OSError:
+                assert process.poll() is None, f"{command[0]} has ended"
+                time.sleep(0.1)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def report(name: str, seconds: list[float], rows: list[Timing], tokens: int) -> float:
+    firsts = sorted(row.first for row in rows)
+    gaps = sorted(gap for row in rows for gap in row.gaps)
+    speed = tokens / statistics.median(seconds)
+    at = lambda values, share: values[min(len(values) - 1, int(share * len(values)))]  # noqa: E731
+    print(
+        f"{name:28} {speed:7.1f} tokens/s   first token p50 {at(firsts, 0.5):5.2f} p99 {at(firsts, 0.99):5.2f} s   "
+        f"between tokens p50 {at(gaps, 0.5):5.3f} p99 {at(gaps, 0.99):5.3f} longest {gaps[-1]:5.3f} s",
+        flush=True,
+    )
+    return speed
+
+
+def load(llama_server: str | None = None, quantize: str | None = None, repeats: int = 3) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(write_model(Path(folder), quantize))
+        port, slots = free_port(), str(SLOTS)
+        flags = ["--port", str(port), "--max_batch_size", slots, "--max_seq_len", str(CONTEXT), "--any_model"]
+        commands = {"this server": [sys.executable, "-m", "llama", "serve", path, *flags]}
+        if llama_server:
+            threads = ["-t", str(THREADS), "-tb", str(THREADS), "--port", str(port)]
+            commands["llama-server"] = [llama_server, "-m", path, "-np", slots, "-c", str(SLOTS * CONTEXT), *threads]
+        found = {}
+        for name, command in commands.items():
+            with running(*command, port=port):
+                asyncio.run(all_at_once(port, bodies(4, seed=99)))  # to warm up
+                seconds: list[float] = []
+                rows: list[Timing] = []
+                for repeat in range(repeats):
+                    asked = bodies(CLIENTS, seed=repeat)
+                    began = time.perf_counter()
+                    rows += asyncio.run(all_at_once(port, asked))
+                    seconds.append((time.perf_counter() - began) / sum(row["max_tokens"] for row in asked))
+                found[name] = report(f"{name}, {CLIENTS} at once", seconds, rows, 1)
+                asked = bodies(CLIENTS, seed=repeats)
+                began = time.perf_counter()
+                rows = asyncio.run(in_turn(port, asked))
+                alone = [(time.perf_counter() - began) / sum(row["max_tokens"] for row in asked)]
+                found[f"{name}, in turn"] = report(f"{name}, in turn", alone, rows, 1)
+        print(f"at once / in turn: {found['this server'] / found['this server, in turn']:.2f}")
+        if llama_server:
+            print(f"this server / llama-server: {found['this server'] / found['llama-server']:.2f}")
+
+
+def overhead(tokens: int = 200, streams: int = 8, repeats: int = 5) -> None:
+    """CPU time of all threads of this process; clients have a process of their own."""
+    from llama.server.app import Config
+    from llama.server.process import Server
+
+    llama = Llama.build(ROOT / "models" / "small-chat", max_seq_len=256, max_batch_size=streams, device="cpu")
+    server = Server(Config("model"))
+    threading.Thread(target=server.serve, args=(llama,)).start()
+    options = {"max_tokens": tokens, "min_tokens": tokens, "temperature": 0}
+    rows = [{"model": "model", "prompt": f"{i} Once upon a time", "stream": True, **options} for i in range(streams)]
+    texts = [str(row["prompt"]) for row in rows]
+    client = f"import asyncio,sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from server import *; "
+    client += f"print(sum(t.tokens for t in asyncio.run(all_at_once({server.port}, {rows!r}))))"
+    by_server, by_engine = [], []
+    for _ in range(repeats + 1):
+        llama.engine.forget()
+        began = time.process_time()
+        subprocess.run([sys.executable, "-c", client], check=True, stdout=subprocess.DEVNULL)
+        by_server.append(time.process_time() - began)
+        llama.engine.forget()
+        began = time.process_time()
+        llama.text_completion(texts, temperature=0, max_gen_len=tokens, min_gen_len=tokens)
+        by_engine.append(time.process_time() - began)
+    server.drain()
+    count = 1000 / (tokens * streams)
+    with_it, without = (statistics.median(times[1:]) * count for times in (by_server, by_engine))
+    print(
+        f"CPU per token: {with_it:.3f} ms by the server, {without:.3f} ms by the engine: {with_it - without:.3f} ms more"
+    )
+
+
+if __name__ == "__main__":
+    fire.Fire({"load": load, "overhead": overhead})
