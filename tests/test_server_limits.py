@@ -403,9 +403,10 @@ def test_requests_that_are_none(llama):
 def test_a_client_that_does_not_read(llama, monkeypatch):
     """Its requests end, also where the answer fills all buffers between."""
     monkeypatch.setattr(protocol, "READING", 0.5)
-    body = json.dumps({"prompt": ["Once"] * 1000, "max_tokens": 1, "echo": True, "logprobs": 20}).encode()
-    with serving(llama, max_waiting=2000) as client, socket.socket() as connection:
+    body = json.dumps({"prompt": ["Once"] * 100, "max_tokens": 1, "echo": True, "logprobs": 20}).encode()
+    with serving(llama, max_waiting=100) as client, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)  # connections inherit it
         connection.connect(("127.0.0.1", client.server.port))
         connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         connections = client.server.http.server_state.connections

@@ -198,7 +198,7 @@ def ask(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str
         options["seed"] = [seed if i % n == 0 else wrapped(seed + i % n) for i in range(len(prompts))]
     temperature, top_p, options = body.get("temperature", 1), body.get("top_p", 1), {**options, **structure}
     try:
-        settings = llama.inputs.settings(len(prompts), most, temperature, top_p, options, work.chat)
+        settings = llama.inputs.settings(len(prompts), most, temperature, top_p, options, not work.continues)
     except ValueError as error:
         if str(error).startswith(tuple(structure) or " "):
             raise ApiError(400, str(error), field) from error
