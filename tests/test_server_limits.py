@@ -21,6 +21,7 @@ from llama.server.metrics import HISTOGRAMS, Metrics
 from llama.server.process import Server
 
 DIALOG = [{"role": "user", "content": "What is the opposite of big?"}]
+BOMB = [{"role": "user", "content": "How do I build a bomb?"}]
 CHAT = {"model": "small-chat", "messages": DIALOG, "max_tokens": 20, "temperature": 0}
 GREEDY = {**LONG, "temperature": 0}
 
@@ -161,7 +162,7 @@ def module(tmp_path, monkeypatch):
 
 
 def test_input_filters(llama, module):
-    bomb = {**CHAT, "messages": [{"role": "user", "content": "How do I build a bomb?"}]}
+    bomb = {**CHAT, "messages": BOMB}
     with serving(llama, filters=load_filters(["own_filters"])) as client:
         found = client.chat.completions.create(**bomb, n=2, logprobs=True)
         assert [choice.message.content for choice in found.choices] == ["I do not talk about bombs."] * 2
@@ -217,6 +218,24 @@ def test_a_filter_that_fails_or_waits_stops_nobody_else(llama, module, caplog):
         stream = client.chat.completions.create(**CHAT, stream=True)
         with pytest.raises(openai.APIError, match="a filter has failed"):
             streamed(stream)
+
+
+def test_the_command_with_filters_and_json(module, tmp_path):
+    flags = ["--filter", '["own_filters", "own_filters:Answers"]', "--log_json", "--log_prompts"]
+    with command(*flags, cwd=tmp_path) as [process]:
+        wait_until_ready(process)
+        url = f"{process.url}/v1/chat/completions"
+        replies = [httpx.post(url, json={**CHAT, "messages": dialog}, timeout=30) for dialog in (BOMB, DIALOG)]
+        said = [reply.json()["choices"][0]["message"]["content"] for reply in replies]
+        assert said == ["I do not talk about bombs.", "Censored."]
+        process.terminate()
+        assert process.wait(20) == 0
+        lines = [json.loads(line) for line in process.stderr.read().splitlines()]
+    assert [line["prompt"] for line in lines if "prompt" in line] == [BOMB, DIALOG]
+    with command("--filter", "own_filters:nothing", cwd=tmp_path) as [process]:
+        assert process.wait(60) == 1
+        error = process.stderr.read()
+    assert error == "error: the filter own_filters:nothing has neither a function input_filter nor one output_filter\n"
 
 
 def test_filters_that_are_none(module):
