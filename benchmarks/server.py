@@ -35,7 +35,7 @@ import fire
 import torch
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
-from llama.checkpoint import convert
+from llama.checkpoint.convert import convert
 
 ROOT = Path(__file__).parent.parent
 CLIENTS, SLOTS, CONTEXT, THREADS = 32, 16, 1024, 2
@@ -65,7 +65,7 @@ def write_model(folder: Path, scheme: str | None) -> Path:
     state = {name: torch.randn_like(w) * 0.02 if w.dim() > 1 else torch.ones_like(w) for name, w in state.items()}
     params = {"dim": 768, "n_layers": 12, "n_heads": 12, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000}
     checkpoint.save({name: weight.half() for name, weight in state.items()}, folder / "meta", params)
-    convert(folder / "meta", folder / "gguf", to="gguf", quantize=scheme)
+    convert(folder / "meta", folder / "gguf", "gguf", 1, None, quantize=scheme)
     return next((folder / "gguf").glob("*.gguf"))
 
 
@@ -200,9 +200,7 @@ def overhead(tokens: int = 200, streams: int = 8, repeats: int = 5) -> None:
     server.drain()
     count = 1000 / (tokens * streams)
     with_it, without = (statistics.median(times[1:]) * count for times in (by_server, by_engine))
-    print(
-        f"CPU per token: {with_it:.3f} ms by the server, {without:.3f} ms by the engine: {with_it - without:.3f} ms more"
-    )
+    print(f"CPU per token: server {with_it:.3f} ms, engine {without:.3f} ms, difference {with_it - without:.3f} ms")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,3 +120,19 @@ def own_context(inference: bool = True) -> Iterator[None]:
         for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def to_host(tensor: torch.Tensor) -> Callable[[], list[Any]]:
+    """The numbers of a tensor, without waiting for a GPU until they are asked for."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def read() -> list[Any]:
+        event.synchronize()
+        return copy.tolist()
+
+    return read

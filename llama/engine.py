@@ -14,6 +14,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -24,7 +25,7 @@ from . import backends
 from .backends import Backend
 from .batch import Batch
 from .batch import Sequence as Span
-from .devices import own_context
+from .devices import own_context, to_host
 from .model import Transformer
 from .parallel import broadcast, broadcast_object, world_size
 from .request import Event, Request, Row, choose
@@ -46,8 +47,8 @@ class Pass(NamedTuple):
     rows: list[Row]
     ids: Tensor  # (M,) on the device, M the number of samples of all rows
     # The ids, then for each the sum of its logits, then for each row of a prompt the sum of its hidden states, which
-    # are not finite where one number is not; then on several ranks whether requests must go. In float32, which holds
-    # all ids below 2^24.
+    # are not finite where one number is not; then on several ranks whether the first has more to say. In float32, which
+    # holds all ids below 2^24.
     read: Callable[[], list[float]]
     logprobs: Callable[[], list[list[float]]] | None  # of each id a row of `top_logprobs`
     failed: list[Request]  # their observers found values that are not finite
@@ -72,6 +73,8 @@ class Engine:
         self.slots = [Slot() for _ in range(model.params.max_batch_size)]
         self.waiting: deque[Request] = deque()
         self.cancelled: deque[Request] = deque()  # on several ranks the first's count
+        self.outbox: SimpleQueue[Any] = SimpleQueue()  # what the first rank sends to all with the next step, and what
+        self.received: list[Any] = []  # has come with the last ones
         self.ahead: Pass | None = None
         self.broken = False  # this rank has lost the others
         self.ids = itertools.count()
@@ -266,8 +269,8 @@ class Engine:
                 sums = logits.sum(-1)
         message = torch.cat((ids.float(), sums, *sound))
         if world_size() > 1:
-            cancels = torch.tensor([len(self.cancelled) > 0]).to(hidden.device, non_blocking=True)
-            message = broadcast(torch.cat((message, cancels)))
+            more = torch.tensor([len(self.cancelled) > 0 or not self.outbox.empty()])
+            message = broadcast(torch.cat((message, more.to(hidden.device, non_blocking=True))))
             ids = message[: len(index)].long()
         if index and any(row.request.logprobs for row in rows):
             with backends.single_threaded(self.backend):
@@ -278,8 +281,9 @@ class Engine:
         """Wait for what a pass has sampled, and give it to the requests."""
         values, outputs, at = current.read(), [], 0
         if values and world_size() > 1 and values[-1]:
-            gone = broadcast_object([request.id for request in self.cancelled])
-            self.cancelled.clear()
+            gone = [self.cancelled.popleft().id for _ in range(len(self.cancelled))]
+            gone, items = broadcast_object((gone, [self.outbox.get() for _ in range(self.outbox.qsize())]))
+            self.received += items
             self._drop([request for request in [*self._running(), *self.waiting] if request.id in gone])
         M = len(current.ids)
         chances = current.logprobs() if current.logprobs else [[]] * M
@@ -382,19 +386,3 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
     return low
-
-
-def to_host(tensor: Tensor) -> Callable[[], list[Any]]:
-    """The numbers of a tensor, without waiting for a GPU until they are asked for."""
-    if tensor.device.type != "cuda":
-        return tensor.tolist
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    copy.copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-
-    def read() -> list[Any]:
-        event.synchronize()
-        return copy.tolist()
-
-    return read

@@ -18,11 +18,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..generation import Llama
-from ..parallel import broadcast, broadcast_object, rank, world_size
+from ..parallel import broadcast_object, rank, world_size
 from ..request import Event, Request
 from ..scoring import to_embed
 from ..stream import refused
@@ -86,6 +85,7 @@ class Loop:
     def __init__(self, llama: Llama, metrics: Metrics, max_wait: float = math.inf, max_time: float = math.inf) -> None:
         self.llama, self.metrics, self.max_wait, self.max_time = llama, metrics, max_wait, max_time
         self.inbox: queue.SimpleQueue[tuple[int, Work | None] | None] = queue.SimpleQueue()
+        llama.engine.outbox = self.inbox
         self.numbers = itertools.count()
         self.tickets: dict[int, Ticket] = {}  # on the first rank
         self.open = 0  # requests that have been submitted and have not ended
@@ -224,17 +224,17 @@ class Loop:
 
     def _receive(self, busy: bool) -> list[tuple[int, Work | None] | None]:
         """What has arrived at the first rank since the last turn; if nothing is to be done, what arrives next."""
-        items: list[Any] = []
+        items: list[Any]
+        items, self.llama.engine.received = self.llama.engine.received, []
+        if world_size() > 1 and (busy or items):  # it came with the last step
+            return items
         if rank() == 0:
             with suppress(queue.Empty):
                 if not busy:
                     items.append(self.inbox.get(timeout=IDLE))
                 while True:
                     items.append(self.inbox.get_nowait())
-        # The numbers of a step are sent as one tensor; a turn in which nothing arrived costs one more, of one number.
-        if world_size() > 1 and broadcast(torch.tensor([len(items)], device="cpu")).item():
-            items = broadcast_object(items)
-        return items
+        return broadcast_object(items)
 
     def _begin(self, number: int, work: Work) -> list[Request]:
         engine, ticket = self.llama.engine, self.tickets.get(number)
