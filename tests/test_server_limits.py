@@ -135,6 +135,8 @@ def input_filter(dialog):
         time.sleep(2)
     if "fail" in text:
         raise RuntimeError("no filter today")
+    if "exit" in text:
+        raise SystemExit(3)
     return "I do not talk about bombs." if "bomb" in text else None
 
 class Answers:
@@ -209,6 +211,7 @@ def test_a_filter_that_fails_or_waits_stops_nobody_else(llama, module, caplog):
         reply = ask("fail")
         assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
         assert "no filter today" not in reply.text
+        assert ask("exit").status_code == 500
         assert ask("Hello").status_code == 200
         assert waiting.is_alive()
         waiting.join()

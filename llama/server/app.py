@@ -143,15 +143,16 @@ async def generate(request: HttpRequest, read: Callable[[Llama, Mapping[str, Any
 async def refused(own: Service, asked: Asked, body: Mapping[str, Any]) -> str | None:
     """What a filter says instead of an answer. The prompt of a completion is a message of the user; where one of
     several is refused, all are."""
-    if not own.config.filters:
+    filters, tokenizer = own.config.filters, own.ready().llama.tokenizer
+    if not filters:
         return None
     if asked.work.chat:
         dialogs = [read_dialog(body)]
     else:
-        decode = own.ready().llama.tokenizer.decode
-        dialogs = [[{"role": "user", "content": decode(ids)}] for ids in asked.work.prompts[:: asked.n]]
+        texts = await asyncio.to_thread(lambda: [tokenizer.decode(ids) for ids in asked.work.prompts[:: asked.n]])
+        dialogs = [[{"role": "user", "content": text}] for text in texts]
     for dialog in dialogs:
-        if (text := await own.config.filters.of_dialog(dialog)) is not None:
+        if (text := await filters.of_dialog(dialog)) is not None:
             return text
     return None
 
