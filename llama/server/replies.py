@@ -67,7 +67,6 @@ class Choice:
             tops = [None, *([*zip(*row, strict=True)] for row in of_prompt), *answered]
             logprobs[0] = None
         for id, logprob, top in zip(event.tokens, logprobs, tops, strict=True):
-            logprob = dict(top or ()).get(id, logprob)  # to the last bit, as clients compare them
             text, piece = self.decoder.push(id), self.tokenizer.vocabulary.id_to_piece(id)
             raw = piece if isinstance(piece, bytes) else text.encode()
             self.held.append(Token(text, [*raw], logprob, top, self.seen))
