@@ -1,6 +1,6 @@
 """A server under load: thousands of requests, some of which are cancelled or malformed, and bodies at random.
 
-    python benchmarks/serving_soak.py [--requests 2000] [--at_once 64] [--fuzz 10000]
+    python benchmarks/serving_soak.py [--requests 2000] [--at_once 64] [--fuzz_count 10000]
 
 It starts `python -m llama serve` on the bundled model in float32 and compares each answer with the library's own. It
 fails if an answer differs, if a slot leaks, if memory grows by more than 30 MB, if the metrics do not add up, and if a
