@@ -21,6 +21,7 @@ from llama.cli.serve import serve
 from llama.server.app import Config
 from llama.server.process import Server
 
+DOCUMENT = (ROOT / "docs" / "server.md").read_text()
 FLAGS = inspect.signature(serve).parameters
 
 
@@ -81,8 +82,13 @@ def test_who_runs_it_and_where(dockerfile):
     assert int(*every(dockerfile, "EXPOSE")) == FLAGS["port"].default
     [entry], [command] = map(json.loads, every(dockerfile, "ENTRYPOINT")), map(json.loads, every(dockerfile, "CMD"))
     assert entry == ["python", "-m", "llama", "serve"]
-    assert {flag[2:] for flag in command if flag.startswith("--")} <= {*FLAGS}
-    assert command[command.index("--host") + 1] == "0.0.0.0"
+    [shown] = re.findall(r"^docker run (.*) llama (.*)$", DOCUMENT, re.MULTILINE)
+    folder, *flags = shown[1].split()
+    for given in (command, [folder, *flags]):
+        assert {flag[2:] for flag in given if flag.startswith("--")} <= {*FLAGS}
+        assert given[given.index("--host") + 1] == "0.0.0.0"
+    assert (ROOT / folder.removeprefix("/")).is_dir()
+    assert (ROOT / folder.removeprefix("/")).parent.joinpath("tokenizer.model").is_file()
 
 
 def test_the_health_check(dockerfile):
@@ -105,7 +111,7 @@ def test_the_health_check(dockerfile):
 
 def block(kind):
     """The only block of this kind in docs/server.md."""
-    [found] = re.findall(rf"^```{kind}\n(.*?)^```", (ROOT / "docs" / "server.md").read_text(), re.MULTILINE | re.DOTALL)
+    [found] = re.findall(rf"^```{kind}\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
     return found
 
 
