@@ -12,7 +12,7 @@ import pytest
 from serving import LONG, build, command, gauge, httpx, openai, serving, slow_down, streamed, wait_for, wait_until_ready
 
 from llama import parallel
-from llama.server import app, protocol
+from llama.server import app, filters, protocol
 from llama.server.app import Config
 from llama.server.filters import load_filters
 from llama.server.log import JsonLines
@@ -199,7 +199,7 @@ def test_output_filters_see_whole_answers(llama, module):
         assert texts == {0: own["generation"]["content"]}
 
 
-def test_a_filter_that_fails_or_waits_stops_nobody_else(llama, module, caplog):
+def test_a_filter_that_fails_or_waits_stops_nobody_else(llama, module, caplog, monkeypatch):
     def ask(text):
         body = {**CHAT, "messages": [{"role": "user", "content": text}]}
         return httpx.post(f"{client.url}/v1/chat/completions", json=body, timeout=30)
@@ -215,6 +215,8 @@ def test_a_filter_that_fails_or_waits_stops_nobody_else(llama, module, caplog):
         assert ask("Hello").status_code == 200
         assert waiting.is_alive()
         waiting.join()
+        monkeypatch.setattr(filters, "SECONDS", 0.1)
+        assert ask("wait").status_code == 500
     assert "no filter today" in caplog.text
     with serving(llama, filters=load_filters(["own_filters:Odd"])) as client:
         assert ask("Hello").status_code == 500

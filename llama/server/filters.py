@@ -21,6 +21,8 @@ from .schema import ApiError
 log = logging.getLogger("llama.server")
 THREADS = 32  # in which filters run, so that a slow one holds up only what it looks at
 
+SECONDS = 60.0  # that a filter may take
+
 
 class Filters:
     """The filters of a server: the first that returns a text decides."""
@@ -57,7 +59,7 @@ class Filters:
         for function in filters:
             try:
                 async with self.threads:
-                    found = await in_thread(function, value)
+                    found = await asyncio.wait_for(in_thread(function, value), SECONDS)
                 if found is not None:
                     return check_verdict(found)
             except Exception as error:
