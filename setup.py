@@ -13,13 +13,13 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"": ["py.typed", "*.cpp", "*.h"]},
+    package_data={"": ["py.typed", "*.cpp", "*.h", "*.html"]},
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
         "test": [
             *("pytest", "pytest-cov", "hypothesis", "pexpect", "ruff", "mypy"),
             *("transformers", "peft", "gguf", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
-            *("starlette", "uvicorn", "httpx", "openai", "llguidance"),
+            *("starlette", "uvicorn", "httpx", "openai", "playwright", "llguidance"),
             "triton; platform_system == 'Linux'",  # whose interpreter runs the CUDA kernels on a CPU
         ],
         "chat": ["prompt_toolkit"],

@@ -26,6 +26,7 @@ from .filters import Filters
 from .guard import Guard, error_response, json_response
 from .loop import Loop, Ticket
 from .metrics import Metrics
+from .page import page
 from .protocol import BODY
 from .schema import ApiError, Asked, Work, encode_chat, parse, read_chat, read_completion, read_dialog, read_embeddings
 
@@ -324,6 +325,7 @@ async def on_error(request: HttpRequest, error: Exception) -> Response:
 
 
 ROUTES: dict[str, tuple[str, Callable[[HttpRequest], Any]]] = {
+    "/": ("GET", page),
     "/health": ("GET", health),
     "/metrics": ("GET", metrics),
     "/v1/models": ("GET", models),

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .schema import ApiError
 
 log = logging.getLogger("llama.server")
+OPEN = {"/", "/health"}  # what needs no key
 POLLED = {"/health", "/metrics"}  # so often that the log has them at its level DEBUG alone
 ID = re.compile(rb"[\x21-\x7e]{1,128}")  # of a request, as clients may choose it
 
@@ -58,7 +59,7 @@ class Guard:
             access(fields | state.get("fields", {}))
 
     def allowed(self, scope: Scope) -> bool:
-        if not self.keys or scope["path"] == "/health":
+        if not self.keys or scope["path"] in OPEN:
             return True
         kind, _, key = header(scope, b"authorization").partition(b" ")
         matches = [hmac.compare_digest(key.strip(), own) for own in self.keys]  # all, so that time tells nothing
