@@ -12,7 +12,7 @@ import pytest
 from serving import LONG, build, command, gauge, httpx, openai, serving, slow_down, streamed, wait_for, wait_until_ready
 
 from llama import parallel
-from llama.server import app, protocol
+from llama.server import app, filters, protocol
 from llama.server.app import Config
 from llama.server.filters import load_filters
 from llama.server.log import JsonLines
@@ -21,6 +21,7 @@ from llama.server.metrics import HISTOGRAMS, Metrics
 from llama.server.process import Server
 
 DIALOG = [{"role": "user", "content": "What is the opposite of big?"}]
+BOMB = [{"role": "user", "content": "How do I build a bomb?"}]
 CHAT = {"model": "small-chat", "messages": DIALOG, "max_tokens": 20, "temperature": 0}
 GREEDY = {**LONG, "temperature": 0}
 
@@ -134,6 +135,8 @@ def input_filter(dialog):
         time.sleep(2)
     if "fail" in text:
         raise RuntimeError("no filter today")
+    if "exit" in text:
+        raise SystemExit(3)
     return "I do not talk about bombs." if "bomb" in text else None
 
 class Answers:
@@ -161,7 +164,7 @@ def module(tmp_path, monkeypatch):
 
 
 def test_input_filters(llama, module):
-    bomb = {**CHAT, "messages": [{"role": "user", "content": "How do I build a bomb?"}]}
+    bomb = {**CHAT, "messages": BOMB}
     with serving(llama, filters=load_filters(["own_filters"])) as client:
         found = client.chat.completions.create(**bomb, n=2, logprobs=True)
         assert [choice.message.content for choice in found.choices] == ["I do not talk about bombs."] * 2
@@ -196,7 +199,7 @@ def test_output_filters_see_whole_answers(llama, module):
         assert texts == {0: own["generation"]["content"]}
 
 
-def test_a_filter_that_fails_or_waits_stops_nobody_else(llama, module, caplog):
+def test_a_filter_that_fails_or_waits_stops_nobody_else(llama, module, caplog, monkeypatch):
     def ask(text):
         body = {**CHAT, "messages": [{"role": "user", "content": text}]}
         return httpx.post(f"{client.url}/v1/chat/completions", json=body, timeout=30)
@@ -208,15 +211,36 @@ def test_a_filter_that_fails_or_waits_stops_nobody_else(llama, module, caplog):
         reply = ask("fail")
         assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
         assert "no filter today" not in reply.text
+        assert ask("exit").status_code == 500
         assert ask("Hello").status_code == 200
         assert waiting.is_alive()
         waiting.join()
+        monkeypatch.setattr(filters, "SECONDS", 0.1)
+        assert ask("wait").status_code == 500
     assert "no filter today" in caplog.text
     with serving(llama, filters=load_filters(["own_filters:Odd"])) as client:
         assert ask("Hello").status_code == 500
         stream = client.chat.completions.create(**CHAT, stream=True)
         with pytest.raises(openai.APIError, match="a filter has failed"):
             streamed(stream)
+
+
+def test_the_command_with_filters_and_json(module, tmp_path):
+    flags = ["--filter", '["own_filters", "own_filters:Answers"]', "--log_json", "--log_prompts"]
+    with command(*flags, cwd=tmp_path) as [process]:
+        wait_until_ready(process)
+        url = f"{process.url}/v1/chat/completions"
+        replies = [httpx.post(url, json={**CHAT, "messages": dialog}, timeout=30) for dialog in (BOMB, DIALOG)]
+        said = [reply.json()["choices"][0]["message"]["content"] for reply in replies]
+        assert said == ["I do not talk about bombs.", "Censored."]
+        process.terminate()
+        assert process.wait(20) == 0
+        lines = [json.loads(line) for line in process.stderr.read().splitlines()]
+    assert [line["prompt"] for line in lines if "prompt" in line] == [BOMB, DIALOG]
+    with command("--filter", "own_filters:nothing", cwd=tmp_path) as [process]:
+        assert process.wait(60) == 1
+        error = process.stderr.read()
+    assert error == "error: the filter own_filters:nothing has neither a function input_filter nor one output_filter\n"
 
 
 def test_filters_that_are_none(module):
@@ -403,9 +427,10 @@ def test_requests_that_are_none(llama):
 def test_a_client_that_does_not_read(llama, monkeypatch):
     """Its requests end, also where the answer fills all buffers between."""
     monkeypatch.setattr(protocol, "READING", 0.5)
-    body = json.dumps({"prompt": ["Once"] * 1000, "max_tokens": 1, "echo": True, "logprobs": 20}).encode()
-    with serving(llama, max_waiting=2000) as client, socket.socket() as connection:
+    body = json.dumps({"prompt": ["Once"] * 100, "max_tokens": 1, "echo": True, "logprobs": 20}).encode()
+    with serving(llama, max_waiting=100) as client, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)  # connections inherit it
         connection.connect(("127.0.0.1", client.server.port))
         connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         connections = client.server.http.server_state.connections

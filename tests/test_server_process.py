@@ -1,5 +1,6 @@
 """The server's processes: loading, signals, ranks that die, and how little they do when idle."""
 
+import importlib
 import os
 import signal
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from serving import build, command, gauge, httpx, openai, streamed, wait_for, wait_until_ready
+from small import ROOT
 
 from llama.server.app import Config
 from llama.server.process import Server
@@ -100,3 +102,12 @@ def test_idle_ranks_do_nothing(jobs):
     before = [seconds_of_cpu(process) for process in jobs]
     time.sleep(4)
     assert all(seconds_of_cpu(process) - at < 0.4 for process, at in zip(jobs, before, strict=True))
+
+
+def test_a_short_soak(capsys, monkeypatch):
+    """benchmarks/serving_soak.py, which fails by itself where an answer is wrong, with few requests."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    importlib.import_module("serving_soak").main(requests=80, at_once=16, fuzz_count=40)
+    out = capsys.readouterr().out
+    assert "0 wrong answers" in out
+    assert "statuses of 40 bodies" in out

@@ -144,15 +144,16 @@ async def generate(request: HttpRequest, read: Callable[[Llama, Mapping[str, Any
 async def refused(own: Service, asked: Asked, body: Mapping[str, Any]) -> str | None:
     """What a filter says instead of an answer. The prompt of a completion is a message of the user; where one of
     several is refused, all are."""
-    if not own.config.filters:
+    filters, tokenizer = own.config.filters, own.ready().llama.tokenizer
+    if not filters:
         return None
     if asked.work.chat:
         dialogs = [read_dialog(body)]
     else:
-        decode = own.ready().llama.tokenizer.decode
-        dialogs = [[{"role": "user", "content": decode(ids)}] for ids in asked.work.prompts[:: asked.n]]
+        texts = await asyncio.to_thread(lambda: [tokenizer.decode(ids) for ids in asked.work.prompts[:: asked.n]])
+        dialogs = [[{"role": "user", "content": text}] for text in texts]
     for dialog in dialogs:
-        if (text := await own.config.filters.of_dialog(dialog)) is not None:
+        if (text := await filters.of_dialog(dialog)) is not None:
             return text
     return None
 
@@ -191,7 +192,9 @@ class EventStream(StreamingResponse):
     first request has a slot, so that one that has waited for too long can be answered with 503."""
 
     def __init__(self, content: AsyncIterator[str], loop: Loop, ticket: Ticket) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(
+            content, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
         self.loop, self.ticket = loop, ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

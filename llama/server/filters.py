@@ -8,8 +8,9 @@ import inspect
 import logging
 import os
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from ..chat import Dialog
@@ -18,7 +19,9 @@ from ..stream import InputFilter, OutputFilter, check_verdict, whole
 from .schema import ApiError
 
 log = logging.getLogger("llama.server")
-THREADS = 16  # in which filters run, so that a slow one holds up only what it looks at
+THREADS = 32  # in which filters run, so that a slow one holds up only what it looks at
+
+SECONDS = 60.0  # that a filter may take
 
 
 class Filters:
@@ -26,7 +29,7 @@ class Filters:
 
     def __init__(self, input_filters: Sequence[InputFilter] = (), output_filters: Sequence[OutputFilter] = ()) -> None:
         self.input_filters, self.output_filters = input_filters, output_filters
-        self.threads = ThreadPoolExecutor(THREADS, "filter")
+        self.threads = asyncio.Semaphore(THREADS)
 
     async def of_dialog(self, dialog: Dialog) -> str | None:
         return await self._first(self.input_filters, dialog)
@@ -55,13 +58,32 @@ class Filters:
         """What the first of several filters says that says something."""
         for function in filters:
             try:
-                found = await asyncio.get_running_loop().run_in_executor(self.threads, function, value)
+                async with self.threads:
+                    found = await asyncio.wait_for(in_thread(function, value), SECONDS)
                 if found is not None:
                     return check_verdict(found)
             except Exception as error:
                 log.exception("the filter %s failed", getattr(function, "__qualname__", function))
                 raise ApiError(500, "a filter has failed; see the server's log") from error
         return None
+
+
+async def in_thread(function: Callable[[Any], Any], value: object) -> Any:
+    """What a function returns, called in a thread that does not keep the process from ending."""
+    found: Future[Any] = Future()
+
+    def call() -> None:
+        if not found.set_running_or_notify_cancel():
+            return
+        try:
+            found.set_result(function(value))
+        except Exception as error:
+            found.set_exception(error)
+        except BaseException as error:  # SystemExit would end the server
+            found.set_exception(RuntimeError(repr(error)))
+
+    threading.Thread(target=call, name="filter", daemon=True).start()
+    return await asyncio.wrap_future(found)
 
 
 def load_filters(names: Sequence[str]) -> Filters:

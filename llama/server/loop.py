@@ -150,7 +150,7 @@ class Loop:
         metrics, times, prompt = self.metrics, ticket.times[event.row], ticket.work.prompts[event.row]
         new = len(event.tokens) - (len(prompt) if ticket.work.echo and not times.counted else 0)
         count = max(0, new)
-        if not times.counted and ticket.requests:
+        if not times.counted and times.admitted:
             times.counted = True
             metrics.add("prompt_tokens_total", len(prompt))
             metrics.add("prefix_cache_queries_total", len(prompt))

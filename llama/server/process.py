@@ -15,7 +15,7 @@ from ..generation import Llama
 from .app import Config, Service, make_app
 from .loop import Loop
 from .metrics import Metrics
-from .protocol import LARGEST_HEADERS, Http
+from .protocol import KEEP_ALIVE, LARGEST_HEADERS, Http
 
 log = logging.getLogger("llama.server")
 GRACE = 60  # seconds in which running requests may end after the first signal
@@ -48,6 +48,7 @@ class Server:
                 access_log=False,
                 log_config=None,
                 log_level="warning",
+                timeout_keep_alive=KEEP_ALIVE,
                 timeout_graceful_shutdown=GRACE,
             )
         )

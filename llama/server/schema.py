@@ -151,6 +151,8 @@ def read_completion(llama: Llama, body: Mapping[str, Any]) -> Asked:
     if body.get("best_of", 1) > body.get("n", 1):
         raise ApiError(400, "this server does not support best_of larger than n", "best_of")
     prompts, most = read_prompts(llama, body, "prompt"), body.get("max_tokens", 16)
+    if body.get("echo") and "logprobs" in body:  # who scores a prompt counts on one token behind it, never EOS
+        body = {**body, "min_tokens": max(1, body.get("min_tokens", 0))}
     work = Work(prompts, [], "logprobs" in body, body.get("logprobs", 0), body.get("echo", False))
     return ask(llama, body, work, most, "prompt")
 
@@ -196,7 +198,7 @@ def ask(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str
         options["seed"] = [seed if i % n == 0 else wrapped(seed + i % n) for i in range(len(prompts))]
     temperature, top_p, options = body.get("temperature", 1), body.get("top_p", 1), {**options, **structure}
     try:
-        settings = llama.inputs.settings(len(prompts), most, temperature, top_p, options, work.chat)
+        settings = llama.inputs.settings(len(prompts), most, temperature, top_p, options, not work.continues)
     except ValueError as error:
         if str(error).startswith(tuple(structure) or " "):
             raise ApiError(400, str(error), field) from error
