@@ -137,8 +137,8 @@ def test_metrics_are_those_of_the_harness_with_transformers(models, tasks, name)
                     assert x[0] == pytest.approx(y[0], abs=1e-4) and x[1] == y[1]
                 elif isinstance(y, float):
                     assert x == pytest.approx(y, abs=1e-3)
-                else:
-                    assert x == y
+                else:  # bytes that are no character: SentencePiece and Hugging Face's tokenizers show them differently
+                    assert x.partition("\ufffd")[0] == y.partition("\ufffd")[0]
 
 
 PAIRS = [
@@ -242,7 +242,9 @@ def test_a_context_is_computed_once(models):
 
 def run(*flags, **environment):
     line = [sys.executable, "-m", "llama", "eval", *map(str, flags)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=300)
+    return subprocess.run(
+        line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=300
+    )
 
 
 def test_the_command(tasks, tmp_path):
@@ -273,7 +275,7 @@ def test_the_card(models, tasks):
     model = ours(models["bundled"][0])
     first, second, third = card.evaluate(model, groups, "Llama 2 7B", include_path=str(tasks))
     assert first.percent > 50 and first.published == 63.9
-    assert second.percent is None and second.published == 45.3 and second.note == "a note; nowhere is missing"
+    assert second.percent is None and second.published == 45.3 and second.note == "a note; missing: nowhere"
     assert third.percent is None and "HF_ALLOW_CODE_EVAL=1" in third.note
     assert "| commonsense | " in card.table([first, second, third])
 
@@ -292,7 +294,7 @@ def test_the_published_rows_are_the_model_cards():
 def test_the_card_as_a_command(tasks, tmp_path):
     done = run(MODELS / "small", "--card", "--limit", 1, "--output_path", tmp_path / "out", "--max_seq_len", 64)
     assert done.returncode == 0, done.stderr
-    assert "| MMLU |  |  | mmlu is missing |" in done.stdout and "cannot be run" in done.stderr
+    assert "| MMLU |  |  | missing: mmlu |" in done.stdout and "cannot be run" in done.stderr
     assert json.loads((tmp_path / "out" / "card.json").read_text())[0]["group"] == "code"
     done = run(MODELS / "small", "--card", "--published", "GPT-4")
     assert done.returncode == 1 and "published is 'GPT-4'; it must be one of Llama 1 7B" in done.stderr

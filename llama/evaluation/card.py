@@ -106,32 +106,33 @@ def evaluate(
     include_path: str | None = None,
 ) -> list[Score]:
     """The score of each group. `limit` is the harness's: documents of a task, or the fraction of all."""
+    from lm_eval.tasks import TaskManager
+
     row, scores = published_row(model.llama.model.params, published), []
+    manager = TaskManager(include_path=include_path)
     for group in groups:
-        found, note = dict[str, dict[str, Any]](), group.note
-        percents = list[float]()
-        if group.code and os.environ.get(CODE) != "1":
-            note = f"{note}: set {CODE}=1 to allow it"
-        else:
-            for task in group.tasks:
-                try:
-                    found[task.name] = run_task(model, task, limit, include_path, group.code)
-                    percents.append(100 * metric(found[task.name], task.metric))
-                except (OSError, ValueError, LookupError) as error:
-                    text = " ".join(str(error).split())[:200]
-                    log.warning("%s cannot be run, as its data set or a package is missing: %s", task.name, text)
-                    note = "; ".join(filter(None, (note, f"{task.name} is missing")))
-        whole = len(percents) == len(group.tasks)
-        percent = sum(percents) / len(percents) if whole else None
-        scores.append(Score(group.name, percent, row.get(group.name), note, found))
+        notes, missing = [group.note] if group.note else [], list[str]()
+        found, percents = dict[str, dict[str, Any]](), list[float]()
+        allowed = not group.code or os.environ.get(CODE) == "1"
+        if not allowed:
+            notes.append(f"set {CODE}=1 to allow it")
+        for task in group.tasks if allowed else ():
+            try:
+                found[task.name] = run_task(model, task, limit, manager, group.code)
+                percents.append(100 * metric(found[task.name], task.metric))
+            except (OSError, ValueError, LookupError, ImportError) as error:
+                text = " ".join(str(error).split())[:200]
+                log.warning("%s cannot be run, as its data set or a package is missing: %s", task.name, text)
+                missing.append(task.name)
+        if missing:
+            notes.append(f"missing: {', '.join(missing)}")
+        percent = sum(percents) / len(percents) if percents and not missing else None
+        scores.append(Score(group.name, percent, row.get(group.name), "; ".join(notes), found))
     return scores
 
 
-def run_task(
-    model: HarnessModel, task: Task, limit: float | None, include_path: str | None, code: bool
-) -> dict[str, Any]:
+def run_task(model: HarnessModel, task: Task, limit: float | None, manager: Any, code: bool) -> dict[str, Any]:
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     results = lm_eval.simple_evaluate(
         model=model,
@@ -140,7 +141,7 @@ def run_task(
         limit=limit,
         bootstrap_iters=0,
         log_samples=False,
-        task_manager=TaskManager(include_path=include_path),
+        task_manager=manager,
         confirm_run_unsafe_code=code,
     )
     found: dict[str, Any] = results["results"][task.name] if results else {f"{task.metric},none": 0.0}
