@@ -90,6 +90,8 @@ def test_prompts_are_answered_as_by_text_completion(llama, tmp_path, capsys):
         {"temperature": 0, "max_gen_len": 5, "logit_bias": {"306": 100}, "stop_token_ids": [7], "top_p": None},
         {"temperature": 1.0, "seed": -1, "max_gen_len": 20, "frequency_penalty": 0.5, "min_p": 0.1},
         {"temperature": 0, "max_gen_len": 0},
+        {"temperature": 0, "regex": "[a-c]{3}"},
+        {"temperature": 0.5, "seed": 3, "json_schema": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}},
         {"seed": 11},
     ]
     cases = [(prompt, options[i % len(options)]) for i, prompt in enumerate(prompts)]

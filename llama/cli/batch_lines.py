@@ -17,7 +17,8 @@ from ..server.schema import ApiError
 
 Key = str | int | tuple[str, int]
 TEXT, CHAT, EMBED = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
-RENAMED = {"max_gen_len": "max_tokens", "min_gen_len": "min_tokens"}
+RENAMED = {"max_gen_len": "max_tokens", "min_gen_len": "min_tokens"}  # the library's options -> fields of a body
+RENAMED |= {"json_schema": "guided_json", "regex": "guided_regex"}
 
 
 class Line(NamedTuple):
@@ -115,7 +116,8 @@ def plain_body(line: Line, most: int) -> tuple[str, dict[str, Any]]:
     if ("prompt" in body) == ("messages" in body):
         raise ApiError(400, "a line needs either prompt or messages")
     url, fields = (TEXT, schema.OF_TEXT) if "prompt" in body else (CHAT, schema.OF_CHAT)
-    if unknown := [name for name in body if name not in {"prompt", "messages", *fields, *schema.REFUSED}]:
+    known = {"prompt", "messages", *fields, *schema.REFUSED, *(f"guided_{kind}" for kind in schema.STRUCTURES)}
+    if unknown := [name for name in body if name not in known]:
         raise ApiError(400, f"there is no option {schema.shorten(unknown[0])}")
     return url, {**{name: DEFAULTS[name] for name in ("temperature", "top_p")}, "max_tokens": most, **body}
 
