@@ -5,9 +5,9 @@
 1. A file of prompts, dialogs and OpenAI's requests of mixed length, some of them malformed, is answered by the bundled
    chat model, with one replica and with two. The job is killed with SIGKILL `kills` times, torchrun or one of its
    workers; in the end each line must have one answer.
-2. On the 110M shape with random float32 weights, tokens per second of a batch, beside `text_completion` with
-   max_batch_size prompts at a time, all of which end before the next begin. The two in turn; lengths of answers are
-   those of an exponential distribution, 4 to 128 tokens with a mean of about 32.
+2. On the 110M shape with random float32 weights and the bundled tokenizer, tokens per second of a batch, beside
+   `text_completion` with max_batch_size prompts at a time, all of which end before the next begin. The two in turn;
+   lengths of answers are those of an exponential distribution, 4 to 128 tokens with a mean of about 32.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from llama import Llama, ModelArgs, Tokenizer, parallel
 from llama.cli import measure
 from llama.cli.batch import answer_lines
 from llama.cli.batch_files import Files
-from llama.engine import Engine
 
 ROOT = Path(__file__).parent.parent
 CHAT = ROOT / "models" / "small-chat"
@@ -117,10 +116,12 @@ def soak(folder: Path, lines: int, kills: int) -> None:
 def throughput(folder: Path, prompts: int, repeats: int, slots: int) -> None:
     chance = random.Random(1)
     parallel.init_model_parallel()
-    args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, max_batch_size=slots, max_seq_len=512)
+    tokenizer = Tokenizer(ROOT / "models" / "tokenizer.model")
+    args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=tokenizer.n_words)
+    args.max_batch_size, args.max_seq_len = slots, 512
     model = measure.loaded(*measure.Source(measure.RandomWeights(CPU), args, CPU, torch.float32))
-    Engine.of(model, compile=True)
-    llama = Llama(model, Tokenizer(ROOT / "models" / "tokenizer.model"))
+    llama = Llama(model, tokenizer)
+    llama.engine.compile = True
     texts = [" ".join(chance.choices(WORDS, k=chance.randint(4, 60))) for _ in range(prompts)]
     most = [min(128, 4 + int(chance.expovariate(1 / 28))) for _ in range(prompts)]
     rows = [{"prompt": t, "max_gen_len": n, "seed": i} for i, (t, n) in enumerate(zip(texts, most, strict=True))]

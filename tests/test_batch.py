@@ -270,7 +270,15 @@ def test_files_that_are_none_of_a_batch(tmp_path):
     with pytest.raises(ValueError, match="twice: lines 1 and 3 have the same id, 'a'"):
         Files(twice, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    for content in (b"Dear diary,\n", b"Dear diary", b'{"id": 1}\nDear', b'{"name": 3}\n', b"[1]\n", b'{"id": null}\n'):
+    for content in (
+        b"Dear diary,\n",
+        b"Dear diary",
+        b'{"id": 1}\nDear',
+        b'{"name": 3}\n',
+        b"[1]\n",
+        b'{"id": null}\n',
+        b'{"id": [1]}\n',
+    ):
         (tmp_path / "diary").write_bytes(content)
         with pytest.raises(ValueError, match="is no answer of a batch; choose another outfile"):
             Files(source, tmp_path / "diary")

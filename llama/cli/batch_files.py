@@ -52,6 +52,7 @@ class Files:
             answer: Any = json.loads(line)
             id = answer.get("custom_id", answer["id"])
             key: Key = ("line", answer["line"]) if id is None else id
+            hash(key)
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             raise self._foreign(number, line) from error
         return key
