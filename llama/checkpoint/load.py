@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..args import ModelArgs
 from ..backends.quantized import Quantization, Quantized, Rows, Scheme, kernel, quantize, stack
 from ..devices import empty
-from ..parallel import gather_objects, rank, world_size
+from ..parallel import gather_objects, rank, replica, world_size
 from .plan import fused_groups, rank_range, shapes, shard_dim
 
 
@@ -56,7 +56,7 @@ def load(
     local = {name: weight.shape for name, weight in model.named_parameters()}
     ranges = {name: rank_range(name, whole[name][shard_dim(name) or 0], args, rank(), world_size()) for name in local}
     total = sum(shape.numel() for shape in local.values())
-    hidden = None if rank() == 0 else True  # None: a bar on a terminal only
+    hidden = None if rank() == replica()[0] == 0 else True  # None: a bar on a terminal only
     with tqdm(desc="loading", total=total, unit="weights", unit_scale=True, disable=hidden, leave=False) as bar:
         schemes = {name: scheme.of(name) if scheme else None for name in local}
         groups = fused_groups(local)

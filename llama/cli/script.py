@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ def run(command: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
                 stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
         if launched() == 1:  # a rank that waits for another would not react to it
             end_on_signals()
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         for call in parse(command, sys.argv[1:]):
             call()
 
@@ -49,6 +52,14 @@ def end_on_signals() -> None:
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one
             with suppress(ValueError):  # in another thread than the main one
                 signal.signal(number, end)
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent has ended: ranks whose torchrun was killed would go on, or wait for half an hour
+    to connect to one that is started later."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    _exit(1)
 
 
 def parse(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -21,14 +20,14 @@ from starlette.types import Receive, Scope, Send
 
 from ..generation import Llama
 from ..request import Event
-from . import replies
+from . import replies, schema
 from .filters import Filters
 from .guard import Guard, error_response, json_response
 from .loop import Loop, Ticket
 from .metrics import Metrics
 from .page import page
 from .protocol import BODY
-from .schema import ApiError, Asked, Work, encode_chat, parse, read_chat, read_completion, read_dialog, read_embeddings
+from .schema import ApiError, Asked, Work, encode_chat, parse, read_dialog, read_with
 
 T = TypeVar("T")
 POLL = 0.1  # seconds between two looks at whether a client that waits for a whole reply is still there
@@ -95,14 +94,10 @@ class Service:
             raise ApiError(404, text, "model", "model_not_found")
 
     async def read(self, read: Callable[[Llama, Mapping[str, Any]], T], body: Mapping[str, Any]) -> T:
-        """What `read` makes of a body; what the library refuses is the client's error."""
+        """What `read` makes of a body."""
         llama = self.ready().llama
         async with self.reading:
-            try:
-                return await asyncio.to_thread(read, llama, body)
-            except ValueError as error:
-                name = re.split(r"[ :]", str(error))[0]
-                raise ApiError(400, str(error), name if name in body else None) from error
+            return await asyncio.to_thread(read_with, read, llama, body)
 
     def submit(self, work: Work) -> Ticket:
         loop, limit = self.ready(), len(self.ready().llama.engine.slots) + self.config.max_waiting
@@ -117,11 +112,11 @@ def service(request: HttpRequest) -> Service:
 
 
 async def completions(request: HttpRequest) -> Response:
-    return await generate(request, read_completion)
+    return await generate(request, schema.read_completion)
 
 
 async def chat_completions(request: HttpRequest) -> Response:
-    return await generate(request, read_chat)
+    return await generate(request, schema.read_chat)
 
 
 async def generate(request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], Asked]) -> Response:
@@ -229,10 +224,7 @@ async def until_gone(request: HttpRequest, loop: Loop, ticket: Ticket) -> AsyncI
 
 def check(ticket: Ticket, event: Event) -> None:
     """ApiError for an event that says that its request failed."""
-    if event.finish_reason == "error":
-        error = ticket.requests[event.row].error
-        # A ValueError is of options that contradict each other, such as a logit_bias that excludes all of a grammar.
-        raise ApiError(400 if isinstance(error, ValueError) else 500, str(error))
+    ticket.check(event)
     if event.finish_reason == "cancelled":
         raise late(ticket)
 
@@ -255,7 +247,7 @@ def note(request: HttpRequest, ticket: Ticket, usage: Mapping[str, Any]) -> None
 async def embeddings(request: HttpRequest) -> Response:
     own = service(request)
     loop, body = own.ready(), await own.body(request)
-    work, base64 = await own.read(read_embeddings, body)
+    work, base64 = await own.read(schema.read_embeddings, body)
     ticket = own.submit(work)
     async for _ in until_gone(request, loop, ticket):
         pass

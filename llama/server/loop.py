@@ -26,7 +26,7 @@ from ..request import Event, Request
 from ..scoring import to_embed
 from ..stream import refused
 from .metrics import Metrics
-from .schema import Work
+from .schema import ApiError, Work
 
 log = logging.getLogger("llama.server")
 # Seconds after which waiting ranks hear that nothing has come, and the first finds out if another is gone. gloo itself
@@ -46,14 +46,42 @@ class Times:
     counted: bool = False  # the prompt is in the metrics
 
 
-class Ticket:
-    """An HTTP request's place at the engine: an engine's request for each prompt. Attributes belong to the event loop's
-    thread, except where noted."""
+class Job:
+    """Work at the engine: an engine's request for each prompt."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.requests: list[Request] = []  # there before the first event
+        self.embeddings: Tensor | None = None  # complete with the last
+
+    def submit(self, llama: Llama) -> list[Request]:
+        """Submit the requests. On the first rank their `outputs` keep all events."""
+        work = self.work
+        if work.settings:
+            options = work.logprobs, work.echo, not work.continues, work.top_logprobs
+            self.requests = llama.inputs.requests(work.prompts, work.settings, *options)
+        else:
+            self.requests, self.embeddings = to_embed(llama.engine, work.prompts, "mean")
+        for row, request in enumerate(self.requests):
+            request.row, request.outputs = row, deque(maxlen=1 if rank() else None)  # nobody reads others
+        llama.engine.submit(*self.requests)
+        return self.requests
+
+    def check(self, event: Event) -> None:
+        """ApiError for an event that says that its request failed."""
+        if event.finish_reason == "error":
+            error = self.requests[event.row].error
+            # A ValueError is of options that contradict each other: a logit_bias that excludes all of a grammar.
+            raise ApiError(400 if isinstance(error, ValueError) else 500, str(error))
+
+
+class Ticket(Job):
+    """An HTTP request's place at the engine. Attributes belong to the event loop's thread, except where noted, and what
+    a job has, which the engine's thread sets."""
 
     def __init__(self, number: int, work: Work) -> None:
-        self.number, self.work, self.arrived = number, work, time.monotonic()
-        self.requests: list[Request] = []  # set by the engine's thread before the first event
-        self.embeddings: Tensor | None = None  # complete with the last
+        super().__init__(work)
+        self.number, self.arrived = number, time.monotonic()
         self.updates: asyncio.Queue[list[Event]] = asyncio.Queue()
         self.times = [Times() for _ in work.prompts]  # `admitted` is set by the engine's thread
         self.began = 0.0  # when the first request took a slot; set by the engine's thread
@@ -201,7 +229,7 @@ class Loop:
                     ending = True
                     self.llama.engine.cancel(*itertools.chain.from_iterable(running.values()))
                 elif work is not None:
-                    running[number] = self._begin(number, work)
+                    running[number] = (self.tickets.get(number) or Job(work)).submit(self.llama)
                 elif number in running:
                     self.llama.engine.cancel(*running[number])
             began = time.monotonic()
@@ -235,21 +263,6 @@ class Loop:
                 while True:
                     items.append(self.inbox.get_nowait())
         return broadcast_object(items)
-
-    def _begin(self, number: int, work: Work) -> list[Request]:
-        engine, ticket = self.llama.engine, self.tickets.get(number)
-        embeddings = None
-        if work.settings:
-            options = work.logprobs, work.echo, not work.continues, work.top_logprobs
-            requests = self.llama.inputs.requests(work.prompts, work.settings, *options)
-        else:
-            requests, embeddings = to_embed(engine, work.prompts, "mean")
-        for row, request in enumerate(requests):
-            request.row, request.outputs = row, deque(maxlen=None if ticket else 1)  # nobody reads others
-        if ticket:
-            ticket.requests, ticket.embeddings = requests, embeddings
-        engine.submit(*requests)
-        return requests
 
     def _step(self) -> None:
         try:

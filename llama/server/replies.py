@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..request import Event, Request
 from ..tokenizer import Decoder, Tokenizer
-from .loop import Ticket
+from .loop import Job
 from .schema import Asked
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length", "refused": "content_filter"}
@@ -91,15 +91,15 @@ class Choice:
 class Reply:
     """All of an answer but its events: ids, names and shapes."""
 
-    def __init__(self, tokenizer: Tokenizer, model: str, asked: Asked, ticket: Ticket) -> None:
-        self.tokenizer, self.asked, self.ticket, self.model = tokenizer, asked, ticket, model
+    def __init__(self, tokenizer: Tokenizer, model: str, asked: Asked, job: Job) -> None:
+        self.tokenizer, self.asked, self.job, self.model = tokenizer, asked, job, model
         self.chat, self.created = asked.work.chat, int(time.time())
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.choices: list[Choice] = []
 
     def take(self, event: Event) -> Part:
         if not self.choices:
-            self.choices = [Choice(self.tokenizer, self.asked, request) for request in self.ticket.requests]
+            self.choices = [Choice(self.tokenizer, self.asked, request) for request in self.job.requests]
         return self.choices[event.row].take(event)
 
     def head(self, chunk: bool = False) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Reply:
 
     def usage(self) -> dict[str, Any]:
         """A prompt counts once, whatever n is."""
-        once = self.ticket.requests[:: self.asked.n]
+        once = self.job.requests[:: self.asked.n]
         prompt, new = sum(len(request.prompt) for request in once), sum(choice.count for choice in self.choices)
         cached = sum(request.cached for request in once)
         counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
@@ -194,13 +194,13 @@ def finite(logprob: float | None) -> float | None:
     return NEVER if logprob == -math.inf else logprob
 
 
-def embeddings(model: str, ticket: Ticket, base64_: bool) -> dict[str, Any]:
+def embeddings(model: str, job: Job, base64_: bool) -> dict[str, Any]:
     """The reply to a request for embeddings; base64 is of float32, little-endian, as clients expect."""
-    rows = [] if ticket.embeddings is None else ticket.embeddings.tolist()
+    rows = [] if job.embeddings is None else job.embeddings.tolist()
     data = []
     for index, row in enumerate(rows):
         packed = base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() if base64_ else row
         data.append({"object": "embedding", "index": index, "embedding": packed})
-    count = sum(len(prompt) for prompt in ticket.work.prompts)
+    count = sum(len(prompt) for prompt in job.work.prompts)
     usage = {"prompt_tokens": count, "total_tokens": count}
     return {"object": "list", "data": data, "model": model, "usage": usage}

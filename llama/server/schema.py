@@ -7,11 +7,12 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as shorten
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..generation import Llama
 from ..options import Settings
 
+T = TypeVar("T")
 MOST_CHOICES = 2048  # prompts times n, and inputs of embeddings
 
 
@@ -126,15 +127,24 @@ STRUCTURES: dict[str, tuple[Test, Callable[[Any], dict[str, Any]]]] = {
 }
 
 
-def parse(body: bytes) -> dict[str, Any]:
+def parse(text: bytes, name: str = "the body") -> dict[str, Any]:
     """A JSON object without the fields that are null, as these are absent."""
     try:
-        found = json.loads(body)
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from error
+        raise ApiError(400, f"{name} is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise ApiError(400, "the body must be a JSON object")
+        raise ApiError(400, f"{name} must be a JSON object")
     return {name: value for name, value in found.items() if value is not None}
+
+
+def read_with(read: Callable[[Llama, Mapping[str, Any]], T], llama: Llama, body: Mapping[str, Any]) -> T:
+    """What `read` makes of a body; what the library refuses is the client's error."""
+    try:
+        return read(llama, body)
+    except ValueError as error:
+        name = re.split(r"[ :]", str(error))[0]
+        raise ApiError(400, str(error), name if name in body else None) from error
 
 
 def check_fields(body: Mapping[str, Any], fields: Mapping[str, tuple[Test, str]]) -> None:

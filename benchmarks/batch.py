@@ -1,0 +1,165 @@
+"""`python -m llama batch`: a job killed at random, and its throughput.
+
+    python benchmarks/batch.py [--lines 5000] [--kills 10] [--prompts 192] [--repeats 3]
+
+1. A file of prompts, dialogs and OpenAI's requests of mixed length, some of them malformed, is answered by the bundled
+   chat model, with one replica and with two. The job is killed with SIGKILL `kills` times, torchrun or one of its
+   workers; in the end each line must have one answer.
+2. On the 110M shape with random float32 weights and the bundled tokenizer, tokens per second of a batch, beside
+   `text_completion` with max_batch_size prompts at a time, all of which end before the next begin. The two in turn;
+   lengths of answers are those of an exponential distribution, 4 to 128 tokens with a mean of about 32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+
+from llama import Llama, ModelArgs, Tokenizer, parallel
+from llama.cli import measure
+from llama.cli.batch import answer_lines
+from llama.cli.batch_files import Files
+
+ROOT = Path(__file__).parent.parent
+CHAT = ROOT / "models" / "small-chat"
+WORDS = ["the", "a", "fox", "story", "once", "time", "hot", "cold", "big", "tell", "me", "about", "opposite", "was"]
+CPU = torch.device("cpu")
+
+
+def make_line(i: int, chance: random.Random) -> str:
+    """One line of the file; each fiftieth cannot be answered."""
+    text = " ".join(chance.choices(WORDS, k=chance.randint(1, 60)))
+    most = min(80, 1 + int(chance.expovariate(1 / 15)))
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "max_tokens": most}
+    wrong: list[Any] = [{"id": f"n{i}"}, {"id": f"n{i}", "prompt": 3}, {"id": f"n{i}", "prompt": "a " * 2000}]
+    good: list[Any] = [
+        {"id": f"n{i}", "prompt": text, "max_gen_len": most},
+        {"id": f"n{i}", **body},
+        {"custom_id": f"n{i}", "method": "POST", "url": "/v1/chat/completions", "body": body},
+        {"custom_id": f"n{i}", "method": "POST", "url": "/v1/embeddings", "body": {"input": text}},
+    ]
+    if i % 50:
+        return json.dumps(chance.choice(good))
+    return chance.choice([*map(json.dumps, wrong), "{", "no JSON"])
+
+
+def run_killed(source: Path, target: Path, replicas: int, stops: list[int], chance: random.Random) -> int:
+    """Run the job until it ends, and kill it when the file of answers has each number of lines; how often it was."""
+    command = [sys.executable]
+    if replicas > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(replicas)]
+    flags = ["--model_parallel_size", "1", "--max_seq_len", "512", "--device", "cpu", "--dtype", "float32"]
+    command += ["-m", "llama", "batch", str(source), str(target), str(CHAT), *flags]
+    killed, environment = 0, {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    while True:
+        with tempfile.TemporaryFile() as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            while process.poll() is None and (not stops or count(target) < stops[0]):
+                time.sleep(0.02)
+            if process.poll() is not None:
+                log.seek(0)
+                assert process.returncode == 0, log.read().decode()
+                return killed
+            stops.pop(0)
+            time.sleep(chance.uniform(0, 0.2))
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            victim = int(chance.choice([str(process.pid), *(children if replicas > 1 else [])]))
+            os.kill(victim, signal.SIGKILL)
+            process.wait()
+            killed += 1
+
+
+def count(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def read(path: Path) -> dict[Any, Any]:
+    """What each line was answered; each has one answer."""
+    answers = [json.loads(line) for line in path.read_bytes().splitlines()]
+    ids = [answer.get("custom_id", answer["id"]) or ("line", answer["line"]) for answer in answers]
+    assert not (twice := [id for id, times in Counter(ids).items() if times > 1]), twice
+    return dict(zip(ids, answers, strict=True))
+
+
+def soak(folder: Path, lines: int, kills: int) -> None:
+    source = folder / "in.jsonl"
+    chance = random.Random(0)
+    source.write_text("".join(make_line(i, chance) + "\n" for i in range(lines)))
+    found = []
+    for replicas in (1, 2):
+        target, began = folder / f"out{replicas}.jsonl", time.perf_counter()
+        stops = sorted(chance.sample(range(1, lines * 9 // 10), kills))
+        killed = run_killed(source, target, replicas, stops, chance)
+        answers = read(target)
+        assert len(answers) == lines, f"{len(answers)} answers to {lines} lines"
+        failed = [a for a in answers.values() if a.get("error") or a.get("response", {}).get("status_code", 200) != 200]
+        assert len(failed) == -(-lines // 50), f"{len(failed)} errors"
+        seconds = time.perf_counter() - began
+        print(f"{replicas} replica(s): {lines} lines once each, {len(failed)} errors, {killed} kills, {seconds:.0f} s")
+        found.append({id: a.get("text") or a.get("message") for id, a in answers.items()})
+    print(f"plain answers that differ by rounding: {sum(found[0][id] != found[1][id] for id in found[0])}")
+
+
+def throughput(folder: Path, prompts: int, repeats: int, slots: int) -> None:
+    chance = random.Random(1)
+    parallel.init_model_parallel()
+    tokenizer = Tokenizer(ROOT / "models" / "tokenizer.model")
+    args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=tokenizer.n_words)
+    args.max_batch_size, args.max_seq_len = slots, 512
+    model = measure.loaded(*measure.Source(measure.RandomWeights(CPU), args, CPU, torch.float32))
+    llama = Llama(model, tokenizer)
+    llama.engine.compile = True
+    texts = [" ".join(chance.choices(WORDS, k=chance.randint(4, 60))) for _ in range(prompts)]
+    most = [min(128, 4 + int(chance.expovariate(1 / 28))) for _ in range(prompts)]
+    rows = [{"prompt": t, "max_gen_len": n, "seed": i} for i, (t, n) in enumerate(zip(texts, most, strict=True))]
+    source = folder / "texts.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def continuous(i: int) -> None:
+        files = Files(source, folder / f"texts{i}.out")
+        with files.answers:
+            answer_lines(llama, files, 1, "110M")
+
+    def fixed(i: int) -> None:
+        for start in range(0, prompts, slots):
+            part = slice(start, start + slots)
+            llama.text_completion(texts[part], max_gen_len=most[part], seed=[*range(prompts)][part])
+
+    seconds: dict[str, list[float]] = {"batch": [], "fixed batches": []}
+    for i in range(repeats):
+        for (name, times), run in zip(seconds.items(), (continuous, fixed), strict=True):
+            llama.engine.forget()
+            began = time.perf_counter()
+            run(i)
+            times.append(time.perf_counter() - began)
+            print(f"{name}: {sum(most) / times[-1]:.0f} tokens/s", flush=True)
+    ratio = [b / a for a, b in zip(*seconds.values(), strict=True)]
+    print(
+        f"batch is {statistics.median(ratio):.2f} times ({min(ratio):.2f} - {max(ratio):.2f}) as fast as fixed batches"
+    )
+
+
+def main(lines: int = 5000, kills: int = 10, prompts: int = 192, repeats: int = 3, slots: int = 8) -> None:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory() as folder:
+        if lines:
+            soak(Path(folder), lines, kills)
+        if prompts:
+            throughput(Path(folder), prompts, repeats, slots)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

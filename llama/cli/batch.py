@@ -1,0 +1,206 @@
+"""python -m llama batch: answers to the lines of a file, by one or several replicas of the model."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from .. import parallel
+from ..checkpoint import check_path
+from ..generation import Llama
+from ..server.loop import Job
+from ..server.schema import ApiError, Work
+from .batch_files import Files
+from .batch_lines import Task, failed, parse_line
+
+PART = 2**22  # bytes of a value: the store ends connections that send more than 8 MiB
+PAUSE = 0.05  # seconds between two looks for lines or answers, while nothing is to be computed
+
+
+def batch(
+    infile: str,
+    outfile: str,
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 8,
+    model_parallel_size: int | None = None,
+    seed: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    check_memory: bool = True,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    compile: bool | None = None,
+    chat_format: str | None = None,
+    lora: str | list | None = None,
+) -> None:
+    """Answer each line of INFILE in OUTFILE. The same command resumes a job that was stopped; see docs/batch.md.
+
+    Args:
+        infile: lines in OpenAI's batch format, or of {"prompt": ...} or {"messages": ...} with options
+        outfile: is appended to, in the order in which lines are done; lines that it has answers of are left out
+        ckpt_dir: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
+        max_seq_len: tokens of a prompt and its answer, at most
+        max_batch_size: requests that a replica computes together
+        model_parallel_size: ranks that share a model; N ranks of torchrun are N / model_parallel_size replicas. By
+            default all share one
+        seed: of lines without one; each gets a seed of its own from this one and its number
+        device: cuda, mps or cpu; by default the first of them that is available
+        dtype: bfloat16, float16 or float32; by default as Llama.build chooses
+        check_memory: refuse a model that will not fit into memory
+        quantize: int8 or int4
+        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
+        compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
+        chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
+        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
+    """
+    parallel.init_model_parallel(model_parallel_size)
+    files = None
+    with parallel.all_or_none():
+        if parallel.rank() == parallel.replica()[0] == 0:
+            files = Files(check_path(infile, "infile", "file"), Path(outfile).expanduser())
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
+    options |= {"compile": compile, "chat_format": chat_format, "lora": lora, "check_memory": check_memory}
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **options)
+    answer_lines(llama, files, seed, Path(os.path.abspath(os.path.expanduser(ckpt_dir))).name)
+
+
+def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> None:
+    """Answer lines until there are no more, all slots busy. All ranks of a replica call it; its first has the lines,
+    and the first of all has the files."""
+    slots = len(llama.engine.slots)
+    room = slots + slots // 4 + 1  # some wait, as a slot passes over a request whose prefix another is just computing
+    share = Share(room, files) if parallel.rank() == 0 else None
+    running, tasks, more = dict[int, Job](), dict[int, Task](), True
+
+    def take(count: int) -> tuple[list[tuple[int, Work]], bool]:
+        assert share
+        works = []
+        for number, content in share.take(count):
+            line = parse_line(number, content)
+            try:
+                if line.error:
+                    raise line.error
+                tasks[number] = Task(llama, line, seed, model)
+                works.append((number, tasks[number].job.work))
+            except Exception as error:  # whatever it is, the others are answered
+                known = error if isinstance(error, ApiError) else ApiError(500, repr(error))
+                share.put(failed(line, known), 0, True)
+        if not (works or running or share.ended):
+            time.sleep(PAUSE)
+        return works, not share.ended
+
+    while more or running:
+        if share:
+            share.exchange()
+        waiting = room - sum(not request.finish for job in running.values() for request in job.requests)
+        if more and waiting > 0:
+            works, more = parallel.ask_first_rank(take, waiting)
+            for number, work in works:
+                running[number] = tasks[number].job if share else Job(work)
+                running[number].submit(llama)
+        if any(not request.finish for job in running.values() for request in job.requests):
+            llama.engine.step()
+        for number in [n for n, job in running.items() if all(request.finish for request in job.requests)]:
+            del running[number]
+            if share:
+                task = tasks.pop(number)
+                share.put(*task.answer())
+
+
+class Share:
+    """A replica's share of the lines. Lines and answers go through torch's store: the first replica, which has the
+    files, publishes lines a little ahead of what all have taken, and writes what all have answered."""
+
+    def __init__(self, room: int, files: Files | None) -> None:
+        self.files = files
+        self.store: Any = dist.PrefixStore("llama/batch", parallel.store())
+        self.replicas = parallel.replica()[1]
+        self.ahead = room * self.replicas
+        self.mine: int | None = None  # what this replica takes next, once it is published
+        self.out = False  # of lines
+        self.ended = False  # nothing is left to do but what this replica is computing
+        if files:
+            self.lines, self.exhausted, self.published, self.written = files.unanswered(), False, 0, 0
+            self.began, self.errors, self.tokens = time.monotonic(), 0, 0
+            done = files.count - files.left
+            self.bar = tqdm(total=files.count, initial=done, unit="line", smoothing=0, disable=None)
+
+    def take(self, count: int) -> list[tuple[int, bytes]]:
+        """The numbers and contents of up to `count` lines, which no other replica takes."""
+        found: list[tuple[int, bytes]] = []
+        while len(found) < count and not self.out:
+            if self.mine is None:
+                self.mine = self.store.add("taken", 1) - 1
+            end = self.store.check(["end"])  # asked before the line, which is published before the end is
+            if self.store.check([f"line {self.mine}"]):
+                number, content = self._pop(f"line {self.mine}").split(b" ", 1)
+                found.append((int(number), content))
+                self.mine = None
+            elif end:
+                self.out = True
+                self.store.add("out", 1)
+            else:
+                break
+        self.ended |= self.out and not self.files
+        return found
+
+    def put(self, answer: bytes, tokens: int, failed: bool) -> None:
+        """Have an answer written."""
+        self._set(f"answer {self.store.add('answered', 1) - 1}", b"%d %d %b" % (tokens, failed, answer))
+
+    def exchange(self) -> None:
+        """What the first replica does for all: publish lines, and write answers."""
+        if not self.files:
+            return
+        wanted = self.store.add("taken", 0) + self.ahead
+        while self.published < wanted and not self.exhausted:
+            if line := next(self.lines, None):
+                self._set(f"line {self.published}", b"%d %b" % line)
+                self.published += 1
+            else:
+                self.exhausted = True
+                self.store.set("end", b"")
+        self._write()
+        if self.exhausted and self.written == self.published and self.store.add("out", 0) == self.replicas:
+            self.ended = True
+            self.bar.close()
+            seconds = time.monotonic() - self.began
+            rate = f"{self.tokens:,} new tokens in {seconds:.1f} s ({self.tokens / seconds:,.0f} tokens/s)"
+            print(f"{self.written:,} lines answered, {self.errors:,} of them with an error; {rate}", file=sys.stderr)
+
+    def _write(self) -> None:
+        answers = []
+        while self.store.check([key := f"answer {self.written}"]):
+            tokens, failed, answer = self._pop(key).split(b" ", 2)
+            answers.append(answer)
+            self.tokens += int(tokens)
+            self.errors += int(failed)
+            self.written += 1
+        if answers and self.files:
+            self.files.write(b"".join(answers))
+            self.bar.set_postfix_str(f"{self.tokens / (time.monotonic() - self.began):,.0f} tokens/s", refresh=False)
+            self.bar.update(len(answers))
+
+    def _set(self, key: str, value: bytes) -> None:
+        parts = [value[i : i + PART] for i in range(0, len(value), PART)]
+        for i, part in enumerate(parts[1:], 1):
+            self.store.set(f"{key} {i}", part)
+        self.store.set(key, b"%d %b" % (len(parts), parts[0]))  # last, as it is what others look for
+
+    def _pop(self, key: str) -> bytes:
+        """A value, which is deleted."""
+        count, first = self.store.get(key).split(b" ", 1)
+        parts = [f"{key} {i}" for i in range(1, int(count))]
+        value: bytes = first + b"".join(map(self.store.get, parts))
+        for part in (key, *parts):
+            self.store.delete_key(part)
+        return value

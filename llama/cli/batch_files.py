@@ -1,0 +1,93 @@
+"""The two files of a batch: lines to answer, and answers. One process reads the one and writes the other."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .batch_lines import Key, parse_line
+
+START = b'{"id": '  # of every answer
+PATIENCE = 10  # seconds in which the processes of a killed job notice that it was
+
+
+class Files:
+    """However the process that writes answers ends, the file has whole lines, and at most one that was cut short behind
+    them. The next process drops that one. ValueError for files that are none of a batch, which are left as they are."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        if target.exists() and target.samefile(source):
+            raise ValueError(f"outfile {target} is infile too")
+        self.source, self.target = source, target
+        seen: dict[Key, int] = {}
+        for number, content in numbered(source):
+            key = parse_line(number, content).key
+            if key in seen:
+                raise ValueError(f"{source}: lines {seen[key]} and {number} have the same id, {key!r}")
+            seen[key] = number
+        self.answers = target.open("ab", buffering=0)
+        lock(self.answers)
+        self.done = self._resume()
+        self.count, self.left = len(seen), len(seen.keys() - self.done)
+
+    def _resume(self) -> set[Key]:
+        """The keys of the lines that have answers."""
+        done, end = set[Key](), 0
+        with self.target.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.endswith(b"\n"):
+                    done.add(self._key(number, line))
+                    end += len(line)
+                elif not line.startswith(START[: len(line)]):
+                    raise self._foreign(number, line)
+        self.answers.truncate(end)
+        return done
+
+    def _key(self, number: int, line: bytes) -> Key:
+        try:
+            answer: Any = json.loads(line)
+            id = answer.get("custom_id", answer["id"])
+            key: Key = ("line", answer["line"]) if id is None else id
+            hash(key)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+            raise self._foreign(number, line) from error
+        return key
+
+    def _foreign(self, number: int, line: bytes) -> ValueError:
+        return ValueError(
+            f"line {number} of {self.target} is {line[:40]!r}, which is no answer of a batch; choose another outfile"
+        )
+
+    def unanswered(self) -> Iterator[tuple[int, bytes]]:
+        """The number and content of each line that has no answer yet."""
+        for number, content in numbered(self.source):
+            if parse_line(number, content).key not in self.done:
+                yield number, content
+
+    def write(self, answers: bytes) -> None:
+        """Append whole lines."""
+        while answers:
+            answers = answers[self.answers.write(answers) or 0 :]
+
+
+def numbered(source: Path) -> Iterator[tuple[int, bytes]]:
+    """The number, from 1, and the content of each line that is not blank."""
+    with source.open("rb") as file:
+        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+
+
+def lock(file: BinaryIO) -> None:
+    """Keep other jobs from writing a file as long as this process lives. FileExistsError if one does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    for _ in range(PATIENCE):
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(1)
+    raise FileExistsError(f"{file.name} is being written by another job")

@@ -1,0 +1,149 @@
+"""A line of a batch, and the line that answers it. It is OpenAI's, whose answer has the body that the server would
+send, or a plain one, with the library's names and defaults."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ..generation import Llama
+from ..options import DEFAULTS
+from ..server import replies, schema
+from ..server.loop import Job
+from ..server.schema import ApiError
+
+Key = str | int | tuple[str, int]
+TEXT, CHAT, EMBED = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
+RENAMED = {"max_gen_len": "max_tokens", "min_gen_len": "min_tokens"}  # the library's options -> fields of a body
+RENAMED |= {"json_schema": "guided_json", "regex": "guided_regex"}
+
+
+class Line(NamedTuple):
+    number: int  # in its file, from 1
+    fields: dict[str, Any]  # without those that are null
+    error: ApiError | None = None  # of a line without an id
+
+    @property
+    def openai(self) -> bool:
+        return not self.fields.keys().isdisjoint(("custom_id", "url", "body"))
+
+    @property
+    def id(self) -> str | int | None:
+        if self.error:
+            return None
+        id: str | int = self.fields["custom_id"] if self.openai else self.fields.get("id", self.number)
+        return id
+
+    @property
+    def key(self) -> Key:
+        return ("line", self.number) if self.id is None else self.id
+
+
+def parse_line(number: int, content: bytes) -> Line:
+    fields: dict[str, Any] = {}
+    try:
+        fields = schema.parse(content, f"line {number}")
+        line = Line(number, fields)
+        if line.openai and type(fields.get("custom_id")) is not str:
+            raise ApiError(400, f"line {number} needs a custom_id, a string", "custom_id")
+        if type(line.id) not in (str, int):
+            raise ApiError(400, f"the id of line {number} must be a string or an int", "id")
+        return line
+    except ApiError as error:
+        return Line(number, fields, error)
+
+
+class Task:
+    """A line at the engine. ApiError, which names what is wrong, for one that cannot be answered."""
+
+    def __init__(self, llama: Llama, line: Line, seed: int, model: str) -> None:
+        self.line, self.llama = line, llama
+        url, body = openai_body(line) if line.openai else plain_body(line, llama.model.params.max_seq_len)
+        self.model = body.get("model", model)
+        read: Callable[[Llama, Mapping[str, Any]], Any] = READ[url]
+        # Neither other lines nor how many of them are answered already change an answer.
+        found = schema.read_with(read, llama, {"seed": own_seed(seed, line.number), **body})
+        self.asked: schema.Asked | None = None if url == EMBED else found
+        self.job, self.base64 = Job(found[0]), url == EMBED and found[1]
+        if self.asked and self.asked.stream:
+            raise ApiError(400, "a batch does not support stream", "stream")
+        if not line.openai and len(self.job.work.prompts) != 1:
+            raise ApiError(400, "a line has one prompt, and n is 1")
+
+    def answer(self) -> tuple[bytes, int, bool]:
+        """The answer, once all requests have ended; the number of new tokens; and whether it is an error."""
+        tokens = sum(len(request.ids) - len(request.prompt) for request in self.job.requests)
+        try:
+            for request in self.job.requests:
+                self.job.check(request.outputs[-1])
+            return self._reply(), tokens, False
+        except ApiError as error:
+            return failed(self.line, error), tokens, True
+
+    def _reply(self) -> bytes:
+        if self.asked is None:
+            return openai_answer(self.line, 200, replies.embeddings(self.model, self.job, self.base64))
+        reply = replies.Reply(self.llama.tokenizer, self.model, self.asked, self.job)
+        body = reply.whole([[*map(reply.take, request.outputs)] for request in self.job.requests])
+        if self.line.openai:
+            return openai_answer(self.line, 200, body)
+        choice = {name: value for name, value in body["choices"][0].items() if name != "index" and value is not None}
+        if "message" in choice:
+            del choice["message"]["refusal"]
+        return dump({"id": self.line.id, **choice, "usage": body["usage"]})
+
+
+READ = {TEXT: schema.read_completion, CHAT: schema.read_chat, EMBED: schema.read_embeddings}
+
+
+def openai_body(line: Line) -> tuple[str, dict[str, Any]]:
+    url, method, body = (line.fields.get(name) for name in ("url", "method", "body"))
+    if not isinstance(url, str) or url not in READ:
+        raise ApiError(404, f"url is {schema.shorten(url)}; it must be one of {', '.join(READ)}", "url")
+    if method not in ("POST", None):
+        raise ApiError(405, f"method is {schema.shorten(method)}; it must be POST", "method")
+    if not isinstance(body, dict):
+        raise ApiError(400, f"body is {schema.shorten(body)}; it must be an object", "body")
+    return url, {name: value for name, value in body.items() if value is not None}
+
+
+def plain_body(line: Line, most: int) -> tuple[str, dict[str, Any]]:
+    """The body that asks for the same, with the library's defaults."""
+    body = {RENAMED.get(name, name): value for name, value in line.fields.items() if name != "id"}
+    if ("prompt" in body) == ("messages" in body):
+        raise ApiError(400, "a line needs either prompt or messages")
+    url, fields = (TEXT, schema.OF_TEXT) if "prompt" in body else (CHAT, schema.OF_CHAT)
+    known = {"prompt", "messages", *fields, *schema.REFUSED, *(f"guided_{kind}" for kind in schema.STRUCTURES)}
+    if unknown := [name for name in body if name not in known]:
+        raise ApiError(400, f"there is no option {schema.shorten(unknown[0])}")
+    return url, {**{name: DEFAULTS[name] for name in ("temperature", "top_p")}, "max_tokens": most, **body}
+
+
+def own_seed(seed: int, number: int) -> int:
+    """The seed of a line that has none."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "big") >> 1
+
+
+def failed(line: Line, error: ApiError) -> bytes:
+    """The answer to a line that cannot be answered."""
+    if line.openai:
+        return openai_answer(line, error.status, error.body)
+    return dump({"id": line.id, **unnamed(line), "error": str(error)})
+
+
+def openai_answer(line: Line, status: int, body: Mapping[str, Any]) -> bytes:
+    response = {"status_code": status, "request_id": uuid.uuid4().hex, "body": body}
+    ids = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.id, **unnamed(line)}
+    return dump({**ids, "response": response, "error": None})
+
+
+def unnamed(line: Line) -> dict[str, int]:
+    """What stands for the id of a line without one."""
+    return {} if line.id is not None else {"line": line.number}
+
+
+def dump(answer: Mapping[str, Any]) -> bytes:
+    return json.dumps(answer).encode() + b"\n"
