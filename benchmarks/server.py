@@ -1,6 +1,6 @@
 """The server under load, beside llama.cpp's, and what it costs on top of the engine.
 
-    python benchmarks/server.py load [--llama_server PATH] [--quantize int8]
+    python benchmarks/server.py load [--llama_server PATH] [--quantize int8] [--dtype float32] [--slots 16]
     python benchmarks/server.py overhead
 
 `load`: 32 clients at once ask for 32 to 128 tokens behind prompts of 64 to 512, streamed, and one client asks for the
@@ -38,7 +38,7 @@ from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
 from llama.checkpoint.convert import convert
 
 ROOT = Path(__file__).parent.parent
-CLIENTS, SLOTS, CONTEXT, THREADS = 32, 16, 1024, 2
+CLIENTS, CONTEXT, THREADS = 32, 1024, 2
 Body = dict[str, Any]
 
 
@@ -143,15 +143,31 @@ def report(name: str, seconds: list[float], rows: list[Timing], tokens: int) -> 
     return speed
 
 
-def load(llama_server: str | None = None, quantize: str | None = None, repeats: int = 3) -> None:
+def load(
+    llama_server: str | None = None,
+    quantize: str | None = None,
+    dtype: str | None = None,
+    slots: int = 16,
+    repeats: int = 3,
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = str(write_model(Path(folder), quantize))
-        port, slots = free_port(), str(SLOTS)
-        flags = ["--port", str(port), "--max_batch_size", slots, "--max_seq_len", str(CONTEXT), "--any_model"]
+        port = free_port()
+        flags = ["--port", str(port), "--max_batch_size", str(slots), "--max_seq_len", str(CONTEXT), "--any_model"]
+        flags += ["--dtype", dtype] if dtype else []
         commands = {"this server": [sys.executable, "-m", "llama", "serve", path, *flags]}
         if llama_server:
             threads = ["-t", str(THREADS), "-tb", str(THREADS), "--port", str(port)]
-            commands["llama-server"] = [llama_server, "-m", path, "-np", slots, "-c", str(SLOTS * CONTEXT), *threads]
+            commands["llama-server"] = [
+                llama_server,
+                "-m",
+                path,
+                "-np",
+                str(slots),
+                "-c",
+                str(slots * CONTEXT),
+                *threads,
+            ]
         found = {}
         for name, command in commands.items():
             with running(*command, port=port):
