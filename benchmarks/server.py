@@ -50,22 +50,25 @@ class Timing(NamedTuple):
     tokens: int
 
 
-def write_model(folder: Path, scheme: str | None) -> Path:
-    """A GGUF file of random weights, whose words are two or three letters."""
-    args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000)
+def write_random(folder: Path, dtype: torch.dtype) -> Path:
+    """A folder of random weights, in Meta's layout. The words of its tokenizer are two or three letters."""
     letters = string.ascii_letters + string.digits + " "
     words = itertools.chain(itertools.product(letters, repeat=2), itertools.product(letters, repeat=3))
     ranks = [bytes([i]) for i in range(256)] + ["".join(w).encode() for w in itertools.islice(words, 32000 - 512)]
-    (folder / "meta").mkdir()
+    folder.mkdir()
     lines = [b"%s %d\n" % (base64.b64encode(word), i) for i, word in enumerate(ranks)]
-    (folder / "meta" / "tokenizer.model").write_bytes(b"".join(lines))
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
     torch.manual_seed(0)
     parallel.init_model_parallel()
-    state = Transformer(args).state_dict()
+    state = Transformer(ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000)).state_dict()
     state = {name: torch.randn_like(w) * 0.02 if w.dim() > 1 else torch.ones_like(w) for name, w in state.items()}
     params = {"dim": 768, "n_layers": 12, "n_heads": 12, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000}
-    checkpoint.save({name: weight.half() for name, weight in state.items()}, folder / "meta", params)
-    convert(folder / "meta", folder / "gguf", "gguf", 1, None, quantize=scheme)
+    checkpoint.save({name: weight.to(dtype) for name, weight in state.items()}, folder, params)
+    return folder
+
+
+def write_gguf(folder: Path, scheme: str | None) -> Path:
+    convert(write_random(folder / "meta", torch.float16), folder / "gguf", "gguf", 1, None, quantize=scheme)
     return next((folder / "gguf").glob("*.gguf"))
 
 
@@ -151,7 +154,7 @@ def load(
     repeats: int = 3,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = str(write_model(Path(folder), quantize))
+        path = str(write_gguf(Path(folder), quantize))
         port = free_port()
         flags = ["--port", str(port), "--max_batch_size", str(slots), "--max_seq_len", str(CONTEXT), "--any_model"]
         flags += ["--dtype", dtype] if dtype else []
