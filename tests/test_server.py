@@ -160,12 +160,13 @@ def test_usage_and_what_the_cache_held(client):
 
 
 def test_a_dialog_that_is_resent_costs_its_new_turn():
-    with serving(build(max_seq_len=512)) as client:
+    with serving(build(max_seq_len=640)) as client:
         dialog, before = [], 0
         for number in range(20):
-            dialog.append({"role": "user", "content": f"{number}+1?"})
-            found = client.chat.completions.create(model="small-chat", messages=dialog, temperature=0, max_tokens=8)
-            assert found.usage.prompt_tokens_details.cached_tokens == before  # all that was said until now
+            dialog.append({"role": "user", "content": f"What is {number} + 1?"})
+            found = client.chat.completions.create(model="small-chat", messages=dialog, temperature=0, max_tokens=12)
+            # All that was said until now, but at most the end of an answer, which as a text may have other tokens.
+            assert before - 2 <= found.usage.prompt_tokens_details.cached_tokens <= before
             dialog.append({"role": "assistant", "content": found.choices[0].message.content})
             before = found.usage.total_tokens
 
