@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -131,10 +132,30 @@ def test_perplexity(tmp_path, tokenizer):
     ids = tokenizer.encode(text.read_text(), bos=True, eos=False)
     llama = Llama.build(tmp_path, MODELS / "tokenizer.model", 32, 4, device="cpu")
     expected, count = perplexity(llama.model, ids, 32, 16)
-    assert found.stdout == f"perplexity {expected:.4f} of {count:,} tokens, in windows of 32 every 16\n"
+    bits = count * math.log2(expected) / len(text.read_bytes())
+    said = f"perplexity {expected:.4f} of {count:,} tokens, in windows of 32 every 16; {bits:.4f} bits per byte\n"
+    assert found.stdout == said
     assert "stride 32; they must be whole" in in_process(command, *flags, "--stride", 32).stderr
     text.write_text("")
     assert "is empty" in in_process(command, *flags).stderr
+
+
+def test_perplexity_of_lines_of_json(tmp_path):
+    """Each text alone: the total is the sum."""
+    texts, file = ["The sun was warm.", "Été\u2028🐈", ""], tmp_path / "texts.jsonl"
+    flags = ("--file", file, "--ckpt_dir", MODELS / "small", "--device", "cpu", "--dtype", "float32")
+    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    llama = Llama.build(MODELS / "small", device="cpu", dtype="float32")
+    nats = -sum(row["sum"] for row in llama.score(texts))
+    size = sum(len(text.encode()) for text in texts)
+    assert in_process(command, *flags).stdout.endswith(f"; {nats / math.log(2) / size:.4f} bits per byte\n")
+    for line, message in {
+        "[1]": "line 2 is not",
+        '{"text": 5}': 'the "text" of line 2 is 5',
+        "{": "line 2 is not",
+    }.items():
+        file.write_text(f'{{"text": "a"}}\n{line}\n')
+        assert message in in_process(command, *flags).stderr
 
 
 def test_perplexity_of_a_text_as_other_programs_save_it(tmp_path):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
+
 from tqdm import tqdm
 
 from .. import parallel, scoring
@@ -22,10 +26,11 @@ def perplexity(
     group_size: int | None = None,
     lora: str | list | None = None,
 ) -> None:
-    """Print the perplexity of the text in FILE, computed in a sliding window.
+    """Print the perplexity of the text in FILE, computed in a sliding window, and the bits that a byte takes, by which
+    models with other tokenizers compare.
 
     Args:
-        file: a text in UTF-8
+        file: a text in UTF-8; or .jsonl, a text in the field "text" of each line, each alone
         ckpt_dir: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         window: tokens of a window
@@ -40,7 +45,7 @@ def perplexity(
     step = window // 2 if stride is None else stride
     if type(window) is not int or type(step) is not int or not 0 < step < window:
         raise ValueError(f"window is {window!r} and stride {step!r}; they must be whole, 0 < stride < window")
-    text = read_text(check_path(file, "file", "file"))
+    texts = read_texts(check_path(file, "file", "file"))
     llama = Llama.build(
         *(ckpt_dir, tokenizer_path, window, batch),
         device=device,
@@ -49,10 +54,31 @@ def perplexity(
         group_size=group_size,
         lora=lora,
     )
-    ids = llama.tokenizer.encode(text, bos=True, eos=False)
-    if len(ids) < 2:
+    rows = [ids for ids in llama.inputs.encode(texts) if len(ids) > 1]
+    if not rows:
         raise ValueError(f"{file} is empty")
-    with tqdm(total=len(ids) - 1, unit="token", disable=True if parallel.rank() else None, leave=False) as bar:
-        value, count = scoring.perplexity(llama.model, ids, window, step, bar.update)
+    total, count, size = 0.0, sum(len(ids) - 1 for ids in rows), sum(len(text.encode()) for text in texts)
+    with tqdm(total=count, unit="token", disable=True if parallel.rank() else None, leave=False) as bar:
+        for ids in rows:
+            value, tokens = scoring.perplexity(llama.model, ids, window, step, bar.update)
+            total += math.log(value) * tokens
     if parallel.rank() == 0:
-        print(f"perplexity {value:.4f} of {count:,} tokens, in windows of {window} every {step}")
+        perplexity, bits = math.exp(total / count), total / math.log(2) / size
+        print(f"perplexity {perplexity:.4f} of {count:,} tokens, in windows of {window} every {step}; ", end="")
+        print(f"{bits:.4f} bits per byte")
+
+
+def read_texts(path: Path) -> list[str]:
+    """The text of a file, or those of the lines of JSON; ValueError names a line that has none."""
+    text = read_text(path)
+    if path.suffix != ".jsonl":
+        return [text]
+    texts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            texts.append(json.loads(line)["text"] if line.strip() else "")
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f'{path}: line {number} is not a JSON object with a "text": {error}') from error
+        if not isinstance(texts[-1], str):
+            raise ValueError(f'{path}: the "text" of line {number} is {texts[-1]!r}, which is not a str')
+    return texts
