@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
+from json import dumps
+from typing import Any
 
 from .. import parallel
 from ..evaluation import comparison, report
@@ -14,7 +15,7 @@ def compare(
     *models: str,
     tasks: str | None = None,
     html: str | None = None,
-    json_file: str | None = None,
+    json: str | None = None,
     judge: str | None = None,
     reference: str | None = None,
     max_tokens: int = 256,
@@ -32,7 +33,7 @@ def compare(
         models: what --ckpt_dir of `chat` takes; MODEL:int8, MODEL:int4, MODEL:float32 for another precision
         tasks: a file of JSON lines, or a JSON list, of tasks; by default four of this package
         html: where to write a report
-        json_file: where to write all numbers and answers as JSON
+        json: where to write all numbers and answers as JSON
         judge: a model that grades the answers
         reference: the model that all others are compared with; by default each with its own that is not quantized
         max_tokens: of an answer, at most, where the task does not say
@@ -52,16 +53,15 @@ def compare(
         if first:
             print(f"{name} ...", file=sys.stderr, flush=True)
 
-    found = comparison.compare(
-        *([*map(str, models)], tasks, judge, reference, max_tokens, temperature, progress),
-        **{"max_seq_len": max_seq_len, "seed": seed, "device": device, "dtype": dtype},
-        **{"compile": compile, "chat_format": chat_format},
-    )
+    options: dict[str, Any] = {"max_seq_len": max_seq_len, "seed": seed, "device": device, "dtype": dtype}
+    options |= {"compile": compile, "chat_format": chat_format}
+    given = tasks, judge, reference, max_tokens, temperature, progress
+    found = comparison.compare([*map(str, models)], *given, **options)
     if parallel.rank():
         return
     print(report.to_text(found, shutil.get_terminal_size().columns))
-    outputs = {html: lambda: report.to_html(found), json_file: lambda: json.dumps(found, indent=1, ensure_ascii=False)}
+    outputs = {html: lambda: report.to_html(found), json: lambda: dumps(found, indent=1, ensure_ascii=False)}
     for path, content in outputs.items():
         if path:
             with open(path, "w", encoding="utf-8", errors="replace") as file:
-                file.write(content() + "\n" * (path == json_file))
+                file.write(content() + "\n" * (path == json))

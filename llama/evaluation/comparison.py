@@ -134,8 +134,9 @@ def load(name: str, about: Model, options: dict[str, Any]) -> Llama:
     about["load"] = time.perf_counter() - began
     model = llama.model
     parts = {id(part): part for part in model.parameters()}
-    kernels = [m.weight for m in model.modules() if not isinstance(getattr(m, "weight", 0), (torch.Tensor, int))]
-    about["weights"] = sum(part.nbytes for part in parts.values()) + sum(k.nbytes for k in kernels if k is not None)
+    weights: list[Any] = [getattr(module, "weight", None) for module in model.modules()]
+    kernels = [weight for weight in weights if weight is not None and not isinstance(weight, torch.Tensor)]
+    about["weights"] = sum(part.nbytes for part in parts.values()) + sum(kernel.nbytes for kernel in kernels)
     about["dtype"] = precision.get("quantize") or str(next(model.parameters()).dtype).removeprefix("torch.")
     about["chat_format"] = llama.chat_format.name
     llama.generate([[llama.tokenizer.bos_id if llama.tokenizer.bos_id >= 0 else 0]], 2, temperature=0)  # first passes
@@ -199,7 +200,7 @@ def answer_logprob(llama: Llama, messages: Sequence[Message], text: str) -> floa
     prompt = llama.inputs.encode_dialog(messages, "the dialog")
     reply: Message = {"role": "assistant", "content": llama.chat_format.cleaned(text).strip()}
     ids = llama.inputs.encode_dialog([*messages, reply], "the dialog", answered=True, unfinished=True)
-    begin = len(os.path.commonprefix([prompt, ids]))
+    begin = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
     llama.inputs.check_lengths([ids], ["the expected answer"])
     [scores] = scoring.score(llama.engine, [ids], [begin])
     return math.fsum(scores.logprobs)

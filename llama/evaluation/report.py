@@ -235,8 +235,8 @@ def section(found: Comparison, task: dict[str, Any]) -> str:
     expected = f"<p>Expected: {escape(right[:500])}</p>" if right else ""
     return (
         f'<section><h2>{escape(task["name"])}</h2><details class="task"><summary>Prompt</summary>'
-        f'<div class="pre">{escape(prompt[:CLIPPED])}</div></details>{expected}<div class="cards">{"".join(cards)}</div>'
-        "</section>"
+        f'<div class="pre">{escape(prompt[:CLIPPED])}</div></details>{expected}'
+        f'<div class="cards">{"".join(cards)}</div></section>'
     )
 
 

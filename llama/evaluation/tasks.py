@@ -87,14 +87,14 @@ def to_task(item: Any, place: str) -> Task:
         if field not in KINDS:
             raise ValueError(f"{place} has the field {field!r}; fields are {', '.join(KINDS)}")
         kind, words = KINDS[field]
-        texts = kind is list and field != "messages"
-        if type(value) is not kind or (texts and not all(isinstance(part, str) and part for part in value)):
+        texts: Any = value if isinstance(value, list) and field != "messages" else []
+        if type(value) is not kind or not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"{place}: {field} is {shorten(value)}; it must be {words}")
     if not item.get("name"):
         raise ValueError(f"{place} has no name")
     if ("prompt" in item) == ("messages" in item):
         raise ValueError(f"{place}: give either prompt or messages")
-    messages = item.get("messages") or [{"role": "user", "content": item.get("prompt", "")}]
+    messages: Any = item.get("messages") or [{"role": "user", "content": item.get("prompt", "")}]
     for message in messages:
         if (
             not isinstance(message, dict)
