@@ -27,7 +27,7 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2.2rem}h3{font-size:1rem;margin:0 0 .4rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}.wide{overflow-x:auto}
 th,td{border-bottom:1px solid var(--line);padding:.35rem .7rem .35rem 0;text-align:right;vertical-align:top}
-th:first-child,td:first-child{text-align:left}th{font-weight:600}caption{text-align:left;color:var(--dim)}
+th:first-child,td:first-child,.models :is(th,td):nth-child(2){text-align:left}th{font-weight:600}caption{text-align:left;color:var(--dim)}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.8rem}
 .card{border:1px solid var(--line);border-radius:.5rem;padding:.8rem}.pre{white-space:pre-wrap;overflow-wrap:anywhere}
 .task{background:var(--soft);border-radius:.5rem;padding:.6rem .9rem;margin-bottom:.8rem}
@@ -154,7 +154,7 @@ def models_table(found: Comparison) -> str:
         rows.append(row + ([number(own["judged"])] if found["judge"] else []))
     head += [f"Judge: {found['judge']}"] if found["judge"] else []
     caption = "Score: mean over tasks. Log prob: sum over expected answers. First token and speed: medians."
-    return "<h2>Models</h2>" + table(caption, head, rows)
+    return f'<h2>Models</h2><div class="models">{table(caption, head, rows)}</div>'
 
 
 def plot(found: Comparison) -> str:
@@ -175,16 +175,17 @@ def plot(found: Comparison) -> str:
         words = f"{own['name']}: {number(own['speed'], 1)} tokens/s, score {number(own['score'])}"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(words)}</title></circle>')
         parts.append(f'<text x="{x:.1f}" y="{label:.1f}" text-anchor="middle">{i}</text>')
+    lines = []  # below dots and numbers
     for value in (0, 0.5, 1):
         y = 190 - 160 * value
-        parts.append(
+        lines.append(
             f'<line x1="50" x2="450" y1="{y}" y2="{y}"/><text x="42" y="{y + 4}" text-anchor="end">{value}</text>'
         )
     for value in (0, most / 2, most):
         parts.append(f'<text x="{50 + 400 * value / most:.1f}" y="208" text-anchor="middle">{value:,.0f}</text>')
     parts.append('<text x="250" y="226" text-anchor="middle">tokens/s</text><text x="8" y="14">score</text>')
     label = "Speed against score; the numbers are those of the table of models"
-    return f'<h2>Speed and score</h2><svg viewBox="0 0 480 232" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<h2>Speed and score</h2><svg viewBox="0 0 480 232" role="img" aria-label="{label}">{"".join(lines + parts)}</svg>'
 
 
 def precision_table(found: Comparison) -> str:
