@@ -27,7 +27,8 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2.2rem}h3{font-size:1rem;margin:0 0 .4rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}.wide{overflow-x:auto}
 th,td{border-bottom:1px solid var(--line);padding:.35rem .7rem .35rem 0;text-align:right;vertical-align:top}
-th:first-child,td:first-child,.models :is(th,td):nth-child(2){text-align:left}th{font-weight:600}caption{text-align:left;color:var(--dim)}
+th:first-child,td:first-child,.models :is(th,td):nth-child(2){text-align:left}
+th{font-weight:600}caption{text-align:left;color:var(--dim)}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.8rem}
 .card{border:1px solid var(--line);border-radius:.5rem;padding:.8rem}.pre{white-space:pre-wrap;overflow-wrap:anywhere}
 .task{background:var(--soft);border-radius:.5rem;padding:.6rem .9rem;margin-bottom:.8rem}
@@ -185,7 +186,8 @@ def plot(found: Comparison) -> str:
         parts.append(f'<text x="{50 + 400 * value / most:.1f}" y="208" text-anchor="middle">{value:,.0f}</text>')
     parts.append('<text x="250" y="226" text-anchor="middle">tokens/s</text><text x="8" y="14">score</text>')
     label = "Speed against score; the numbers are those of the table of models"
-    return f'<h2>Speed and score</h2><svg viewBox="0 0 480 232" role="img" aria-label="{label}">{"".join(lines + parts)}</svg>'
+    head = f'<h2>Speed and score</h2><svg viewBox="0 0 480 232" role="img" aria-label="{label}">'
+    return head + "".join(lines + parts) + "</svg>"
 
 
 def precision_table(found: Comparison) -> str:
