@@ -13,7 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"": ["py.typed", "*.cpp", "*.h", "*.html"]},
+    package_data={"": ["py.typed", "*.cpp", "*.h", "*.html", "*.jsonl"]},
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
         "test": [

@@ -5,7 +5,7 @@ from importlib import import_module
 from . import script
 
 # Functions in modules of the same names.
-COMMANDS = ("batch", "bench", "build", "chat", "convert", "eval", "inspect", "perplexity", "serve")
+COMMANDS = ("batch", "bench", "build", "chat", "compare", "convert", "eval", "inspect", "perplexity", "serve")
 
 
 def main() -> None:

@@ -1,0 +1,266 @@
+"""A comparison as text for a terminal, and as one HTML file without scripts or anything that is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import textwrap
+from collections.abc import Sequence
+from html import escape
+from itertools import zip_longest
+from statistics import median
+from typing import Any
+
+from .comparison import Comparison, Row
+
+LIMIT = 280_000  # bytes of the report
+CLIPPED = 4_000  # characters of an answer that it shows
+NARROWEST = 24  # characters of a column
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Comparison of models</title><style>
+:root{color-scheme:light dark;--line:#c9ced6;--soft:#f3f5f8;--dim:#59616e;--dot:#2457c5;--add:#d5efd9;--cut:#f9dcdc}
+@media (prefers-color-scheme:dark){:root{--line:#434a55;--soft:#1d2127;--dim:#a3acb9;--dot:#8db4ff;--add:#1f4a2c;
+--cut:#5a2527}}
+body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2.2rem}h3{font-size:1rem;margin:0 0 .4rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}.wide{overflow-x:auto}
+th,td{border-bottom:1px solid var(--line);padding:.35rem .7rem .35rem 0;text-align:right;vertical-align:top}
+th:first-child,td:first-child,.models :is(th,td):nth-child(2){text-align:left}
+th{font-weight:600}caption{text-align:left;color:var(--dim)}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.8rem}
+.card{border:1px solid var(--line);border-radius:.5rem;padding:.8rem}.pre{white-space:pre-wrap;overflow-wrap:anywhere}
+.task{background:var(--soft);border-radius:.5rem;padding:.6rem .9rem;margin-bottom:.8rem}
+dl{display:grid;grid-template-columns:auto 1fr;gap:0 .8rem;margin:.6rem 0 0;color:var(--dim);font-size:.85rem}
+dd{margin:0;text-align:right}ins,mark{background:var(--add);color:inherit;text-decoration:none;border-radius:.2rem}
+del{background:var(--cut);border-radius:.2rem}.error{color:#b3261e}svg{max-width:34rem;width:100%;height:auto}
+svg text{fill:currentColor;font:12px system-ui,sans-serif}circle{fill:var(--dot)}line{stroke:var(--line)}
+@media (prefers-color-scheme:dark){.error{color:#ff9b93}}</style></head><body><main><h1>Comparison of models</h1>
+"""
+END = "</main></body></html>\n"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}".replace("-", "−")
+
+
+def summaries(found: Comparison) -> list[dict[str, Any]]:
+    """Of each model: mean score, speed, and what its precision changes."""
+    every = []
+    for model in found["models"]:
+        rows = [row for row in found["rows"] if row["model"] == model["name"] and "error" not in row]
+        scores = [row["score"] for row in rows if row["score"] is not None]
+        logprobs = [row["logprob"] for row in rows if row["logprob"] is not None]
+        speeds = [row["tokens_per_s"] for row in rows if row["tokens_per_s"]]
+        equal = [row["equal"] for row in rows if "equal" in row]
+        judged = [row["judged"] for row in rows if "judged" in row]
+        own: dict[str, Any] = {**model, "done": len(rows), "tokens": sum(row["tokens"] for row in rows)}
+        own |= {"score": sum(scores) / len(scores) if scores else None, "speed": median(speeds) if speeds else None}
+        own |= {"logprob": sum(logprobs) if logprobs else None}
+        own |= {"first": median(row["first_token"] for row in rows) if rows else None}
+        own |= {"equal": sum(equal) / len(equal) if equal else None}
+        every.append(own | {"judged": sum(judged) / len(judged) if judged else None})
+    return every
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Terminal
+
+
+def printable(text: str) -> str:
+    """Without characters that would move a terminal's cursor or change its colours."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def to_text(found: Comparison, width: int = 80) -> str:
+    """Answers side by side, as many columns as fit, and a line for each model."""
+    names, lines = [model["name"] for model in found["models"]], []
+    fit = max(1, (width + 2) // (NARROWEST + 2))
+    for task in found["tasks"]:
+        rows = {row["model"]: row for row in found["rows"] if row["task"] == task["name"]}
+        lines += [printable(f"== {task['name']}"), ""]
+        for some in (names[i : i + fit] for i in range(0, len(names), fit)):
+            each = (width + 2) // len(some) - 2
+            cells = [wrapped(name, each) + wrapped(cell(rows[name]), each) for name in some]
+            lines += [
+                "  ".join(f"{part:{each}}" for part in line).rstrip() for line in zip_longest(*cells, fillvalue="")
+            ]
+            lines.append("")
+    lines.append(f"{'model':28} {'score':>6} {'log prob':>9} {'first ms':>9} {'tokens/s':>9} {'equal':>6} {'MB':>9}")
+    for own in summaries(found):
+        if "error" in own:
+            lines.append(printable(f"{own['name']:28} {own['error']}"))
+            continue
+        first = None if own["first"] is None else 1000 * own["first"]
+        numbers = f"{number(own['score']):>6} {number(own['logprob']):>9} {number(first, 1):>9}"
+        numbers += f" {number(own['speed'], 1):>9} {number(own['equal']):>6} {number(own['weights'] / 1e6, 1):>9}"
+        lines.append(printable(f"{own['name']:28} {numbers}"))
+    return "\n".join(lines)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    return [part for line in printable(text).split("\n") for part in textwrap.wrap(line, max(width, 1)) or [""]]
+
+
+def cell(row: Row) -> str:
+    if "error" in row:
+        return f"error: {row['error']}"
+    facts = [f"{row['tokens']} tokens, {number(1000 * row['first_token'], 0)} ms, {number(row['tokens_per_s'], 0)}/s"]
+    facts += [f"log prob {number(row['logprob'])}"] if row["logprob"] is not None else []
+    facts += [f"score {number(row['score'])}"] if row["score"] is not None else []
+    if "judgement" in row:
+        facts.append(f"judge {number(row.get('judged'))}: {row['judgement']}")
+    return "\n".join([row["answer"].strip() or "(empty)", "-", *facts])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTML
+
+
+def to_html(found: Comparison) -> str:
+    """The report: at most 300 KB, so that the last tasks of many are left out, and it says so."""
+    page = PAGE + models_table(found) + plot(found) + precision_table(found) + "<h2>Answers</h2>"
+    size = len(page.encode())
+    for i, task in enumerate(found["tasks"]):
+        part = section(found, task)
+        size += len(part.encode())
+        if size > LIMIT:
+            left = len(found["tasks"]) - i
+            page += f"<p>{left} more tasks are left out here; --json writes them all.</p>"
+            break
+        page += part
+    return page + END
+
+
+def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    heads = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="wide"><table><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def models_table(found: Comparison) -> str:
+    head = ["#", "Model", "Precision", "Weights, MB", "Score", "Log prob", "Tokens", "First token, ms", "Tokens/s"]
+    rows = []
+    for i, own in enumerate(summaries(found), 1):
+        if "error" in own:
+            rows.append([str(i), own["name"], own["error"][:300], *["–"] * (6 + bool(found["judge"]))])
+            continue
+        first = None if own["first"] is None else 1000 * own["first"]
+        row = [str(i), own["name"], own["dtype"], number(own["weights"] / 1e6, 1), number(own["score"])]
+        row += [number(own["logprob"]), str(own["tokens"]), number(first, 1), number(own["speed"], 1)]
+        rows.append(row + ([number(own["judged"])] if found["judge"] else []))
+    head += [f"Judge: {found['judge']}"] if found["judge"] else []
+    caption = "Score: mean over tasks. Log prob: sum over expected answers. First token and speed: medians."
+    return f'<h2>Models</h2><div class="models">{table(caption, head, rows)}</div>'
+
+
+def plot(found: Comparison) -> str:
+    """Speed against score, a dot for each model with its number."""
+    points = [
+        (i, own) for i, own in enumerate(summaries(found), 1) if own.get("speed") and own.get("score") is not None
+    ]
+    if not points:
+        return ""
+    most = max(own["speed"] for _, own in points) * 1.1
+    parts, taken = [], list[tuple[float, float]]()
+    for i, own in points:
+        x, y = 50 + 400 * own["speed"] / most, 190 - 160 * own["score"]
+        label = y - 8
+        while any(abs(x - a) < 18 and abs(label - b) < 12 for a, b in taken):
+            label -= 12
+        taken.append((x, label))
+        words = f"{own['name']}: {number(own['speed'], 1)} tokens/s, score {number(own['score'])}"
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(words)}</title></circle>')
+        parts.append(f'<text x="{x:.1f}" y="{label:.1f}" text-anchor="middle">{i}</text>')
+    lines = []  # below dots and numbers
+    for value in (0, 0.5, 1):
+        y = 190 - 160 * value
+        lines.append(
+            f'<line x1="50" x2="450" y1="{y}" y2="{y}"/><text x="42" y="{y + 4}" text-anchor="end">{value}</text>'
+        )
+    for value in (0, most / 2, most):
+        parts.append(f'<text x="{50 + 400 * value / most:.1f}" y="208" text-anchor="middle">{value:,.0f}</text>')
+    parts.append('<text x="250" y="226" text-anchor="middle">tokens/s</text><text x="8" y="14">score</text>')
+    label = "Speed against score; the numbers are those of the table of models"
+    head = f'<h2>Speed and score</h2><svg viewBox="0 0 480 232" role="img" aria-label="{label}">'
+    return head + "".join(lines + parts) + "</svg>"
+
+
+def precision_table(found: Comparison) -> str:
+    """What another precision of the same model costs, on these prompts."""
+    by_name = {own["name"]: own for own in summaries(found)}
+    rows_of = {(row["task"], row["model"]): row for row in found["rows"] if "error" not in row}
+    parts = []
+    for own in by_name.values():
+        other = by_name.get(own.get("reference") or "")
+        if not other or "error" in own or "error" in other:
+            continue
+        rows = []
+        for task in found["tasks"]:
+            a, b = (rows_of.get((task["name"], name)) for name in (other["name"], own["name"]))
+            if a and b:
+                ratio = b["tokens_per_s"] / a["tokens_per_s"] if a["tokens_per_s"] and b["tokens_per_s"] else None
+                logprobs = [a.get("reference_logprob"), b.get("reference_logprob"), a["logprob"], b["logprob"]]
+                same = "yes" if b.get("equal") else "no"
+                rows.append([task["name"], *map(number, logprobs), same, number(ratio)])
+        head = ["Task", "Its answer: reference", "here", "Expected: reference", "here", "Same answer", "Speed ratio"]
+        speed = own["speed"] / other["speed"] if own["speed"] and other["speed"] else None
+        words = f"{own['name']} against {other['name']}: {number(100 * (own['equal'] or 0), 0)}% of answers are equal, "
+        words += (
+            f"{number(speed)} times its speed, {number(own['weights'] / other['weights'])} times its weights' memory. "
+        )
+        words += "Log probabilities of the reference's answer, and of the expected one, under both."
+        parts.append(table(words, head, rows))
+    return "<h2>What precision costs</h2>" + "".join(parts) if parts else ""
+
+
+def section(found: Comparison, task: dict[str, Any]) -> str:
+    """A task, and a card for each answer with its differences from the reference's, or from the first."""
+    rows = {row["model"]: row for row in found["rows"] if row["task"] == task["name"]}
+    first, cards = next(iter(rows), ""), []
+    for model in found["models"]:
+        name, row = model["name"], rows[model["name"]]
+        if "error" in row:
+            shown, facts = f'<p class="error">{escape(row["error"][:1000])}</p>', ""
+        else:
+            other = model.get("reference") or (first if name != first else None)
+            base = rows[other].get("answer") if other else None
+            text = row["answer"].strip()[:CLIPPED] or "(empty)"
+            marked = difference(base.strip()[:CLIPPED], text, bool(model.get("reference"))) if base else escape(text)
+            shown, facts = f'<div class="pre">{marked}</div>', listed(row)
+        cards.append(f'<article class="card"><h3>{escape(name)}</h3>{shown}{facts}</article>')
+    prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in task["messages"])
+    right = task["label"] or task["expected"] or ", ".join(task["facts"])
+    expected = f"<p>Expected: {escape(right[:500])}</p>" if right else ""
+    return (
+        f'<section><h2>{escape(task["name"])}</h2><details class="task"><summary>Prompt</summary>'
+        f'<div class="pre">{escape(prompt[:CLIPPED])}</div></details>{expected}'
+        f'<div class="cards">{"".join(cards)}</div></section>'
+    )
+
+
+def listed(row: Row) -> str:
+    pairs = [("Tokens", str(row["tokens"])), ("First token", f"{number(1000 * row['first_token'], 1)} ms")]
+    pairs += [("Tokens/s", number(row["tokens_per_s"], 1)), ("Log prob of expected", number(row["logprob"]))]
+    pairs += [(f"Log prob of “{label}”", number(value)) for label, value in row.get("labels", {}).items()]
+    pairs += [("Score", number(row["score"]))]
+    if "judgement" in row:
+        pairs += [("Judge", row["judgement"][:500]), ("Judge: P(Yes)", number(row.get("judged")))]
+    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs) + "</dl>"
+
+
+def difference(old: str, new: str, removed: bool) -> str:
+    """The words of `new`, those that `old` has not marked; with `removed` also the words that only `old` has."""
+    a, b = re.findall(r"\s+|\S+", old), re.findall(r"\s+|\S+", new)
+    parts = []
+    tag = "ins" if removed else "mark"
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if kind in ("delete", "replace") and removed:
+            parts.append(f"<del>{escape(''.join(a[i:j]))}</del>")
+        words = escape("".join(b[k:m]))
+        parts.append(words if kind == "equal" or not words.strip() else f"<{tag}>{words}</{tag}>")
+    return "".join(parts)
