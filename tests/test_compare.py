@@ -93,6 +93,11 @@ def test_the_judge_has_a_text_and_a_probability(found):
     assert isinstance(own["judgement"], str)
 
 
+def test_answers_are_kept_where_the_judge_cannot_be_loaded(tmp_path):
+    [own] = compare([CHAT], TASKS[1:2], judge=str(tmp_path / "nothing"), **CPU)["rows"]
+    assert own["answer"] and own["judgement"].startswith("error: ") and "judged" not in own
+
+
 def test_one_model_is_in_memory_at_a_time(monkeypatch):
     alive, built = [], Llama.build
 

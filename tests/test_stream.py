@@ -217,7 +217,9 @@ def test_options_that_mean_nothing(llama, options, message):
     with pytest.raises(ValueError) as error:
         llama.generate([[1], [2]], 3, **options)
     assert message in str(error.value)
-    with pytest.raises(TypeError, match="there is no option 'top_q'; there are frequency_penalty, logit_bias"):
+    with pytest.raises(
+        TypeError, match="there is no option 'top_q'; there are frequency_penalty, json_schema, logit_bias"
+    ):
         llama.generate([[1]], 3, top_q=3)
 
 

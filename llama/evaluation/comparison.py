@@ -218,11 +218,15 @@ def score(task: Task, row: Row) -> float | None:
 
 def grade(judge: str, tasks: Sequence[Task], found: dict[tuple[str, str], Row], options: dict[str, Any]) -> None:
     """Let a model say of each answer whether it does what its task asks."""
-    llama = load(judge, Model(), options)
     by_name = {task.name: task for task in tasks}
-    for (name, _), row in found.items():
-        if "answer" not in row:
-            continue
+    answered = {key: row for key, row in found.items() if "answer" in row}
+    try:
+        llama = load(judge, Model(), options)
+    except ERRORS as error:  # the answers are kept
+        for row in answered.values():
+            row["judgement"] = f"error: {described(error)}"
+        return
+    for (name, _), row in answered.items():
         content = f"Task:\n{by_name[name].text}\n\nAnswer:\n{row['answer']}\n\n{QUESTION}"
         dialog: list[Message] = [{"role": "user", "content": llama.chat_format.cleaned(content)}]
         try:
