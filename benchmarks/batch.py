@@ -6,7 +6,7 @@
    chat model, with one replica and with two. The job is killed with SIGKILL `kills` times, torchrun or one of its
    workers; in the end each line must have one answer.
 2. On the 110M shape with random float32 weights and the bundled tokenizer, tokens per second of a batch, beside
-   `text_completion` with max_batch_size prompts at a time, all of which end before the next begin. The two in turn;
+   `text_completion` with max_batch_size prompts at a time, which all end before the next begin. The two in turn;
    lengths of answers are those of an exponential distribution, 4 to 128 tokens with a mean of about 32.
 """
 

@@ -79,7 +79,7 @@ def llama_chat(
     base: object = None,
     max_tries: object = None,
 ) -> str:
-    """The answer to the last of several prompts, of which all before it have their responses."""
+    """The answer to the last of several prompts; each earlier one has its response."""
     if len(prompts) != len(responses) + 1:
         raise ValueError(f"there are {len(prompts)} prompts and {len(responses)} responses; there must be one fewer")
     own = get(model)

@@ -62,7 +62,7 @@ class Guard:
         if not self.keys or scope["path"] in OPEN:
             return True
         kind, _, key = header(scope, b"authorization").partition(b" ")
-        matches = [hmac.compare_digest(key.strip(), own) for own in self.keys]  # all, so that time tells nothing
+        matches = [hmac.compare_digest(key.strip(), own) for own in self.keys]  # all, so that the time reveals nothing
         return kind.lower() == b"bearer" and any(matches)
 
 

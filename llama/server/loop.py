@@ -1,7 +1,7 @@
 """The engine's loop beside HTTP: what has arrived goes to all ranks, and what a step brings goes back.
 
 HTTP runs in a thread of the first rank; the engine has the main thread of every rank. A turn takes what has arrived,
-tells the other ranks, and makes one step.
+sends it to the other ranks, and makes one step.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Server:
 
 
 def serve_rank(llama: Llama, server: Server | None) -> None:
-    """Serve on this rank, the first of which has the server, until a signal: the first drains, the second ends."""
+    """Serve on this rank until a signal: the first drains, the second ends. Rank 0 has the server."""
     signals = 0
 
     def on_signal(number: int, frame: object) -> None:

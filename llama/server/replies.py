@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 class Choice:
     """An answer as it grows. With log probabilities, tokens are held back as long as their text is, so that streams
-    tell neither a part of a stop string."""
+    never contain a part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, asked: Asked, request: Request) -> None:
         self.tokenizer, self.request, self.work = tokenizer, request, asked.work
