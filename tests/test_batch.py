@@ -341,13 +341,22 @@ def test_long_lines_and_answers(tmp_path, monkeypatch):
         monkeypatch.setattr(parallel, "store", lambda store=store: store)
         shares.append(Share(1, files))
     first, second = shares
+
+    def settle() -> None:
+        """Wait for what has been set: the store does not acknowledge it, but it answers each process in order."""
+        for share in shares:
+            share.store.check(["any"])
+
     assert second.take(1) == []
     first.exchange()
+    settle()
     [(number, content)] = second.take(1)
     assert number == 1 and content == source.read_bytes()
     second.put(content, 0, False)
+    settle()
     first.exchange()
     assert (tmp_path / "out").read_bytes() == content
+    settle()
     second.take(1)
     first.take(1)
     first.exchange()

@@ -40,7 +40,7 @@ def with_lora(checkpoint: Checkpoint, args: ModelArgs, lora: Any) -> tuple[Weigh
     if not adapters:
         return checkpoint, args, []
     names = {name for adapter in adapters for name in adapter.keys}
-    for name in names:
+    for name in sorted(names):
         if checkpoint.scheme and checkpoint.scheme.of(name):
             to = f"{checkpoint.folder} is quantized already, to {checkpoint.scheme}"
             raise ValueError(f"{to}; an adapter of {name} needs the original weights")
