@@ -1,45 +1,27 @@
 """lm-evaluation-harness against the server: its log likelihoods are those of `Llama.score`."""
 
-import json
 import math
 
 import pytest
+from harness_tasks import QUESTIONS, check_equal, evaluated, write_tasks
 from serving import build, serving
 from small import MODELS
 
 from llama.checkpoint.convert import convert
 
-lm_eval = pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval")
 pytest.importorskip("aiohttp")
 pytest.importorskip("tenacity")
 
-from lm_eval.tasks import TaskManager  # noqa: E402
+from llama.evaluation import HarnessModel
 
 ASKED = "What is the opposite of big?"
 CHOICES = [
-    {"question": "The opposite of hot is", "choices": ["cold", "a little dog", "big"], "answer": 0},
-    {"question": "The opposite of big is", "choices": ["small", "big", "the old tree"], "answer": 0},
-    {"question": "Once upon a time there was", "choices": ["a little girl", "seven"], "answer": 0},
-    {"question": "Question: Who are you?\nAnswer:", "choices": ["A cat.", "x", "yes yes yes"], "answer": 1},
+    *((question, choices, right) for question, choices, right in QUESTIONS if question),
+    ("Question: Who are you?\nAnswer:", ["A cat.", "x", "yes yes yes"], 1),
     # The first is followed by EOS, which is no token of an answer.
-    {"question": f"[INST] {ASKED} [/INST]", "choices": ["The opposite of big is small.", "Big."], "answer": 0},
+    (f"[INST] {ASKED} [/INST]", ["The opposite of big is small.", "Big.", "Red."], 0),
 ]
-TASKS = {
-    "own_choices": """
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
-""",
-    "own_answers": """
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices[answer]}}"
-generation_kwargs: {until: ["\\n", "."], max_gen_toks: 12, do_sample: false, temperature: 0}
-metric_list: [{metric: exact_match}]
-""",
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +32,7 @@ def llama():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The tasks, and the tokenizer as transformers reads it."""
-    folder = tmp_path_factory.mktemp("lm_eval")
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
-    source = (
-        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'data.jsonl'}}}}}\ntest_split: test\n"
-    )
-    for name, task in TASKS.items():
-        (folder / f"{name}.yaml").write_text(f"task: {name}\n{source}{task.lstrip()}")
+    folder = write_tasks(tmp_path_factory.mktemp("lm_eval"), CHOICES)
     convert(MODELS / "small-chat", folder / "hf", "hf", 1, None)
     return folder
 
@@ -68,44 +44,33 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
 
 
-def samples(url, folder, task, **more):
-    """The samples of a task."""
-    args = {"model": "small-chat", "base_url": f"{url}/v1/completions", "max_length": 256, **more}
-    found = lm_eval.simple_evaluate(
-        model="local-completions",
-        model_args=",".join(f"{name}={value}" for name, value in args.items()),
-        tasks=[task],
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        log_samples=True,
-        bootstrap_iters=0,
-    )
-    return sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+def served(url, folder, tokenizer=True, **more):
+    """What the harness finds by the server."""
+    known = {"tokenizer_backend": "huggingface", "tokenizer": folder / "hf", "add_bos_token": True}
+    args = {"model": "small-chat", "base_url": f"{url}/v1/completions", "max_length": 256}
+    args |= (known if tokenizer else {"tokenizer_backend": "None"}) | more.pop("model", {})
+    written = ",".join(f"{name}={value}" for name, value in args.items())
+    return evaluated("local-completions", folder, model_args=written, **more)
 
 
-@pytest.mark.parametrize("more", [{}, {"batch_size": 3}, {"num_concurrent": 4}], ids=["one", "batch", "concurrent"])
-def test_log_likelihoods_are_the_librarys(llama, folder, more):
+@pytest.mark.parametrize("model", [{}, {"batch_size": 3}, {"num_concurrent": 4}], ids=["one", "batch", "concurrent"])
+def test_metrics_are_those_of_the_library(llama, folder, model):
     with serving(llama) as client:
-        tokenizer = {"tokenizer_backend": "huggingface", "tokenizer": folder / "hf", "add_bos_token": True}
-        found = samples(client.url, folder, "own_choices", **tokenizer, **more)
-    for row, sample in zip(CHOICES, found, strict=True):
-        texts = [f" {choice}" for choice in row["choices"]]
-        own = llama.score([row["question"]] * len(texts), texts, top_logprobs=1)
-        greedy = [
-            all(best == logprob for [(_, best)], logprob in zip(score["top_logprobs"], score["logprobs"], strict=True))
-            for score in own
-        ]
-        [theirs] = [sample["filtered_resps"]]
-        assert [float(score) for score, _ in theirs] == pytest.approx([score["sum"] for score in own], abs=1e-3)
-        assert [str(is_greedy) for _, is_greedy in theirs] == [*map(str, greedy)]
-        best = max(range(len(own)), key=lambda i: own[i]["sum"])
-        assert sample["acc"] == float(best == row["answer"])
-        assert all(math.isfinite(score) for score, _ in theirs)
+        found = served(client.url, folder, model=model)
+    check_equal(found, evaluated(HarnessModel(llama, progress=False), folder))
+    scores = {sample["doc_id"]: sample["filtered_resps"] for sample in found["samples"]["own_choice"]}
+    for i, (question, choices, _) in enumerate(CHOICES):
+        texts = [f" {choice}" for choice in choices]
+        own = llama.score([question] * len(texts), texts)
+        assert [float(score) for score, _ in scores[i]] == pytest.approx([score["sum"] for score in own], abs=1e-3)
+        assert all(math.isfinite(score) for score, _ in scores[i])
 
 
 def test_answers_are_the_librarys(llama, folder):
     """Without a tokenizer, as texts; `eos_string` is a stop string like others."""
     with serving(llama) as client:
-        found = samples(client.url, folder, "own_answers", tokenizer_backend="None", eos_string="</s>")
-    prompts = [row["question"] for row in CHOICES]
+        found = served(client.url, folder, False, model={"eos_string": "</s>"}, tasks=["own_written"])
+    prompts = [question for question, _, _ in CHOICES]
     own = llama.text_completion(prompts, temperature=0, max_gen_len=12, stop=["\n", ".", "</s>"])
-    assert [sample["resps"][0][0] for sample in found] == [row["generation"] for row in own]
+    samples = sorted(found["samples"]["own_written"], key=lambda sample: sample["doc_id"])
+    assert [sample["resps"][0][0] for sample in samples] == [row["generation"] for row in own]
