@@ -78,7 +78,7 @@ def one(who: str, folder: str, dtype: str) -> None:
         from transformers import LlamaForCausalLM
 
     final = getattr(torch, "bfloat16" if quantized else dtype)  # the default where C++ computes
-    for new in (torch.empty, devices.empty):  # a virtual machine gets memory when it first touches it
+    for new in (torch.empty, devices.zeros):  # a virtual machine gets memory when it first touches it
         new((PARAMETERS * final.itemsize,), dtype=torch.uint8).fill_(1)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     if who == "ours":

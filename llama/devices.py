@@ -98,11 +98,12 @@ def cpu_has(*units: str) -> bool:
     return any(found.get(unit) for unit in units)
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """A tensor for weights. On Linux a CPU's lies in large pages, where it may, and is read a few percent faster."""
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A tensor for weights or a cache. On Linux a CPU's lies in large pages, where it may, and is read a few percent
+    faster. Its memory is taken when it is written to."""
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(*shape, dtype=dtype, device=device)
+        return torch.zeros(*shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)

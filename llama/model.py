@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .args import ModelArgs, RopeScaling
 from .batch import Batch, Group, groups
+from .devices import zeros
 from .layers import ColumnParallelLinear, ParallelEmbedding, ReplicatedLinear, RowParallelLinear
 from .parallel import divide, init_model_parallel, world_size
 
@@ -94,7 +95,7 @@ class KVCache(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
         super().__init__()
-        self.register_buffer("kv", like.new_zeros(shape), persistent=False)
+        self.register_buffer("kv", zeros(shape, like.dtype, like.device), persistent=False)
 
     def forward(self, kv: Tensor, batch: Batch) -> None:
         """Store kv (N, 2K, D)."""

@@ -68,44 +68,54 @@ INLINE void put_numbers(int16_t *q, I n) {
     put(q, pairs);
 }
 
-template <typename T>
+template <typename T, int group>
 static void round_row(const float *x, const Matrix &m, Row &to) {
-    const int64_t group = group_of_x(m), groups = m.in / group;
+    const int64_t groups = m.in / group;
     const int32_t zero = m.kind == INT8 ? BIAS : m.zero;
-    float all = 0;
-    for (int64_t g = 0; g < groups; g++) {
-        F most = splat(1e-30f), nothing = {};
-        for (int64_t k = g * group; k < (g + 1) * group; k += L) {
-            most = larger(most, magnitude(load(x + k)));
-            nothing += load(x + k) * 0.0f;
+    for (int64_t g = 0; g < groups; g += L) {  // L at a time, as it is slow to combine the numbers of one vector
+        F most[L];
+        for (int i = 0; i < L; i++) {
+            const float *from = x + std::min(g + i, groups - 1) * group;
+            most[i] = magnitude(load(from));
+            for (int k = L; k < group; k += L) most[i] = larger_magnitude(most[i], magnitude(load(from + k)));
         }
-        all += to.scale[g] = largest(most) / 127 + sum(nothing);
+        const F found = across(most, larger_magnitude), scale = larger(found, splat(1e-30f)) / 127 + found * 0.0f;
+        memcpy(to.scale + g, &scale, std::min<int64_t>(L, groups - g) * sizeof(float));
     }
+    const float outlier = OUTLIER * std::accumulate(to.scale, to.scale + groups, 0.0f) / groups;
     std::fill_n(to.total, m.in / m.group, 0.0f);
     to.count = 0;
-    // Rounds group g of x in steps of `scale`, or what steps of `coarse` have left of it.
-    const auto round = [&](auto left, int64_t g, float scale, float coarse, Numbers into, int64_t i) {
+    // Rounds group g of x, less what steps of `coarse` take of it, in steps of `scale`; returns the sum of q in parts.
+    const auto round = [&](auto left, int64_t g, float scale, float coarse, void *q) {
         const F inverse = splat(1 / scale), step = splat(coarse), most = splat(1 / coarse);
         I total = {};
-        for (int64_t k = 0; k < group; k += L) {
+        for (int k = 0; k < group; k += L) {
             F value = load(x + g * group + k);
             if (left) value -= step * __builtin_convertvector(nearest(value * most), F);
             const I n = nearest(value * inverse);
             total += n;
-            put_numbers((T *)into.q + i * group + k, n);
+            put_numbers((T *)q + k, n);
         }
-        const float all_q = sum(__builtin_convertvector(total, F));
-        into.scale[i] = scale, into.start[i] = -zero * (int32_t)all_q;
-        to.total[g * group / m.group] += scale * all_q;
+        return __builtin_convertvector(total, F);
     };
-    for (int64_t g = 0; g < groups; g++) {
-        const float scale = to.scale[g];
-        round(number<false>, g, scale, 1, to, g);
-        if (scale > OUTLIER * all / groups) {
-            to.which[to.count] = g;
-            round(number<true>, g, scale / 254, scale, to.rest, to.count++);
-        }
+    const auto add = [&](int64_t g, float scale, float sum, int32_t &start) {
+        start = -zero * (int32_t)sum;
+        to.total[g * group / m.group] += scale * sum;
+    };
+    for (int64_t g = 0; g < groups; g += L) {
+        F total[L] = {};
+        const int64_t n = std::min<int64_t>(L, groups - g);
+        for (int i = 0; i < n; i++) total[i] = round(number<false>, g + i, to.scale[g + i], 1, (T *)to.q + (g + i) * group);
+        const F sum = sums(total);
+        for (int i = 0; i < n; i++) add(g + i, to.scale[g + i], sum[i], to.start[g + i]);
     }
+    for (int64_t g = 0; g < groups; g++)
+        if (to.scale[g] > outlier) {
+            const int64_t i = to.count++;
+            const float scale = to.rest.scale[i] = to.scale[g] / 254;
+            to.which[i] = g;
+            add(g, scale, sum(round(number<true>, g, scale, to.scale[g], (T *)to.rest.q + i * group)), to.rest.start[i]);
+        }
 }
 
 // Dot products of `group` columns of V vectors of a tile with R rows.
@@ -217,8 +227,11 @@ static const Row *rounded(const Matrix &m, const float *x, int64_t rows) {
         row[r].q = q + 2 * r * size, row[r].scale = at, row[r].start = (int32_t *)(at + groups);
         row[r].total = at + 2 * groups, row[r].which = (int32_t *)(rest + 2 * groups);
         row[r].rest = {q + (2 * r + 1) * size, rest, (int32_t *)(rest + groups)};
-        if (m.kind == INT8) round_row<Int8>(x + r * m.in, m, row[r]);
-        else round_row<int8_t>(x + r * m.in, m, row[r]);
+        const auto by = [&](auto group) {
+            if (m.kind == INT8) round_row<Int8, group>(x + r * m.in, m, row[r]);
+            else round_row<int8_t, group>(x + r * m.in, m, row[r]);
+        };
+        group_of_x(m) == 32 ? by(number<32>) : by(number<16>);
     });
     return row;
 }

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..devices import cpu_has, empty
+from ..devices import cpu_has, zeros
 from ..layers import in_few_shapes
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ class Packed:
         def tiled(part: Tensor) -> Tensor:  # (out, groups) -> (tiles, groups, tile)
             return F.pad(part, (0, 0, 0, tiles * tile - out)).view(tiles, tile, groups).transpose(1, 2).contiguous()
 
-        q, stored = empty((tiles * tile * columns * weight.bits // 8,), torch.uint8), weight.q.contiguous()
+        q, stored = zeros((tiles * tile * columns * weight.bits // 8,), torch.uint8), weight.q.contiguous()
         lib.llama_threads(cpu.threads())
         lib.llama_pack(weight.bits, stored.data_ptr(), q.data_ptr(), out, columns, columns // groups)
         scale, least = tiled(weight.scale), None if weight.min is None else tiled(weight.min)

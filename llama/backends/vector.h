@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
@@ -124,6 +125,7 @@ INLINE void store(Half *to, F x) {
 // --- arithmetic
 
 INLINE F larger(F a, F b) { return b > a ? b : a; }  // a where a is NaN
+INLINE F larger_magnitude(F a, F b) { return (I)b > (I)a ? b : a; }  // of numbers without a sign; NaN is the largest
 INLINE F magnitude(F x) { return (F)((U)x & 0x7FFFFFFF); }
 INLINE I nearest(F x) { return (I)(x + 12582912.0f) - 0x4B400000; }  // of numbers below 2^22: their bits behind 1.5 2^23
 
@@ -146,11 +148,15 @@ INLINE void transpose(F *x) {
         std::copy_n(y, L, x);
     }
 }
-// The sum of each of L vectors; half as many after each round.
-INLINE F sums(F *x) {
+// All numbers of each of L vectors, combined by `two`; half as many vectors after each round.
+template <typename Two>
+INLINE F across(F *x, const Two &two) {
     for (int n = L / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) x[i] = interleave_low(x[i], x[i + n]) + interleave_high(x[i], x[i + n]);
+        for (int i = 0; i < n; i++) x[i] = two(interleave_low(x[i], x[i + n]), interleave_high(x[i], x[i + n]));
     return x[0];
+}
+INLINE F sums(F *x) {
+    return across(x, [](F a, F b) { return a + b; });
 }
 INLINE float sum(F x) {
     float s[L];

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..args import ModelArgs
 from ..backends.quantized import Quantization, Quantized, Rows, Scheme, kernel, quantize, stack
-from ..devices import empty
+from ..devices import zeros
 from ..parallel import gather_objects, rank, replica, world_size
 from .plan import fused_groups, rank_range, shapes, shard_dim
 
@@ -80,7 +80,7 @@ def load(
             elif names == ["output.weight"] and args.tie_word_embeddings and world_size() == 1:
                 final["output.weight"] = final["tok_embeddings.weight"]
             else:
-                together = empty((sum(rows), *local[names[0]][1:]), dtype, device)
+                together = zeros((sum(rows), *local[names[0]][1:]), dtype, device)
                 for name, out in zip(names, together.split(rows), strict=True):
                     final[name] = weights.read(name, whole[name], *ranges[name], dtype, device, out)
             bar.update(sum(local[name].numel() for name in names))
