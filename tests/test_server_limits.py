@@ -6,17 +6,7 @@ import threading
 import time
 
 import pytest
-from serving import (
-    GREEDY,
-    build,
-    gauge,
-    httpx,
-    openai,
-    serving,
-    slow_down,
-    streamed,
-    wait_for,
-)
+from serving import GREEDY, build, gauge, httpx, openai, serving, slow_down, streamed, wait_for
 
 from llama import parallel
 from llama.server import app, protocol

@@ -5,19 +5,7 @@ import logging
 import re
 
 import pytest
-from serving import (
-    CHAT,
-    DIALOG,
-    GREEDY,
-    build,
-    command,
-    gauge,
-    httpx,
-    serving,
-    slow_down,
-    wait_for,
-    wait_until_ready,
-)
+from serving import CHAT, DIALOG, GREEDY, build, command, gauge, httpx, serving, slow_down, wait_for, wait_until_ready
 
 from llama.server.log import JsonLines
 from llama.server.metrics import HISTOGRAMS, Metrics
