@@ -7,7 +7,7 @@ if not shutil.which("nvidia-smi"):
 import pytest
 import ranks as ranks_module
 import torch
-from small import MODELS, TOKENIZER
+from small import MODELS, TOKENIZER, random_model, save_random
 
 from llama import Llama, Tokenizer, parallel
 
@@ -50,3 +50,25 @@ def tokenizer():
 def base():
     """The bundled base model."""
     return Llama.build(MODELS / "small", max_seq_len=256, max_batch_size=8, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def llama(tokenizer):
+    """A random model, whose greedy text never ends by itself, with the bundled tokenizer."""
+    return Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The model is small, and other processes compute beside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A random model as a checkpoint of one shard."""
+    save_random(tmp_path / "model")
+    return tmp_path / "model"

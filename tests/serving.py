@@ -16,6 +16,7 @@ from llama import Llama
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
+pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from llama.server.app import Config  # noqa: E402
@@ -128,3 +129,6 @@ def slow_down(llama, monkeypatch, seconds=0.02):
 
 
 LONG = {"model": "small-chat", "prompt": "Once", "max_tokens": 200, "extra_body": {"min_tokens": 200}}
+GREEDY = {**LONG, "temperature": 0}
+DIALOG = [{"role": "user", "content": "What is the opposite of big?"}]
+CHAT = {"model": "small-chat", "messages": DIALOG, "max_tokens": 20, "temperature": 0}

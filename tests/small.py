@@ -1,4 +1,4 @@
-"""Small random models, the same weights in Hugging Face's Llama, the bundled models' places, and commands."""
+"""Small random models, the same weights in Hugging Face's Llama, the bundled models' places, prompts and commands."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from llama import ModelArgs, Transformer, checkpoint, parallel
+from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
 from llama.cli import script
 
 ROOT = Path(__file__).parent.parent
@@ -97,10 +97,24 @@ def trained(folder, **settings):
     return path
 
 
+OPTIONS = {"tokenizer_path": TOKENIZER, "max_seq_len": 32, "device": "cpu", "dtype": "float32"}
+
+
+def build(folder, **options):
+    """A model of a folder that has weights alone."""
+    return Llama.build(folder, **{**OPTIONS, **options})
+
+
 def edit_params(folder, **changes):
     path = folder / "params.json"
     params = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in params.items() if value != "delete"}))
+
+
+def edit_shard(folder, change, name="consolidated.00.pth"):
+    state = torch.load(folder / name, weights_only=True)
+    change(state)
+    torch.save(state, folder / name)
 
 
 def hugging_face(args, state):
@@ -142,6 +156,14 @@ def hugging_face(args, state):
     model = LlamaForCausalLM(config).eval()
     model.load_state_dict(theirs, strict=True)
     return model
+
+
+# Ids of the bundled tokenizer, of several lengths.
+PROMPTS = [[1, 400, 401, 402], [1, 17], [1, *range(300, 319)], [1, 99, 98, 97, 96, 95, 94]]
+
+
+def greedy(llama, prompts, max_gen_len=10, **options):
+    return llama.generate(prompts, max_gen_len, temperature=0, **options)
 
 
 def relative_error(a, b):

@@ -87,6 +87,11 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
+def test_files_of_tests_are_short():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
+
+
 def test_the_core_stands_alone(tmp_path):
     """A copy without the commands, and without the backends other than the plain one, generates text."""
     shutil.copytree(PACKAGE, tmp_path / "llama", ignore=shutil.ignore_patterns("__pycache__"))

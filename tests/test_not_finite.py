@@ -1,0 +1,79 @@
+"""Weights and activations that are NaN or infinite: what fails names the layer, and what does not is as before."""
+
+from unittest import mock
+
+import pytest
+from small import PROMPTS, greedy, random_model
+
+from llama import Llama, Transformer
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize(
+    ("name", "value", "layer"),
+    [
+        ("layers.1.feed_forward.w2", float("nan"), "layers.1"),
+        ("layers.2.attention.wv", float("inf"), "layers.2"),
+        ("norm", float("nan"), "norm"),
+        ("output", float("inf"), "output"),
+        ("tok_embeddings", float("nan"), "tok_embeddings"),
+    ],
+)
+def test_logits_that_are_not_finite_name_the_first_layer(tokenizer, name, value, layer, temperature):
+    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
+    llama.model.get_submodule(name).weight.view(-1)[:64] = value
+    with pytest.raises(FloatingPointError, match=rf"first layer to give such values is {layer}$"):
+        llama.generate([[0, 5, 6]], 3, temperature=temperature)
+
+
+def test_scores_that_are_not_finite_name_the_first_layer(tokenizer):
+    """Nothing is generated here, so no logits are sampled from: the prompt's own scores must be checked."""
+    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
+    llama.model.layers[1].attention.wo.weight[3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"first layer to give such values is layers\.1$"):
+        llama.generate([[1, 5, 6], [1]], 0, logprobs=True, echo=True)
+
+
+def test_a_failed_call_leaves_nothing_behind(tokenizer):
+    """NaN in slots of the cache that a later, shorter row masks: times 0 it is NaN again, so a valid call failed."""
+    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
+    expected = greedy(llama, PROMPTS)
+    llama.model.tok_embeddings.weight[77] = float("nan")
+    with pytest.raises(FloatingPointError):
+        greedy(llama, [[77] * 30] * 4)
+    assert greedy(llama, PROMPTS) == expected
+
+
+def test_a_broken_token_that_no_prompt_holds_does_no_harm(tokenizer):
+    """Padding must not bring it in."""
+    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
+    expected = greedy(llama, PROMPTS)
+    llama.model.tok_embeddings.weight[0] = float("nan")
+    assert greedy(llama, PROMPTS) == expected
+
+
+def test_values_that_break_while_decoding_are_found(llama):
+    real, calls = Transformer.hidden, []
+
+    def break_later(self, batch):
+        calls.append(batch)
+        hidden = real(self, batch)
+        return hidden * float("nan") if len(calls) == 2 else hidden
+
+    with (
+        mock.patch.object(Transformer, "hidden", break_later),
+        pytest.raises(FloatingPointError, match="computed again, they were not"),
+    ):
+        greedy(llama, [[1, 2]])
+    assert len(greedy(llama, [[1, 2]])[0][0]) == 10
+
+
+def test_a_request_that_breaks_does_not_break_others(tokenizer):
+    llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
+    expected = greedy(llama, PROMPTS[:1], 20)[0]
+    llama.engine.forget()
+    llama.model.tok_embeddings.weight[77] = float("nan")
+    with llama.generate_stream(PROMPTS[:1], 20, temperature=0) as stream:
+        with pytest.raises(FloatingPointError):
+            greedy(llama, [[1, 2, 77]])
+        assert [stream.drain()[0].tokens] == expected
