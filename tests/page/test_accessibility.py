@@ -1,6 +1,7 @@
 """The page for everyone: by keyboard, names of controls, contrast, dark mode, on a phone."""
 
 import pytest
+
 from page.actions import MARKDOWN, ask, events, expect, idle, message, press, reply_with, said, send, tab
 
 AXES = ("button", "textbox", "spinbutton", "listbox", "option", "link", "region", "dialog")

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from page.actions import QUESTION, answers, configure, events, expect, press, reply_with, reply_with_error, send
 
 
