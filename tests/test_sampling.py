@@ -71,7 +71,7 @@ ONE_BY_ONE = [
     {"presence_penalty": 0.6},
     {"logit_bias": {3: -math.inf, 5: 2.9}},
 ]
-SOME = [{**a, **b} for a, b in itertools.combinations(ONE_BY_ONE, 2)]
+PAIRS = [{**a, **b} for a, b in itertools.combinations(ONE_BY_ONE, 2)]
 ALL = {name: value for options in ONE_BY_ONE for name, value in options.items()} | {
     "top_p": 0.95,
     "top_k": 5,
@@ -79,8 +79,11 @@ ALL = {name: value for options in ONE_BY_ONE for name, value in options.items()}
 }
 
 
-@pytest.mark.parametrize("few", [2, 512])
-@pytest.mark.parametrize("options", [{}, *ONE_BY_ONE, *SOME, ALL], ids=str)
+@pytest.mark.parametrize(
+    ("options", "few"),
+    [*itertools.product([{}, *ONE_BY_ONE, ALL], [2, 512]), *zip(PAIRS, itertools.cycle([2, 512]), strict=False)],
+    ids=str,
+)
 def test_draws_follow_the_distribution(options, few, monkeypatch):
     """Chi-square on 20,000 draws at 0.001: every option, every pair, and all together."""
     monkeypatch.setattr(sampling, "FEW", few)
