@@ -84,6 +84,16 @@ def test_a_task_that_does_not_fit_has_an_error():
     assert "max_seq_len 64" in long["error"] and short["answer"]
 
 
+def rows_of_a_rank():
+    found = compare([f"{CHAT}:float32"], TASKS, judge=f"{CHAT}:float32", max_tokens=8, **CPU)
+    return [(row["answer"], row["score"], row["judgement"]) for row in found["rows"]]
+
+
+def test_ranks_agree(ranks):
+    one, two = ranks(2).run(rows_of_a_rank)
+    assert one == two == rows_of_a_rank()
+
+
 def test_the_judge_has_a_text_and_a_probability(found):
     llama = Llama.build(CHAT, dtype="float32", **CPU)
     own = row(found, f"{CHAT}:int8", "facts")

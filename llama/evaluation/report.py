@@ -25,7 +25,7 @@ PAGE = """<!doctype html>
 --cut:#5a2527}}
 body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2.2rem}h3{font-size:1rem;margin:0 0 .4rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}.wide{overflow-x:auto;margin:1rem 0}
 th,td{border-bottom:1px solid var(--line);padding:.35rem .7rem .35rem 0;text-align:right;vertical-align:top}
 th:first-child,td:first-child,.models :is(th,td):nth-child(2){text-align:left}
 th{font-weight:600}caption{text-align:left;color:var(--dim)}
@@ -33,7 +33,7 @@ th{font-weight:600}caption{text-align:left;color:var(--dim)}
 .card{border:1px solid var(--line);border-radius:.5rem;padding:.8rem}.pre{white-space:pre-wrap;overflow-wrap:anywhere}
 .task{background:var(--soft);border-radius:.5rem;padding:.6rem .9rem;margin-bottom:.8rem}
 dl{display:grid;grid-template-columns:auto 1fr;gap:0 .8rem;margin:.6rem 0 0;color:var(--dim);font-size:.85rem}
-dd{margin:0;text-align:right}ins,mark{background:var(--add);color:inherit;text-decoration:none;border-radius:.2rem}
+dd{margin:0;text-align:right;white-space:nowrap}ins,mark{background:var(--add);color:inherit;text-decoration:none;border-radius:.2rem}
 del{background:var(--cut);border-radius:.2rem}.error{color:#b3261e}svg{max-width:34rem;width:100%;height:auto}
 svg text{fill:currentColor;font:12px system-ui,sans-serif}circle{fill:var(--dot)}line{stroke:var(--line)}
 @media (prefers-color-scheme:dark){.error{color:#ff9b93}}</style></head><body><main><h1>Comparison of models</h1>
@@ -234,7 +234,7 @@ def section(found: Comparison, task: dict[str, Any]) -> str:
             shown, facts = f'<div class="pre">{marked}</div>', listed(row)
         cards.append(f'<article class="card"><h3>{escape(name)}</h3>{shown}{facts}</article>')
     prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in task["messages"])
-    right = task["label"] or task["expected"] or ", ".join(task["facts"])
+    right = task["label"] or task["expected"] or ", ".join(fact.replace("|", " or ") for fact in task["facts"])
     expected = f"<p>Expected: {escape(right[:500])}</p>" if right else ""
     return (
         f'<section><h2>{escape(task["name"])}</h2><details class="task"><summary>Prompt</summary>'
