@@ -116,7 +116,8 @@ def nucleus(logits: Tensor, probs: Tensor, top_p: float, u: Tensor) -> Tensor:
         ids = ids[logits[ids].sort(descending=True, stable=True).indices]
         return ids, (reached[n] - mass[n]) + probs[ids].double().cumsum(0)
 
-    last = int(torch.searchsorted(reached, top_p).clamp(max=BUCKETS - 1))
+    top_p = min(top_p, reached[-1].item())  # a sum that is rounded may end below 1
+    last = int(torch.searchsorted(reached, top_p))
     ids, edge = tokens(last)
     kept = int(torch.searchsorted(edge, top_p).clamp(max=len(ids) - 1)) + 1
     target = u.double() * edge[kept - 1]

@@ -27,10 +27,10 @@ def test_memory_for_weights(shape, dtype, refused, monkeypatch):
 
     if refused:
         monkeypatch.setattr(mmap, "mmap", Refusing)
-    made = devices.empty(shape, dtype)
+    made = devices.zeros(shape, dtype)
     assert (made.shape, made.dtype, made.is_contiguous()) == (shape, dtype, True)
     assert torch.equal(made.fill_(3), torch.full(shape, 3.0, dtype=dtype))
-    assert devices.empty(shape, dtype, "meta").is_meta
+    assert devices.zeros(shape, dtype, "meta").is_meta
 
 
 def test_the_default_device_is_the_fastest_there_is(monkeypatch):

@@ -266,7 +266,7 @@ def test_each_row_of_a_batch_is_filtered_as_transformers_filters_it_alone(vocab_
         assert (found - distribution(alone[None], [row])[0]).abs().sum() < 1e-4
 
 
-@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999, 1 - 2**-53])
 @pytest.mark.parametrize("kind", ["flat", "steep", "equal", "coarse", "far apart", "one of two"])
 def test_a_wide_nucleus_is_sampled_as_a_sorted_one(kind, top_p):
     generator, V = torch.Generator().manual_seed(7), 5000
