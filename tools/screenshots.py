@@ -1,4 +1,5 @@
-"""Screenshots of the server's page on the bundled chat model: python tools/screenshots.py docs
+"""Screenshots of the server's page on the bundled chat model, and of a report of `python -m llama compare --html`:
+python tools/screenshots.py docs [REPORT]
 
 Needs playwright, and Chromium, which CHROMIUM names if it is not /usr/bin/chromium. The settings are greedy, so that
 only the tokens per second differ from run to run."""
@@ -53,7 +54,7 @@ def completion(page: Any, path: Path) -> None:
     page.screenshot(path=path)
 
 
-def main(folder: str) -> None:
+def main(folder: str, report: str | None = None) -> None:
     server = Server(Config("small-chat"))
     llama = Llama.build(MODEL, max_seq_len=512, max_batch_size=1, device="cpu", dtype="float32")
     threading.Thread(target=server.serve, args=(llama,)).start()
@@ -67,6 +68,10 @@ def main(folder: str) -> None:
             page.evaluate("change('temperature', '0')")
             chat(page, Path(folder) / "page-chat.png")
             completion(page, Path(folder) / "page-completion.png")
+            if report:
+                page.set_viewport_size({"width": 1000, "height": 900})
+                page.goto(Path(report).resolve().as_uri())
+                page.screenshot(path=Path(folder) / "compare.png")
             browser.close()
     finally:
         server.drain()

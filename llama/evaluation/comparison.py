@@ -44,7 +44,7 @@ class Model(TypedDict, total=False):
     name: str
     error: str  # why it could not be loaded
     reference: str | None  # the model of another precision that it is compared with
-    dtype: str
+    dtype: str  # or int8, int4, quantized
     weights: int  # bytes
     load: float  # seconds
     chat_format: str
@@ -137,7 +137,8 @@ def load(name: str, about: Model, options: dict[str, Any]) -> Llama:
     weights: list[Any] = [getattr(module, "weight", None) for module in model.modules()]
     kernels = [weight for weight in weights if weight is not None and not isinstance(weight, torch.Tensor)]
     about["weights"] = sum(part.nbytes for part in parts.values()) + sum(kernel.nbytes for kernel in kernels)
-    about["dtype"] = precision.get("quantize") or str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    about["dtype"] = precision.get("quantize") or ("quantized" if kernels else dtype)  # "quantized": a file that is
     about["chat_format"] = llama.chat_format.name
     llama.generate([[llama.tokenizer.bos_id if llama.tokenizer.bos_id >= 0 else 0]], 2, temperature=0)  # first passes
     return llama
