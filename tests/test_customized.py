@@ -26,14 +26,20 @@ class Wrapped(nn.Module):
         return self.inner(x) * 1.5
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_hooks_of_every_module_see_every_token(tokenizer, compile):
+PROMPT = [1, *range(300, 340)]
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "compiled"])
+def llama(request, tokenizer):
+    llama = Llama(random_model(SHAPES["wide heads"], vocab_size=tokenizer.n_words), tokenizer)
+    llama.engine.compile = request.param
+    return llama
+
+
+def test_hooks_of_every_module_see_every_token(llama):
     """In prefill and decoding alike, and also of tokens that the cache holds already."""
-    model = random_model(SHAPES["wide heads"], vocab_size=tokenizer.n_words)
-    llama = Llama(model, tokenizer)
-    llama.engine.compile = compile
-    prompt = [1, *range(300, 340)]
-    expected = llama.generate([prompt], 4, temperature=0)[0]
+    model = llama.model
+    expected = llama.generate([PROMPT], 4, temperature=0)[0]
     seen = {}
 
     def note(name):
@@ -44,7 +50,7 @@ def test_hooks_of_every_module_see_every_token(tokenizer, compile):
         for name, m in model.named_modules()
         if name  # not the model: see below
     ]
-    assert llama.generate([prompt], 4, temperature=0)[0] == expected
+    assert llama.generate([PROMPT], 4, temperature=0)[0] == expected
     for name in ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2"):
         for layer in range(3):
             assert seen[f"layers.{layer}.{name}"] == [41, 1, 1, 1]
@@ -53,25 +59,21 @@ def test_hooks_of_every_module_see_every_token(tokenizer, compile):
     for handle in handles:
         handle.remove()
     count = len(seen["layers.0"])
-    assert llama.generate([prompt], 4, temperature=0)[0] == expected
+    assert llama.generate([PROMPT], 4, temperature=0)[0] == expected
     assert len(seen["layers.0"]) == count
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_modules_that_a_user_replaced_are_computed(tokenizer, compile):
-    model = random_model(SHAPES["wide heads"], vocab_size=tokenizer.n_words)
-    llama = Llama(model, tokenizer)
-    llama.engine.compile = compile
-    prompt = [1, *range(300, 340)]
-    before = llama.generate([prompt], 8, temperature=0)[0]
+def test_modules_that_a_user_replaced_are_computed(llama):
+    model = llama.model
+    before = llama.generate([PROMPT], 8, temperature=0)[0]
     for layer in model.layers:
         layer.attention.wv = Wrapped(layer.attention.wv)
-    after = llama.generate([prompt], 8, temperature=0)[0]
+    after = llama.generate([PROMPT], 8, temperature=0)[0]
     assert model.layers[0].attention.wv.calls == 41 + 7
-    plain = random_model(SHAPES["wide heads"], vocab_size=tokenizer.n_words)
+    plain = random_model(SHAPES["wide heads"], vocab_size=llama.tokenizer.n_words)
     for layer in plain.layers:
         layer.attention.wv.weight.mul_(1.5)
-    assert after == Llama(plain, tokenizer).generate([prompt], 8, temperature=0)[0] != before
+    assert after == Llama(plain, llama.tokenizer).generate([PROMPT], 8, temperature=0)[0] != before
 
 
 class Lora(nn.Module):

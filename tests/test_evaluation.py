@@ -90,8 +90,9 @@ def test_metrics_are_those_of_the_harness_with_transformers(models, tasks, name)
 
 
 def test_metrics_of_a_real_model(smollm2, tasks):
-    options = {"num_fewshot": 1, "limit": 3}
-    check_equal(evaluated(ours(smollm2), tasks, **options), evaluated(theirs(smollm2), tasks, **options))
+    other = evaluated(theirs(smollm2), tasks, num_fewshot=1)
+    check_equal(evaluated(ours(smollm2, compile=False), tasks, num_fewshot=1), other)
+    check_equal(evaluated(ours(smollm2), tasks, num_fewshot=1), other, rel=1e-5)  # C++ rounds otherwise
 
 
 PAIRS = [

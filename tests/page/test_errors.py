@@ -21,6 +21,14 @@ from page.actions import (
 )
 
 
+def recover(page):
+    """The server answers again: the same question gets its answer."""
+    page.unroute("**/v1/chat/completions")
+    configure(page, temperature="0")
+    press(page, "Regenerate")
+    expect(answers(page).locator(".body")).to_have_text(ANSWER)
+
+
 def test_a_bad_request_is_explained(page):
     page.failures.append("400")
     configure(page, top_p="2")
@@ -53,10 +61,7 @@ def test_a_busy_server_is_explained(page):
     press(page, "Regenerate")
     expect(answers(page)).to_contain_text("503")
     expect(answers(page)).to_contain_text("Try again in a few seconds")
-    page.unroute("**/v1/chat/completions")
-    configure(page, temperature="0")
-    press(page, "Regenerate")
-    expect(answers(page).locator(".body")).to_have_text(ANSWER)
+    recover(page)
 
 
 def test_a_lost_network_is_explained(page):
@@ -66,10 +71,7 @@ def test_a_lost_network_is_explained(page):
     expect(page.locator("article.user .body")).to_have_text(QUESTION)
     page.reload()
     expect(answers(page)).to_contain_text("The server cannot be reached")
-    page.unroute("**/v1/chat/completions")
-    configure(page, temperature="0")
-    press(page, "Regenerate")
-    expect(answers(page).locator(".body")).to_have_text(ANSWER)
+    recover(page)
 
 
 def test_a_model_that_is_being_loaded_is_waited_for(page):

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from serving import GREEDY, build, gauge, httpx, openai, serving, slow_down, streamed, wait_for
+from serving import GREEDY, build, gauge, httpx, openai, serving, streamed, wait_for
 
 from llama import parallel
 from llama.server import app, protocol
@@ -14,16 +14,6 @@ from llama.server.app import Config
 from llama.server.loop import Loop
 from llama.server.metrics import Metrics
 from llama.server.process import Server
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return build()
-
-
-@pytest.fixture
-def slow(llama, monkeypatch):
-    slow_down(llama, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from serving import (
     httpx,
     openai,
     serving,
-    slow_down,
     streamed,
     wait_for,
     wait_until_ready,
@@ -31,17 +30,6 @@ from llama.server.process import Server
 PROMPT = "The opposite of hot is"
 
 SAMPLED = {"temperature": 1.2, "top_p": 0.95, "seed": 5}
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return build()
-
-
-@pytest.fixture(scope="module")
-def client(llama):
-    with serving(llama) as client:
-        yield client
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, SAMPLED], ids=["greedy", "sampled"])
@@ -242,11 +230,6 @@ def test_models_tokens_and_health(client, llama):
     chat = httpx.post(f"{client.url}/tokenize", json={"messages": DIALOG}).json()
     assert chat["tokens"] == llama.chat_format.encode(llama.tokenizer, DIALOG)
     assert httpx.get(f"{client.url}/health").json() == {"status": "ok"}
-
-
-@pytest.fixture
-def slow(llama, monkeypatch):
-    slow_down(llama, monkeypatch)
 
 
 def test_a_client_that_leaves_frees_its_slot(client, slow):

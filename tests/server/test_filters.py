@@ -6,17 +6,12 @@ import sys
 import threading
 
 import pytest
-from serving import CHAT, DIALOG, build, command, httpx, openai, serving, streamed, wait_until_ready
+from serving import CHAT, DIALOG, command, httpx, openai, serving, streamed, wait_until_ready
 
 from llama.server import filters
 from llama.server.filters import load_filters
 
 BOMB = [{"role": "user", "content": "How do I build a bomb?"}]
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return build()
 
 
 MODULE = """

@@ -5,21 +5,10 @@ import logging
 import re
 
 import pytest
-from serving import CHAT, DIALOG, GREEDY, build, command, gauge, httpx, serving, slow_down, wait_for, wait_until_ready
+from serving import CHAT, DIALOG, GREEDY, command, gauge, httpx, serving, wait_for, wait_until_ready
 
 from llama.server.log import JsonLines
 from llama.server.metrics import HISTOGRAMS, Metrics
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return build()
-
-
-@pytest.fixture
-def slow(llama, monkeypatch):
-    slow_down(llama, monkeypatch)
-
 
 # The log
 

@@ -5,21 +5,9 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import DIALOG, build, httpx, openai, serving
+from serving import DIALOG, httpx, openai, serving
 
 from llama.server.schema import OF_CHAT, OF_TEXT
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return build()
-
-
-@pytest.fixture(scope="module")
-def client(llama):
-    with serving(llama) as client:
-        yield client
-
 
 TEXT = {"model": "small-chat", "prompt": "Hello"}
 CHAT = {"model": "small-chat", "messages": DIALOG}
