@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +19,8 @@ from .parallel import launched, processes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGE_PAGE = 2**21
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -108,6 +113,25 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     with suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+def in_threads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """`work` of each item, items beside each other in as many threads as PyTorch has, with one thread for each
+    operation. Threads that share one small operation wait for each other at its end: for long, where other processes
+    compute too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system. glibc keeps it otherwise."""
+    if sys.platform == "linux" and hasattr(allocator := ctypes.CDLL(None), "malloc_trim"):
+        allocator.malloc_trim(0)
 
 
 @contextmanager

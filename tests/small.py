@@ -21,6 +21,12 @@ MODELS = ROOT / "models"
 TOKENIZER = MODELS / "tokenizer.model"
 needs_cpp = pytest.mark.skipif(not shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]), reason="needs g++")
 
+
+def cases(most):
+    """How many random cases a test draws: a tenth of `most`, which the environment variable LONG_TESTS brings back."""
+    return most if os.environ.get("LONG_TESTS") else most // 10
+
+
 GQA = {"dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 32}
 SHAPES = {
     "MHA": {**GQA, "n_kv_heads": None},

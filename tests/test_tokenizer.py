@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
-from small import TOKENIZER, trained
+from small import TOKENIZER, cases, trained
 
 from llama import Tokenizer, infilling_prompt
 from llama.tokenizer import Decoder
@@ -53,7 +53,7 @@ ids = st.lists(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=cases(1000), deadline=None)
 @given(st.one_of(ids, st.tuples(st.text(max_size=8), ids).map(lambda t: OURS.encode(t[0], True, True) + t[1])))
 def test_pieces_join_to_what_sentencepiece_decodes(ids):
     """Fault 6: lost spaces and broken multi-byte characters."""
@@ -80,7 +80,7 @@ def test_streams_of_every_tokenizer_equal_its_decode(settings, tmp_path):
     ours, chance = Tokenizer(trained(tmp_path, **settings)), random.Random(0)
     space = ours.sp_model.piece_to_id("▁")
     encoded = [ours.encode(text, bos=True, eos=False) for text in (" the", "the  fox", "def f(): 漢🙂", "  hat")]
-    for _ in range(400):
+    for _ in range(cases(1000)):
         some = [
             chance.choice([chance.randrange(ours.n_words), chance.randrange(min(260, ours.n_words)), space, 0, 1])
             for _ in range(6)

@@ -10,7 +10,7 @@ import threading
 import pytest
 import tiktoken
 import tokenizers
-from small import MODELS, TOKENIZER
+from small import MODELS, TOKENIZER, cases
 
 from llama import Llama, Tokenizer
 from llama.checkpoint.bpe_tokenizer import byte_pair_files, merges, ranks_file
@@ -94,12 +94,12 @@ def pieces_join(tokenizer, ids):
 def test_ranks_are_encoded_as_tiktoken_does(llama3):
     special = {name: len(RANKS) + i for i, name in enumerate(LLAMA3_SPECIAL)}
     theirs = tiktoken.Encoding("test", pat_str=LLAMA3_PATTERN, mergeable_ranks=RANKS, special_tokens=special)
-    for text in texts(20_000):
+    for text in texts(cases(20_000)):
         ids = llama3.encode(text, bos=False, eos=False)
         assert ids == theirs.encode(text, disallowed_special=())
         assert pieces_join(llama3, ids) == text
     chance = random.Random(2)
-    for _ in range(2000):  # ids that are no text
+    for _ in range(cases(2000)):  # ids that are no text
         ids = chance.choices(range(len(RANKS)), k=6)
         assert pieces_join(llama3, ids) == theirs.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -163,7 +163,7 @@ def test_tokenizer_json_of_llama_3(llama3, tmp_path):
         llama3.special,
     )
     theirs.encode_special_tokens = True
-    for text in texts(20_000, seed=3):
+    for text in texts(cases(20_000), seed=3):
         ids = ours.encode(text, bos=False, eos=False)
         assert ids == llama3.encode(text, bos=False, eos=False)
         assert ids == theirs.encode(text, add_special_tokens=False).ids
@@ -212,14 +212,14 @@ def test_tokenizer_json_of_other_kinds(kind, tmp_path):
     ours, theirs = Tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
     theirs.encode_special_tokens = True
     assert ours.n_words == theirs.get_vocab_size()
-    for text in texts(20_000, seed=4):
+    for text in texts(cases(20_000), seed=4):
         ids = ours.encode(text, bos=False, eos=False)
         assert ids == theirs.encode(text, add_special_tokens=False).ids
         assert pieces_join(ours, ids) == theirs.decode(ids, skip_special_tokens=True)
     if kind == "Llama 2":
         slow = Tokenizer(TOKENIZER)
         assert (ours.bos_id, ours.eos_id) == (slow.bos_id, slow.eos_id)
-        assert all(ours.encode(t, True, True) == slow.encode(t, True, True) for t in texts(2000, seed=5))
+        assert all(ours.encode(t, True, True) == slow.encode(t, True, True) for t in texts(cases(2000), seed=5))
 
 
 def test_without_the_package_its_name_is_said(tmp_path, monkeypatch):

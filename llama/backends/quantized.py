@@ -168,7 +168,7 @@ def numbers(weight: Tensor, scale: Tensor, least: Tensor | None, scheme: Scheme)
     """q in float32, the nearest to weights, given scale and min of a shape that spreads over theirs."""
     step = torch.where(scale == 0, 1.0, scale.float())
     low, high = (-127, 127) if scheme.bits == 8 else (-8, 7) if least is None else (0, 15)
-    return ((weight - (0 if least is None else least.float())) / step).round_().clamp_(low, high)
+    return ((weight if least is None else weight - least.float()) / step).round_().clamp_(low, high)
 
 
 def values(q: Tensor, scale: Tensor, least: Tensor | None) -> Tensor:

@@ -31,7 +31,7 @@ from .schema import ApiError, Work
 log = logging.getLogger("llama.server")
 # Seconds after which waiting ranks hear that nothing has come, and the first finds out if another is gone. gloo itself
 # gives up after 30 minutes.
-IDLE = 20.0
+IDLE = 5.0
 NAMES = {"eos": "stop", "cancelled": "abort", "refused": "content_filter"}  # of finish reasons in the metrics
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from serving import build, command, gauge, httpx, openai, streamed, wait_for, wait_until_ready
-from small import ROOT
+from small import ROOT, cases
 
 from llama.server.app import Config
 from llama.server.process import Server
@@ -107,7 +107,7 @@ def test_idle_ranks_do_nothing(jobs):
 def test_a_short_soak(capsys, monkeypatch):
     """benchmarks/serving_soak.py, which fails by itself where an answer is wrong, with few requests."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    importlib.import_module("serving_soak").main(requests=80, at_once=16, fuzz_count=40)
+    importlib.import_module("serving_soak").main(requests=(n := cases(400)), at_once=16, fuzz_count=n)
     out = capsys.readouterr().out
     assert "0 wrong answers" in out
-    assert "statuses of 40 bodies" in out
+    assert f"statuses of {n} bodies" in out
