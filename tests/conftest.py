@@ -11,7 +11,7 @@ from small import MODELS, TOKENIZER, random_model, save_random
 
 from llama import Llama, Tokenizer, parallel
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models are small: a second thread gains little, and on a busy machine the first waits for it
 
 
 def pytest_collection_modifyitems(items):
@@ -59,12 +59,11 @@ def llama(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """The model is small, and other processes compute beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def two_threads():
+    """For code that shares work among threads."""
+    torch.set_num_threads(2)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

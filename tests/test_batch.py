@@ -17,8 +17,6 @@ from llama.cli.batch_files import Files
 from llama.cli.batch_lines import READ
 from llama.engine import Engine
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def llama():

@@ -23,8 +23,6 @@ from llama.cli import batch_files
 from llama.cli.batch import Share, batch
 from llama.cli.batch_files import Files
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def llama():

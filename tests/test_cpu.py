@@ -15,6 +15,7 @@ from small import needs_cpp, relative_error
 
 from llama.backends import cpu
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 SELF_TEST = Path(__file__).with_name("native_self_test.cpp")
 COMPILER = """#!/bin/sh
 [ "$1" = --version ] && exit

@@ -109,16 +109,7 @@ def check(found, left):
         assert logprobs == pytest.approx(expected[2], abs=1e-3)
 
 
-@pytest.fixture
-def one_thread():
-    """Two that wait for each other on a busy machine take minutes for such small passes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_random_requests_get_what_they_get_alone(monkeypatch, one_thread):
+def test_random_requests_get_what_they_get_alone(monkeypatch):
     monkeypatch.setattr("llama.engine.WORTH_SHARING", 4)
     monkeypatch.setattr("llama.engine.CHUNK", 8)
     found, left = fuzz(0, 250)
@@ -137,7 +128,7 @@ def held(engine, other):
 
 
 @pytest.mark.parametrize("ahead", [{"cuda"}, {"cuda", "cpu"}], ids=["", "ahead"])
-def test_what_a_slot_says_it_holds_was_stored(monkeypatch, one_thread, ahead):
+def test_what_a_slot_says_it_holds_was_stored(monkeypatch, ahead):
     """After every step of random requests, of which some are cancelled, and passes, of which some fail."""
     monkeypatch.setattr("llama.engine.WORTH_SHARING", 4)
     monkeypatch.setattr("llama.engine.CHUNK", 8)

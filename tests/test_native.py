@@ -10,6 +10,7 @@ from llama.batch import Batch
 from llama.batch import Sequence as Span
 from llama.cli import measure as bench
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 CPU = torch.device("cpu")
 STEPS = [  # (slot, start, length) of each sequence of a pass
     [(0, 9, 1)],

@@ -48,7 +48,7 @@ AMBIENT = {
     "no gradients": torch.no_grad,
     "inference": torch.inference_mode,
     "deterministic": lambda: setting(torch.use_deterministic_algorithms, True, False),
-    "threads": lambda: setting(torch.set_num_threads, 1, torch.get_num_threads()),
+    "threads": lambda: setting(torch.set_num_threads, 2, torch.get_num_threads()),
 }
 
 
