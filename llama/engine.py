@@ -142,17 +142,13 @@ class Engine:
         if self.broken:
             raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
         try:
-            current, self.ahead = self.ahead, None
-            while self.ahead is None:
-                rows, tokens = self._following(current) if current else self._schedule()
-                if not rows:
-                    break
-                spans = [Span(row.request.slot, row.start, row.length) for row in rows]
-                launched = self._sample(rows, self.backend.hidden(Batch.arrange(tokens, spans)))
-                current, self.ahead = (current, launched) if current else (launched, None)
-            return self._read(current) if current else []
-        except BaseException as error:
-            self._abort(error)
+            current = self.ahead or self._launch(*self._schedule())
+            if current is None:
+                return []
+            self.ahead = self._launch(*self._following(current))
+            return self._read(current)
+        except BaseException as error:  # nobody knows what the cache holds
+            self._reset(self._running(), f"a pass shared with another call failed: {type(error).__name__}: {error}")
             raise
 
     def forget(self) -> None:
@@ -197,13 +193,13 @@ class Engine:
         admits = self.waiting and len(running) < len(self.slots)
         if self.device.type not in AHEAD or cancels or admits:
             return [], current.ids
-        alive = [i for i, row in enumerate(current.rows) if not row.request.finish]
+        alive = [(i, row) for i, row in enumerate(current.rows) if not row.request.finish]
         simple = all(row.samples == 1 and not row.request.needs_tokens for row in current.rows)
         if not simple or len(running) != len(alive):
             return [], current.ids
-        going = [i for i in alive if (row := current.rows[i]).start + row.length + 1 < row.request.limit]
-        rows = [Row(row.request, row.start + row.length, 1, samples=1) for row in map(current.rows.__getitem__, going)]
-        return rows, current.ids if len(going) == len(current.rows) else current.ids[going]
+        going = [(i, row) for i, row in alive if row.end + 1 < row.request.limit]
+        rows = [Row(row.request, row.end, 1, samples=1) for _, row in going]
+        return rows, current.ids if len(going) == len(current.rows) else current.ids[[i for i, _ in going]]
 
     def _running(self) -> list[Request]:
         """In the order in which they came."""
@@ -248,6 +244,13 @@ class Engine:
 
     # -----------------------------------------------------------------------------------------------------------------
     # A pass
+
+    def _launch(self, rows: list[Row], tokens: Tensor) -> Pass | None:
+        """Compute rows with their tokens (N,), and sample; None where there are no rows."""
+        if not rows:
+            return None
+        spans = [Span(row.request.slot, row.start, row.length) for row in rows]
+        return self._sample(rows, self.backend.hidden(Batch.arrange(tokens, spans)))
 
     def _sample(self, rows: list[Row], hidden: Tensor) -> Pass:
         """Sample by hidden states (N, dim). This does not wait for a GPU, unless a request has an observer."""
@@ -297,7 +300,7 @@ class Engine:
             if not right or not self._take(row, values[where], values[M:][where]):
                 outputs.append(self._fail(request))
                 continue
-            taken = request.ids[row.start + row.length - len(row.draft) :] if row.samples else []
+            taken = request.ids[row.end - len(row.draft) :] if row.samples else []
             if not row.samples and len(request.ids) == len(self.slots[request.slot].tokens) >= request.limit:
                 request.finish = "length"
             if request.finish:
@@ -310,7 +313,7 @@ class Engine:
         """Give a request the ids that were sampled for it, up to the first that its draft did not foresee; whether the
         logits of each were finite."""
         request, slot, right = row.request, self.slots[row.request.slot], 0
-        known = row.start + row.length - len(row.draft)
+        known = row.end - len(row.draft)
         for n, (id, drafted) in enumerate(zip(map(int, ids), [*row.draft, -1], strict=False)):
             if not math.isfinite(sums[n]):
                 return False
@@ -348,11 +351,8 @@ class Engine:
             cache.kv[request.slot] = 0
         return request.emit()
 
-    def _abort(self, error: BaseException) -> None:
-        """End all running requests, as nobody knows what the cache holds."""
-        self._reset(self._running(), f"a pass shared with another call failed: {type(error).__name__}: {error}")
-
     def _reset(self, requests: Sequence[Request], why: str) -> None:
+        """End requests with an error, and forget what the cache holds."""
         self.ahead, self.state = None, None
         self.broken = world_size() > 1
         for slot in self.slots:

@@ -131,6 +131,11 @@ class Row(NamedTuple):
     samples: int = 0  # the number of its last positions whose logits are sampled
 
     @property
+    def end(self) -> int:
+        """The position behind its last token."""
+        return self.start + self.length
+
+    @property
     def of_prompt(self) -> bool:
         """Whether it holds tokens of the prompt."""
         return self.start < len(self.request.prompt)
@@ -138,7 +143,7 @@ class Row(NamedTuple):
     @property
     def answered(self) -> int:
         """Tokens of the answer before the first that is sampled."""
-        return self.start + self.length - self.samples + 1 - len(self.request.prompt)
+        return self.end - self.samples + 1 - len(self.request.prompt)
 
 
 def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
