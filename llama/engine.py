@@ -46,8 +46,8 @@ class Slot:
 class Pass(NamedTuple):
     rows: list[Row]
     ids: Tensor  # (M,) on the device, M the number of samples of all rows
-    # The ids, then for each the sum of its logits, then for each row of a prompt the sum of its hidden states, which
-    # are not finite where one number is not; then on several ranks whether the first has more to say. In float32, which
+    # The ids; for each the sum of its logits; for each row of a prompt the sum of its hidden states (a sum is not finite
+    # where one of its numbers is not); on several ranks, whether the first sends a second message. In float32, which
     # holds all ids below 2^24.
     read: Callable[[], list[float]]
     logprobs: Callable[[], list[list[float]]] | None  # of each id a row of `top_logprobs`
@@ -73,16 +73,18 @@ class Engine:
         self.slots = [Slot() for _ in range(model.params.max_batch_size)]
         self.waiting: deque[Request] = deque()
         self.cancelled: deque[Request] = deque()  # on several ranks the first's count
-        self.outbox: SimpleQueue[Any] = SimpleQueue()  # what the first rank sends to all with the next step, and what
-        self.received: list[Any] = []  # has come with the last ones
-        self.ahead: Pass | None = None
+        self.outbox: SimpleQueue[Any] = SimpleQueue()  # items that the first rank sends to all ranks with the next step
+        self.received: list[Any] = []  # items that came with the last steps
+        self.ahead: Pass | None = None  # launched, and not yet read
         self.broken = False  # this rank has lost the others
-        self.ids = itertools.count()
-        self.clock = itertools.count(1)
-        self.state: object = None
+        self.ids = itertools.count()  # of requests
+        self.clock = itertools.count(1)  # for `Slot.used`
+        # Set by `_renew`:
+        self.state: object = None  # the fingerprint of the model that the backend was chosen for
         self.device = next(model.parameters()).device
         self.backend: Backend = model
         self.sampler = Sampler(0, 0, "cpu")
+        self.shares = True  # requests reuse prefixes
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise TypeError("a running model is not pickled or copied alone; call Llama.build in the process that needs it")
@@ -188,7 +190,7 @@ class Engine:
 
     def _following(self, current: Pass) -> tuple[list[Row], Tensor]:
         """The rows and tokens behind a pass whose tokens the host does not know yet, where only decoding goes on."""
-        running = [slot.request for slot in self.slots if slot.request]
+        running = self._running()
         cancels = world_size() == 1 and self.cancelled
         admits = self.waiting and len(running) < len(self.slots)
         if self.device.type not in AHEAD or cancels or admits:
@@ -219,7 +221,9 @@ class Engine:
 
     def _admit(self) -> None:
         """Give waiting requests the slots that are free."""
-        for request in [*self.waiting] if any(slot.request is None for slot in self.slots) else []:
+        if all(slot.request for slot in self.slots):
+            return
+        for request in [*self.waiting]:
             free = [slot for slot in self.slots if slot.request is None]
             if not free:
                 return
@@ -262,23 +266,23 @@ class Engine:
                     failed.append(row.request)
             at += row.length
             index += range(at - row.samples, at)
-        chances = None
+        logprobs = None
         ids = sums = torch.empty(0, dtype=torch.long, device=hidden.device)
         logits = self.backend.logits(hidden if len(index) == len(hidden) else hidden[index]) if index else hidden
         with backends.single_threaded(self.backend):
-            sound = [part.sum(dtype=torch.float32).view(1) for part in prompts]
+            prompt_sums = [part.sum(dtype=torch.float32).view(1) for part in prompts]
             if index:
                 ids = choose(logits, [row for row in rows if row.samples], self.sampler)
                 sums = logits.sum(-1)
-        message = torch.cat((ids.float(), sums, *sound))
+        message = torch.cat((ids.float(), sums, *prompt_sums))
         if world_size() > 1:
             more = torch.tensor([len(self.cancelled) > 0 or not self.outbox.empty()])
             message = broadcast(torch.cat((message, more.to(hidden.device, non_blocking=True))))
             ids = message[: len(index)].long()
         if index and any(row.request.logprobs for row in rows):
             with backends.single_threaded(self.backend):
-                chances = to_host(top_logprobs(logits, ids, max(row.request.top_logprobs for row in rows)))
-        return Pass(rows, ids, to_host(message), chances, failed)
+                logprobs = to_host(top_logprobs(logits, ids, max(row.request.top_logprobs for row in rows)))
+        return Pass(rows, ids, to_host(message), logprobs, failed)
 
     def _read(self, current: Pass) -> list[Event]:
         """Wait for what a pass has sampled, and give it to the requests."""
@@ -289,15 +293,15 @@ class Engine:
             self.received += items
             self._drop([request for request in [*self._running(), *self.waiting] if request.id in gone])
         M = len(current.ids)
-        chances = current.logprobs() if current.logprobs else [[]] * M
-        sound = iter(values[2 * M :])
+        logprobs = current.logprobs() if current.logprobs else [[]] * M
+        prompt_sums = iter(values[2 * M :])
         for row in current.rows:
-            request, where = row.request, slice(at, at := at + row.samples)
-            right = not row.of_prompt or math.isfinite(next(sound))
+            request, begin, at = row.request, at, at + row.samples
+            finite = not row.of_prompt or math.isfinite(next(prompt_sums))
             if request.finish:  # before this pass, which was launched too early to know
                 continue
-            right = right and request not in current.failed
-            if not right or not self._take(row, values[where], values[M:][where]):
+            finite = finite and request not in current.failed
+            if not finite or not self._take(row, values[begin:at], values[M + begin : M + at]):
                 outputs.append(self._fail(request))
                 continue
             taken = request.ids[row.end - len(row.draft) :] if row.samples else []
@@ -306,13 +310,13 @@ class Engine:
             if request.finish:
                 self._leave(request)
             if taken or request.finish:
-                outputs.append(request.emit(taken, chances[where][: len(taken)] if request.logprobs else []))
+                outputs.append(request.emit(taken, logprobs[begin : begin + len(taken)] if request.logprobs else []))
         return outputs
 
     def _take(self, row: Row, ids: Sequence[float], sums: Sequence[float]) -> bool:
-        """Give a request the ids that were sampled for it, up to the first that its draft did not foresee; whether the
+        """Give a request the ids that were sampled for it, up to the first that differs from its draft; whether the
         logits of each were finite."""
-        request, slot, right = row.request, self.slots[row.request.slot], 0
+        request, slot, accepted = row.request, self.slots[row.request.slot], 0
         known = row.end - len(row.draft)
         for n, (id, drafted) in enumerate(zip(map(int, ids), [*row.draft, -1], strict=False)):
             if not math.isfinite(sums[n]):
@@ -320,10 +324,10 @@ class Engine:
             request.take(id)
             if request.finish or id != drafted:
                 break
-            right += 1
+            accepted += 1
         if row.draft:
-            request.drafts.accepted(right)
-        slot.tokens += request.ids[len(slot.tokens) : known + right]
+            request.drafts.accepted(accepted)
+        slot.tokens += request.ids[len(slot.tokens) : known + accepted]
         return True
 
     def _leave(self, request: Request) -> None:
