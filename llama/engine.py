@@ -23,8 +23,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import Backend
-from .batch import Batch
-from .batch import Sequence as Span
+from .batch import Batch, Span
 from .devices import own_context, to_host
 from .model import Transformer
 from .parallel import broadcast, broadcast_object, world_size

@@ -6,8 +6,7 @@ from small import GQA, MODELS, SHAPES, needs_cpp, random_model, relative_error
 
 from llama import Llama, ModelArgs, Transformer, backends, parallel
 from llama.backends import choose, cpu, quantized
-from llama.batch import Batch
-from llama.batch import Sequence as Span
+from llama.batch import Batch, Span
 from llama.cli import measure as bench
 
 CPU = torch.device("cpu")

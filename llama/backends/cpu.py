@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..args import ModelArgs
-from ..batch import Batch, check
-from ..batch import Sequence as Span
+from ..batch import Batch, Span, check
 from ..devices import cpu_has
 from ..model import Transformer, rope_frequencies
 from ..parallel import all_gather, all_reduce, world_size
