@@ -15,12 +15,12 @@ from ..args import ModelArgs
 from ..backends.quantized import MATRICES, Scheme, quantize
 from ..gguf import TYPES, BlockType, aligned, header_bytes
 from ..gguf_tokenizer import byte_pair_keys, sentencepiece_keys
-from ..model import scale_rope_frequencies
+from ..model import scale_rope_frequencies, unscaled_rope_frequencies
 from ..tokenizer import Tokenizer
 from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary
 from .blocks import CODECS, to_blocks
 from .bpe_tokenizer import byte_pair_files
-from .gguf import AT_ONCE, DIVISORS, DTYPES, names, rope_frequencies
+from .gguf import AT_ONCE, DIVISORS, DTYPES, names
 from .hf_tokenizer import CHARSMAP, DUMMY_PREFIX, MODEL_TYPE, NAME, REMOVE_SPACES, SUFFIX, TYPE_BPE, Model
 from .load import Weights
 from .paths import listed
@@ -113,7 +113,7 @@ def divisors(args: ModelArgs) -> Tensor | None:
     """The divisors (D / 2,) of RoPE's frequencies by Llama 3's scaling."""
     if args.rope_scaling is None or args.rope_scaling.rope_type != "llama3":
         return None
-    frequencies = rope_frequencies(args.head_dim, args.rope_theta)
+    frequencies = unscaled_rope_frequencies(args.head_dim, args.rope_theta)
     return frequencies / scale_rope_frequencies(frequencies, args.rope_scaling)
 
 
