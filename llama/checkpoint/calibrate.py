@@ -25,8 +25,8 @@ from ..backends.quantized import Quantized, Scheme, assign, dequantize, numbers,
 from ..batch import Batch
 from ..model import Layout, TransformerBlock
 from ..parallel import init_model_parallel
-from .load import Weights
-from .plan import shapes, shard_dim
+from .load import Weights, read_whole
+from .plan import shapes
 
 WINDOW = 256  # tokens of a text that attend to each other
 LEAST, MOST = 1024, 16384  # tokens of a text: fewer are too small a sample of a matrix's inputs; more are ignored
@@ -71,8 +71,7 @@ def calibrated(
 
 
 def read(weights: Weights, name: str, args: ModelArgs) -> Tensor:
-    shape = shapes(args)[name]
-    return weights.read(name, shape, 0, shape[shard_dim(name) or 0], torch.float32)
+    return read_whole(weights, name, shapes(args)[name], torch.float32)
 
 
 def through(

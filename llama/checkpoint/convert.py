@@ -27,7 +27,7 @@ from .bpe_tokenizer import byte_pair_files, has_usual_names, ranks_file
 from .calibrate import calibrated, windows
 from .folder import Checkpoint
 from .hf_tokenizer import tokenizer_files
-from .load import Weights, read_quantized
+from .load import Weights, read_quantized, read_whole
 from .lora import with_lora
 from .paths import find_tokenizer
 from .plan import shapes, shard_dim
@@ -231,10 +231,9 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
 def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     """Names of the tensors that are stored in Meta's layout, and each whole."""
     stored, whole = job.stored(), shapes(job.args)
-    sizes = {name: shape[shard_dim(name) or 0] for name, shape in whole.items()}
     matrices = {name: own for name in whole if (own := job.of(name))}
     for name in (name for name in whole if name not in matrices):
-        yield name, job.weights.read(name, whole[name], 0, sizes[name], job.dtype)
+        yield name, read_whole(job.weights, name, whole[name], job.dtype)
     if not job.scheme:
         return
     if job.text is not None:
@@ -242,6 +241,7 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
         rounded = calibrated(job.weights, job.args, job.scheme, job.text, device)
     else:
         read = partial(read_quantized, job.weights, search=job.search)
+        sizes = {name: whole[name][shard_dim(name) or 0] for name in matrices}
         rounded = ((name, read(name, whole[name], 0, sizes[name], scheme)) for name, scheme in matrices.items())
     for name, matrix in rounded:
         yield from zip(stored[name], (part for part in matrix if part is not None), strict=True)
@@ -259,7 +259,7 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
         tensors: dict[str, Tensor] = {}
         for name in group:
-            tensor = job.weights.read(name, whole[name], 0, whole[name][shard_dim(name) or 0], job.dtype)
+            tensor = read_whole(job.weights, name, whole[name], job.dtype)
             if hf.is_permuted(name):
                 tensor = hf.to_halves(tensor, job.args.head_dim).contiguous()
             tensors[names[name]] = tensor

@@ -14,7 +14,7 @@ from ..args import ModelArgs
 from ..backends.quantized import Quantization, Quantized, Rows, Scheme, kernel, quantize, stack
 from ..devices import zeros
 from ..parallel import gather_objects, rank, replica, world_size
-from .plan import fused_groups, rank_range, shapes, shard_dim
+from .plan import fused_groups, rank_range, shapes, shard_dim, slice_shape
 
 
 class Weights(Protocol):
@@ -37,6 +37,11 @@ class Weights(Protocol):
 
     def quantized(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Quantized | None:
         """A slice of a matrix that was saved quantized; None for another."""
+
+
+def read_whole(weights: Weights, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A whole weight, on the CPU: a view of its file where that is possible."""
+    return weights.read(name, shape, 0, shape[shard_dim(name) or 0], dtype)
 
 
 def load(
@@ -112,8 +117,8 @@ def read_quantized(
     dim = shard_dim(name) or 0
     # A row's scale is the same on however many ranks the row lies.
     first, last = (0, shape[1]) if dim == 1 and not scheme.group else (begin, end)
-    part = [last - first if i == dim else n for i, n in enumerate(shape)]
-    matrix = weights.read(name, shape, first, last, weights.dtype(), "cpu", torch.empty(part, dtype=weights.dtype()))
+    dtype, part = weights.dtype(), slice_shape(name, shape, first, last)
+    matrix = weights.read(name, shape, first, last, dtype, "cpu", torch.empty(part, dtype=dtype))
     importance = torch.ones(part[1]) if search else None
     rounded = stack([quantize(rows, scheme, importance) for rows in matrix.split(256)])
     return rounded if (first, last) == (begin, end) else rounded._replace(q=rounded.q[:, begin:end])

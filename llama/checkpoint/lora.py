@@ -22,7 +22,7 @@ from .adapter import TIED, Adapter
 from .folder import Checkpoint
 from .hub import find_folder
 from .load import Weights
-from .plan import shard_dim
+from .plan import shard_dim, slice_shape
 
 ROWS = 256  # of a weight that are in float64 at a time, a few MB
 
@@ -102,8 +102,7 @@ class Merged:
         else:
             source = self.base.read(name, shape, first, last, self.dtype())
         if out is None:
-            size = [end - begin if i == dim else n for i, n in enumerate(shape)]
-            out = torch.empty(size, dtype=dtype, device=device)
+            out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype, device=device)
         rows, columns = (slice(first, last), slice(None)) if dim == 0 else (slice(None), slice(first, last))
         changes = [adapter.change(name, rows, columns) for adapter in adapters if "lora_A" in adapter.keys[name]]
         for i in range(0, len(source), ROWS):

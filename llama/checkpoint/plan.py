@@ -7,7 +7,7 @@ and rows 0 and 1 of shard 2. `slices` computes that, and only these rows are rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ..args import ModelArgs
@@ -58,6 +58,11 @@ def rank_range(name: str, size: int, args: ModelArgs, rank: int, world_size: int
     if name.split(".")[-2] in ("wk", "wv") and world_size > args.kv_heads:
         rank, world_size = rank * args.kv_heads // world_size, args.kv_heads
     return rank * size // world_size, (rank + 1) * size // world_size
+
+
+def slice_shape(name: str, shape: Sequence[int], begin: int, end: int) -> list[int]:
+    """The shape of rows or columns `begin` to `end`, along its `shard_dim`, of a weight of this shape."""
+    return [end - begin if dim == shard_dim(name) else size for dim, size in enumerate(shape)]
 
 
 def divides(args: ModelArgs, world_size: int) -> bool:

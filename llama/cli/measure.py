@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import parallel
 from ..args import ModelArgs
 from ..backends.quantized import Quantization, Quantized, Scheme
-from ..checkpoint import Weights, load, read_parts, shard_dim
+from ..checkpoint import Weights, load, read_parts, slice_shape
 from ..engine import Engine
 from ..layers import ColumnParallelLinear, RowParallelLinear
 from ..model import Transformer
@@ -94,8 +94,7 @@ class RandomWeights:
         out: Tensor | None = None,
     ) -> Tensor:
         if out is None:
-            part = [end - begin if i == shard_dim(name) else n for i, n in enumerate(shape)]
-            out = torch.empty(part, dtype=dtype, device=self.device)
+            out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype, device=self.device)
         generator = torch.Generator(out.device).manual_seed(zlib.crc32(f"{name} {begin}".encode()))
         if not name.endswith(".weight") or "norm" in name:
             step = 0.02 / (4.6 if self.scheme and self.scheme.bits == 4 else 74)  # of matrices of deviation 0.02
