@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..args import ModelArgs
 from ..backends.quantized import Scheme
 from ..chat_template import template_of
+from ..devices import dtype_name
 from ..tokenizer import Tokenizer
 from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary, Vocabulary
 from . import gguf_write, hf
@@ -267,8 +268,7 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
         with writing(folder / file, nbytes(tensors)) as new:
             save_file(tensors, new, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
-    args, dtype = job.args, str(job.dtype).removeprefix("torch.")
-    config = hf.config(args, dtype, job.checkpoint.positions)
+    config = hf.config(job.args, dtype_name(job.dtype), job.checkpoint.positions)
     ends = [*eos] if len(eos) > 1 else max(eos, default=None)
     ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": ends}
     write_json(folder, {"config.json": config | ids | job.score_head(), "generation_config.json": ids})

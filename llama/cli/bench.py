@@ -106,7 +106,7 @@ class Job(NamedTuple):
         measure.synchronize(self.source.device)
         facts: dict[str, Any] = {
             "model": self.name,
-            "dtype": str(self.source.dtype).removeprefix("torch."),
+            "dtype": devices.dtype_name(self.source.dtype),
             "quantize": self.source.scheme and str(self.source.scheme),
             "compile": self.compile,
             "load_s": time.perf_counter() - began,

@@ -110,7 +110,7 @@ def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
         "model": f"{args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.kv_heads} key-value), "
         f"FFN {args.ffn_hidden}, vocabulary {args.vocab_size}",
         **({"labels": ", ".join(checkpoint.labels())} if args.n_labels else {}),
-        "files": f"{len(checkpoint.files)}, in {checkpoint.scheme or dtype_name(checkpoint.dtype())}",
+        "files": f"{len(checkpoint.files)}, in {checkpoint.scheme or devices.dtype_name(checkpoint.dtype())}",
     }
 
 
@@ -131,7 +131,7 @@ def fit(
     problems = {n: shortage(needed[n], each[n], device, n) for n in possible}
     ranks = next((n for n in possible if problems[n] is None), possible[-1])
     return {
-        "each rank": f"{needed[ranks]} in {scheme or dtype_name(dtype)}, "
+        "each rank": f"{needed[ranks]} in {scheme or devices.dtype_name(dtype)}, "
         f"{args.max_batch_size} x {args.max_seq_len} positions, {ranks} rank(s)",
         "here": f"{device} with {each[ranks] / 1e9:.2f} GB free for each rank",
         "fits": problems[ranks] or "yes",
@@ -149,10 +149,6 @@ def computes(device: torch.device, native: bool) -> str:
         return "PyTorch" if device.type != "cpu" or cpu.command() else ""
     except RuntimeError as error:
         return f"PyTorch, as {error}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def verify_sums(folder: Path, tokenizer: Path | None, needed: Sequence[Path]) -> None:
