@@ -87,18 +87,26 @@ class InputProcessor:
         chat: bool = False,
         top_logprobs: int = 0,
     ) -> list[Request]:
-        """What the engine is asked. A text continues its prompt's; an answer of a chat is one of its own."""
+        """A request for each prompt. A text continues its prompt's; an answer of a chat is one of its own."""
         requests = []
         for prompt, own in zip(prompts, settings, strict=True):
             text = Text(self.tokenizer, own.stop, own.min_new, () if echo or chat else prompt)
             if echo:
                 text.preface(prompt)
-            limit = min(self.params.max_seq_len, len(prompt) + own.max_new)
             matcher = self.grammars.matcher(own.grammar, chat) if own.grammar else None
-            lookup = 0 if matcher else own.lookup
-            ends, end = (self.tokenizer.eos_ids, own.stop_ids), (own.min_new, lookup)
             request = Request(
-                prompt, limit, own.sampling, *ends, *end, logprobs, top_logprobs, text, matcher, echo=echo
+                prompt,
+                limit=min(self.params.max_seq_len, len(prompt) + own.max_new),
+                sampling=own.sampling,
+                eos_ids=self.tokenizer.eos_ids,
+                stop_ids=own.stop_ids,
+                min_new=own.min_new,
+                lookup=0 if matcher else own.lookup,
+                logprobs=logprobs,
+                top_logprobs=top_logprobs,
+                text=text,
+                matcher=matcher,
+                echo=echo,
             )
             if echo and logprobs:
                 request.observe = scores = Scores(prompt, top=top_logprobs)
