@@ -16,7 +16,7 @@ from . import devices, parallel
 from .chat import ChatFormat, Dialog, Message, get_chat_format
 from .engine import Engine
 from .grammar import Grammars
-from .loading import LoadOptions, load_model
+from .loading import load_model
 from .model import Transformer
 from .options import Options, plain_arguments
 from .processor import InputProcessor, check_texts
@@ -131,11 +131,10 @@ class Llama:
         """
         check_seed(seed)
         parallel.init_model_parallel(model_parallel_size)
-        options = LoadOptions(
-            *(max_seq_len, max_batch_size, device, dtype, check_memory, quantize, group_size, compile, chat_format),
-            lora,
+        loaded = load_model(
+            *(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype, check_memory),
+            *(quantize, group_size, compile, chat_format, lora),
         )
-        loaded = load_model(ckpt_dir, tokenizer_path, options)
         llama = Llama(loaded.model, loaded.tokenizer, seed, loaded.chat_format)
         llama.engine.compile, llama.labels, llama.pad_id = loaded.native, loaded.labels, loaded.pad_id
         return llama
@@ -248,9 +247,10 @@ class Llama:
             if len(continuations) != len(prompts):
                 raise ValueError(f"there are {len(continuations)} continuations for {len(prompts)} prompts")
             rows = self.inputs.encode([prompt + more for prompt, more in zip(prompts, continuations, strict=True)])
-            begins = [*map(self._border, range(len(rows)), prompts, continuations, rows)]
+            texts = zip(prompts, continuations, rows, strict=True)
+            begins = [self._border(i, *each) for i, each in enumerate(texts)]
         self.inputs.check_lengths(rows, [f"prompt {i}" for i in range(len(rows))])
-        return [*map(self._scored, score(self.engine, rows, begins, top_logprobs))]
+        return [self._scored(scores) for scores in score(self.engine, rows, begins, top_logprobs)]
 
     def _border(self, i: int, prompt: str, continuation: str, ids: Sequence[int]) -> int:
         """The number of the first of the `ids` of both that is not wholly the prompt's."""
@@ -300,13 +300,7 @@ class Llama:
         return classify(self.engine, rows, self.pad_id)
 
     def _chat(
-        self,
-        dialogs: Sequence[Dialog],
-        temperature: Any = 0.6,
-        top_p: Any = 0.9,
-        max_gen_len: Any = None,
-        logprobs: bool = False,
-        **options: Any,
+        self, dialogs: Any, temperature: Any, top_p: Any, max_gen_len: Any, logprobs: bool = False, **options: Any
     ) -> Generator[list[Event], None, None]:
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is {shorten(dialogs)}; it must be a list of dialogs")
