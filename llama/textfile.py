@@ -36,6 +36,19 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not text in UTF-8: {error}") from error
 
 
+def read_json_lines(path: Path) -> list[tuple[str, Any]]:
+    """The value of each line of JSON that is not blank, with its place for error messages, as "FILE, line 3".
+    ValueError names the place of a line that is not JSON."""
+    found = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                found.append((f"{path}, line {number}", json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return found
+
+
 def read_json(path: Path, kind: type = dict) -> Any:
     """The JSON object in a file, or with `kind` list a list. ValueError names a file that holds none."""
     try:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
+from reprlib import repr as shorten
 
 from tqdm import tqdm
 
 from .. import parallel, scoring
-from ..checkpoint import check_path, read_text
+from ..checkpoint import check_path
 from ..generation import Llama
+from ..textfile import read_json_lines, read_text
 
 
 def perplexity(
@@ -70,15 +71,10 @@ def perplexity(
 
 def read_texts(path: Path) -> list[str]:
     """The text of a file, or those of the lines of JSON; ValueError names a line that has none."""
-    text = read_text(path)
     if path.suffix != ".jsonl":
-        return [text]
-    texts = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            texts.append(json.loads(line)["text"] if line.strip() else "")
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f'{path}: line {number} is not a JSON object with a "text": {error}') from error
-        if not isinstance(texts[-1], str):
-            raise ValueError(f'{path}: the "text" of line {number} is {texts[-1]!r}, which is not a str')
-    return texts
+        return [read_text(path)]
+    lines = read_json_lines(path)
+    for place, line in lines:
+        if not isinstance(line, dict) or not isinstance(line.get("text"), str):
+            raise ValueError(f'{place} is {shorten(line)}, which is not a JSON object whose "text" is a str')
+    return [line["text"] for _, line in lines]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -201,12 +201,13 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, answers[-1])
         return answers
 
-    def _run(self, asked: Sequence[Request], disable_tqdm: bool, what: str) -> list[str]:
+    def _run(self, requests: Sequence[Request], disable_tqdm: bool, what: str) -> list[str]:
         """Let the engine serve requests; the text of each."""
         hidden = disable_tqdm or self.hidden_progress
         texts = list[str]()
-        with tqdm(total=len(asked), desc=what, disable=hidden) as bar:
-            for some in groups(asked, QUEUE * len(self.llama.engine.slots)):
+        with tqdm(total=len(requests), desc=what, disable=hidden) as bar:
+            size = QUEUE * len(self.llama.engine.slots)
+            for some in (requests[i : i + size] for i in range(0, len(requests), size)):
                 parts = [""] * len(some)
                 for events in self.llama.engine.run(some):
                     for event in events:
@@ -229,7 +230,3 @@ def register(build: Callable[[], HarnessModel]) -> None:
         create_from_arg_string = create_from_arg_obj
 
     register_model(NAME)(Registered)
-
-
-def groups(items: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
