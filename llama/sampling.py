@@ -27,9 +27,8 @@ class SamplingParams:
     top_p: float = 1.0  # nucleus: the fewest top tokens with this probability in all (Holtzman et al. 2019)
     top_k: int = 0  # only the k most probable tokens; 0: all
     min_p: float = 0.0  # tokens with at least this fraction of the top probability (Nguyen et al. 2024)
-    repetition_penalty: float = (
-        1.0  # of tokens in prompt or answer: logit / penalty, * if negative (Keskar et al. 2019)
-    )
+    # Of tokens in prompt or answer: logit / penalty, or logit * penalty where it is negative (Keskar et al. 2019).
+    repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0  # subtracted from a token's logit for each time that the answer has it
     presence_penalty: float = 0.0  # subtracted from the logit of every token that the answer has
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these ids
