@@ -147,8 +147,8 @@ class HarnessModel(TemplateLM):
                 alike[tuple(ids[:-1]), len(ids) - len(continuation)].append(i)
         keys = sorted(alike)  # neighbours share a prefix, which is computed once
         observers = [Continuations(row, begin, [ends[i] for i in alike[row, begin]]) for row, begin in keys]
-        asked = [Request(o.row, len(o.row), observe=o, first=o.begin - 1) for o in observers]
-        self._run(asked, disable_tqdm, "log likelihoods")
+        queued = [Request(o.row, len(o.row), observe=o, first=o.begin - 1) for o in observers]
+        self._run(queued, disable_tqdm, "log likelihoods")
         for key, observer in zip(keys, observers, strict=True):
             for i, logprob in zip(alike[key], observer.last, strict=True):
                 found[i] = observer.sum + logprob, observer.greedy and observer.best == ends[i]
@@ -177,7 +177,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, up to the first of its stop strings."""
-        llama, asked, stops = self.llama, list[Request](), list[list[str]]()
+        llama, queued, stops = self.llama, list[Request](), list[list[str]]()
         for request in requests:
             context, given = request.args
             options = normalize_gen_kwargs(given, MAX_GEN_TOKS)
@@ -190,10 +190,11 @@ class HarnessModel(TemplateLM):
             temperature, top_p = kept.pop("temperature", 0.0), kept.pop("top_p", 1.0)
             [own] = llama.inputs.settings(1, most, temperature, top_p, {**kept, "stop": stops[-1] or None})
             prompt = prompt or [self.prefix_token_id]
-            asked += llama.inputs.requests([prompt], [own], logprobs=False, chat=True)  # an answer is a text of its own
+            # An answer is a text of its own.
+            queued += llama.inputs.requests([prompt], [own], logprobs=False, chat=True)
         # Longest first, so that the last to end are short.
-        order = sorted(range(len(asked)), key=lambda i: (-len(asked[i].prompt), asked[i].prompt))
-        texts = self._run([asked[i] for i in order], disable_tqdm, "generation")
+        order = sorted(range(len(queued)), key=lambda i: (-len(queued[i].prompt), queued[i].prompt))
+        texts = self._run([queued[i] for i in order], disable_tqdm, "generation")
         found = dict(zip(order, texts, strict=True))
         answers = []
         for i, (request, stop) in enumerate(zip(requests, stops, strict=True)):

@@ -27,7 +27,7 @@ from .loop import Loop, Ticket
 from .metrics import Metrics
 from .page import page
 from .protocol import BODY
-from .schema import ApiError, Asked, Work, encode_chat, parse, read_dialog, read_with
+from .schema import ApiError, CompletionRequest, Work, encode_chat, parse, read_dialog, read_with
 
 T = TypeVar("T")
 POLL = 0.1  # seconds between two looks at whether a client that waits for a whole reply is still there
@@ -37,7 +37,7 @@ KEEPALIVE = 15.0  # seconds of silence after which a stream gets a comment, so t
 class Config(NamedTuple):
     model: str  # the name that clients ask for
     any_model: bool = False  # answer to every name
-    keys: tuple[str, ...] = ()  # without one, none is asked for
+    keys: tuple[str, ...] = ()  # without one, none is needed
     max_waiting: int = 64  # requests that may wait for a slot
     max_body: int = 2**22  # bytes
     allow_origins: tuple[str, ...] = ()
@@ -119,33 +119,34 @@ async def chat_completions(request: HttpRequest) -> Response:
     return await generate(request, schema.read_chat)
 
 
-async def generate(request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], Asked]) -> Response:
+async def generate(request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], CompletionRequest]) -> Response:
     own = service(request)
     loop, body = own.ready(), await own.body(request)
-    asked = await own.read(read, body)
-    refusal = await refused(own, asked, body)
-    ticket = own.submit(asked.work) if refusal is None else loop.refuse(asked.work, refusal)
-    own.metrics.observe("request_params_n", asked.n)
-    reply = replies.Reply(loop.llama.tokenizer, body.get("model", own.config.model), asked, ticket)
-    if asked.stream:
+    completion = await own.read(read, body)
+    refusal = await refused(own, completion, body)
+    ticket = own.submit(completion.work) if refusal is None else loop.refuse(completion.work, refusal)
+    own.metrics.observe("request_params_n", completion.n)
+    reply = replies.Reply(loop.llama.tokenizer, body.get("model", own.config.model), completion, ticket)
+    if completion.stream:
         return EventStream(stream(request, reply, ticket), loop, ticket)
-    parts: list[list[replies.Part]] = [[] for _ in asked.work.prompts]
+    parts: list[list[replies.Part]] = [[] for _ in completion.work.prompts]
     async for event in until_gone(request, loop, ticket):
         parts[event.row].append(reply.take(event))
     note(request, ticket, reply.usage())
     return json_response(reply.whole(parts))
 
 
-async def refused(own: Service, asked: Asked, body: Mapping[str, Any]) -> str | None:
+async def refused(own: Service, completion: CompletionRequest, body: Mapping[str, Any]) -> str | None:
     """What a filter says instead of an answer. The prompt of a completion is a message of the user; where one of
     several is refused, all are."""
     filters, tokenizer = own.config.filters, own.ready().llama.tokenizer
     if not filters:
         return None
-    if asked.work.chat:
+    if completion.work.chat:
         dialogs = [read_dialog(body)]
     else:
-        texts = await asyncio.to_thread(lambda: [tokenizer.decode(ids) for ids in asked.work.prompts[:: asked.n]])
+        prompts = completion.work.prompts[:: completion.n]
+        texts = await asyncio.to_thread(lambda: [*map(tokenizer.decode, prompts)])
         dialogs = [[{"role": "user", "content": text}] for text in texts]
     for dialog in dialogs:
         if (text := await filters.of_dialog(dialog)) is not None:
@@ -165,7 +166,7 @@ async def stream(request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> 
                 for chunk in reply.chunks(event.row, reply.take(event)):
                     yield data(chunk)
         note(request, ticket, reply.usage())
-        if reply.asked.include_usage:
+        if reply.completion.include_usage:
             yield data(reply.usage_chunk())
     except ApiError as error:
         yield data(error.body)

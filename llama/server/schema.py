@@ -1,4 +1,4 @@
-"""The bodies of requests, read and checked: JSON -> what the engine is asked for."""
+"""The bodies of requests, read and checked: JSON -> prompts and settings for the engine."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class ApiError(Exception):
 
 
 class Work(NamedTuple):
-    """What one HTTP request asks of the engine: a request for each prompt. It is sent to all ranks."""
+    """The engine's part of an HTTP request: a request for each prompt. It is sent to all ranks."""
 
     prompts: list[list[int]]  # each n times, one behind the other
-    settings: list[Settings] = []  # noqa: RUF012 - of each; none where embeddings are asked for
+    settings: list[Settings] = []  # noqa: RUF012 - of each; none for embeddings
     logprobs: bool = False
     top_logprobs: int = 0
     echo: bool = False
@@ -44,8 +44,8 @@ class Work(NamedTuple):
     continues: bool = True  # the answer's text goes on from the prompt's
 
 
-class Asked(NamedTuple):
-    """A completion or an answer of a chat, and how the client wants it."""
+class CompletionRequest(NamedTuple):
+    """A request for a completion or for an answer of a chat, and how the client wants the reply."""
 
     work: Work
     n: int
@@ -156,7 +156,7 @@ def check_fields(body: Mapping[str, Any], fields: Mapping[str, tuple[Test, str]]
             raise ApiError(400, f"{name} is {shorten(value)}; it must be {fields[name][1]}", name)
 
 
-def read_completion(llama: Llama, body: Mapping[str, Any]) -> Asked:
+def read_completion(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
     check_fields(body, OF_TEXT)
     if body.get("best_of", 1) > body.get("n", 1):
         raise ApiError(400, "this server does not support best_of larger than n", "best_of")
@@ -164,10 +164,10 @@ def read_completion(llama: Llama, body: Mapping[str, Any]) -> Asked:
     if body.get("echo") and "logprobs" in body:  # who scores a prompt counts on one token behind it, never EOS
         body = {**body, "min_tokens": max(1, body.get("min_tokens", 0))}
     work = Work(prompts, [], "logprobs" in body, body.get("logprobs", 0), body.get("echo", False))
-    return ask(llama, body, work, most, "prompt")
+    return completion_request(llama, body, work, most, "prompt")
 
 
-def read_chat(llama: Llama, body: Mapping[str, Any]) -> Asked:
+def read_chat(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
     check_fields(body, OF_CHAT)
     if body.get("echo"):
         raise ApiError(400, "this server does not support echo in chats", "echo")
@@ -176,8 +176,8 @@ def read_chat(llama: Llama, body: Mapping[str, Any]) -> Asked:
         raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     prompt = encode_chat(llama, body)
     most = body.get("max_completion_tokens", body.get("max_tokens", llama.model.params.max_seq_len))
-    goes_on = continues(body)
-    return ask(llama, body, Work([prompt], [], wanted, top, chat=True, continues=goes_on), most, "messages")
+    work = Work([prompt], [], wanted, top, chat=True, continues=continues(body))
+    return completion_request(llama, body, work, most, "messages")
 
 
 def continues(body: Mapping[str, Any]) -> bool:
@@ -189,9 +189,9 @@ def continues(body: Mapping[str, Any]) -> bool:
     return goes_on
 
 
-def ask(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str) -> Asked:
-    """The options of each choice. A `most` beyond the context ends with it, as everywhere in this library; a prompt
-    that leaves no token is an error."""
+def completion_request(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str) -> CompletionRequest:
+    """A request with the settings of each choice. A `most` beyond the context ends with it, as everywhere in this
+    library; a prompt that leaves no token is an error."""
     n = body.get("n", 1)
     if len(work.prompts) * n > MOST_CHOICES:
         raise ApiError(400, f"{len(work.prompts)} prompts times n {n} are more than {MOST_CHOICES} choices", "n")
@@ -215,7 +215,7 @@ def ask(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str
         raise
     include_usage = body.get("stream_options", {}).get("include_usage") is True
     work = work._replace(prompts=prompts, settings=settings)
-    return Asked(work, n, body.get("stream", False), include_usage)
+    return CompletionRequest(work, n, body.get("stream", False), include_usage)
 
 
 def read_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
