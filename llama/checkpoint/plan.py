@@ -72,6 +72,13 @@ def divides(args: ModelArgs, world_size: int) -> bool:
     return heads and not any(size % world_size for size in sizes)
 
 
+def check_divides(name: str, shape: tuple[int, ...], mp: int) -> None:
+    """ValueError for a tensor that cannot be divided into `mp` shards."""
+    dim = shard_dim(name)
+    if type(mp) is not int or mp < 1 or (dim is not None and shape[dim] % mp):
+        raise ValueError(f"{name} {shape} cannot be divided into mp {mp!r} shards along dimension {dim}")
+
+
 class Slice(NamedTuple):
     shard: int  # which file
     begin: int  # first row or column in the shard

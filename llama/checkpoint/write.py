@@ -8,7 +8,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .files import TorchFile
-from .plan import shard_dim
+from .plan import check_divides, shard_dim
 
 LOCK = ".lock"  # a file in a folder that is being written, locked by the process that writes it
 
@@ -29,12 +29,16 @@ def split(state: Mapping[str, Tensor], mp: int) -> list[dict[str, Tensor]]:
     """The shards of a whole model for `mp` ranks."""
     parts: list[dict[str, Tensor]] = [{} for _ in range(mp)]
     for name, tensor in state.items():
-        dim = shard_dim(name)
-        if dim is not None and tensor.shape[dim] % mp:
-            raise ValueError(f"{name} {tuple(tensor.shape)} cannot be divided into {mp} shards along dimension {dim}")
-        for part, shard in zip(parts, [tensor] * mp if dim is None else tensor.chunk(mp, dim), strict=True):
+        check_divides(name, tuple(tensor.shape), mp)
+        for part, shard in zip(parts, shards_of(name, tensor, mp), strict=True):
             part[name] = shard
     return parts
+
+
+def shards_of(name: str, tensor: Tensor, mp: int) -> Sequence[Tensor]:
+    """A tensor's part in each of `mp` shards."""
+    dim = shard_dim(name)
+    return [tensor] * mp if dim is None else tensor.chunk(mp, dim)
 
 
 def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: Mapping[str, Any], mp: int = 1) -> None:
