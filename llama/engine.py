@@ -45,21 +45,21 @@ class Slot:
 class Pass(NamedTuple):
     rows: list[Row]
     ids: Tensor  # (M,) on the device, M the number of samples of all rows
-    # The ids; for each the sum of its logits; for each row of a prompt the sum of its hidden states (a sum is not finite
-    # where one of its numbers is not); on several ranks, whether the first sends a second message. In float32, which
-    # holds all ids below 2^24.
+    # The ids; for each the sum of its logits; for each row of a prompt the sum of its hidden states (a sum shows if all
+    # of its numbers are finite); on several ranks, whether the first sends a second message. In float32, which holds all
+    # ids below 2^24.
     read: Callable[[], list[float]]
     logprobs: Callable[[], list[list[float]]] | None  # of each id a row of `top_logprobs`
     failed: list[Request]  # their observers found values that are not finite
 
 
 class Engine:
-    """All that is computed with one model. Threads may call it concurrently: their requests share the passes. Ranks
-    submit the same requests in the same order, and what the first samples and cancels holds for all."""
+    """Runs requests on one model. Threads may call it concurrently: their requests share the passes. Ranks submit the
+    same requests in the same order, and what the first rank samples and cancels holds for all."""
 
     @staticmethod
     def of(model: Transformer, compile: bool = False) -> Engine:
-        """The model's engine, as it has one cache."""
+        """The engine of a model: always the same one, as the model has one cache."""
         engine = _engines.get(id(model)) or Engine(model)
         engine.compile |= compile
         _engines[id(model)] = engine  # which keeps the model, and so its id
@@ -110,8 +110,9 @@ class Engine:
                 self.lock.release()
 
     def run(self, requests: Sequence[Request]) -> Generator[list[Event], None, None]:
-        """Submit requests, then yield what steps bring them until all have ended. To close this cancels them. Raises
-        FloatingPointError, naming the first layer that was not finite, for a request whose logits are not."""
+        """Submit requests, then yield their events step by step until all have ended. Closing this generator cancels
+        them. Raises FloatingPointError, naming the first layer that was not finite, for a request whose logits are not.
+        """
         outputs: deque[Event] = deque()
         for row, request in enumerate(requests):
             request.row, request.outputs = row, outputs
@@ -119,7 +120,7 @@ class Engine:
         try:
             self.submit(*requests)
             while left:
-                # Another thread's step may bring them too.
+                # The step of another thread may add events too.
                 if not outputs and self.lock.acquire(timeout=0.005):
                     try:
                         if not outputs:
@@ -138,8 +139,8 @@ class Engine:
 
     @own_context()
     def step(self) -> list[Event]:
-        """One pass: a token, and draft tokens, of each running request, and chunks of prompts. It returns what it has
-        brought, which requests also have as their `outputs`. Hold `lock` where several threads use the engine."""
+        """One pass: a token, and draft tokens, of each running request, and chunks of prompts. Returns events, which
+        the requests' `outputs` have too. Hold `lock` where several threads use the engine."""
         if self.broken:
             raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
         try:
@@ -188,7 +189,8 @@ class Engine:
         return rows, torch.tensor(tokens, device=self.device)
 
     def _following(self, current: Pass) -> tuple[list[Row], Tensor]:
-        """The rows and tokens behind a pass whose tokens the host does not know yet, where only decoding goes on."""
+        """The rows and tokens of the pass after `current`, whose sampled tokens the host does not know yet. No rows
+        unless every request just decodes, and none comes or is cancelled."""
         running = self._running()
         cancels = world_size() == 1 and self.cancelled
         admits = self.waiting and len(running) < len(self.slots)
@@ -214,7 +216,7 @@ class Engine:
             self.backend = backends.choose(self.model, self.compile)
             self.state = backends.fingerprint(self.model), self.compile  # a backend may move weights
             self.sampler = Sampler(len(self.slots), self.model.vocab_size, self.device)
-            # What has hooks is to see every token: nothing is left out.
+            # Hooks see every token, so that no prefix is reused.
             self.shares = not backends.customized(self.model)
             self.forget()
 
@@ -231,8 +233,8 @@ class Engine:
             source = max(self.slots, key=lambda slot: (shared[slot], slot.request is None))
             prompts = [slot.request.prompt for slot in self.slots if slot.request]
             if max((common(prompt, reach) for prompt in prompts), default=0) - shared[source] >= WORTH_SHARING:
-                continue  # it is just being computed
-            # Take the slot itself, unless that would forget much that another request may share.
+                continue  # a running request computes more of this prefix: wait for it
+            # Take the slot that shares most, unless that would forget much that another request may share.
             target = source
             if source.request or shared[source] < len(source.tokens) // 2:
                 target = min(free, key=lambda slot: (slot is source, bool(slot.tokens), slot.used))
@@ -256,7 +258,7 @@ class Engine:
         return self._sample(rows, self.backend.hidden(Batch.arrange(tokens, spans)))
 
     def _sample(self, rows: list[Row], hidden: Tensor) -> Pass:
-        """Sample by hidden states (N, dim). This does not wait for a GPU, unless a request has an observer."""
+        """Sample tokens from hidden states (N, dim). This does not wait for a GPU, unless a request has an observer."""
         at, index, failed, prompts = 0, list[int](), [], list[Tensor]()
         for row in rows:
             if row.of_prompt:
@@ -284,7 +286,7 @@ class Engine:
         return Pass(rows, ids, to_host(message), logprobs, failed)
 
     def _read(self, current: Pass) -> list[Event]:
-        """Wait for what a pass has sampled, and give it to the requests."""
+        """Wait for the tokens that a pass has sampled, and give them to the requests."""
         values, outputs, at = current.read(), [], 0
         if values and world_size() > 1 and values[-1]:
             gone = [self.cancelled.popleft().id for _ in range(len(self.cancelled))]

@@ -59,7 +59,7 @@ class Llama:
     """Text and chat completion, of any number of prompts: those beyond max_batch_size wait for a slot of the cache.
 
     Threads may call concurrently, and streams may be open beside other calls: all share the passes of one engine. Under
-    torchrun all ranks make the same calls in the same order, and what rank 0 asks for is served.
+    torchrun all ranks make the same calls in the same order, and the arguments of rank 0 count.
 
     copy.deepcopy makes one with a cache and weights of its own; quantized matrices, which nothing writes to, are
     shared. A Llama is not pickled: another process calls `build`, which shares the pages of the files, or is forked
@@ -71,10 +71,10 @@ class Llama:
         self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, chat_format: str | ChatFormat | None = None
     ) -> None:
         check_seed(seed)
-        self.engine = Engine.of(model)  # first, as it is what pickle refuses
+        self.engine = Engine.of(model)  # the first attribute, so that pickling fails with the engine's message
         self.model = model
         self.labels = [f"LABEL_{i}" for i in range(model.params.n_labels)]
-        self.pad_id: int | None = None  # which `classify` looks past
+        self.pad_id: int | None = None  # of padding, which `classify` skips
         chat_format = get_chat_format(tokenizer, chat_format)
         generator, grammars = torch.Generator().manual_seed(seed), Grammars(tokenizer, model.vocab_size)
         self.inputs = InputProcessor(model.params, tokenizer, chat_format, generator, grammars)
