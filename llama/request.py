@@ -173,18 +173,14 @@ def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
 def forbid(logits: Tensor, requests: Sequence[Request], which: Sequence[int]) -> Tensor:
     """Logits (B, V) without the tokens that matchers exclude, and without the ends of requests whose `which[b]`-th new
     token comes too early for one."""
+    early: list[tuple[int, int]] = []
     for i, request in enumerate(requests):
+        ends = (*request.eos_ids, *request.stop_ids) if which[i] < request.min_new else ()
         if request.matcher:
-            ends = (*request.eos_ids, *request.stop_ids) if which[i] < request.min_new else ()
             excluded = ~request.matcher.mask(ends).to(logits.device, non_blocking=True)
             logits = logits.index_put((torch.tensor(i),), logits[i].masked_fill(excluded, -math.inf))
-    early = [
-        (i, id)
-        for i, request in enumerate(requests)
-        if which[i] < request.min_new and not request.matcher
-        for id in (*request.eos_ids, *request.stop_ids)
-        if id >= 0
-    ]
+        else:
+            early += [(i, id) for id in ends if id >= 0]
     if not early:
         return logits
     return logits.index_put(tuple(torch.tensor(early, device=logits.device).t()), logits.new_tensor(-math.inf))
