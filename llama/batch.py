@@ -105,14 +105,14 @@ def groups(batch: Batch) -> list[Group]:
     at, device = 0, batch.tokens.device
     for slot, start, T in batch.sequences:
         S = start + T
-        if found and found[-1][2:4] == (T, S) and found[-1].slots.stop == slot:
-            last = found.pop()
-            group = last._replace(tokens=slice(last.tokens.start, at + T), slots=slice(last.slots.start, slot + 1))
+        last = found[-1] if found else None
+        if last and (last.T, last.S, last.slots.stop) == (T, S, slot):
+            tokens, slots = slice(last.tokens.start, at + T), slice(last.slots.start, slot + 1)
+            found[-1] = last._replace(tokens=tokens, slots=slots)
         else:
             # MPS is given the causal mask too: some of its releases leak the future into half precision without one.
             full = T == 1 or (start == 0 and device.type != "mps")
             mask = None if full else torch.ones(T, S, dtype=torch.bool, device=device).tril(start)
-            group = Group(slice(at, at + T), slice(slot, slot + 1), T, S, mask)
-        found.append(group)
+            found.append(Group(slice(at, at + T), slice(slot, slot + 1), T, S, mask))
         at += T
     return found

@@ -136,7 +136,7 @@ class Attention(nn.Module):
         for tokens, slots, T, S, mask in layout.groups:
             queries = q[tokens].unflatten(0, (-1, T)).transpose(1, 2)  # (B, H, T, D)
             if self.cache is None:
-                seen = kv[tokens].unflatten(0, (-1, T)).transpose(1, 2)
+                seen = kv[tokens].unflatten(0, (-1, T)).transpose(1, 2)  # (B, 2K, T, D)
             else:
                 seen = self.cache.kv[slots, :, :S]  # (B, 2K, S, D)
             keys, values = seen.chunk(2, 1)
