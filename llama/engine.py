@@ -46,8 +46,8 @@ class Pass(NamedTuple):
     rows: list[Row]
     ids: Tensor  # (M,) on the device, M the number of samples of all rows
     # The ids; for each the sum of its logits; for each row of a prompt the sum of its hidden states (a sum shows if all
-    # of its numbers are finite); on several ranks, whether the first sends a second message. In float32, which holds all
-    # ids below 2^24.
+    # of its numbers are finite); on several ranks, whether the first sends a second message. In float32, which holds
+    # all ids below 2^24.
     read: Callable[[], list[float]]
     logprobs: Callable[[], list[list[float]]] | None  # of each id a row of `top_logprobs`
     failed: list[Request]  # their observers found values that are not finite

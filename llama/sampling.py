@@ -192,8 +192,8 @@ class Sampler:
         if rows.greedy:
             return best
         probs, u = softmax(logits, rows.temperature), self.uniform(slots, which)
-        # A random number chooses one token of a sorted vocabulary and another of one that is not sorted. Which of the two
-        # a row gets depends on its own settings alone.
+        # A random number chooses one token of a sorted vocabulary and another of one that is not. Which of them a row
+        # gets depends on its own settings alone.
         chosen = best
         if not all(rows.excluding):
             chosen = torch.where(rows.sampled & ~rows.filtered, sample(probs, u), chosen)
