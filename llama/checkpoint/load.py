@@ -62,19 +62,17 @@ def load(
     ranges = {name: rank_range(name, whole[name][shard_dim(name) or 0], args, rank(), world_size()) for name in local}
     total = sum(shape.numel() for shape in local.values())
     hidden = None if rank() == replica()[0] == 0 else True  # None: a bar on a terminal only
+    schemes = {name: own for name in local if scheme and (own := scheme.of(name))}
+    groups = fused_groups(local)
+    if scheme:  # the largest first, as a matrix is in memory several times while it is quantized
+        if device.type != "cuda":  # whose kernels take several matrices at once
+            groups = [[name] for name in local]
+        groups.sort(key=lambda names: -local[names[0]].numel())
     with tqdm(desc="loading", total=total, unit="weights", unit_scale=True, disable=hidden, leave=False) as bar:
-        schemes = {name: scheme.of(name) if scheme else None for name in local}
-        groups = fused_groups(local)
-        if scheme:  # the largest first, as a matrix is in memory several times while it is quantized
-            if device.type != "cuda":  # whose kernels take several matrices at once
-                groups = [[name] for name in local]
-            groups.sort(key=lambda names: -local[names[0]].numel())
         for names in groups:
             rows = [local[name][0] for name in names]
-            rounded = [own for name in names if (own := schemes[name])]
-            if len(rounded) == len(names):
-                by_name = zip(names, rounded, strict=True)
-                parts = [read_quantized(weights, name, whole[name], *ranges[name], own) for name, own in by_name]
+            if all(name in schemes for name in names):
+                parts = [read_quantized(weights, name, whole[name], *ranges[name], schemes[name]) for name in names]
                 matrix = kernel(stack(parts) if len(parts) > 1 else parts[0], device, native)
                 for name, size, end in zip(names, rows, itertools.accumulate(rows), strict=True):
                     layer = model.get_submodule(name.removesuffix(".weight"))
