@@ -16,8 +16,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ..batch import Batch, Span, check
 from ..devices import has_matrix_units
 from ..model import Transformer, rope_frequencies
 from ..parallel import all_gather, all_reduce, world_size
+from ..textfile import lock
 from . import Backend
 
 log = logging.getLogger(__name__)
@@ -107,21 +108,11 @@ def cached() -> Path:
         return made
     try:
         made.parent.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(made.parent / "lock"):
+        with (made.parent / "lock").open("wb") as file:
+            lock(file, wait=True)  # of several processes one compiles
             return made if whole(made) else compiled(parts, made)
     except OSError:  # a home that cannot be written to
         return compiled(parts, Path(tempfile.mkdtemp(prefix="llama-")) / name)
-
-
-@contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Of several processes one compiles, where files can be locked."""
-    with path.open("wb") as lock:
-        with suppress(ImportError):
-            import fcntl  # which Windows lacks
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def compiled(parts: Sequence[str], made: Path) -> Path:

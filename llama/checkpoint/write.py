@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..textfile import lock
 from .files import TorchFile
 from .plan import check_divides, shard_dim
 
@@ -145,23 +146,19 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
     if (free := shutil.disk_usage(target.parent).free) < size:
         raise OSError(f"{target} needs {size:,} bytes and its disk has {free:,} free")
     folder = target.parent / f".{target.name}.partial"
-    lock = folder / LOCK
-    if folder.exists() and not lock.exists() and any(folder.iterdir()):
+    marker = folder / LOCK
+    if folder.exists() and not marker.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is in the way; it is not of a conversion, so move or remove it")
     folder.mkdir(exist_ok=True)
-    with lock.open("wb") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except ImportError:  # Windows, which removes no file, and renames no folder with one, that a process has open
+    with marker.open("wb") as file:
+        if not lock(file):
+            raise FileExistsError(f"{target} is being written by another process")
+        if os.name == "nt":  # which removes no file, and renames no folder with one, that a process has open
             file.close()
-        except BlockingIOError as error:
-            raise FileExistsError(f"{target} is being written by another process") from error
         try:
             check_new(target)  # another process may have finished it just now
             for old in folder.iterdir():
-                if old != lock:
+                if old != marker:
                     old.unlink()
             yield folder
             folder.rename(target)
