@@ -297,22 +297,15 @@ class Checkpoint:
         return read_parts(self, name, shape, begin, end, own) if own else None
 
     def read(
-        self,
-        name: str,
-        shape: Sequence[int],
-        begin: int,
-        end: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        out: Tensor | None = None,
+        self, name: str, shape: Sequence[int], begin: int, end: int, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
         """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a weight whose whole shape is `shape`.
-        On a CPU, a slice that lies in one file in this dtype stays a view of the file and is not copied; any other is
-        copied to `out`, or to a new tensor."""
+        A slice that lies in one file in this dtype stays a view of the file and is not copied, unless `out` is on a
+        GPU; any other is copied to `out`, or to a new tensor."""
         files, dim = self.holders[name], shard_dim(name)
         if isinstance(file := files[0], GgufFile) and file.is_quantized(name):
             if out is None:
-                out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype, device=device)
+                out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype)
             return file.dequantized(name, dim or 0, begin, end, out)
         if dim is None:
             parts, dim = [files[0].read(name, 0, begin, end - begin)], 0
@@ -321,13 +314,13 @@ class Checkpoint:
         else:
             plan = slices(shape[dim], len(files), begin, end)
             parts = [files[part.shard].read(name, dim, part.begin, part.length) for part in plan]
-        final = parts[0].dtype == dtype and torch.device(device).type == "cpu"
+        final = parts[0].dtype == dtype and (out is None or out.device.type == "cpu")
         if len(parts) == 1 and final and parts[0].is_contiguous():
             return parts[0]
         lengths = [part.shape[dim] for part in parts]
         if out is None:
             whole = [sum(lengths) if i == dim else size for i, size in enumerate(parts[0].shape)]
-            out = torch.empty(whole, dtype=dtype, device=device)
+            out = torch.empty(whole, dtype=dtype)
         for target, part in zip(out.split(lengths, dim), parts, strict=True):
             target.copy_(part)
         for file in files:

@@ -25,15 +25,9 @@ class Weights(Protocol):
     def release(self) -> None: ...
 
     def read(
-        self,
-        name: str,
-        shape: Sequence[int],
-        begin: int,
-        end: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        out: Tensor | None = None,
-    ) -> Tensor: ...
+        self, name: str, shape: Sequence[int], begin: int, end: int, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """A slice of a weight in a dtype, on the CPU: written to `out` and returned, or a view of the file."""
 
     def quantized(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Quantized | None:
         """A slice of a matrix that was saved quantized; None for another."""
@@ -85,7 +79,7 @@ def load(
             else:
                 together = zeros((sum(rows), *local[names[0]][1:]), dtype, device)
                 for name, out in zip(names, together.split(rows), strict=True):
-                    final[name] = weights.read(name, whole[name], *ranges[name], dtype, device, out)
+                    final[name] = weights.read(name, whole[name], *ranges[name], dtype, out)
             bar.update(sum(local[name].numel() for name in names))
     model.load_state_dict(final, strict=True, assign=True)
 
@@ -116,7 +110,7 @@ def read_quantized(
     # A row's scale is the same on however many ranks the row lies.
     first, last = (0, shape[1]) if dim == 1 and not scheme.group else (begin, end)
     dtype, part = weights.dtype(), slice_shape(name, shape, first, last)
-    matrix = weights.read(name, shape, first, last, dtype, "cpu", torch.empty(part, dtype=dtype))
+    matrix = weights.read(name, shape, first, last, dtype, torch.empty(part, dtype=dtype))
     importance = torch.ones(part[1]) if search else None
     rounded = stack([quantize(rows, scheme, importance) for rows in matrix.split(256)])
     return rounded if (first, last) == (begin, end) else rounded._replace(q=rounded.q[:, begin:end])

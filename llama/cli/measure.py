@@ -88,14 +88,7 @@ class RandomWeights:
         pass
 
     def read(
-        self,
-        name: str,
-        shape: Sequence[int],
-        begin: int,
-        end: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        out: Tensor | None = None,
+        self, name: str, shape: Sequence[int], begin: int, end: int, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
         if out is None:
             out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype, device=self.device)
