@@ -12,8 +12,10 @@ from .. import parallel, scoring
 from ..checkpoint import check_path
 from ..generation import Llama
 from ..textfile import read_json_lines, read_text
+from .flags import documented
 
 
+@documented
 def perplexity(
     file: str,
     ckpt_dir: str,
@@ -32,16 +34,9 @@ def perplexity(
 
     Args:
         file: a text in UTF-8; or .jsonl, a text in the field "text" of each line, each alone
-        ckpt_dir: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
-        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         window: tokens of a window
         stride: tokens from one window to the next; by default half of a window
         batch: windows in a batch
-        device: cuda, mps or cpu; by default the first of them that is available
-        dtype: bfloat16, float16 or float32; by default as Llama.build chooses
-        quantize: int8 or int4
-        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
-        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     step = window // 2 if stride is None else stride
     if type(window) is not int or type(step) is not int or not 0 < step < window:
