@@ -25,7 +25,7 @@ from llama.gguf import is_gguf
 def whole(source: Source, name: str) -> Tensor:
     """A whole weight, unquantized."""
     shape = shapes(source.args)[name]
-    return source.weights.read(name, shape, 0, shape[shard_dim(name) or 0], source.dtype, source.device)
+    return source.weights.read(name, shape, 0, shape[shard_dim(name) or 0], source.dtype).to(source.device)
 
 
 def transformers_model(source: Source) -> Any:

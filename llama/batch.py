@@ -11,7 +11,7 @@ begins with a prompt of 3:
 
 from __future__ import annotations
 
-from collections import abc
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .args import ModelArgs
 
 
-class Sequence(NamedTuple):
+class Span(NamedTuple):
     """Neighbouring tokens of one sequence."""
 
     slot: int  # of the KV cache
@@ -35,17 +35,17 @@ class Batch(NamedTuple):
     tokens: Tensor  # (N,) int64
     positions: Tensor  # (N,) int64, of each token in its sequence
     slots: Tensor  # (N,) int64, where the keys and values of each token are stored
-    sequences: tuple[Sequence, ...]  # in the order of the tokens; the lengths sum to N
+    sequences: tuple[Span, ...]  # in the order of the tokens; the lengths sum to N
 
     @staticmethod
-    def of(parts: abc.Iterable[tuple[int, int, abc.Sequence[int]]], device: torch.device | str = "cpu") -> Batch:
+    def of(parts: Iterable[tuple[int, int, Sequence[int]]], device: torch.device | str = "cpu") -> Batch:
         """A batch of (slot, start, ids) of each sequence."""
         parts = list(parts)
         tokens = torch.tensor([id for _, _, ids in parts for id in ids], device=device)
-        return Batch.arrange(tokens, [Sequence(slot, start, len(ids)) for slot, start, ids in parts])
+        return Batch.arrange(tokens, [Span(slot, start, len(ids)) for slot, start, ids in parts])
 
     @staticmethod
-    def arrange(tokens: Tensor, sequences: abc.Sequence[Sequence]) -> Batch:
+    def arrange(tokens: Tensor, sequences: Sequence[Span]) -> Batch:
         """A batch of tokens (N,), which the host need not know yet, that belong to `sequences`."""
         positions = torch.tensor([s.start + i for s in sequences for i in range(s.length)], device="cpu")
         slots = torch.tensor([s.slot for s in sequences for _ in range(s.length)], device="cpu")
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
         return Batch(tokens, positions, slots, tuple(sequences))
 
     @staticmethod
-    def rows(tokens: Tensor, start_pos: int | abc.Sequence[int] | Tensor, params: ModelArgs) -> Batch:
+    def rows(tokens: Tensor, start_pos: int | Sequence[int] | Tensor, params: ModelArgs) -> Batch:
         """A batch of the rows of tokens (B, T), which take the slots from 0 on. A row begins at `start_pos`, one number
         for all or one for each. ValueError for what does not fit in the cache."""
         if tokens.dim() != 2 or tokens.is_floating_point():
@@ -65,12 +65,12 @@ class Batch(NamedTuple):
         B, T = tokens.shape
         if len(starts) not in (1, B):
             raise ValueError(f"start_pos has {len(starts)} values for a batch of {B}; give one, or one per row")
-        sequences = [Sequence(slot, int(start), T) for slot, start in enumerate(starts.expand(B).tolist())]
+        sequences = [Span(slot, int(start), T) for slot, start in enumerate(starts.expand(B).tolist())]
         check(sequences, params)
         return Batch.arrange(tokens.reshape(-1), sequences)
 
 
-def check(sequences: abc.Sequence[Sequence], params: ModelArgs) -> None:
+def check(sequences: Sequence[Span], params: ModelArgs) -> None:
     """ValueError unless the sequences fit in the cache."""
     for slot, start, length in sequences:
         if length < 1 or start < 0:
@@ -105,14 +105,14 @@ def groups(batch: Batch) -> list[Group]:
     at, device = 0, batch.tokens.device
     for slot, start, T in batch.sequences:
         S = start + T
-        if found and found[-1][2:4] == (T, S) and found[-1].slots.stop == slot:
-            last = found.pop()
-            group = last._replace(tokens=slice(last.tokens.start, at + T), slots=slice(last.slots.start, slot + 1))
+        last = found[-1] if found else None
+        if last and (last.T, last.S, last.slots.stop) == (T, S, slot):
+            tokens, slots = slice(last.tokens.start, at + T), slice(last.slots.start, slot + 1)
+            found[-1] = last._replace(tokens=tokens, slots=slots)
         else:
             # MPS is given the causal mask too: some of its releases leak the future into half precision without one.
             full = T == 1 or (start == 0 and device.type != "mps")
             mask = None if full else torch.ones(T, S, dtype=torch.bool, device=device).tril(start)
-            group = Group(slice(at, at + T), slice(slot, slot + 1), T, S, mask)
-        found.append(group)
+            found.append(Group(slice(at, at + T), slice(slot, slot + 1), T, S, mask))
         at += T
     return found

@@ -20,7 +20,7 @@ class Chat:
 
     `system` or a whole `dialog` may begin it; options are those of `Llama.chat_completion`. When a dialog outgrows
     max_seq_len, its oldest turns go, and the system message stays; `dropped` counts the messages that went. Answers are
-    those that the whole dialog would get. Under torchrun all ranks make the same calls, and what rank 0 asks is served.
+    those that the whole dialog would get. Under torchrun all ranks make the same calls, and rank 0's arguments count.
     """
 
     @plain_arguments

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import Backend
-from .batch import Batch
-from .batch import Sequence as Span
+from .batch import Batch, Span
 from .devices import own_context, to_host
 from .model import Transformer
 from .parallel import broadcast, broadcast_object, world_size
@@ -46,21 +45,21 @@ class Slot:
 class Pass(NamedTuple):
     rows: list[Row]
     ids: Tensor  # (M,) on the device, M the number of samples of all rows
-    # The ids, then for each the sum of its logits, then for each row of a prompt the sum of its hidden states, which
-    # are not finite where one number is not; then on several ranks whether the first has more to say. In float32, which
-    # holds all ids below 2^24.
+    # The ids; for each the sum of its logits; for each row of a prompt the sum of its hidden states (a sum shows if all
+    # of its numbers are finite); on several ranks, whether the first sends a second message. In float32, which holds
+    # all ids below 2^24.
     read: Callable[[], list[float]]
     logprobs: Callable[[], list[list[float]]] | None  # of each id a row of `top_logprobs`
     failed: list[Request]  # their observers found values that are not finite
 
 
 class Engine:
-    """All that is computed with one model. Threads may call it concurrently: their requests share the passes. Ranks
-    submit the same requests in the same order, and what the first samples and cancels holds for all."""
+    """Runs requests on one model. Threads may call it concurrently: their requests share the passes. Ranks submit the
+    same requests in the same order, and what the first rank samples and cancels holds for all."""
 
     @staticmethod
     def of(model: Transformer, compile: bool = False) -> Engine:
-        """The model's engine, as it has one cache."""
+        """The engine of a model: always the same one, as the model has one cache."""
         engine = _engines.get(id(model)) or Engine(model)
         engine.compile |= compile
         _engines[id(model)] = engine  # which keeps the model, and so its id
@@ -73,16 +72,18 @@ class Engine:
         self.slots = [Slot() for _ in range(model.params.max_batch_size)]
         self.waiting: deque[Request] = deque()
         self.cancelled: deque[Request] = deque()  # on several ranks the first's count
-        self.outbox: SimpleQueue[Any] = SimpleQueue()  # what the first rank sends to all with the next step, and what
-        self.received: list[Any] = []  # has come with the last ones
-        self.ahead: Pass | None = None
+        self.outbox: SimpleQueue[Any] = SimpleQueue()  # items that the first rank sends to all ranks with the next step
+        self.received: list[Any] = []  # items that came with the last steps
+        self.ahead: Pass | None = None  # launched, and not yet read
         self.broken = False  # this rank has lost the others
-        self.ids = itertools.count()
-        self.clock = itertools.count(1)
-        self.state: object = None
+        self.ids = itertools.count()  # of requests
+        self.clock = itertools.count(1)  # for `Slot.used`
+        # Set by `_renew`:
+        self.state: object = None  # the fingerprint of the model that the backend was chosen for
         self.device = next(model.parameters()).device
         self.backend: Backend = model
         self.sampler = Sampler(0, 0, "cpu")
+        self.shares = True  # requests reuse prefixes
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise TypeError("a running model is not pickled or copied alone; call Llama.build in the process that needs it")
@@ -109,8 +110,9 @@ class Engine:
                 self.lock.release()
 
     def run(self, requests: Sequence[Request]) -> Generator[list[Event], None, None]:
-        """Submit requests, then yield what steps bring them until all have ended. To close this cancels them. Raises
-        FloatingPointError, naming the first layer that was not finite, for a request whose logits are not."""
+        """Submit requests, then yield their events step by step until all have ended. Closing this generator cancels
+        them. Raises FloatingPointError, naming the first layer that was not finite, for a request whose logits are not.
+        """
         outputs: deque[Event] = deque()
         for row, request in enumerate(requests):
             request.row, request.outputs = row, outputs
@@ -118,7 +120,7 @@ class Engine:
         try:
             self.submit(*requests)
             while left:
-                # Another thread's step may bring them too.
+                # The step of another thread may add events too.
                 if not outputs and self.lock.acquire(timeout=0.005):
                     try:
                         if not outputs:
@@ -137,22 +139,18 @@ class Engine:
 
     @own_context()
     def step(self) -> list[Event]:
-        """One pass: a token, and draft tokens, of each running request, and chunks of prompts. It returns what it has
-        brought, which requests also have as their `outputs`. Hold `lock` where several threads use the engine."""
+        """One pass: a token, and draft tokens, of each running request, and chunks of prompts. Returns events, which
+        the requests' `outputs` have too. Hold `lock` where several threads use the engine."""
         if self.broken:
             raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
         try:
-            current, self.ahead = self.ahead, None
-            while self.ahead is None:
-                rows, tokens = self._following(current) if current else self._schedule()
-                if not rows:
-                    break
-                spans = [Span(row.request.slot, row.start, row.length) for row in rows]
-                launched = self._sample(rows, self.backend.hidden(Batch.arrange(tokens, spans)))
-                current, self.ahead = (current, launched) if current else (launched, None)
-            return self._read(current) if current else []
-        except BaseException as error:
-            self._abort(error)
+            current = self.ahead or self._launch(*self._schedule())
+            if current is None:
+                return []
+            self.ahead = self._launch(*self._following(current))
+            return self._read(current)
+        except BaseException as error:  # nobody knows what the cache holds
+            self._reset(self._running(), f"a pass shared with another call failed: {type(error).__name__}: {error}")
             raise
 
     def forget(self) -> None:
@@ -187,23 +185,24 @@ class Engine:
             if length:
                 rows.append(Row(request, start, length, draft, samples))
         rows.sort(key=lambda row: row.request.slot)  # neighbours may attend in one operation
-        tokens = [id for row in rows for id in [*row.request.ids, *row.draft][row.start : row.start + row.length]]
+        tokens = [id for row in rows for id in [*row.request.ids, *row.draft][row.start : row.end]]
         return rows, torch.tensor(tokens, device=self.device)
 
     def _following(self, current: Pass) -> tuple[list[Row], Tensor]:
-        """The rows and tokens behind a pass whose tokens the host does not know yet, where only decoding goes on."""
-        running = [slot.request for slot in self.slots if slot.request]
+        """The rows and tokens of the pass after `current`, whose sampled tokens the host does not know yet. No rows
+        unless every request just decodes, and none comes or is cancelled."""
+        running = self._running()
         cancels = world_size() == 1 and self.cancelled
         admits = self.waiting and len(running) < len(self.slots)
         if self.device.type not in AHEAD or cancels or admits:
             return [], current.ids
-        alive = [i for i, row in enumerate(current.rows) if not row.request.finish]
+        alive = [(i, row) for i, row in enumerate(current.rows) if not row.request.finish]
         simple = all(row.samples == 1 and not row.request.needs_tokens for row in current.rows)
         if not simple or len(running) != len(alive):
             return [], current.ids
-        going = [i for i in alive if (row := current.rows[i]).start + row.length + 1 < row.request.limit]
-        rows = [Row(row.request, row.start + row.length, 1, samples=1) for row in map(current.rows.__getitem__, going)]
-        return rows, current.ids if len(going) == len(current.rows) else current.ids[going]
+        going = [(i, row) for i, row in alive if row.end + 1 < row.request.limit]
+        rows = [Row(row.request, row.end, 1, samples=1) for _, row in going]
+        return rows, current.ids if len(going) == len(current.rows) else current.ids[[i for i, _ in going]]
 
     def _running(self) -> list[Request]:
         """In the order in which they came."""
@@ -217,13 +216,15 @@ class Engine:
             self.backend = backends.choose(self.model, self.compile)
             self.state = backends.fingerprint(self.model), self.compile  # a backend may move weights
             self.sampler = Sampler(len(self.slots), self.model.vocab_size, self.device)
-            # What has hooks is to see every token: nothing is left out.
+            # Hooks see every token, so that no prefix is reused.
             self.shares = not backends.customized(self.model)
             self.forget()
 
     def _admit(self) -> None:
         """Give waiting requests the slots that are free."""
-        for request in [*self.waiting] if any(slot.request is None for slot in self.slots) else []:
+        if all(slot.request for slot in self.slots):
+            return
+        for request in [*self.waiting]:
             free = [slot for slot in self.slots if slot.request is None]
             if not free:
                 return
@@ -232,8 +233,8 @@ class Engine:
             source = max(self.slots, key=lambda slot: (shared[slot], slot.request is None))
             prompts = [slot.request.prompt for slot in self.slots if slot.request]
             if max((common(prompt, reach) for prompt in prompts), default=0) - shared[source] >= WORTH_SHARING:
-                continue  # it is just being computed
-            # Take the slot itself, unless that would forget much that another request may share.
+                continue  # a running request computes more of this prefix: wait for it
+            # Take the slot that shares most, unless that would forget much that another request may share.
             target = source
             if source.request or shared[source] < len(source.tokens) // 2:
                 target = min(free, key=lambda slot: (slot is source, bool(slot.tokens), slot.used))
@@ -249,8 +250,15 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # A pass
 
+    def _launch(self, rows: list[Row], tokens: Tensor) -> Pass | None:
+        """Compute rows with their tokens (N,), and sample; None where there are no rows."""
+        if not rows:
+            return None
+        spans = [Span(row.request.slot, row.start, row.length) for row in rows]
+        return self._sample(rows, self.backend.hidden(Batch.arrange(tokens, spans)))
+
     def _sample(self, rows: list[Row], hidden: Tensor) -> Pass:
-        """Sample by hidden states (N, dim). This does not wait for a GPU, unless a request has an observer."""
+        """Sample tokens from hidden states (N, dim). This does not wait for a GPU, unless a request has an observer."""
         at, index, failed, prompts = 0, list[int](), [], list[Tensor]()
         for row in rows:
             if row.of_prompt:
@@ -259,26 +267,26 @@ class Engine:
                     failed.append(row.request)
             at += row.length
             index += range(at - row.samples, at)
-        chances = None
+        logprobs = None
         ids = sums = torch.empty(0, dtype=torch.long, device=hidden.device)
         logits = self.backend.logits(hidden if len(index) == len(hidden) else hidden[index]) if index else hidden
         with backends.single_threaded(self.backend):
-            sound = [part.sum(dtype=torch.float32).view(1) for part in prompts]
+            prompt_sums = [part.sum(dtype=torch.float32).view(1) for part in prompts]
             if index:
                 ids = choose(logits, [row for row in rows if row.samples], self.sampler)
                 sums = logits.sum(-1)
-        message = torch.cat((ids.float(), sums, *sound))
+        message = torch.cat((ids.float(), sums, *prompt_sums))
         if world_size() > 1:
             more = torch.tensor([len(self.cancelled) > 0 or not self.outbox.empty()])
             message = broadcast(torch.cat((message, more.to(hidden.device, non_blocking=True))))
             ids = message[: len(index)].long()
         if index and any(row.request.logprobs for row in rows):
             with backends.single_threaded(self.backend):
-                chances = to_host(top_logprobs(logits, ids, max(row.request.top_logprobs for row in rows)))
-        return Pass(rows, ids, to_host(message), chances, failed)
+                logprobs = to_host(top_logprobs(logits, ids, max(row.request.top_logprobs for row in rows)))
+        return Pass(rows, ids, to_host(message), logprobs, failed)
 
     def _read(self, current: Pass) -> list[Event]:
-        """Wait for what a pass has sampled, and give it to the requests."""
+        """Wait for the tokens that a pass has sampled, and give them to the requests."""
         values, outputs, at = current.read(), [], 0
         if values and world_size() > 1 and values[-1]:
             gone = [self.cancelled.popleft().id for _ in range(len(self.cancelled))]
@@ -286,41 +294,41 @@ class Engine:
             self.received += items
             self._drop([request for request in [*self._running(), *self.waiting] if request.id in gone])
         M = len(current.ids)
-        chances = current.logprobs() if current.logprobs else [[]] * M
-        sound = iter(values[2 * M :])
+        logprobs = current.logprobs() if current.logprobs else [[]] * M
+        prompt_sums = iter(values[2 * M :])
         for row in current.rows:
-            request, where = row.request, slice(at, at := at + row.samples)
-            right = not row.of_prompt or math.isfinite(next(sound))
+            request, begin, at = row.request, at, at + row.samples
+            finite = not row.of_prompt or math.isfinite(next(prompt_sums))
             if request.finish:  # before this pass, which was launched too early to know
                 continue
-            right = right and request not in current.failed
-            if not right or not self._take(row, values[where], values[M:][where]):
+            finite = finite and request not in current.failed
+            if not finite or not self._take(row, values[begin:at], values[M + begin : M + at]):
                 outputs.append(self._fail(request))
                 continue
-            taken = request.ids[row.start + row.length - len(row.draft) :] if row.samples else []
+            taken = request.ids[row.end - len(row.draft) :] if row.samples else []
             if not row.samples and len(request.ids) == len(self.slots[request.slot].tokens) >= request.limit:
                 request.finish = "length"
             if request.finish:
                 self._leave(request)
             if taken or request.finish:
-                outputs.append(request.emit(taken, chances[where][: len(taken)] if request.logprobs else []))
+                outputs.append(request.emit(taken, logprobs[begin : begin + len(taken)] if request.logprobs else []))
         return outputs
 
     def _take(self, row: Row, ids: Sequence[float], sums: Sequence[float]) -> bool:
-        """Give a request the ids that were sampled for it, up to the first that its draft did not foresee; whether the
+        """Give a request the ids that were sampled for it, up to the first that differs from its draft; whether the
         logits of each were finite."""
-        request, slot, right = row.request, self.slots[row.request.slot], 0
-        known = row.start + row.length - len(row.draft)
+        request, slot, accepted = row.request, self.slots[row.request.slot], 0
+        known = row.end - len(row.draft)
         for n, (id, drafted) in enumerate(zip(map(int, ids), [*row.draft, -1], strict=False)):
             if not math.isfinite(sums[n]):
                 return False
             request.take(id)
             if request.finish or id != drafted:
                 break
-            right += 1
+            accepted += 1
         if row.draft:
-            request.drafts.accepted(right)
-        slot.tokens += request.ids[len(slot.tokens) : known + right]
+            request.drafts.accepted(accepted)
+        slot.tokens += request.ids[len(slot.tokens) : known + accepted]
         return True
 
     def _leave(self, request: Request) -> None:
@@ -348,11 +356,8 @@ class Engine:
             cache.kv[request.slot] = 0
         return request.emit()
 
-    def _abort(self, error: BaseException) -> None:
-        """End all running requests, as nobody knows what the cache holds."""
-        self._reset(self._running(), f"a pass shared with another call failed: {type(error).__name__}: {error}")
-
     def _reset(self, requests: Sequence[Request], why: str) -> None:
+        """End requests with an error, and forget what the cache holds."""
         self.ahead, self.state = None, None
         self.broken = world_size() > 1
         for slot in self.slots:

@@ -16,7 +16,7 @@ from . import devices, parallel
 from .chat import ChatFormat, Dialog, Message, get_chat_format
 from .engine import Engine
 from .grammar import Grammars
-from .loading import LoadOptions, load_model
+from .loading import load_model
 from .model import Transformer
 from .options import Options, plain_arguments
 from .processor import InputProcessor, check_texts
@@ -59,7 +59,7 @@ class Llama:
     """Text and chat completion, of any number of prompts: those beyond max_batch_size wait for a slot of the cache.
 
     Threads may call concurrently, and streams may be open beside other calls: all share the passes of one engine. Under
-    torchrun all ranks make the same calls in the same order, and what rank 0 asks for is served.
+    torchrun all ranks make the same calls in the same order, and the arguments of rank 0 count.
 
     copy.deepcopy makes one with a cache and weights of its own; quantized matrices, which nothing writes to, are
     shared. A Llama is not pickled: another process calls `build`, which shares the pages of the files, or is forked
@@ -71,10 +71,10 @@ class Llama:
         self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, chat_format: str | ChatFormat | None = None
     ) -> None:
         check_seed(seed)
-        self.engine = Engine.of(model)  # first, as it is what pickle refuses
+        self.engine = Engine.of(model)  # the first attribute, so that pickling fails with the engine's message
         self.model = model
         self.labels = [f"LABEL_{i}" for i in range(model.params.n_labels)]
-        self.pad_id: int | None = None  # which `classify` looks past
+        self.pad_id: int | None = None  # of padding, which `classify` skips
         chat_format = get_chat_format(tokenizer, chat_format)
         generator, grammars = torch.Generator().manual_seed(seed), Grammars(tokenizer, model.vocab_size)
         self.inputs = InputProcessor(model.params, tokenizer, chat_format, generator, grammars)
@@ -131,11 +131,10 @@ class Llama:
         """
         check_seed(seed)
         parallel.init_model_parallel(model_parallel_size)
-        options = LoadOptions(
-            *(max_seq_len, max_batch_size, device, dtype, check_memory, quantize, group_size, compile, chat_format),
-            lora,
+        loaded = load_model(
+            *(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype, check_memory),
+            *(quantize, group_size, compile, chat_format, lora),
         )
-        loaded = load_model(ckpt_dir, tokenizer_path, options)
         llama = Llama(loaded.model, loaded.tokenizer, seed, loaded.chat_format)
         llama.engine.compile, llama.labels, llama.pad_id = loaded.native, loaded.labels, loaded.pad_id
         return llama
@@ -248,9 +247,10 @@ class Llama:
             if len(continuations) != len(prompts):
                 raise ValueError(f"there are {len(continuations)} continuations for {len(prompts)} prompts")
             rows = self.inputs.encode([prompt + more for prompt, more in zip(prompts, continuations, strict=True)])
-            begins = [*map(self._border, range(len(rows)), prompts, continuations, rows)]
+            texts = zip(prompts, continuations, rows, strict=True)
+            begins = [self._border(i, *each) for i, each in enumerate(texts)]
         self.inputs.check_lengths(rows, [f"prompt {i}" for i in range(len(rows))])
-        return [*map(self._scored, score(self.engine, rows, begins, top_logprobs))]
+        return [self._scored(scores) for scores in score(self.engine, rows, begins, top_logprobs)]
 
     def _border(self, i: int, prompt: str, continuation: str, ids: Sequence[int]) -> int:
         """The number of the first of the `ids` of both that is not wholly the prompt's."""
@@ -300,13 +300,7 @@ class Llama:
         return classify(self.engine, rows, self.pad_id)
 
     def _chat(
-        self,
-        dialogs: Sequence[Dialog],
-        temperature: Any = 0.6,
-        top_p: Any = 0.9,
-        max_gen_len: Any = None,
-        logprobs: bool = False,
-        **options: Any,
+        self, dialogs: Any, temperature: Any, top_p: Any, max_gen_len: Any, logprobs: bool = False, **options: Any
     ) -> Generator[list[Event], None, None]:
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is {shorten(dialogs)}; it must be a list of dialogs")

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .pre_tokenizer import GPT2, LLAMA3, PRE_TOKENIZERS, post_processor
+from .pre_tokenizer import GPT2, LLAMA3, PRE_TOKENIZERS, added_token, post_processor
 
 log = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens, as SentencePiece numbers them too
@@ -128,11 +128,6 @@ def vocabulary(tokens: Sequence[str]) -> dict[str, int]:
     if len(found) < len(tokens):
         raise ValueError("tokenizer.ggml.tokens has a token twice")
     return found
-
-
-def added_token(id: int, content: str, special: bool) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": id, "content": content, **flags, "special": special}
 
 
 def sentencepiece_keys(pieces: Sequence[tuple[str, float, int]], space: bool) -> dict[str, Any]:

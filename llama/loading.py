@@ -16,21 +16,6 @@ from .model import Transformer
 from .tokenizer import Tokenizer
 
 
-class LoadOptions(NamedTuple):
-    """Arguments of `Llama.build`, which documents them."""
-
-    max_seq_len: int
-    max_batch_size: int
-    device: str | torch.device | None
-    dtype: str | torch.dtype | None
-    check_memory: bool
-    quantize: str | None
-    group_size: int | None
-    compile: bool | None
-    chat_format: str | None
-    lora: Any = None
-
-
 class Loaded(NamedTuple):
     model: Transformer  # this rank's part, ready to compute
     tokenizer: Tokenizer
@@ -41,32 +26,43 @@ class Loaded(NamedTuple):
 
 
 def load_model(
-    ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str] | None, options: LoadOptions
+    ckpt_dir: str | os.PathLike[str],
+    tokenizer_path: str | os.PathLike[str] | None,
+    max_seq_len: int,
+    max_batch_size: int,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    check_memory: bool,
+    quantize: str | None,
+    group_size: int | None,
+    compile: bool | None,
+    chat_format: str | None,
+    lora: Any,
 ) -> Loaded:
-    """What a folder holds. Errors are those of `Llama.build`, raised on every rank."""
+    """Load a checkpoint. Arguments and errors are those of `Llama.build`; an error is raised on every rank."""
     with parallel.all_or_none():
-        on = devices.choose_device(options.device)
-        devices.use(on)
+        target = devices.choose_device(device)
+        devices.use(target)
         folder = find_folder(ckpt_dir, "ckpt_dir")
         checkpoint = Checkpoint(folder)
         tokenizer_file = find_tokenizer(folder, tokenizer_path)
         tokenizer = Tokenizer(tokenizer_file)
-        chosen = choose_format(folder, tokenizer, options.chat_format)
-        weights, args, adapters = with_lora(checkpoint, checkpoint.args(tokenizer.n_words), options.lora)
-        args = replace(args, max_seq_len=options.max_seq_len, max_batch_size=options.max_batch_size)
+        chosen = choose_format(folder, tokenizer, chat_format)
+        weights, args, adapters = with_lora(checkpoint, checkpoint.args(tokenizer.n_words), lora)
+        args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         tokenizer.eos_ids |= checkpoint.eos_ids(tokenizer.n_words)
-        if args.max_batch_size == 0:
+        if max_batch_size == 0:
             raise ValueError("max_batch_size is 0; it must be positive")
         with torch.device("meta"):
             model = Transformer(args)
-        rounding, ranks = checkpoint.scheme_for(options.quantize, options.group_size), parallel.world_size()
-        size = footprint(args, ranks, weights.dtype(), rounding).weights
-        native = backends.native(args, on, size, options.compile)
-        final = devices.choose_dtype(options.dtype, on, weights.dtype(), native)
-        if options.check_memory:
-            check_fits(args, ranks, on, final, rounding)
-        plan: dict[str, object] = {"device": on.type, "dtype": final, "quantize": rounding}
-        plan |= {"max_seq_len": args.max_seq_len, "max_batch_size": args.max_batch_size}
+        scheme, ranks = checkpoint.scheme_for(quantize, group_size), parallel.world_size()
+        size = footprint(args, ranks, weights.dtype(), scheme).weights
+        native = backends.native(args, target, size, compile)
+        final = devices.choose_dtype(dtype, target, weights.dtype(), native)
+        if check_memory:
+            check_fits(args, ranks, target, final, scheme)
+        plan: dict[str, object] = {"device": target.type, "dtype": final, "quantize": scheme}
+        plan |= {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         labels, pad_id = checkpoint.labels(), checkpoint.pad_id(tokenizer.n_words)
         if args.n_labels:
             plan |= {"labels": labels, "pad_token_id": pad_id}
@@ -75,6 +71,6 @@ def load_model(
             plan["lora"] = [adapter.fingerprint() for adapter in adapters]
     check_same(plan)
     with parallel.all_or_none():
-        load(model, weights, args, on, final, rounding, native)
+        load(model, weights, args, target, final, scheme, native)
         model.allocate_cache()
     return Loaded(model.eval().requires_grad_(False), tokenizer, chosen, native, labels, pad_id)

@@ -41,11 +41,15 @@ class RMSNorm(nn.Module):
 
 def rope_frequencies(positions: Tensor, args: ModelArgs) -> Tensor:
     """cos + i sin of the angles of RoPE, complex (N, 1, D/2): pair i rotates by position / theta^(2i/D), scaled."""
-    # Not theta ** -x: its rounding differs, and at position 4,000 shows in the fifth digit of the logits.
-    exponents = torch.arange(0, args.head_dim, 2, device=positions.device).float() / args.head_dim
-    frequencies = scale_rope_frequencies(1.0 / args.rope_theta**exponents, args.rope_scaling)  # (D/2,)
-    angles = positions[:, None, None].float() * frequencies
+    frequencies = unscaled_rope_frequencies(args.head_dim, args.rope_theta, positions.device)
+    angles = positions[:, None, None].float() * scale_rope_frequencies(frequencies, args.rope_scaling)  # (N, 1, D/2)
     return torch.complex(angles.cos(), angles.sin())
+
+
+def unscaled_rope_frequencies(head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
+    """theta^(-2i/D) of each pair i, float32 (D/2,)."""
+    exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    return 1.0 / theta**exponents  # theta**-exponents rounds otherwise: at position 4,000 the logits' fifth digit
 
 
 def scale_rope_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
@@ -81,11 +85,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """What all layers need to know of a batch."""
+    """A batch, and what all layers compute from its positions alike."""
 
     batch: Batch
     cos_sin: Tensor  # of each token's position, see `rope_frequencies`
     groups: Sequence[Group]
+
+    @staticmethod
+    def of(batch: Batch, args: ModelArgs) -> Layout:
+        return Layout(batch, rope_frequencies(batch.positions, args), groups(batch))
 
 
 class KVCache(nn.Module):
@@ -128,7 +136,7 @@ class Attention(nn.Module):
         for tokens, slots, T, S, mask in layout.groups:
             queries = q[tokens].unflatten(0, (-1, T)).transpose(1, 2)  # (B, H, T, D)
             if self.cache is None:
-                seen = kv[tokens].unflatten(0, (-1, T)).transpose(1, 2)
+                seen = kv[tokens].unflatten(0, (-1, T)).transpose(1, 2)  # (B, 2K, T, D)
             else:
                 seen = self.cache.kv[slots, :, :S]  # (B, 2K, S, D)
             keys, values = seen.chunk(2, 1)
@@ -207,7 +215,7 @@ class Transformer(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last layer's output (N, dim) for a packed batch."""
-        layout = Layout(batch, rope_frequencies(batch.positions, self.params), groups(batch))
+        layout = Layout.of(batch, self.params)
         x = self.tok_embeddings(batch.tokens)
         for layer in self.layers:
             x = layer(x, layout)

@@ -93,33 +93,18 @@ def spread_options(
     if unknown := [name for name in options if name not in known]:
         raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
 
-    def each(name: str, default: Any) -> list[Any]:
+    def column(name: str, default: Any = None) -> list[Any]:
         return [default if value is None else value for value in spread(name, options.get(name), B)]
 
     drawn = torch.randint(2**63 - 1, (B,), generator=generator, device="cpu").tolist()
-    columns = {f.name: each(f.name, DEFAULTS.get(f.name, f.default)) for f in fields(SamplingParams)}
-    seeds = zip(spread("seed", options.get("seed"), B), drawn, strict=True)
-    columns["seed"] = [new if seed is None else seed for seed, new in seeds]
-    rows = [
-        Settings(SamplingParams(**dict(zip(columns, settings, strict=True))), *rest)
-        for *settings, rest in zip(
-            *columns.values(),
-            zip(
-                several("stop", options.get("stop"), B, str),
-                several("stop_token_ids", options.get("stop_token_ids"), B, int),
-                each("max_gen_len", most),
-                each("min_gen_len", 0),
-                each("prompt_lookup", 0),
-                map(
-                    to_grammar,
-                    spread("json_schema", options.get("json_schema"), B),
-                    spread("regex", options.get("regex"), B),
-                ),
-                strict=True,
-            ),
-            strict=True,
-        )
-    ]
+    columns = {f.name: column(f.name, DEFAULTS.get(f.name, f.default)) for f in fields(SamplingParams)}
+    columns["seed"] = [new if seed is None else seed for seed, new in zip(column("seed"), drawn, strict=True)]
+    sampling = [SamplingParams(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    stops = several("stop", options.get("stop"), B, str)
+    stop_ids = several("stop_token_ids", options.get("stop_token_ids"), B, int)
+    counts = column("max_gen_len", most), column("min_gen_len", 0), column("prompt_lookup", 0)
+    grammars = map(to_grammar, column("json_schema"), column("regex"))
+    rows = [Settings(*row) for row in zip(sampling, stops, stop_ids, *counts, grammars, strict=True)]
     for row in rows:
         if wrong := [id for id in (*row.sampling.logit_bias, *row.stop_ids) if not 0 <= id < vocab_size]:
             raise ValueError(f"logit_bias or stop_token_ids has the id {wrong[0]}; ids go from 0 to {vocab_size - 1}")
@@ -129,8 +114,8 @@ def spread_options(
             raise ValueError(f"logit_bias and min_gen_len leave none of {vocab_size} ids to choose from")
         if "" in row.stop:
             raise ValueError("stop has an empty string, which would end every text at once")
-        counts = {"max_gen_len": row.max_new, "min_gen_len": row.min_new, "prompt_lookup": row.lookup}
-        for name, value in counts.items():
+        whole = {"max_gen_len": row.max_new, "min_gen_len": row.min_new, "prompt_lookup": row.lookup}
+        for name, value in whole.items():
             if type(value) is not int or value < 0:
                 raise ValueError(f"{name} is {shorten(value)}; it must be an int of at least 0")
     return rows

@@ -1,4 +1,4 @@
-"""Parts of published tokenizers, as tokenizer.json has them: pre-tokenization, and BOS before a text."""
+"""Parts of published tokenizers, as tokenizer.json has them: pre-tokenization, added tokens, and BOS before a text."""
 
 from typing import Any
 
@@ -32,6 +32,11 @@ PRE_TOKENIZERS = {
     "starcoder": [DIGITS, GPT2],
     "refact": [DIGITS, GPT2],
 }
+
+
+def added_token(id: int, content: str, special: bool = True) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id, "content": content, **flags, "special": special}
 
 
 def post_processor(bos: str, id: int) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class InputProcessor:
         every = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, **options}
         limits = self.params.vocab_size, self.tokenizer.eos_ids, self.params.max_seq_len
         found = spread_options(B, *limits, self.generator, every)
-        for grammar in {own.grammar for own in found if own.grammar}:
+        for grammar in {row.grammar for row in found if row.grammar}:
             self.grammars.compile(grammar, chat)
         return found
 
@@ -87,18 +87,26 @@ class InputProcessor:
         chat: bool = False,
         top_logprobs: int = 0,
     ) -> list[Request]:
-        """What the engine is asked. A text continues its prompt's; an answer of a chat is one of its own."""
+        """A request for each prompt. A text continues its prompt's; an answer of a chat is one of its own."""
         requests = []
-        for prompt, own in zip(prompts, settings, strict=True):
-            text = Text(self.tokenizer, own.stop, own.min_new, () if echo or chat else prompt)
+        for prompt, row in zip(prompts, settings, strict=True):
+            text = Text(self.tokenizer, row.stop, row.min_new, () if echo or chat else prompt)
             if echo:
                 text.preface(prompt)
-            limit = min(self.params.max_seq_len, len(prompt) + own.max_new)
-            matcher = self.grammars.matcher(own.grammar, chat) if own.grammar else None
-            lookup = 0 if matcher else own.lookup
-            ends, end = (self.tokenizer.eos_ids, own.stop_ids), (own.min_new, lookup)
+            matcher = self.grammars.matcher(row.grammar, chat) if row.grammar else None
             request = Request(
-                prompt, limit, own.sampling, *ends, *end, logprobs, top_logprobs, text, matcher, echo=echo
+                prompt,
+                limit=min(self.params.max_seq_len, len(prompt) + row.max_new),
+                sampling=row.sampling,
+                eos_ids=self.tokenizer.eos_ids,
+                stop_ids=row.stop_ids,
+                min_new=row.min_new,
+                lookup=0 if matcher else row.lookup,
+                logprobs=logprobs,
+                top_logprobs=top_logprobs,
+                text=text,
+                matcher=matcher,
+                echo=echo,
             )
             if echo and logprobs:
                 request.observe = scores = Scores(prompt, top=top_logprobs)

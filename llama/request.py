@@ -1,4 +1,4 @@
-"""What is asked of an engine, what it answers, and the sampling of a pass."""
+"""Requests to an engine, the events that answer them, and the sampling of a pass."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ class Event(NamedTuple):
     row: int  # the number of its prompt
     text: str = ""  # final: tokens that may be part of a character or of a stop string are held back
     tokens: list[int] = []  # noqa: RUF012 - never changed
-    logprobs: list[float] = []  # noqa: RUF012 - of each token, if asked for
+    logprobs: list[float] = []  # noqa: RUF012 - of each token, if the request has `logprobs`
     finish_reason: str | None = None  # "eos", "stop", "length" or "refused": once, at the end
-    # Of each token that is generated, if asked for: the most probable ids in its place, with their log probabilities.
+    # With `top_logprobs`, of each generated token: the most probable ids at its position, and their log probabilities.
     top_logprobs: list[list[tuple[int, float]]] = []  # noqa: RUF012
 
 
-# Hidden states (n, dim) of neighbouring tokens of a prompt, the position of the first, and how to make logits of them;
-# whether all was finite.
+# Arguments: hidden states (n, dim) of neighbouring tokens of a prompt, the position of the first, and a function from
+# hidden states to logits. Returns whether all values were finite.
 Observe = Callable[[Tensor, int, Callable[[Tensor], Tensor]], bool]
 
 
 @dataclass(eq=False)
 class Request:
-    """What is to be generated behind a prompt, and how far it is."""
+    """A prompt, how to continue it, and its state while it runs."""
 
     prompt: Sequence[int]  # at least one token
     limit: int  # of prompt and answer together, at most max_seq_len
@@ -65,11 +65,11 @@ class Request:
     min_new: int = 0  # the least number of new tokens: neither EOS nor stop_ids before
     lookup: int = 0  # draft tokens, from the text so far, that are tried with each step
     logprobs: bool = False  # of the tokens that are generated
-    top_logprobs: int = 0  # and, with `logprobs`, of so many of the most probable in the place of each
+    top_logprobs: int = 0  # with `logprobs`, also of this many most probable tokens at each position
     text: TextStream | None = None
     matcher: TokenMatcher | None = None  # without drafts
     observe: Observe | None = None  # is given the hidden states of the prompt from position `first` on
-    first: int | None = None  # what lies before need not be computed if a slot holds it; None: all but the last token
+    first: int | None = None  # positions before this one are reused from a slot that holds them; None: the last token
     echo: bool = False  # the first event begins with the prompt
     prompt_logprobs: Sequence[float] = ()  # of its tokens behind the first, for an echo; `observe` adds them
 
@@ -108,10 +108,10 @@ class Request:
             self.finish = "length"
         return True
 
-    def emit(self, tokens: Sequence[int] = (), chances: Sequence[Sequence[float]] = ()) -> Event:
-        """Tell whoever reads `outputs` of new tokens, with what `sampling.top_logprobs` has of each, and of the end."""
-        logprobs, k = [row[0] for row in chances], self.top_logprobs
-        best = [[*zip(map(int, row[len(row) // 2 + 1 :]), row[1 : k + 1], strict=False)] for row in chances if k]
+    def emit(self, tokens: Sequence[int] = (), top_logprobs: Sequence[Sequence[float]] = ()) -> Event:
+        """Add an event to `outputs`: new tokens, for each a row of `sampling.top_logprobs`, and the end, if it is."""
+        logprobs, k = [row[0] for row in top_logprobs], self.top_logprobs
+        best = [[*zip(map(int, row[len(row) // 2 + 1 :]), row[1 : k + 1], strict=False)] for row in top_logprobs if k]
         if self.echo:
             tokens = [*self.prompt, *tokens]
             logprobs = [0.0, *self.prompt_logprobs, *logprobs] if self.logprobs else []
@@ -131,6 +131,11 @@ class Row(NamedTuple):
     samples: int = 0  # the number of its last positions whose logits are sampled
 
     @property
+    def end(self) -> int:
+        """The position behind its last token."""
+        return self.start + self.length
+
+    @property
     def of_prompt(self) -> bool:
         """Whether it holds tokens of the prompt."""
         return self.start < len(self.request.prompt)
@@ -138,7 +143,7 @@ class Row(NamedTuple):
     @property
     def answered(self) -> int:
         """Tokens of the answer before the first that is sampled."""
-        return self.start + self.length - self.samples + 1 - len(self.request.prompt)
+        return self.end - self.samples + 1 - len(self.request.prompt)
 
 
 def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
@@ -168,18 +173,14 @@ def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
 def forbid(logits: Tensor, requests: Sequence[Request], which: Sequence[int]) -> Tensor:
     """Logits (B, V) without the tokens that matchers exclude, and without the ends of requests whose `which[b]`-th new
     token comes too early for one."""
+    early: list[tuple[int, int]] = []
     for i, request in enumerate(requests):
+        ends = (*request.eos_ids, *request.stop_ids) if which[i] < request.min_new else ()
         if request.matcher:
-            ends = (*request.eos_ids, *request.stop_ids) if which[i] < request.min_new else ()
             excluded = ~request.matcher.mask(ends).to(logits.device, non_blocking=True)
             logits = logits.index_put((torch.tensor(i),), logits[i].masked_fill(excluded, -math.inf))
-    early = [
-        (i, id)
-        for i, request in enumerate(requests)
-        if which[i] < request.min_new and not request.matcher
-        for id in (*request.eos_ids, *request.stop_ids)
-        if id >= 0
-    ]
+        else:
+            early += [(i, id) for id in ends if id >= 0]
     if not early:
         return logits
     return logits.index_put(tuple(torch.tensor(early, device=logits.device).t()), logits.new_tensor(-math.inf))

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LARGEST = 1e30  # what numbers may be, so that products of them remain finite in single precision
-FEW = 512  # candidates that are considered before a whole vocabulary is sorted
+LARGEST = 1e30  # of a setting, so that products remain finite in single precision
+FEW = 512  # most probable tokens, which are tried before a whole vocabulary is sorted
 BUCKETS, PER_LOGIT = 4096, 64  # of `nucleus`: a bucket is 1/64 of a logit wide
 
 
@@ -27,9 +27,8 @@ class SamplingParams:
     top_p: float = 1.0  # nucleus: the fewest top tokens with this probability in all (Holtzman et al. 2019)
     top_k: int = 0  # only the k most probable tokens; 0: all
     min_p: float = 0.0  # tokens with at least this fraction of the top probability (Nguyen et al. 2024)
-    repetition_penalty: float = (
-        1.0  # of tokens in prompt or answer: logit / penalty, * if negative (Keskar et al. 2019)
-    )
+    # Of tokens in prompt or answer: logit / penalty, or logit * penalty where it is negative (Keskar et al. 2019).
+    repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0  # subtracted from a token's logit for each time that the answer has it
     presence_penalty: float = 0.0  # subtracted from the logit of every token that the answer has
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these ids
@@ -145,12 +144,12 @@ class Rows(NamedTuple):
     """Settings of the rows of logits, as tensors."""
 
     params: Sequence[SamplingParams]
-    greedy: bool  # all of them
-    excluding: Sequence[bool]  # whether each excludes some tokens
-    hot: Tensor  # (B,), where a token is sampled
+    greedy: bool  # whether all of them take the argmax
+    excluding: Sequence[bool]  # whether top_k, top_p or min_p exclude tokens of each
+    sampled: Tensor  # (B,), false where the argmax is taken
     temperature: Tensor  # (B, 1)
-    filtered: Tensor  # (B,), `excluding`
-    by_top_p: Tensor  # (B,), by top_p alone
+    filtered: Tensor  # (B,), `excluding` on the device
+    by_top_p: Tensor  # (B,), where top_p alone excludes tokens
     filters: Sequence[Tensor]  # top_k, top_p, min_p, each (B, 1)
     penalties: Tensor | None  # (3, B, 1)
     bias: Tensor | None  # (B, V)
@@ -166,9 +165,9 @@ class Sampler:
         self.params = [SamplingParams()] * slots
         self.generators = [torch.Generator() for _ in range(slots)]
         self.random: list[list[float]] = [[] for _ in range(slots)]
-        # Of each slot, allocated when penalties are first asked for: tokens of the prompt, and counts of the answer's.
+        # (slots, V), allocated for the first request with penalties: tokens of the prompt, and counts of the answer's.
         self.prompt, self.counts = torch.empty(0), torch.empty(0)
-        self.rows: dict[tuple[int, ...], Rows] = {}  # of the last slots
+        self.rows: dict[tuple[int, ...], Rows] = {}  # of recent passes, by their slots
 
     def admit(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
         """A new request takes a slot."""
@@ -193,18 +192,18 @@ class Sampler:
         if rows.greedy:
             return best
         probs, u = softmax(logits, rows.temperature), self.uniform(slots, which)
-        # A random number means one token in a vocabulary that is sorted and another in one that is not, so what a row
-        # gets must not depend on what the others need.
+        # A random number chooses one token of a sorted vocabulary and another of one that is not. Which of them a row
+        # gets depends on its own settings alone.
         chosen = best
         if not all(rows.excluding):
-            chosen = torch.where(rows.hot & ~rows.filtered, sample(probs, u), chosen)
+            chosen = torch.where(rows.sampled & ~rows.filtered, sample(probs, u), chosen)
         if any(rows.excluding):
             ids, wide = self.candidates(logits, probs, rows)
-            few = filter_top_k_top_p(probs.gather(-1, ids), *rows.filters)
-            drawn = ids.gather(-1, sample(few, u)[:, None])[:, 0]
+            kept = filter_top_k_top_p(probs.gather(-1, ids), *rows.filters)
+            tokens = ids.gather(-1, sample(kept, u)[:, None])[:, 0]
             for b in wide:
-                drawn[b] = nucleus(logits[b], probs[b], rows.params[b].top_p, u[b])
-            chosen = torch.where(rows.hot & rows.filtered, drawn, chosen)
+                tokens[b] = nucleus(logits[b], probs[b], rows.params[b].top_p, u[b])
+            chosen = torch.where(rows.sampled & rows.filtered, tokens, chosen)
         return chosen
 
     def tabulate(self, slots: tuple[int, ...]) -> Rows:
@@ -241,10 +240,10 @@ class Sampler:
         return self.rows[slots]
 
     def candidates(self, logits: Tensor, probs: Tensor, rows: Rows) -> tuple[Tensor, list[int]]:
-        """Ids (B, M) by falling logits, of which high temperatures make equal probabilities; equals in the order of
-        their ids. M is large enough for the settings of every row except those in the list, which `nucleus` samples."""
+        """Ids (B, M) in descending order of logits, as high temperatures round different logits to equal probabilities;
+        ties in the order of ids. M suffices for the settings of all rows but those in the list, for `nucleus`."""
         V, M = logits.shape[-1], max(FEW, 64 + max(row.top_k for row in rows.params))
-        if V <= FEW or logits.device.type == "cuda":  # to ask there what is enough would wait for it
+        if V <= FEW or logits.device.type == "cuda":  # where comparing with what suffices would wait for the GPU
             return logits.sort(dim=-1, descending=True, stable=True).indices, []
         top_k, top_p, min_p = rows.filters
         few, ids = logits.topk(min(M, V))

@@ -1,4 +1,4 @@
-"""Text and JSON files, and what was saved in place of an expected file."""
+"""Text and JSON files, what was saved in place of an expected file, and locks of files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # Beginnings (patterns) of files that were saved in place of the expected one: what such a file is, and what to do.
 MISTAKEN = {
@@ -36,6 +36,19 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not text in UTF-8: {error}") from error
 
 
+def read_json_lines(path: Path) -> list[tuple[str, Any]]:
+    """The value of each line of JSON that is not blank, with its place for error messages, as "FILE, line 3".
+    ValueError names the place of a line that is not JSON."""
+    found = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                found.append((f"{path}, line {number}", json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return found
+
+
 def read_json(path: Path, kind: type = dict) -> Any:
     """The JSON object in a file, or with `kind` list a list. ValueError names a file that holds none."""
     try:
@@ -48,3 +61,17 @@ def read_json(path: Path, kind: type = dict) -> Any:
         wanted = "an object of keys and values" if kind is dict else "a list"
         raise ValueError(f"{path} holds {type(content).__name__} and not {wanted}")
     return content
+
+
+def lock(file: IO[Any], wait: bool = False) -> bool:
+    """Lock an open file until it is closed or this process ends, however it does. False if another process has locked
+    it, unless this one is to `wait`; always true on Windows, which has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except BlockingIOError:
+        return False

@@ -135,7 +135,7 @@ class TiktokenVocabulary:
                     ranks[base64.b64decode(token, validate=True)] = int(rank)
             except (ValueError, binascii.Error) as error:
                 raise ValueError(f"{path}: line {number + 1} is not a token in base64 and its rank") from error
-        if sorted(ranks.values()) != [*range(len(ranks))] or any(bytes([i]) not in ranks for i in range(256)):
+        if not are_complete(ranks):
             raise ValueError(
                 f"{path} must have every byte, and every rank from 0 to {len(ranks) - 1} once; download it again"
             )
@@ -196,8 +196,12 @@ def llama3_ranks(content: Mapping[str, Any], vocab: Mapping[str, int]) -> dict[b
     if content.get("normalizer") or not content["model"].get("ignore_merges") or not {*"".join(vocab)} <= {*bytes_of}:
         return None
     ranks = {bytes(map(bytes_of.__getitem__, text)): id for text, id in vocab.items()}
-    whole = sorted(ranks.values()) == [*range(len(ranks))] and all(bytes([i]) in ranks for i in range(256))
-    return ranks if whole else None
+    return ranks if are_complete(ranks) else None
+
+
+def are_complete(ranks: Mapping[bytes, int]) -> bool:
+    """Whether every byte has a rank, and every rank from 0 on occurs once."""
+    return sorted(ranks.values()) == [*range(len(ranks))] and all(bytes([i]) in ranks for i in range(256))
 
 
 class TokenizersVocabulary:

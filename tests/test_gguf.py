@@ -285,6 +285,17 @@ def test_linear_scaling_is_the_usual_one(tmp_path, llama2, changes):
     assert build(llama2).model.params.rope_scaling is None
 
 
+def test_scaling_is_written_in_float32_whatever_the_default_dtype(tmp_path):
+    """Under float64 the divisors of the frequencies were written in it, and read as other numbers."""
+    save_random(tmp_path / "meta", {**GQA, "rope_theta": 500000.0, "rope_scaling": {"factor": 8.0}})
+    torch.set_default_dtype(torch.float64)
+    try:
+        convert(tmp_path / "meta", tmp_path / "to", "gguf", 1, None, TOKENIZER)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert Checkpoint(tmp_path / "to" / "model.gguf").params["rope_scaling"]["factor"] == 8
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

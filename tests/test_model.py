@@ -5,8 +5,7 @@ import torch
 from small import GQA, PUBLISHED, ROOT, SHAPES, hugging_face, random_model, relative_error, save_random
 
 from llama import Llama, ModelArgs, Transformer
-from llama.batch import Batch, check, groups
-from llama.batch import Sequence as Span
+from llama.batch import Batch, Span, check, groups
 
 TOKENS = torch.tensor([[5, 17, 99, 3, 64, 64, 127, 0, 1, 2, 30, 31], [7, 7, 7, 8, 9, 100, 101, 102, 103, 104, 105, 6]])
 

@@ -6,8 +6,7 @@ from small import GQA, MODELS, SHAPES, needs_cpp, random_model, relative_error
 
 from llama import Llama, ModelArgs, Transformer, backends, parallel
 from llama.backends import choose, cpu, quantized
-from llama.batch import Batch
-from llama.batch import Sequence as Span
+from llama.batch import Batch, Span
 from llama.cli import measure as bench
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -72,7 +71,7 @@ KINDS = [
 @pytest.mark.parametrize(("quantize", "dtype", "bound"), KINDS, ids=str)
 def test_native_is_plain(quantize, dtype, bound, sequences, tokens, monkeypatch):
     monkeypatch.setattr(cpu, "PASS", tokens)
-    monkeypatch.setattr(cpu, "MATRIX_UNITS", {})
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda dtype: False)
     model = loaded(WIDE, quantize, dtype)
     for name, weight in model.named_parameters():
         weight.mul_(torch.rand_like(weight) + 0.5 if "norm" in name else 5)

@@ -150,9 +150,9 @@ def test_perplexity_of_lines_of_json(tmp_path):
     size = sum(len(text.encode()) for text in texts)
     assert in_process(command, *flags).stdout.endswith(f"; {nats / math.log(2) / size:.4f} bits per byte\n")
     for line, message in {
-        "[1]": "line 2 is not",
-        '{"text": 5}': 'the "text" of line 2 is 5',
-        "{": "line 2 is not",
+        "[1]": "line 2 is [1], which is not",
+        '{"text": 5}': "line 2 is {'text': 5}, which is not",
+        "{": "line 2 is not JSON",
     }.items():
         file.write_text(f'{{"text": "a"}}\n{line}\n')
         assert message in in_process(command, *flags).stderr

@@ -119,7 +119,7 @@ def choose(model: Transformer, compile: bool = False) -> Backend:
         if device == "cuda":
             from . import cuda
 
-            return cuda.backend(model)
+            return cuda.Cuda(model)
         if device == "cpu" and compile:
             from . import cpu
 

@@ -16,8 +16,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..args import ModelArgs
-from ..batch import Batch, check
-from ..batch import Sequence as Span
-from ..devices import cpu_has
+from ..batch import Batch, Span, check
+from ..devices import has_matrix_units
 from ..model import Transformer, rope_frequencies
 from ..parallel import all_gather, all_reduce, world_size
+from ..textfile import lock
 from . import Backend
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.cpp")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
 FLAGS = ["-std=c++17", "-O3", "-pthread", "-fPIC", "-shared"]
-# What a pass makes of so many tokens stays in the last-level cache.
-PASS = 512
-# oneDNN has instructions for whole matrices of 16 bits, which many tokens fill: there the model itself is faster.
-MATRIX_UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16",)}
-FEW = 16  # tokens of a pass that are no such matrix
+PASS = 512  # tokens of a pass, whose activations stay in the last-level cache
+FEW = 16  # tokens of a pass up to which this backend is faster than oneDNN with instructions for whole matrices
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,21 +108,11 @@ def cached() -> Path:
         return made
     try:
         made.parent.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(made.parent / "lock"):
+        with (made.parent / "lock").open("wb") as file:
+            lock(file, wait=True)  # of several processes one compiles
             return made if whole(made) else compiled(parts, made)
     except OSError:  # a home that cannot be written to
         return compiled(parts, Path(tempfile.mkdtemp(prefix="llama-")) / name)
-
-
-@contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Of several processes one compiles, where files can be locked."""
-    with path.open("wb") as lock:
-        with suppress(ImportError):
-            import fcntl  # which Windows lacks
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def compiled(parts: Sequence[str], made: Path) -> Path:
@@ -272,7 +259,7 @@ class Native:
             *(p.norm_eps, self.embeddings.data_ptr(), self.floats(cos_sin), self.floats(weight), output, layers),
         )
         sample: Any = (blocks[0].feed_forward.w2 if p.n_labels else model.output).weight  # a score head stays in floats
-        matrix = isinstance(sample, Tensor) and cpu_has(*MATRIX_UNITS.get(weight.dtype, ()))
+        matrix = isinstance(sample, Tensor) and has_matrix_units(weight.dtype)
         self.most = FEW if matrix else getattr(sample, "native_rows", 2**63)
 
     def floats(self, tensor: Tensor) -> int:

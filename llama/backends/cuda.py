@@ -32,10 +32,6 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 FEW = {16: 16, 8: kernels.MOST, 4: kernels.MOST}
 
 
-def backend(model: Transformer) -> Cuda:
-    return Cuda(model)
-
-
 class Layer(NamedTuple):
     attention_norm: Tensor
     qkv: Matrix  # wq, wk and wv, one below the other

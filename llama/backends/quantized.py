@@ -196,11 +196,16 @@ def unpack(q: Tensor) -> Tensor:
 
 def dequantize(weight: Quantized) -> Tensor:
     """The matrix (out, in) in float32."""
-    q, scale, least = weight
-    whole = q if weight.bits == 8 else unpack(q) if least is not None else unpack(q).to(torch.int8) - 8
-    return values(
-        whole.unflatten(1, (scale.shape[1], -1)), scale[..., None], None if least is None else least[..., None]
-    ).flatten(1)
+    q, scale = in_bytes(weight).unflatten(1, (weight.scale.shape[1], -1)), weight.scale[..., None]
+    return values(q, scale, None if weight.min is None else weight.min[..., None]).flatten(1)
+
+
+def in_bytes(weight: Quantized) -> Tensor:
+    """q (out, in) in int8, whatever its bits."""
+    if weight.bits == 8:
+        return weight.q
+    q = unpack(weight.q).to(torch.int8)
+    return q - 8 if weight.min is None else q
 
 
 def stack(weights: Sequence[Quantized]) -> Quantized:
@@ -215,15 +220,13 @@ def stack(weights: Sequence[Quantized]) -> Quantized:
 
 def in_8_bits(weight: Quantized, groups: int) -> Quantized:
     """The same matrix with q of 8 bits, in more groups of columns, with a minimum."""
-    q, scale, least = weight
-    if weight.bits == 4:
-        q = unpack(q).to(torch.int8) - (8 if least is None else 0)
-    least = torch.zeros_like(scale) if least is None else least
-    return Quantized(q, *(part.repeat_interleave(groups // scale.shape[1], 1) for part in (scale, least)))
+    scale, times = weight.scale, groups // weight.scale.shape[1]
+    least = torch.zeros_like(scale) if weight.min is None else weight.min
+    return Quantized(in_bytes(weight), scale.repeat_interleave(times, 1), least.repeat_interleave(times, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Products
+# Matmuls
 
 
 class Kernel(Protocol):
@@ -237,8 +240,8 @@ class Kernel(Protocol):
 
 
 def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Kernel:
-    """The fastest product that this device has for a matrix; `native` allows what takes a C++ compiler."""
-    rows = weight.bits == 8 and weight.scale.shape[1] == 1 and weight.min is None
+    """The fastest matmul that this device has for a matrix; `native` allows what takes a C++ compiler."""
+    by_row = weight.bits == 8 and weight.scale.shape[1] == 1 and weight.min is None
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         return Cuda(weight, device)
     if device.type == "cpu" and native and weight.shape[1] % 16 == 0:
@@ -246,7 +249,7 @@ def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Ker
             from . import cpu
 
             if cpu.library() is not None:
-                return (Tiles if cpu_has("amx_int8") and rows and weight.shape[0] % 64 == 0 else Packed)(weight)
+                return (Tiles if cpu_has("amx_int8") and by_row and weight.shape[0] % 64 == 0 else Packed)(weight)
     return Dequantized(weight, device)
 
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from ..args import ModelArgs
 from ..backends.quantized import Quantized, Scheme, assign, dequantize, numbers, quantize, search, stack, values
-from ..batch import Batch, groups
-from ..model import Layout, TransformerBlock, rope_frequencies
+from ..batch import Batch
+from ..model import Layout, TransformerBlock
 from ..parallel import init_model_parallel
-from .load import Weights
-from .plan import shapes, shard_dim
+from .load import Weights, read_whole
+from .plan import shapes
 
 WINDOW = 256  # tokens of a text that attend to each other
 LEAST, MOST = 1024, 16384  # tokens of a text: fewer are too small a sample of a matrix's inputs; more are ignored
@@ -52,7 +52,7 @@ def calibrated(
     """The name of each matrix, and the matrix rounded, from the first layer's on, by a text of `windows`.
     FloatingPointError names a matrix whose inputs are not finite."""
     init_model_parallel(1)
-    layouts = [layout(part, args) for part in text.to(device).split(TOGETHER)]
+    layouts = [Layout.of(Batch.rows(part, 0, args), args) for part in text.to(device).split(TOGETHER)]
     table = read(weights, "tok_embeddings.weight", args)
     x = [F.embedding(one.batch.tokens.cpu(), table).to(device) for one in layouts]
     for i in range(args.n_layers):
@@ -70,14 +70,8 @@ def calibrated(
     yield "output.weight", gptq(read(weights, "output.weight", args), hessian, scheme.of("output.weight") or scheme)
 
 
-def layout(tokens: Tensor, args: ModelArgs) -> Layout:
-    batch = Batch.rows(tokens, 0, args)
-    return Layout(batch, rope_frequencies(batch.positions, args), groups(batch))
-
-
 def read(weights: Weights, name: str, args: ModelArgs) -> Tensor:
-    shape = shapes(args)[name]
-    return weights.read(name, shape, 0, shape[shard_dim(name) or 0], torch.float32)
+    return read_whole(weights, name, shapes(args)[name], torch.float32)
 
 
 def through(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..args import ModelArgs
 from ..backends.quantized import Scheme
 from ..chat_template import template_of
+from ..devices import dtype_name
 from ..tokenizer import Tokenizer
 from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary, Vocabulary
 from . import gguf_write, hf
@@ -27,14 +28,14 @@ from .bpe_tokenizer import byte_pair_files, has_usual_names, ranks_file
 from .calibrate import calibrated, windows
 from .folder import Checkpoint
 from .hf_tokenizer import tokenizer_files
-from .load import Weights, read_quantized
+from .load import Weights, read_quantized, read_whole
 from .lora import with_lora
 from .paths import find_tokenizer
-from .plan import shapes, shard_dim
-from .write import LOCK, blank_file, check_new, nbytes, new_folder, write_checklist, write_file, write_json, writing
+from .plan import check_divides, shapes, shard_dim, slice_shape
+from .write import LOCK, blank_file, check_new, new_folder, shards_of, write_checklist, write_file, write_json, writing
 
 HF_FILE = 2 * 10**9  # bytes of one model-0000n-of-0000m.safetensors, which are in memory together
-Stored = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # names of tensors, their shapes and dtypes
+Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]  # names of tensors, their shapes and dtypes
 
 
 class Job(NamedTuple):
@@ -57,17 +58,17 @@ class Job(NamedTuple):
         source = self.checkpoint
         return hf.score_head(source.labels(), source.pad_id(self.args.vocab_size)) if self.args.n_labels else {}
 
-    def stored(self) -> dict[str, Stored]:
-        """The tensors that each weight is stored as in Meta's layout."""
-        return {
-            name: own.stored(name, shape) if (own := self.of(name)) else {name: (shape, self.dtype)}
-            for name, shape in shapes(self.args).items()
-        }
+    def stored(self) -> Stored:
+        """The tensors in Meta's layout."""
+        found: Stored = {}
+        for name, shape in shapes(self.args).items():
+            own = self.of(name)
+            found |= own.stored(name, shape) if own else {name: (shape, self.dtype)}
+        return found
 
     def size(self) -> int:
         """The bytes of all of these."""
-        entries = (entry for found in self.stored().values() for entry in found.values())
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in entries)
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.stored().values())
 
 
 def convert(
@@ -117,7 +118,8 @@ def convert(
 def check_target(job: Job, to: str, mp: int, text: object) -> None:
     """ValueError for what a layout has no place for."""
     if to == "meta":
-        check_divides({key: entry for found in job.stored().values() for key, entry in found.items()}, mp)
+        for key, (shape, _) in job.stored().items():
+            check_divides(key, shape, mp)
         return
     if mp != 1:
         raise ValueError(f"mp is {mp}; it is the number of shards of meta, and means nothing for {to}")
@@ -197,14 +199,6 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"tokenizer_class": "PreTrainedTokenizerFast", **roles, **flags}
 
 
-def check_divides(stored: Stored, mp: int) -> None:
-    """ValueError names a tensor that cannot be divided into `mp` shards."""
-    for name, (shape, _) in stored.items():
-        dim = shard_dim(name)
-        if type(mp) is not int or mp < 1 or (dim is not None and shape[dim] % mp):
-            raise ValueError(f"{name} {shape} cannot be divided into mp {mp!r} shards along dimension {dim}")
-
-
 def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     """params.json and `mp` shards."""
     quantization = {"quantization": job.scheme.params()} if job.scheme else {}
@@ -214,27 +208,26 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     write_json(folder, {"params.json": job.checkpoint.params | words | scaled | quantization})
     if head := job.score_head():
         write_json(folder, {"config.json": head})
-    blank = {}
-    for key, (shape, dtype) in ((key, entry) for found in job.stored().values() for key, entry in found.items()):
-        dim = shard_dim(key)  # even slices, also of key-value heads, where there may be more shards than heads
-        blank[key] = torch.empty([n // mp if i == dim else n for i, n in enumerate(shape)], dtype=dtype)
+    # Even slices, also of key-value heads, where there may be more shards than heads.
+    blank = {
+        key: torch.empty(slice_shape(key, shape, 0, shape[shard_dim(key) or 0] // mp), dtype=dtype)
+        for key, (shape, dtype) in job.stored().items()
+    }
     if job.args.tie_word_embeddings and mp == 1 and not job.scheme:
         blank["output.weight"] = blank["tok_embeddings.weight"]  # one storage, as in Meta's files
     files = [blank_file(blank, folder / f"consolidated.{rank:02d}.pth") for rank in range(mp)]
     for key, tensor in tensors(job):
-        dim = shard_dim(key)
-        for file, part in zip(files, [tensor] * mp if dim is None else tensor.chunk(mp, dim), strict=True):
+        for file, part in zip(files, shards_of(key, tensor, mp), strict=True):
             file[key].copy_(part)
         bar.update(tensor.nbytes)
 
 
 def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     """Names of the tensors that are stored in Meta's layout, and each whole."""
-    stored, whole = job.stored(), shapes(job.args)
-    sizes = {name: shape[shard_dim(name) or 0] for name, shape in whole.items()}
+    whole = shapes(job.args)
     matrices = {name: own for name in whole if (own := job.of(name))}
     for name in (name for name in whole if name not in matrices):
-        yield name, job.weights.read(name, whole[name], 0, sizes[name], job.dtype)
+        yield name, read_whole(job.weights, name, whole[name], job.dtype)
     if not job.scheme:
         return
     if job.text is not None:
@@ -242,9 +235,11 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
         rounded = calibrated(job.weights, job.args, job.scheme, job.text, device)
     else:
         read = partial(read_quantized, job.weights, search=job.search)
+        sizes = {name: whole[name][shard_dim(name) or 0] for name in matrices}
         rounded = ((name, read(name, whole[name], 0, sizes[name], scheme)) for name, scheme in matrices.items())
     for name, matrix in rounded:
-        yield from zip(stored[name], (part for part in matrix if part is not None), strict=True)
+        keys = matrices[name].stored(name, whole[name])
+        yield from zip(keys, (part for part in matrix if part is not None), strict=True)
 
 
 def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int] = (2,)) -> None:
@@ -259,16 +254,15 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
         tensors: dict[str, Tensor] = {}
         for name in group:
-            tensor = job.weights.read(name, whole[name], 0, whole[name][shard_dim(name) or 0], job.dtype)
+            tensor = read_whole(job.weights, name, whole[name], job.dtype)
             if hf.is_permuted(name):
                 tensor = hf.to_halves(tensor, job.args.head_dim).contiguous()
             tensors[names[name]] = tensor
             bar.update(tensor.nbytes)
-        with writing(folder / file, nbytes(tensors)) as new:
+        with writing(folder / file, sum(sizes[name] for name in group)) as new:
             save_file(tensors, new, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
-    args, dtype = job.args, str(job.dtype).removeprefix("torch.")
-    config = hf.config(args, dtype, job.checkpoint.positions)
+    config = hf.config(job.args, dtype_name(job.dtype), job.checkpoint.positions)
     ends = [*eos] if len(eos) > 1 else max(eos, default=None)
     ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": ends}
     write_json(folder, {"config.json": config | ids | job.score_head(), "generation_config.json": ids})

@@ -226,10 +226,10 @@ class HuggingFaceFile(File):
         self.dtypes = {name: self.file.dtypes[key] for name, key in self.keys.items()}
         self.offsets = {name: self.file.offsets.get(key, -1) for name, key in self.keys.items()}
 
-    def tie(self, name: str, to: str) -> None:
-        """If this file holds the weight `to`, let `name` refer to it too."""
-        if to in self.keys:
-            self.keys[name] = self.keys[to]
+    def tie(self) -> None:
+        """Let the output matrix be the embeddings, if this file holds them."""
+        if "tok_embeddings.weight" in self.keys:
+            self.keys["output.weight"] = self.keys["tok_embeddings.weight"]
             self._describe()
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:

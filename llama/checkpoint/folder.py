@@ -24,7 +24,7 @@ from .gguf import GgufFile
 from .load import read_parts
 from .meta import read_params, read_scheme, shard_paths
 from .paths import NO_CONFIG, advice, listed
-from .plan import shapes, shard_dim, slices
+from .plan import shapes, shard_dim, slice_shape, slices
 
 log = logging.getLogger(__name__)
 Stored = Mapping[str, tuple[tuple[int, ...], set[torch.dtype]]]  # tensors: whole shapes, and the dtypes they may have
@@ -68,15 +68,9 @@ class Checkpoint:
             raise ValueError(f"{source}: {error}") from error
         names = hf.names(self.params["n_layers"], self.params.get("n_labels", 0))
         head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
-        positions = config.get("max_position_embeddings")
-        self.positions = positions if type(positions) is int and positions > 0 else None
         files = [HuggingFaceFile(path, names, head_dim) for path in hf.weight_files(self.folder)]
-        tied = config.get("tie_word_embeddings") and not self.params.get("n_labels")
-        if tied and not any("output.weight" in file.shapes for file in files):
-            for file in files:
-                file.tie("output.weight", "tok_embeddings.weight")
-        self.files = files
-        self.holders = {name: [file] for file in files for name in file.shapes}
+        tied = bool(config.get("tie_word_embeddings")) and not self.params.get("n_labels")
+        self._hold(files, tied, config.get("max_position_embeddings"))
 
     def _open_gguf(self, source: Path) -> None:
         self.layout, self.source = "gguf", source
@@ -88,20 +82,23 @@ class Checkpoint:
         try:
             self.params = gguf.params(keys)
             files = [
-                gguf.GgufFile(path, header, gguf.names(self.params["n_layers"]))
+                GgufFile(path, header, gguf.names(self.params["n_layers"]))
                 for path, header in zip(paths, headers, strict=True)
             ]
             if scaling := gguf.rope_scaling(keys, self.params, gguf.divisors(paths, headers)):
                 self.params["rope_scaling"] = scaling
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        positions = keys.get("llama.context_length")
-        self.positions = positions if type(positions) is int and positions > 0 else None
-        if not any("output.weight" in file.shapes for file in files):
+        self.scheme = gguf.schemes(files)
+        self._hold(files, True, keys.get("llama.context_length"))
+
+    def _hold(self, files: Sequence[HuggingFaceFile | GgufFile], tied: bool, positions: object) -> None:
+        """Files of whole weights. Where no file has the output matrix, it may be `tied` to the embeddings."""
+        if tied and not any("output.weight" in file.shapes for file in files):
             for file in files:
                 file.tie()
-        self.files, self.scheme = files, gguf.schemes(files)
-        self.holders = {name: [file] for file in files for name in file.shapes}
+        self.files, self.holders = files, {name: [file] for file in files for name in file.shapes}
+        self.positions = positions if type(positions) is int and positions > 0 else None
 
     def vocab_size(self) -> int:
         """The number of rows of the output matrix, or with a score head of the embeddings; 0 if the files lack it."""
@@ -139,9 +136,8 @@ class Checkpoint:
         for path in (self.folder / "config.json", self.folder / "generation_config.json"):
             if path.is_file():
                 ids = read_json(path).get("eos_token_id")
-                found |= {
-                    id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int and 0 <= id < n_words
-                }
+                ids = ids if isinstance(ids, list) else [ids]
+                found |= {id for id in ids if type(id) is int and 0 <= id < n_words}
         return found
 
     def labels(self) -> list[str]:
@@ -301,22 +297,15 @@ class Checkpoint:
         return read_parts(self, name, shape, begin, end, own) if own else None
 
     def read(
-        self,
-        name: str,
-        shape: Sequence[int],
-        begin: int,
-        end: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        out: Tensor | None = None,
+        self, name: str, shape: Sequence[int], begin: int, end: int, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
         """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a weight whose whole shape is `shape`.
-        On a CPU, a slice that lies in one file in this dtype stays a view of the file and is not copied; any other is
-        copied to `out`, or to a new tensor."""
+        A slice that lies in one file in this dtype stays a view of the file and is not copied, unless `out` is on a
+        GPU; any other is copied to `out`, or to a new tensor."""
         files, dim = self.holders[name], shard_dim(name)
         if isinstance(file := files[0], GgufFile) and file.is_quantized(name):
-            size = [end - begin if i == dim else n for i, n in enumerate(shape)]
-            out = torch.empty(size, dtype=dtype, device=device) if out is None else out
+            if out is None:
+                out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype)
             return file.dequantized(name, dim or 0, begin, end, out)
         if dim is None:
             parts, dim = [files[0].read(name, 0, begin, end - begin)], 0
@@ -325,13 +314,13 @@ class Checkpoint:
         else:
             plan = slices(shape[dim], len(files), begin, end)
             parts = [files[part.shard].read(name, dim, part.begin, part.length) for part in plan]
-        final = parts[0].dtype == dtype and torch.device(device).type == "cpu"
+        final = parts[0].dtype == dtype and (out is None or out.device.type == "cpu")
         if len(parts) == 1 and final and parts[0].is_contiguous():
             return parts[0]
         lengths = [part.shape[dim] for part in parts]
         if out is None:
             whole = [sum(lengths) if i == dim else size for i, size in enumerate(parts[0].shape)]
-            out = torch.empty(whole, dtype=dtype, device=device)
+            out = torch.empty(whole, dtype=dtype)
         for target, part in zip(out.split(lengths, dim), parts, strict=True):
             target.copy_(part)
         for file in files:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..args import RopeScaling
 from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize
 from ..gguf import Gguf, TensorEntry
-from ..model import scale_rope_frequencies
+from ..model import scale_rope_frequencies, unscaled_rope_frequencies
 from .blocks import CODECS, from_blocks
 from .files import File
 from .hf import ffn_params
@@ -100,18 +100,13 @@ def rope_scaling(keys: Mapping[str, Any], found: Mapping[str, Any], divisors: Te
     if divisors is None:
         return RopeScaling(factor, rope_type="linear")._asdict() if kind == "linear" and factor != 1 else None
     head_dim = found.get("head_dim") or found["dim"] // found["n_heads"]
-    frequencies = rope_frequencies(head_dim, found.get("rope_theta", 10000.0))
+    frequencies = unscaled_rope_frequencies(head_dim, found.get("rope_theta", 10000.0))
     if divisors.shape == frequencies.shape:
         for scaling in (RopeScaling(rounded(divisors.max())), fitted(frequencies, divisors)):
             scaled = scale_rope_frequencies(frequencies, scaling)
             if torch.allclose(frequencies / divisors, scaled, rtol=1e-4, atol=0):
                 return scaling._asdict()
     raise ValueError(f"{DIVISORS} {tuple(divisors.shape)} is no scaling of RoPE as Llama 3 has it")
-
-
-def rope_frequencies(head_dim: int, theta: float) -> Tensor:
-    """RoPE's frequencies (D / 2,) without scaling."""
-    return 1.0 / theta ** (torch.arange(0, head_dim, 2) / head_dim)
 
 
 def fitted(frequencies: Tensor, divisors: Tensor) -> RopeScaling:

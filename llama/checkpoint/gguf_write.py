@@ -15,16 +15,16 @@ from ..args import ModelArgs
 from ..backends.quantized import MATRICES, Scheme, quantize
 from ..gguf import TYPES, BlockType, aligned, header_bytes
 from ..gguf_tokenizer import byte_pair_keys, sentencepiece_keys
-from ..model import scale_rope_frequencies
+from ..model import scale_rope_frequencies, unscaled_rope_frequencies
 from ..tokenizer import Tokenizer
 from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary
 from .blocks import CODECS, to_blocks
 from .bpe_tokenizer import byte_pair_files
-from .gguf import AT_ONCE, DIVISORS, DTYPES, names, rope_frequencies
+from .gguf import AT_ONCE, DIVISORS, DTYPES, names
 from .hf_tokenizer import CHARSMAP, DUMMY_PREFIX, MODEL_TYPE, NAME, REMOVE_SPACES, SUFFIX, TYPE_BPE, Model
-from .load import Weights
+from .load import Weights, read_whole
 from .paths import listed
-from .plan import shapes, shard_dim
+from .plan import shapes
 from .write import writing
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def divisors(args: ModelArgs) -> Tensor | None:
     """The divisors (D / 2,) of RoPE's frequencies by Llama 3's scaling."""
     if args.rope_scaling is None or args.rope_scaling.rope_type != "llama3":
         return None
-    frequencies = rope_frequencies(args.head_dim, args.rope_theta)
+    frequencies = unscaled_rope_frequencies(args.head_dim, args.rope_theta)
     return frequencies / scale_rope_frequencies(frequencies, args.rope_scaling)
 
 
@@ -154,8 +154,7 @@ def parts(weights: Weights, name: str, shape: tuple[int, ...], kind: BlockType, 
     """A weight as it is written, some rows at a time."""
     dtype = DTYPES.get(kind.name, torch.float32)
     read = weights.dtype() if kind.name in CODECS else dtype
-    whole = weights.read(name, shape, 0, shape[shard_dim(name) or 0], read)
-    for rows in whole.split(max(1, AT_ONCE // shape[-1])):
+    for rows in read_whole(weights, name, shape, read).split(max(1, AT_ONCE // shape[-1])):
         if kind.name not in CODECS:
             yield rows
             continue

@@ -10,15 +10,14 @@ import re
 import struct
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from sentencepiece import SentencePieceProcessor
 
-from ..pre_tokenizer import post_processor
+from ..pre_tokenizer import added_token, post_processor
 
 SPACE = "▁"
-FLAGS = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 # Numbers of fields, and values, in sentencepiece_model.proto.
 PIECE, TRAINER, NORMALIZER, DENORMALIZER = 1, 2, 3, 5
 MODEL_TYPE, TYPE_BPE, SUFFIX, BYTE_FALLBACK = 3, 2, 24, 35
@@ -88,7 +87,7 @@ def tokenizer_files(sp: SentencePieceProcessor) -> dict[str, dict[str, Any]]:
     special = [i for i, piece in enumerate(model.pieces) if piece.type in (UNKNOWN, CONTROL)]
     tokenizer = {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": texts[i], **FLAGS} for i in special],
+        "added_tokens": [added_token(i, texts[i]) for i in special],
         "normalizer": {"type": "Sequence", "normalizers": normalizers(sp, model.normalizer)},
         "pre_tokenizer": pre_tokenizer(symbols) if symbols else None,
         "post_processor": post_processor(texts[sp.bos_id()], sp.bos_id()) if sp.bos_id() >= 0 else None,
@@ -299,16 +298,23 @@ def generated(model: Model) -> Iterator[str]:
 
 def check(tokenizer: dict[str, Any], sp: SentencePieceProcessor, model: Model) -> None:
     """ValueError names a text to which tokenizer.json gives other ids than SentencePiece."""
+    special = [token["content"] for token in tokenizer["added_tokens"]]
+    texts = (text for text in generated(model) if not any(name in text for name in special))
+    if problem := difference(tokenizer, texts, sp.encode):
+        refuse(problem)
+
+
+def difference(tokenizer: dict[str, Any], texts: Iterable[str], encode: Callable[[str], list[int]]) -> str | None:
+    """The first of the texts to which tokenizer.json gives other ids than `encode`, as an error message; None if it
+    gives the same, and, with a warning, where the package tokenizers is missing."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        warnings.warn("tokenizer.json is not checked: the package tokenizers is not installed", stacklevel=2)
-        return
+        warnings.warn("tokenizer.json is not compared with the original: pip install tokenizers", stacklevel=2)
+        return None
     theirs = Tokenizer.from_str(json.dumps(tokenizer))
-    special = [token["content"] for token in tokenizer["added_tokens"]]
-    for text in generated(model):
-        if any(name in text for name in special):
-            continue
-        ours, found = sp.encode(text), theirs.encode(text, add_special_tokens=False).ids
+    for text in texts:
+        ours, found = encode(text), theirs.encode(text, add_special_tokens=False).ids
         if ours != found:
-            refuse(f"{text!r} would be {found} instead of {ours}")
+            return f"{text!r} would be {found} instead of {ours}"
+    return None

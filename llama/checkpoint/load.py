@@ -14,7 +14,7 @@ from ..args import ModelArgs
 from ..backends.quantized import Quantization, Quantized, Rows, Scheme, kernel, quantize, stack
 from ..devices import in_threads, trim, zeros
 from ..parallel import gather_objects, rank, replica, world_size
-from .plan import fused_groups, rank_range, shapes, shard_dim
+from .plan import fused_groups, rank_range, shapes, shard_dim, slice_shape
 
 
 class Weights(Protocol):
@@ -25,18 +25,17 @@ class Weights(Protocol):
     def release(self) -> None: ...
 
     def read(
-        self,
-        name: str,
-        shape: Sequence[int],
-        begin: int,
-        end: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        out: Tensor | None = None,
-    ) -> Tensor: ...
+        self, name: str, shape: Sequence[int], begin: int, end: int, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """A slice of a weight in a dtype, on the CPU: written to `out` and returned, or a view of the file."""
 
     def quantized(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Quantized | None:
         """A slice of a matrix that was saved quantized; None for another."""
+
+
+def read_whole(weights: Weights, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A whole weight, on the CPU: a view of its file where that is possible."""
+    return weights.read(name, shape, 0, shape[shard_dim(name) or 0], dtype)
 
 
 def load(
@@ -57,19 +56,17 @@ def load(
     ranges = {name: rank_range(name, whole[name][shard_dim(name) or 0], args, rank(), world_size()) for name in local}
     total = sum(shape.numel() for shape in local.values())
     hidden = None if rank() == replica()[0] == 0 else True  # None: a bar on a terminal only
+    schemes = {name: own for name in local if scheme and (own := scheme.of(name))}
+    groups = fused_groups(local)
+    if scheme:  # the largest first, as a matrix is in memory several times while it is quantized
+        if device.type != "cuda":  # whose kernels take several matrices at once
+            groups = [[name] for name in local]
+        groups.sort(key=lambda names: -local[names[0]].numel())
     with tqdm(desc="loading", total=total, unit="weights", unit_scale=True, disable=hidden, leave=False) as bar:
-        schemes = {name: scheme.of(name) if scheme else None for name in local}
-        groups = fused_groups(local)
-        if scheme:  # the largest first, as a matrix is in memory several times while it is quantized
-            if device.type != "cuda":  # whose kernels take several matrices at once
-                groups = [[name] for name in local]
-            groups.sort(key=lambda names: -local[names[0]].numel())
         for count, names in enumerate(groups):
             rows = [local[name][0] for name in names]
-            rounded = [own for name in names if (own := schemes[name])]
-            if len(rounded) == len(names):
-                by_name = zip(names, rounded, strict=True)
-                parts = [read_quantized(weights, name, whole[name], *ranges[name], own) for name, own in by_name]
+            if all(name in schemes for name in names):
+                parts = [read_quantized(weights, name, whole[name], *ranges[name], schemes[name]) for name in names]
                 matrix = kernel(stack(parts) if len(parts) > 1 else parts[0], device, native)
                 for name, size, end in zip(names, rows, itertools.accumulate(rows), strict=True):
                     layer = model.get_submodule(name.removesuffix(".weight"))
@@ -84,7 +81,7 @@ def load(
             else:
                 together = zeros((sum(rows), *local[names[0]][1:]), dtype, device)
                 for name, out in zip(names, together.split(rows), strict=True):
-                    final[name] = weights.read(name, whole[name], *ranges[name], dtype, device, out)
+                    final[name] = weights.read(name, whole[name], *ranges[name], dtype, out)
             bar.update(sum(local[name].numel() for name in names))
     model.load_state_dict(final, strict=True, assign=True)
 
@@ -114,8 +111,8 @@ def read_quantized(
     dim = shard_dim(name) or 0
     # A row's scale is the same on however many ranks the row lies.
     first, last = (0, shape[1]) if dim == 1 and not scheme.group else (begin, end)
-    part = [last - first if i == dim else n for i, n in enumerate(shape)]
-    matrix = weights.read(name, shape, first, last, weights.dtype(), "cpu", torch.empty(part, dtype=weights.dtype()))
+    dtype, part = weights.dtype(), slice_shape(name, shape, first, last)
+    matrix = weights.read(name, shape, first, last, dtype, torch.empty(part, dtype=dtype))
     importance = torch.ones(part[1]) if search else None
     rounded = stack(in_threads(lambda rows: quantize(rows, scheme, importance), matrix.split(256)))
     return rounded if (first, last) == (begin, end) else rounded._replace(q=rounded.q[:, begin:end])

@@ -22,7 +22,7 @@ from .adapter import TIED, Adapter
 from .folder import Checkpoint
 from .hub import find_folder
 from .load import Weights
-from .plan import shard_dim
+from .plan import shard_dim, slice_shape
 
 ROWS = 256  # of a weight that are in float64 at a time, a few MB
 
@@ -80,19 +80,12 @@ class Merged:
         return self.base.quantized(name, shape, begin, end)  # none that has an adapter
 
     def read(
-        self,
-        name: str,
-        shape: Sequence[int],
-        begin: int,
-        end: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        out: Tensor | None = None,
+        self, name: str, shape: Sequence[int], begin: int, end: int, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
         """A slice, as of `Checkpoint.read`; of a weight with adapters a copy."""
         adapters = [adapter for adapter in self.adapters if name in adapter.keys]
         if not adapters:
-            return self.base.read(name, shape, begin, end, dtype, device, out)
+            return self.base.read(name, shape, begin, end, dtype, out)
         dim, parts = shard_dim(name) or 0, {part for adapter in adapters for part in adapter.keys[name]}
         whole_rows = dim == 1 and "lora_magnitude_vector" in parts
         first, last = (0, shape[1]) if whole_rows else (begin, end)
@@ -102,8 +95,7 @@ class Merged:
         else:
             source = self.base.read(name, shape, first, last, self.dtype())
         if out is None:
-            size = [end - begin if i == dim else n for i, n in enumerate(shape)]
-            out = torch.empty(size, dtype=dtype, device=device)
+            out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype)
         rows, columns = (slice(first, last), slice(None)) if dim == 0 else (slice(None), slice(first, last))
         changes = [adapter.change(name, rows, columns) for adapter in adapters if "lora_A" in adapter.keys[name]]
         for i in range(0, len(source), ROWS):

@@ -16,7 +16,7 @@ import torch
 from ..args import ModelArgs
 from ..backends.quantized import Quantization
 from ..textfile import read_text
-from .plan import rank_range, shapes, shard_dim
+from .plan import rank_range, shapes, shard_dim, slice_shape
 
 # The files of a cgroup with its limit, what it uses, and the rest; the fields of the last that are page cache.
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file", "total_active_file")
@@ -40,10 +40,7 @@ def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Quan
     13.48 GB of weights, and for each position of the KV cache 2 tensors * 32 layers * 4096 * 2 bytes = 0.52 MB."""
     weights, shared = 0, args.tie_word_embeddings and world_size == 1
     for name, shape in shapes(args).items():
-        part = list(shape)
-        if (dim := shard_dim(name)) is not None:
-            begin, end = rank_range(name, shape[dim], args, 0, world_size)
-            part[dim] = end - begin
+        part = slice_shape(name, shape, *rank_range(name, shape[shard_dim(name) or 0], args, 0, world_size))
         if scheme and (own := scheme.of(name)):
             weights += own.nbytes(shape) * math.prod(part) // math.prod(shape)
         else:

@@ -17,7 +17,7 @@ APART = ("max_batch_size", "max_seq_len", "tie_word_embeddings")  # not in param
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if field.name not in APART]
 KNOWN.append("quantization")  # {"bits": 4, "group_size": 32, "symmetric": false}, as `convert` writes it
 
-REFUSED = {  # keys of models that are not supported: what each belongs to
+REFUSED = {  # how keys of models that are not supported begin: what each belongs to
     "quantization_args": "weights that SpinQuant or QLoRA quantized",
     "lora_args": "weights with LoRA adapters",
     "moe_args": "a mixture of experts",
@@ -34,7 +34,7 @@ def read_params(path: Path) -> dict[str, Any]:
     nested = content.get("model")
     params = {k: v for k, v in (nested if isinstance(nested, dict) else content).items() if v is not None}
     for key, kind in REFUSED.items():
-        if found := [name for name in params if name == key or (key == "vision" and name.startswith(key))]:
+        if found := [name for name in params if name.startswith(key)]:
             raise ValueError(f"{path} has the key {found[0]}: it is of {kind}, which is not supported")
     if scaled := rope_scaling(params, path):
         params["rope_scaling"] = scaled

@@ -7,7 +7,7 @@ and rows 0 and 1 of shard 2. `slices` computes that, and only these rows are rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ..args import ModelArgs
@@ -60,11 +60,23 @@ def rank_range(name: str, size: int, args: ModelArgs, rank: int, world_size: int
     return rank * size // world_size, (rank + 1) * size // world_size
 
 
+def slice_shape(name: str, shape: Sequence[int], begin: int, end: int) -> list[int]:
+    """The shape of rows or columns `begin` to `end`, along its `shard_dim`, of a weight of this shape."""
+    return [end - begin if dim == shard_dim(name) else size for dim, size in enumerate(shape)]
+
+
 def divides(args: ModelArgs, world_size: int) -> bool:
     """Whether a model can be split over this number of ranks."""
     sizes = (args.n_heads, args.ffn_hidden, args.vocab_size, args.dim)
     heads = args.kv_heads % world_size == 0 or world_size % args.kv_heads == 0
     return heads and not any(size % world_size for size in sizes)
+
+
+def check_divides(name: str, shape: tuple[int, ...], mp: int) -> None:
+    """ValueError for a tensor that cannot be divided into `mp` shards."""
+    dim = shard_dim(name)
+    if type(mp) is not int or mp < 1 or (dim is not None and shape[dim] % mp):
+        raise ValueError(f"{name} {shape} cannot be divided into mp {mp!r} shards along dimension {dim}")
 
 
 class Slice(NamedTuple):

@@ -8,7 +8,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..textfile import lock
 from .files import TorchFile
-from .plan import shard_dim
+from .plan import check_divides, shard_dim
 
 LOCK = ".lock"  # a file in a folder that is being written, locked by the process that writes it
 
@@ -29,12 +30,16 @@ def split(state: Mapping[str, Tensor], mp: int) -> list[dict[str, Tensor]]:
     """The shards of a whole model for `mp` ranks."""
     parts: list[dict[str, Tensor]] = [{} for _ in range(mp)]
     for name, tensor in state.items():
-        dim = shard_dim(name)
-        if dim is not None and tensor.shape[dim] % mp:
-            raise ValueError(f"{name} {tuple(tensor.shape)} cannot be divided into {mp} shards along dimension {dim}")
-        for part, shard in zip(parts, [tensor] * mp if dim is None else tensor.chunk(mp, dim), strict=True):
+        check_divides(name, tuple(tensor.shape), mp)
+        for part, shard in zip(parts, shards_of(name, tensor, mp), strict=True):
             part[name] = shard
     return parts
+
+
+def shards_of(name: str, tensor: Tensor, mp: int) -> Sequence[Tensor]:
+    """A tensor's part in each of `mp` shards."""
+    dim = shard_dim(name)
+    return [tensor] * mp if dim is None else tensor.chunk(mp, dim)
 
 
 def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: Mapping[str, Any], mp: int = 1) -> None:
@@ -141,23 +146,19 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
     if (free := shutil.disk_usage(target.parent).free) < size:
         raise OSError(f"{target} needs {size:,} bytes and its disk has {free:,} free")
     folder = target.parent / f".{target.name}.partial"
-    lock = folder / LOCK
-    if folder.exists() and not lock.exists() and any(folder.iterdir()):
+    marker = folder / LOCK
+    if folder.exists() and not marker.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is in the way; it is not of a conversion, so move or remove it")
     folder.mkdir(exist_ok=True)
-    with lock.open("wb") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except ImportError:  # Windows, which removes no file, and renames no folder with one, that a process has open
+    with marker.open("wb") as file:
+        if not lock(file):
+            raise FileExistsError(f"{target} is being written by another process")
+        if os.name == "nt":  # which removes no file, and renames no folder with one, that a process has open
             file.close()
-        except BlockingIOError as error:
-            raise FileExistsError(f"{target} is being written by another process") from error
         try:
             check_new(target)  # another process may have finished it just now
             for old in folder.iterdir():
-                if old != lock:
+                if old != marker:
                     old.unlink()
             yield folder
             folder.rename(target)

@@ -18,11 +18,13 @@ from ..server.loop import Job
 from ..server.schema import ApiError, Work
 from .batch_files import Files
 from .batch_lines import Task, failed, parse_line
+from .flags import documented
 
 PART = 2**22  # bytes of a value: the store ends connections that send more than 8 MiB
 PAUSE = 0.05  # seconds between two looks for lines or answers, while nothing is to be computed
 
 
+@documented
 def batch(
     infile: str,
     outfile: str,
@@ -46,21 +48,10 @@ def batch(
     Args:
         infile: lines in OpenAI's batch format, or of {"prompt": ...} or {"messages": ...} with options
         outfile: is appended to, in the order in which lines are done; lines that it has answers of are left out
-        ckpt_dir: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
-        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
-        max_seq_len: tokens of a prompt and its answer, at most
         max_batch_size: requests that a replica computes together
         model_parallel_size: ranks that share a model; N ranks of torchrun are N / model_parallel_size replicas. By
             default all share one
         seed: of lines without one; each gets a seed of its own from this one and its number
-        device: cuda, mps or cpu; by default the first of them that is available
-        dtype: bfloat16, float16 or float32; by default as Llama.build chooses
-        check_memory: refuse a model that will not fit into memory
-        quantize: int8 or int4
-        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
-        compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
-        chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
-        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     parallel.init_model_parallel(model_parallel_size)
     files = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..textfile import lock
 from .batch_lines import Key, parse_line
 
 START = b'{"id": '  # of every answer
@@ -30,7 +30,7 @@ class Files:
                 raise ValueError(f"{source}: lines {seen[key]} and {number} have the same id, {key!r}")
             seen[key] = number
         self.answers = target.open("ab", buffering=0)
-        lock(self.answers)
+        lock_alone(self.answers)
         self.done = self._resume()
         self.count, self.left = len(seen), len(seen.keys() - self.done)
 
@@ -80,14 +80,10 @@ def numbered(source: Path) -> Iterator[tuple[int, bytes]]:
         yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
-def lock(file: BinaryIO) -> None:
+def lock_alone(file: BinaryIO) -> None:
     """Keep other jobs from writing a file as long as this process lives. FileExistsError if one does."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
     for _ in range(PATIENCE):
-        with suppress(BlockingIOError):
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock(file):
+            return
         time.sleep(1)
     raise FileExistsError(f"{file.name} is being written by another job")

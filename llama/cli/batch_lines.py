@@ -66,9 +66,9 @@ class Task:
         read: Callable[[Llama, Mapping[str, Any]], Any] = READ[url]
         # Neither other lines nor how many of them are answered already change an answer.
         found = schema.read_with(read, llama, {"seed": own_seed(seed, line.number), **body})
-        self.asked: schema.Asked | None = None if url == EMBED else found
+        self.completion: schema.CompletionRequest | None = None if url == EMBED else found
         self.job, self.base64 = Job(found[0]), url == EMBED and found[1]
-        if self.asked and self.asked.stream:
+        if self.completion and self.completion.stream:
             raise ApiError(400, "a batch does not support stream", "stream")
         if not line.openai and len(self.job.work.prompts) != 1:
             raise ApiError(400, "a line has one prompt, and n is 1")
@@ -84,9 +84,9 @@ class Task:
             return failed(self.line, error), tokens, True
 
     def _reply(self) -> bytes:
-        if self.asked is None:
+        if self.completion is None:
             return openai_answer(self.line, 200, replies.embeddings(self.model, self.job, self.base64))
-        reply = replies.Reply(self.llama.tokenizer, self.model, self.asked, self.job)
+        reply = replies.Reply(self.llama.tokenizer, self.model, self.completion, self.job)
         body = reply.whole([[*map(reply.take, request.outputs)] for request in self.job.requests])
         if self.line.openai:
             return openai_answer(self.line, 200, body)

@@ -16,8 +16,10 @@ from ..checkpoint import Checkpoint, Weights, check_fits, find_folder, find_toke
 from ..model import Transformer
 from ..tokenizer import Tokenizer
 from . import measure
+from .flags import documented
 
 
+@documented
 def prepare(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
@@ -38,19 +40,13 @@ def prepare(
 
     Args:
         ckpt_dir: a checkpoint in either layout; by default random weights of `shape`
-        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         shape: 110M, 1.1B, 7B, 13B or 70B
         dtype: bfloat16, float16 or float32; by default as Llama.build chooses, for a shape of bfloat16 weights
-        device: cuda, mps or cpu; by default the first of them that is available
         batches: batch sizes to decode, one or several numbers
         prompts: lengths of prompts to prefill, one or several numbers
         context: length of the prompts behind which tokens are decoded
         tokens: new tokens to decode
         repeats: number of measurements of each
-        quantize: int8 or int4
-        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
-        compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
-        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     sizes = numbers(batches=batches, prompts=prompts, context=context, tokens=tokens, repeats=repeats)
     if shape not in measure.SHAPES:
@@ -106,7 +102,7 @@ class Job(NamedTuple):
         measure.synchronize(self.source.device)
         facts: dict[str, Any] = {
             "model": self.name,
-            "dtype": str(self.source.dtype).removeprefix("torch."),
+            "dtype": devices.dtype_name(self.source.dtype),
             "quantize": self.source.scheme and str(self.source.scheme),
             "compile": self.compile,
             "load_s": time.perf_counter() - began,

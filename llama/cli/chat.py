@@ -15,6 +15,7 @@ from .. import parallel
 from ..checkpoint import write_file
 from ..conversation import Chat
 from ..generation import Llama
+from .flags import documented
 from .terminal import next_line, terminal
 
 HELP = """\
@@ -27,6 +28,7 @@ HELP = """\
 A line that ends with \\ goes on in the next one. Ctrl-C stops an answer, Ctrl-D ends."""
 
 
+@documented
 def chat(
     ckpt_dir: str,
     tokenizer_path: str | None = None,
@@ -48,22 +50,13 @@ def chat(
     """Talk to a chat model in the terminal, or pipe one prompt a line into it; /help lists its commands.
 
     Args:
-        ckpt_dir: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
-        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         system: instructions that begin the conversation
         temperature: 0 for greedy decoding
         top_p: sample from the smallest set of tokens with this probability
         max_gen_len: tokens of an answer, at most
         max_seq_len: tokens of the conversation that the model sees, at most
         seed: of the random numbers; the same seed gives the same answers
-        device: cuda, mps or cpu; by default the first of them that is available
-        dtype: bfloat16, float16 or float32; by default as Llama.build chooses
-        quantize: int8 or int4
-        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
         prompt_lookup: draft tokens a step from the conversation itself; faster where answers repeat it
-        compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
-        chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
-        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
     options |= {"compile": compile, "chat_format": chat_format, "lora": lora}

@@ -9,8 +9,10 @@ from typing import Any
 
 from .. import parallel
 from ..evaluation import comparison, report
+from .flags import documented
 
 
+@documented
 def compare(
     *models: str,
     tasks: str | None = None,
@@ -38,12 +40,7 @@ def compare(
         reference: the model that all others are compared with; by default each with its own that is not quantized
         max_tokens: of an answer, at most, where the task does not say
         temperature: 0 for greedy decoding
-        max_seq_len: tokens of a prompt and its answer, at most
         seed: of the random numbers
-        device: cuda, mps or cpu; by default the first of them that is available
-        dtype: bfloat16, float16 or float32; by default as Llama.build chooses
-        compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
-        chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
     """
     if not models:
         raise ValueError("give at least one model: python -m llama compare MODEL MODEL")

@@ -16,11 +16,13 @@ from ..generation import Llama
 from ..request import Request
 from ..sampling import SamplingParams
 from ..tokenizer import Tokenizer
+from .flags import documented
 
 OWN = 4 * LEAST  # tokens that a model writes to calibrate with
 AT_ONCE = 16  # texts that it writes at a time
 
 
+@documented
 def convert(
     src: str,
     dst: str,
@@ -45,12 +47,10 @@ def convert(
         dtype: bfloat16, float16 or float32; by default as in src
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in src or one folder up
         quantize: int8 or int4, for meta and for gguf (Q8_0, Q4_0): the matrices are stored quantized
-        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
         symmetric: int4 without a minimum of each group, half a bit less for each weight in groups of 32
         search: search each group's scale for the least squared error; by default for int4
         calibrate: a text file in UTF-8, or auto for text that the model generates: quantize by GPTQ, so that the
             outputs of each layer on this text change least
-        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     folder = find_folder(src, "src")
     asked = None if dtype is None else devices.as_dtype(dtype)

@@ -31,12 +31,14 @@ from ..checkpoint import (
 )
 from ..textfile import read_text
 from ..tokenizer import Tokenizer
+from .flags import documented
 
 SUMS = ("*.chk", "*.md5", "*.sha256", "*SUMS")  # names of files that list check sums
 DIGESTS = {32: "md5", 64: "sha256"}  # by the number of hex digits
 LAYOUTS = {"meta": "Meta's", "hf": "Hugging Face's", "gguf": "GGUF"}
 
 
+@documented
 def inspect(
     ckpt_dir: str,
     tokenizer_path: str | None = None,
@@ -53,17 +55,11 @@ def inspect(
     """Print what a checkpoint is, what it needs and how to run it, from headers alone.
 
     Args:
-        ckpt_dir: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
-        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         world_size: number of ranks; by default the fewest on which it fits
-        dtype: bfloat16, float16 or float32; by default as Llama.build chooses
         max_seq_len: tokens of prompt and answer together, at most
         max_batch_size: prompts in a batch, at most
-        device: cuda, mps or cpu; by default the first of them that is available
         verify: read every file and compare it with the md5 or sha256 sums in the folder and beside the tokenizer
         quantize: int8 or int4, to print what it needs when loaded so
-        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
-        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     folder = find_folder(ckpt_dir, "ckpt_dir")
     checkpoint = Checkpoint(folder)
@@ -110,7 +106,7 @@ def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
         "model": f"{args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.kv_heads} key-value), "
         f"FFN {args.ffn_hidden}, vocabulary {args.vocab_size}",
         **({"labels": ", ".join(checkpoint.labels())} if args.n_labels else {}),
-        "files": f"{len(checkpoint.files)}, in {checkpoint.scheme or dtype_name(checkpoint.dtype())}",
+        "files": f"{len(checkpoint.files)}, in {checkpoint.scheme or devices.dtype_name(checkpoint.dtype())}",
     }
 
 
@@ -131,7 +127,7 @@ def fit(
     problems = {n: shortage(needed[n], each[n], device, n) for n in possible}
     ranks = next((n for n in possible if problems[n] is None), possible[-1])
     return {
-        "each rank": f"{needed[ranks]} in {scheme or dtype_name(dtype)}, "
+        "each rank": f"{needed[ranks]} in {scheme or devices.dtype_name(dtype)}, "
         f"{args.max_batch_size} x {args.max_seq_len} positions, {ranks} rank(s)",
         "here": f"{device} with {each[ranks] / 1e9:.2f} GB free for each rank",
         "fits": problems[ranks] or "yes",
@@ -149,10 +145,6 @@ def computes(device: torch.device, native: bool) -> str:
         return "PyTorch" if device.type != "cpu" or cpu.command() else ""
     except RuntimeError as error:
         return f"PyTorch, as {error}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def verify_sums(folder: Path, tokenizer: Path | None, needed: Sequence[Path]) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import parallel
 from ..args import ModelArgs
 from ..backends.quantized import Quantization, Quantized, Scheme
-from ..checkpoint import Weights, load, read_parts, shard_dim
+from ..checkpoint import Weights, load, read_parts, slice_shape
 from ..engine import Engine
 from ..layers import ColumnParallelLinear, RowParallelLinear
 from ..model import Transformer
@@ -57,8 +57,12 @@ class Case(NamedTuple):
     prompt: int
     tokens: int
 
+    @property
+    def is_prefill(self) -> bool:
+        return self.tokens == 1
+
     def __str__(self) -> str:
-        return f"prefill {self.prompt}" if self.tokens == 1 else f"decode, batch {self.batch}"
+        return f"prefill {self.prompt}" if self.is_prefill else f"decode, batch {self.batch}"
 
 
 def fitting(args: ModelArgs, cases: list[Case]) -> ModelArgs:
@@ -84,18 +88,10 @@ class RandomWeights:
         pass
 
     def read(
-        self,
-        name: str,
-        shape: Sequence[int],
-        begin: int,
-        end: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        out: Tensor | None = None,
+        self, name: str, shape: Sequence[int], begin: int, end: int, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
         if out is None:
-            part = [end - begin if i == shard_dim(name) else n for i, n in enumerate(shape)]
-            out = torch.empty(part, dtype=dtype, device=self.device)
+            out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype, device=self.device)
         generator = torch.Generator(out.device).manual_seed(zlib.crc32(f"{name} {begin}".encode()))
         if not name.endswith(".weight") or "norm" in name:
             step = 0.02 / (4.6 if self.scheme and self.scheme.bits == 4 else 74)  # of matrices of deviation 0.02
@@ -191,7 +187,7 @@ def clock(run: Run, case: Case, vocab_size: int, device: torch.device) -> float:
         synchronize(device)
         times.append(time.perf_counter() - began)
         began = time.perf_counter()
-    return times[0] if case.tokens == 1 else statistics.median(times[1:])
+    return times[0] if case.is_prefill else statistics.median(times[1:])
 
 
 def work(model: Transformer, case: Case) -> tuple[float, float]:
@@ -202,10 +198,10 @@ def work(model: Transformer, case: Case) -> tuple[float, float]:
     head = math.prod(model.output.weight.shape)
     p, ranks = model.params, parallel.world_size()
     width = max(p.kv_heads // ranks, 1) * p.head_dim
-    queries, rows = (case.prompt, 1) if case.tokens == 1 else (1, case.batch)
-    seen = case.prompt + case.tokens / 2  # positions attended to, in the middle of decoding
-    if case.tokens == 1:
-        seen = case.prompt / 2  # causal: on average
+    if case.is_prefill:
+        rows, queries, seen = 1, case.prompt, case.prompt / 2  # causal: half of the positions, on average
+    else:
+        rows, queries, seen = case.batch, 1, case.prompt + case.tokens / 2  # in the middle of decoding
     attention = 4 * p.n_layers * rows * queries * seen * p.dim / ranks
     cache = 2 * p.n_layers * rows * seen * width * model.norm.weight.itemsize
     nbytes = sum(weight.nbytes for weight in matrices) + cache
@@ -238,7 +234,7 @@ def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[st
     for case in cases:
         facts["cases"][str(case)] = measure_case(model, case, repeats, runs, limits, facts)
     facts["peak_bytes"] = peak(device)
-    if cases[0].tokens == 1:
+    if cases[0].is_prefill:
         rates = facts["cases"][str(cases[0])]["tokens_per_second"]["llama"]
         facts["first_token_s"] = cases[0].prompt / statistics.median(rates)
         print(f"{'first token':>17}: {facts['first_token_s']:.3f} s after {cases[0].prompt} tokens")
@@ -261,14 +257,14 @@ def measure_case(
         for name, run in runs.items():
             times[name].append(clock(run, case, model.vocab_size, device))
     mine = times["llama"]
-    count = case.batch * (case.prompt if case.tokens == 1 else 1)
+    count = case.batch * (case.prompt if case.is_prefill else 1)
     rates = {name: sorted(count / t for t in taken) for name, taken in times.items()}
     needed = dict(zip(limits, work(model, case), strict=True))
     used: dict[str, Any] = {
         USE[name]: statistics.median(needed[name] / t / most for t, most in zip(mine, possible[name], strict=True))
         for name in limits
     }
-    limiting = "matrix_rate" if case.tokens == 1 else "bandwidth"
+    limiting = "matrix_rate" if case.is_prefill else "bandwidth"
     use, of_first = USE[limiting], needed[limiting] / statistics.median(mine) / facts[limiting]
     ratios = {
         name: statistics.median(b / a for a, b in zip(mine, taken, strict=True))

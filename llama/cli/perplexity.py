@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
+from reprlib import repr as shorten
 
 from tqdm import tqdm
 
 from .. import parallel, scoring
-from ..checkpoint import check_path, read_text
+from ..checkpoint import check_path
 from ..generation import Llama
+from ..textfile import read_json_lines, read_text
+from .flags import documented
 
 
+@documented
 def perplexity(
     file: str,
     ckpt_dir: str,
@@ -31,16 +34,9 @@ def perplexity(
 
     Args:
         file: a text in UTF-8; or .jsonl, a text in the field "text" of each line, each alone
-        ckpt_dir: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
-        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         window: tokens of a window
         stride: tokens from one window to the next; by default half of a window
         batch: windows in a batch
-        device: cuda, mps or cpu; by default the first of them that is available
-        dtype: bfloat16, float16 or float32; by default as Llama.build chooses
-        quantize: int8 or int4
-        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
-        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     step = window // 2 if stride is None else stride
     if type(window) is not int or type(step) is not int or not 0 < step < window:
@@ -70,15 +66,10 @@ def perplexity(
 
 def read_texts(path: Path) -> list[str]:
     """The text of a file, or those of the lines of JSON; ValueError names a line that has none."""
-    text = read_text(path)
     if path.suffix != ".jsonl":
-        return [text]
-    texts = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            texts.append(json.loads(line)["text"] if line.strip() else "")
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f'{path}: line {number} is not a JSON object with a "text": {error}') from error
-        if not isinstance(texts[-1], str):
-            raise ValueError(f'{path}: the "text" of line {number} is {texts[-1]!r}, which is not a str')
-    return texts
+        return [read_text(path)]
+    lines = read_json_lines(path)
+    for place, line in lines:
+        if not isinstance(line, dict) or not isinstance(line.get("text"), str):
+            raise ValueError(f'{place} is {shorten(line)}, which is not a JSON object whose "text" is a str')
+    return [line["text"] for _, line in lines]

@@ -12,11 +12,13 @@ from typing import Any
 from .. import parallel
 from ..generation import Llama
 from ..server import log as log_lines
+from .flags import documented
 
 KEYS = "LLAMA_API_KEYS"
 log = logging.getLogger("llama.server")
 
 
+@documented
 def serve(
     ckpt_dir: str, tokenizer_path: str | None = None, host: str = "127.0.0.1", port: int = 8000,
     max_batch_size: int = 8, max_seq_len: int = 2048, model_name: str | None = None, any_model: bool = False,
@@ -30,12 +32,9 @@ def serve(
     """Serve a model to clients of OpenAI's API; docs/server.md says what it understands.
 
     Args:
-        ckpt_dir: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
-        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         host: address to listen on; by default this machine alone can reach the server
         port: port to listen on
         max_batch_size: requests that are computed together; others wait
-        max_seq_len: tokens of a prompt and its answer, at most
         model_name: name of the model in the API; by default that of the folder
         any_model: answer requests for models of any name
         api_key_file: file of API keys, one a line; clients must send one of them. The environment variable
@@ -50,14 +49,6 @@ def serve(
         log_json: log JSON objects, one a line
         log_prompts: log prompts too
         seed: of the random numbers of requests without a seed of their own
-        device: cuda, mps or cpu; by default the first of them that is available
-        dtype: bfloat16, float16 or float32; by default as Llama.build chooses
-        check_memory: refuse a model that will not fit into memory
-        quantize: int8 or int4
-        group_size: columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4
-        compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
-        chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
-        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     check_counts(port=port, max_waiting=max_waiting, max_wait=max_wait, max_time=max_time, max_body=max_body)
     check_counts(max_batch_size=max_batch_size, max_seq_len=max_seq_len)

@@ -13,6 +13,7 @@ import torch
 
 from .. import parallel, scoring
 from ..chat import Message
+from ..devices import dtype_name
 from ..generation import Llama
 from .tasks import Task, check_tasks, read_tasks, to_task
 
@@ -137,7 +138,7 @@ def load(name: str, about: Model, options: dict[str, Any]) -> Llama:
     weights: list[Any] = [getattr(module, "weight", None) for module in model.modules()]
     kernels = [weight for weight in weights if weight is not None and not isinstance(weight, torch.Tensor)]
     about["weights"] = sum(part.nbytes for part in parts.values()) + sum(kernel.nbytes for kernel in kernels)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = dtype_name(next(model.parameters()).dtype)
     about["dtype"] = precision.get("quantize") or ("quantized" if kernels else dtype)  # "quantized": a file that is
     about["chat_format"] = llama.chat_format.name
     llama.generate([[llama.tokenizer.bos_id if llama.tokenizer.bos_id >= 0 else 0]], 2, temperature=0)  # first passes

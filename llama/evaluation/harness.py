@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -147,8 +147,8 @@ class HarnessModel(TemplateLM):
                 alike[tuple(ids[:-1]), len(ids) - len(continuation)].append(i)
         keys = sorted(alike)  # neighbours share a prefix, which is computed once
         observers = [Continuations(row, begin, [ends[i] for i in alike[row, begin]]) for row, begin in keys]
-        asked = [Request(o.row, len(o.row), observe=o, first=o.begin - 1) for o in observers]
-        self._run(asked, disable_tqdm, "log likelihoods")
+        queued = [Request(o.row, len(o.row), observe=o, first=o.begin - 1) for o in observers]
+        self._run(queued, disable_tqdm, "log likelihoods")
         for key, observer in zip(keys, observers, strict=True):
             for i, logprob in zip(alike[key], observer.last, strict=True):
                 found[i] = observer.sum + logprob, observer.greedy and observer.best == ends[i]
@@ -177,7 +177,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, up to the first of its stop strings."""
-        llama, asked, stops = self.llama, list[Request](), list[list[str]]()
+        llama, queued, stops = self.llama, list[Request](), list[list[str]]()
         for request in requests:
             context, given = request.args
             options = normalize_gen_kwargs(given, MAX_GEN_TOKS)
@@ -190,10 +190,11 @@ class HarnessModel(TemplateLM):
             temperature, top_p = kept.pop("temperature", 0.0), kept.pop("top_p", 1.0)
             [own] = llama.inputs.settings(1, most, temperature, top_p, {**kept, "stop": stops[-1] or None})
             prompt = prompt or [self.prefix_token_id]
-            asked += llama.inputs.requests([prompt], [own], logprobs=False, chat=True)  # an answer is a text of its own
+            # An answer is a text of its own.
+            queued += llama.inputs.requests([prompt], [own], logprobs=False, chat=True)
         # Longest first, so that the last to end are short.
-        order = sorted(range(len(asked)), key=lambda i: (-len(asked[i].prompt), asked[i].prompt))
-        texts = self._run([asked[i] for i in order], disable_tqdm, "generation")
+        order = sorted(range(len(queued)), key=lambda i: (-len(queued[i].prompt), queued[i].prompt))
+        texts = self._run([queued[i] for i in order], disable_tqdm, "generation")
         found = dict(zip(order, texts, strict=True))
         answers = []
         for i, (request, stop) in enumerate(zip(requests, stops, strict=True)):
@@ -201,12 +202,13 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, answers[-1])
         return answers
 
-    def _run(self, asked: Sequence[Request], disable_tqdm: bool, what: str) -> list[str]:
+    def _run(self, requests: Sequence[Request], disable_tqdm: bool, what: str) -> list[str]:
         """Let the engine serve requests; the text of each."""
         hidden = disable_tqdm or self.hidden_progress
         texts = list[str]()
-        with tqdm(total=len(asked), desc=what, disable=hidden) as bar:
-            for some in groups(asked, QUEUE * len(self.llama.engine.slots)):
+        with tqdm(total=len(requests), desc=what, disable=hidden) as bar:
+            size = QUEUE * len(self.llama.engine.slots)
+            for some in (requests[i : i + size] for i in range(0, len(requests), size)):
                 parts = [""] * len(some)
                 for events in self.llama.engine.run(some):
                     for event in events:
@@ -229,7 +231,3 @@ def register(build: Callable[[], HarnessModel]) -> None:
         create_from_arg_string = create_from_arg_obj
 
     register_model(NAME)(Registered)
-
-
-def groups(items: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
-    return (items[i : i + size] for i in range(0, len(items), size))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from itertools import zip_longest
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from .comparison import Comparison, Row
@@ -50,18 +50,24 @@ def summaries(found: Comparison) -> list[dict[str, Any]]:
     every = []
     for model in found["models"]:
         rows = [row for row in found["rows"] if row["model"] == model["name"] and "error" not in row]
-        scores = [row["score"] for row in rows if row["score"] is not None]
-        logprobs = [row["logprob"] for row in rows if row["logprob"] is not None]
-        speeds = [row["tokens_per_s"] for row in rows if row["tokens_per_s"]]
-        equal = [row["equal"] for row in rows if "equal" in row]
-        judged = [row["judged"] for row in rows if "judged" in row]
-        own: dict[str, Any] = {**model, "done": len(rows), "tokens": sum(row["tokens"] for row in rows)}
-        own |= {"score": sum(scores) / len(scores) if scores else None, "speed": median(speeds) if speeds else None}
-        own |= {"logprob": sum(logprobs) if logprobs else None}
-        own |= {"first": median(row["first_token"] for row in rows) if rows else None}
-        own |= {"equal": sum(equal) / len(equal) if equal else None}
-        every.append(own | {"judged": sum(judged) / len(judged) if judged else None})
+        first = over(rows, "first_token", median)
+        own = {
+            "tokens": sum(row["tokens"] for row in rows),
+            "score": over(rows, "score", fmean),
+            "logprob": over(rows, "logprob", sum),
+            "speed": over(rows, "tokens_per_s", median),
+            "first_ms": None if first is None else 1000 * first,
+            "equal": over(rows, "equal", fmean),
+            "judged": over(rows, "judged", fmean),
+        }
+        every.append({**model, **own})
     return every
+
+
+def over(rows: Sequence[Any], key: str, function: Callable[[Any], float]) -> float | None:
+    """A function of the values that rows have under a key; None where no row has one."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return function(values) if values else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,8 +98,7 @@ def to_text(found: Comparison, width: int = 80) -> str:
         if "error" in own:
             lines.append(printable(f"{own['name']:28} {own['error']}"))
             continue
-        first = None if own["first"] is None else 1000 * own["first"]
-        numbers = f"{number(own['score']):>6} {number(own['logprob']):>9} {number(first, 1):>9}"
+        numbers = f"{number(own['score']):>6} {number(own['logprob']):>9} {number(own['first_ms'], 1):>9}"
         numbers += f" {number(own['speed'], 1):>9} {number(own['equal']):>6} {number(own['weights'] / 1e6, 1):>9}"
         lines.append(printable(f"{own['name']:28} {numbers}"))
     return "\n".join(lines)
@@ -149,9 +154,8 @@ def models_table(found: Comparison) -> str:
         if "error" in own:
             rows.append([str(i), own["name"], own["error"][:300], *["–"] * (6 + bool(found["judge"]))])
             continue
-        first = None if own["first"] is None else 1000 * own["first"]
         row = [str(i), own["name"], own["dtype"], number(own["weights"] / 1e6, 1), number(own["score"])]
-        row += [number(own["logprob"]), str(own["tokens"]), number(first, 1), number(own["speed"], 1)]
+        row += [number(own["logprob"]), str(own["tokens"]), number(own["first_ms"], 1), number(own["speed"], 1)]
         rows.append(row + ([number(own["judged"])] if found["judge"] else []))
     head += [f"Judge: {found['judge']}"] if found["judge"] else []
     caption = "Score: mean over tasks. Log prob: sum over expected answers. First token and speed: medians."

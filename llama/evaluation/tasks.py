@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, NamedTuple
 
 from ..chat import Message
-from ..textfile import read_text
+from ..textfile import read_json, read_json_lines, read_text
 
 DEFAULT = Path(__file__).parent / "tasks.jsonl"
 KINDS: dict[str, tuple[type, str]] = {
@@ -52,21 +51,10 @@ def read_tasks(path: str | os.PathLike[str] | None = None) -> list[Task]:
     """The tasks in a file, by default those of this package. ValueError names the line, or the number of the task in a
     list, and the field that is wrong."""
     file = Path(os.path.expanduser(path)) if path is not None else DEFAULT
-    text = read_text(file)
-    if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from error
-        places = [(f"{file}, task {i}", item) for i, item in enumerate(items, 1)]
+    if read_text(file).lstrip().startswith("["):
+        places = [(f"{file}, task {i}", item) for i, item in enumerate(read_json(file, list), 1)]
     else:
-        places = []
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    places.append((f"{file}, line {i}", json.loads(line)))
-                except ValueError as error:
-                    raise ValueError(f"{file}, line {i} is not JSON: {error}") from error
+        places = read_json_lines(file)
     return check_tasks([to_task(item, place) for place, item in places], str(file))
 
 

@@ -27,7 +27,7 @@ from .loop import Loop, Ticket
 from .metrics import Metrics
 from .page import page
 from .protocol import BODY
-from .schema import ApiError, Asked, Work, encode_chat, parse, read_dialog, read_with
+from .schema import ApiError, CompletionRequest, Work, encode_chat, parse, read_dialog, read_with
 
 T = TypeVar("T")
 POLL = 0.1  # seconds between two looks at whether a client that waits for a whole reply is still there
@@ -37,7 +37,7 @@ KEEPALIVE = 15.0  # seconds of silence after which a stream gets a comment, so t
 class Config(NamedTuple):
     model: str  # the name that clients ask for
     any_model: bool = False  # answer to every name
-    keys: tuple[str, ...] = ()  # without one, none is asked for
+    keys: tuple[str, ...] = ()  # without one, none is needed
     max_waiting: int = 64  # requests that may wait for a slot
     max_body: int = 2**22  # bytes
     allow_origins: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ class Service:
         return loop.submit(work)
 
 
-def service(request: HttpRequest) -> Service:
+def service_of(request: HttpRequest) -> Service:
     found: Service = request.app.state.service
     return found
 
@@ -119,33 +119,34 @@ async def chat_completions(request: HttpRequest) -> Response:
     return await generate(request, schema.read_chat)
 
 
-async def generate(request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], Asked]) -> Response:
-    own = service(request)
-    loop, body = own.ready(), await own.body(request)
-    asked = await own.read(read, body)
-    refusal = await refused(own, asked, body)
-    ticket = own.submit(asked.work) if refusal is None else loop.refuse(asked.work, refusal)
-    own.metrics.observe("request_params_n", asked.n)
-    reply = replies.Reply(loop.llama.tokenizer, body.get("model", own.config.model), asked, ticket)
-    if asked.stream:
+async def generate(request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], CompletionRequest]) -> Response:
+    service = service_of(request)
+    loop, body = service.ready(), await service.body(request)
+    completion = await service.read(read, body)
+    refusal = await refused(service, completion, body)
+    ticket = service.submit(completion.work) if refusal is None else loop.refuse(completion.work, refusal)
+    service.metrics.observe("request_params_n", completion.n)
+    reply = replies.Reply(loop.llama.tokenizer, body.get("model", service.config.model), completion, ticket)
+    if completion.stream:
         return EventStream(stream(request, reply, ticket), loop, ticket)
-    parts: list[list[replies.Part]] = [[] for _ in asked.work.prompts]
+    parts: list[list[replies.Part]] = [[] for _ in completion.work.prompts]
     async for event in until_gone(request, loop, ticket):
         parts[event.row].append(reply.take(event))
     note(request, ticket, reply.usage())
     return json_response(reply.whole(parts))
 
 
-async def refused(own: Service, asked: Asked, body: Mapping[str, Any]) -> str | None:
+async def refused(service: Service, completion: CompletionRequest, body: Mapping[str, Any]) -> str | None:
     """What a filter says instead of an answer. The prompt of a completion is a message of the user; where one of
     several is refused, all are."""
-    filters, tokenizer = own.config.filters, own.ready().llama.tokenizer
+    filters, tokenizer = service.config.filters, service.ready().llama.tokenizer
     if not filters:
         return None
-    if asked.work.chat:
+    if completion.work.chat:
         dialogs = [read_dialog(body)]
     else:
-        texts = await asyncio.to_thread(lambda: [tokenizer.decode(ids) for ids in asked.work.prompts[:: asked.n]])
+        prompts = completion.work.prompts[:: completion.n]
+        texts = await asyncio.to_thread(lambda: [*map(tokenizer.decode, prompts)])
         dialogs = [[{"role": "user", "content": text}] for text in texts]
     for dialog in dialogs:
         if (text := await filters.of_dialog(dialog)) is not None:
@@ -165,7 +166,7 @@ async def stream(request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> 
                 for chunk in reply.chunks(event.row, reply.take(event)):
                     yield data(chunk)
         note(request, ticket, reply.usage())
-        if reply.asked.include_usage:
+        if reply.completion.include_usage:
             yield data(reply.usage_chunk())
     except ApiError as error:
         yield data(error.body)
@@ -174,7 +175,7 @@ async def stream(request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> 
 
 def answered(request: HttpRequest, ticket: Ticket, patience: float) -> AsyncIterator[list[Event]]:
     """The events of a ticket, as filters see them."""
-    filters, events = service(request).config.filters, ticket.events(patience)
+    filters, events = service_of(request).config.filters, ticket.events(patience)
     return filters.answered(events) if filters else events
 
 
@@ -245,22 +246,22 @@ def note(request: HttpRequest, ticket: Ticket, usage: Mapping[str, Any]) -> None
 
 
 async def embeddings(request: HttpRequest) -> Response:
-    own = service(request)
-    loop, body = own.ready(), await own.body(request)
-    work, base64 = await own.read(schema.read_embeddings, body)
-    ticket = own.submit(work)
+    service = service_of(request)
+    loop, body = service.ready(), await service.body(request)
+    work, base64 = await service.read(schema.read_embeddings, body)
+    ticket = service.submit(work)
     async for _ in until_gone(request, loop, ticket):
         pass
-    reply = replies.embeddings(body.get("model", own.config.model), ticket, base64)
+    reply = replies.embeddings(body.get("model", service.config.model), ticket, base64)
     note(request, ticket, reply["usage"])
     return json_response(reply)
 
 
 async def tokenize(request: HttpRequest) -> Response:
-    own = service(request)
-    body = await own.body(request)
-    ids = await own.read(read_tokens, body)
-    limit = own.ready().llama.model.params.max_seq_len
+    service = service_of(request)
+    body = await service.body(request)
+    ids = await service.read(read_tokens, body)
+    limit = service.ready().llama.model.params.max_seq_len
     return json_response({"count": len(ids), "max_model_len": limit, "tokens": ids})
 
 
@@ -273,9 +274,9 @@ def read_tokens(llama: Llama, body: Mapping[str, Any]) -> list[int]:
 
 
 async def detokenize(request: HttpRequest) -> Response:
-    own = service(request)
-    body = await own.body(request)
-    return json_response({"prompt": await own.read(read_text, body)})
+    service = service_of(request)
+    body = await service.body(request)
+    return json_response({"prompt": await service.read(read_text, body)})
 
 
 def read_text(llama: Llama, body: Mapping[str, Any]) -> str:
@@ -286,24 +287,24 @@ def read_text(llama: Llama, body: Mapping[str, Any]) -> str:
 
 
 async def models(request: HttpRequest) -> Response:
-    own = service(request)
-    limit = own.ready().llama.model.params.max_seq_len
-    card = {"id": own.config.model, "object": "model", "created": own.created, "owned_by": "llama"}
+    service = service_of(request)
+    limit = service.ready().llama.model.params.max_seq_len
+    card = {"id": service.config.model, "object": "model", "created": service.created, "owned_by": "llama"}
     card |= {"max_model_len": limit}
     if (name := request.path_params.get("name")) is None:
         return json_response({"object": "list", "data": [card]})
-    own.check_model(name)
+    service.check_model(name)
     return json_response(card)
 
 
 async def health(request: HttpRequest) -> Response:
-    service(request).ready()
+    service_of(request).ready()
     return json_response({"status": "ok"})
 
 
 async def metrics(request: HttpRequest) -> Response:
-    own = service(request)
-    text = own.metrics.render(own.loop.gauges() if own.loop else {})
+    service = service_of(request)
+    text = service.metrics.render(service.loop.gauges() if service.loop else {})
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
@@ -330,14 +331,14 @@ ROUTES: dict[str, tuple[str, Callable[[HttpRequest], Any]]] = {
 }
 
 
-def make_app(own: Service) -> Starlette:
-    origins = [*own.config.allow_origins]
+def make_app(service: Service) -> Starlette:
+    origins = [*service.config.allow_origins]
     cors = [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])]
     app = Starlette(
         routes=[Route(path, endpoint, methods=[method]) for path, (method, endpoint) in ROUTES.items()],
-        middleware=[*(cors if origins else []), Middleware(Guard, keys=own.config.keys)],
+        middleware=[*(cors if origins else []), Middleware(Guard, keys=service.config.keys)],
         exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), on_error),
     )
     app.router.redirect_slashes = False
-    app.state.service = own
+    app.state.service = service
     return app

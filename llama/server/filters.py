@@ -1,4 +1,4 @@
-"""Filters that see what is asked and what is answered, and may put a text in place of the answer."""
+"""Filters that see inputs and outputs, and may put a text in place of the answer."""
 
 from __future__ import annotations
 

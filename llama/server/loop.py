@@ -122,7 +122,7 @@ class Loop:
     # In the event loop's thread
 
     def submit(self, work: Work) -> Ticket:
-        self.events = asyncio.get_running_loop()
+        self.event_loop = asyncio.get_running_loop()
         ticket = Ticket(next(self.numbers), work)
         self.tickets[ticket.number] = ticket
         self.open += ticket.open
@@ -290,7 +290,7 @@ class Loop:
                     found.append((ticket, events))
         if found:
             with suppress(RuntimeError):  # the event loop has ended, and with it all who wait
-                self.events.call_soon_threadsafe(self._deliver, found)
+                self.event_loop.call_soon_threadsafe(self._deliver, found)
         return {
             number: requests for number, requests in running.items() if not all(request.finish for request in requests)
         }

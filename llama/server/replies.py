@@ -1,4 +1,4 @@
-"""What the engine's events become: completions, answers of chats and their chunks, in OpenAI's shapes."""
+"""Replies made of the engine's events: completions, answers of chats and their chunks, in OpenAI's shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..request import Event, Request
 from ..tokenizer import Decoder, Tokenizer
 from .loop import Job
-from .schema import Asked
+from .schema import CompletionRequest
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length", "refused": "content_filter"}
 NEVER = -9999.0  # stands for minus infinity, which JSON does not have
@@ -39,18 +39,18 @@ class Choice:
     """An answer as it grows. With log probabilities, tokens are held back as long as their text is, so that streams
     never contain a part of a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, asked: Asked, request: Request) -> None:
-        self.tokenizer, self.request, self.work = tokenizer, request, asked.work
+    def __init__(self, tokenizer: Tokenizer, completion: CompletionRequest, request: Request) -> None:
+        self.tokenizer, self.request, self.work = tokenizer, request, completion.work
         self.decoder = Decoder(tokenizer, request.prompt if self.work.continues and not self.work.echo else ())
         self.held: list[Token] = []
         self.preface = len(request.prompt) if self.work.echo else 0  # tokens of the first event that are the prompt's
-        self.seen = self.told = 0  # characters of the tokens so far, and of the text
+        self.characters = self.final = 0  # of the tokens so far, and of the text that is final
         self.count = 0  # tokens that were generated
 
     def take(self, event: Event) -> Part:
         preface, self.preface = min(self.preface, len(event.tokens)), 0
         self.count += len(event.tokens) - preface
-        self.told += len(event.text)
+        self.final += len(event.text)
         reason = REASONS.get(event.finish_reason, event.finish_reason) if event.finish_reason else None
         if not self.work.logprobs or event.finish_reason == "refused":
             return Part(event.text, [], reason)
@@ -67,10 +67,9 @@ class Choice:
             tops = [None, *([*zip(*row, strict=True)] for row in of_prompt), *answered]
             logprobs[0] = None
         for id, logprob, top in zip(event.tokens, logprobs, tops, strict=True):
-            text, piece = self.decoder.push(id), self.tokenizer.vocabulary.id_to_piece(id)
-            raw = piece if isinstance(piece, bytes) else text.encode()
-            self.held.append(Token(text, [*raw], logprob, top, self.seen))
-            self.seen += len(text)
+            text = self.decoder.push(id)
+            self.held.append(Token(text, bytes_of(self.tokenizer, id, text), logprob, top, self.characters))
+            self.characters += len(text)
 
     def _release(self, end: bool) -> list[Token]:
         """The tokens whose text is final; at the end all, cut where the text is."""
@@ -78,28 +77,28 @@ class Choice:
             if self.held and (rest := self.decoder.flush()):
                 last = self.held[-1]
                 self.held[-1] = last._replace(text=last.text + rest)
-            cut = [token._replace(text=token.text[: max(0, self.told - token.offset)]) for token in self.held]
+            cut = [token._replace(text=token.text[: max(0, self.final - token.offset)]) for token in self.held]
             self.held = []
             return cut
-        # A token without a text may be a part of a character, which is told with the last.
-        final = [i for i, t in enumerate(self.held) if t.text and t.offset + len(t.text) <= self.told]
+        # A token without a text may be a part of a character, and is released with the last one of it.
+        final = [i for i, t in enumerate(self.held) if t.text and t.offset + len(t.text) <= self.final]
         count = final[-1] + 1 if final else 0
-        told, self.held = self.held[:count], self.held[count:]
-        return told
+        released, self.held = self.held[:count], self.held[count:]
+        return released
 
 
 class Reply:
     """All of an answer but its events: ids, names and shapes."""
 
-    def __init__(self, tokenizer: Tokenizer, model: str, asked: Asked, job: Job) -> None:
-        self.tokenizer, self.asked, self.job, self.model = tokenizer, asked, job, model
-        self.chat, self.created = asked.work.chat, int(time.time())
+    def __init__(self, tokenizer: Tokenizer, model: str, completion: CompletionRequest, job: Job) -> None:
+        self.tokenizer, self.completion, self.job, self.model = tokenizer, completion, job, model
+        self.chat, self.created = completion.work.chat, int(time.time())
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.choices: list[Choice] = []
 
     def take(self, event: Event) -> Part:
         if not self.choices:
-            self.choices = [Choice(self.tokenizer, self.asked, request) for request in self.job.requests]
+            self.choices = [Choice(self.tokenizer, self.completion, request) for request in self.job.requests]
         return self.choices[event.row].take(event)
 
     def head(self, chunk: bool = False) -> dict[str, Any]:
@@ -131,36 +130,36 @@ class Reply:
     def first_chunks(self) -> list[dict[str, Any]]:
         """What a stream begins with."""
         roles: dict[str, Any] = {"role": "assistant", "content": ""}
-        return [self.chunk(i, roles) for i in range(self.asked.n)] if self.chat else []
+        return [self.chunk(i, roles) for i in range(self.completion.n)] if self.chat else []
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
         """Of a part: its text, and in a chat the end behind it."""
         if not self.chat:
-            told = part.text or part.tokens or part.finish_reason
-            return [self.chunk(index, part.text, part.tokens, part.finish_reason)] if told else []
-        said = [self.chunk(index, {"content": part.text}, part.tokens)] if part.text or part.tokens else []
-        return said + ([self.chunk(index, {}, [], part.finish_reason)] if part.finish_reason else [])
+            new = part.text or part.tokens or part.finish_reason
+            return [self.chunk(index, part.text, part.tokens, part.finish_reason)] if new else []
+        content = [self.chunk(index, {"content": part.text}, part.tokens)] if part.text or part.tokens else []
+        return content + ([self.chunk(index, {}, [], part.finish_reason)] if part.finish_reason else [])
 
     def chunk(
         self, index: int, new: Any, tokens: Sequence[Token] = (), finish_reason: str | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, "delta" if self.chat else "text": new}
         choice |= {"logprobs": self.logprobs(tokens) if tokens else None, "finish_reason": finish_reason}
-        return {**self.head(True), "choices": [choice], **({"usage": None} if self.asked.include_usage else {})}
+        return {**self.head(True), "choices": [choice], **({"usage": None} if self.completion.include_usage else {})}
 
     def usage_chunk(self) -> dict[str, Any]:
         return {**self.head(True), "choices": [], "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
         """A prompt counts once, whatever n is."""
-        once = self.job.requests[:: self.asked.n]
+        once = self.job.requests[:: self.completion.n]
         prompt, new = sum(len(request.prompt) for request in once), sum(choice.count for choice in self.choices)
         cached = sum(request.cached for request in once)
         counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
         return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if not self.asked.work.logprobs:
+        if not self.completion.work.logprobs:
             return None
         if self.chat:
             return {"content": [self._of_chat(token) for token in tokens], "refusal": None}
@@ -174,9 +173,8 @@ class Reply:
     def _of_chat(self, token: Token) -> dict[str, Any]:
         top = []
         for id, logprob in token.top or []:
-            text, piece = self.tokenizer.piece(id), self.tokenizer.vocabulary.id_to_piece(id)
-            raw = piece if isinstance(piece, bytes) else text.encode()
-            top.append({"token": text, "logprob": finite(logprob), "bytes": [*raw]})
+            text = self.tokenizer.piece(id)
+            top.append({"token": text, "logprob": finite(logprob), "bytes": bytes_of(self.tokenizer, id, text)})
         return {"token": token.text, "logprob": finite(token.logprob), "bytes": token.bytes, "top_logprobs": top}
 
     def _of_text(self, token: Token) -> dict[str, float | None] | None:
@@ -188,6 +186,12 @@ class Reply:
             found.setdefault(self.tokenizer.piece(id), finite(logprob))
         found.setdefault(token.text, finite(token.logprob))
         return found
+
+
+def bytes_of(tokenizer: Tokenizer, id: int, text: str) -> list[int]:
+    """The bytes of a token, whose `text` lacks those of an incomplete character."""
+    piece = tokenizer.vocabulary.id_to_piece(id)
+    return [*(piece if isinstance(piece, bytes) else text.encode())]
 
 
 def finite(logprob: float | None) -> float | None:

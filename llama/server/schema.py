@@ -1,4 +1,4 @@
-"""The bodies of requests, read and checked: JSON -> what the engine is asked for."""
+"""The bodies of requests, read and checked: JSON -> prompts and settings for the engine."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class ApiError(Exception):
 
 
 class Work(NamedTuple):
-    """What one HTTP request asks of the engine: a request for each prompt. It is sent to all ranks."""
+    """The engine's part of an HTTP request: a request for each prompt. It is sent to all ranks."""
 
     prompts: list[list[int]]  # each n times, one behind the other
-    settings: list[Settings] = []  # noqa: RUF012 - of each; none where embeddings are asked for
+    settings: list[Settings] = []  # noqa: RUF012 - of each; none for embeddings
     logprobs: bool = False
     top_logprobs: int = 0
     echo: bool = False
@@ -44,8 +44,8 @@ class Work(NamedTuple):
     continues: bool = True  # the answer's text goes on from the prompt's
 
 
-class Asked(NamedTuple):
-    """A completion or an answer of a chat, and how the client wants it."""
+class CompletionRequest(NamedTuple):
+    """A request for a completion or for an answer of a chat, and how the client wants the reply."""
 
     work: Work
     n: int
@@ -79,10 +79,10 @@ def is_format(value: Any) -> bool:
 NUMBER = is_number, "a number"
 COUNT = (lambda v: type(v) is int and v >= 0), "an int of at least 0"
 BOOL = (lambda v: isinstance(v, bool)), "true or false"
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 FIELDS: dict[str, tuple[Test, str]] = {
     "model": ((lambda v: isinstance(v, str)), "a string"),
-    **dict.fromkeys(("temperature", "top_p", "min_p"), NUMBER),
-    **dict.fromkeys(("repetition_penalty", "frequency_penalty", "presence_penalty"), NUMBER),
+    **dict.fromkeys(("temperature", "top_p", "min_p", *PENALTIES), NUMBER),
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "min_tokens"), COUNT),
     **dict.fromkeys(("stream", "echo", "ignore_eos", "add_generation_prompt", "continue_final_message"), BOOL),
     "top_k": ((lambda v: type(v) is int and v >= -1), "an int, -1 or 0 for all"),
@@ -112,10 +112,8 @@ REFUSED: dict[str, Test] = {
     **dict.fromkeys(("guided_grammar", "structural_tag"), lambda v: False),
 }
 # Fields that the library has as options, and what they are called there.
-OPTIONS = {
-    **{name: name for name in ("top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")},
-    **{"stop": "stop", "stop_token_ids": "stop_token_ids", "min_tokens": "min_gen_len"},
-}
+OPTIONS = {name: name for name in ("top_k", "min_p", *PENALTIES, "stop", "stop_token_ids")}
+OPTIONS["min_tokens"] = "min_gen_len"
 
 # Kinds of structured output, as vLLM calls them, and the option of the library. They are fields `guided_KIND` of a body
 # or fields of its structured_outputs.
@@ -156,7 +154,7 @@ def check_fields(body: Mapping[str, Any], fields: Mapping[str, tuple[Test, str]]
             raise ApiError(400, f"{name} is {shorten(value)}; it must be {fields[name][1]}", name)
 
 
-def read_completion(llama: Llama, body: Mapping[str, Any]) -> Asked:
+def read_completion(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
     check_fields(body, OF_TEXT)
     if body.get("best_of", 1) > body.get("n", 1):
         raise ApiError(400, "this server does not support best_of larger than n", "best_of")
@@ -164,10 +162,10 @@ def read_completion(llama: Llama, body: Mapping[str, Any]) -> Asked:
     if body.get("echo") and "logprobs" in body:  # who scores a prompt counts on one token behind it, never EOS
         body = {**body, "min_tokens": max(1, body.get("min_tokens", 0))}
     work = Work(prompts, [], "logprobs" in body, body.get("logprobs", 0), body.get("echo", False))
-    return ask(llama, body, work, most, "prompt")
+    return completion_request(llama, body, work, most, "prompt")
 
 
-def read_chat(llama: Llama, body: Mapping[str, Any]) -> Asked:
+def read_chat(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
     check_fields(body, OF_CHAT)
     if body.get("echo"):
         raise ApiError(400, "this server does not support echo in chats", "echo")
@@ -176,8 +174,8 @@ def read_chat(llama: Llama, body: Mapping[str, Any]) -> Asked:
         raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     prompt = encode_chat(llama, body)
     most = body.get("max_completion_tokens", body.get("max_tokens", llama.model.params.max_seq_len))
-    goes_on = continues(body)
-    return ask(llama, body, Work([prompt], [], wanted, top, chat=True, continues=goes_on), most, "messages")
+    work = Work([prompt], [], wanted, top, chat=True, continues=continues(body))
+    return completion_request(llama, body, work, most, "messages")
 
 
 def continues(body: Mapping[str, Any]) -> bool:
@@ -189,9 +187,9 @@ def continues(body: Mapping[str, Any]) -> bool:
     return goes_on
 
 
-def ask(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str) -> Asked:
-    """The options of each choice. A `most` beyond the context ends with it, as everywhere in this library; a prompt
-    that leaves no token is an error."""
+def completion_request(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str) -> CompletionRequest:
+    """A request with the settings of each choice. A `most` beyond the context ends with it, as everywhere in this
+    library; a prompt that leaves no token is an error."""
     n = body.get("n", 1)
     if len(work.prompts) * n > MOST_CHOICES:
         raise ApiError(400, f"{len(work.prompts)} prompts times n {n} are more than {MOST_CHOICES} choices", "n")
@@ -215,7 +213,7 @@ def ask(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str
         raise
     include_usage = body.get("stream_options", {}).get("include_usage") is True
     work = work._replace(prompts=prompts, settings=settings)
-    return Asked(work, n, body.get("stream", False), include_usage)
+    return CompletionRequest(work, n, body.get("stream", False), include_usage)
 
 
 def read_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -230,13 +228,15 @@ def read_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if len(wanted) > 1:
         text = f"{wanted[0][0]} and {wanted[1][0]} both say what an answer matches; give one of them"
         raise ApiError(400, text, wanted[1][0])
-    for field, kind, value in wanted:
-        if kind not in STRUCTURES:
-            raise ApiError(400, f"this server does not support {kind} in {field}", field)
-        if not STRUCTURES[kind][0](value):
-            raise ApiError(400, f"{field} has the {kind} {shorten(value)}, which is none", field)
-        return STRUCTURES[kind][1](value), field
-    return {}, ""
+    if not wanted:
+        return {}, ""
+    field, kind, value = wanted[0]
+    if kind not in STRUCTURES:
+        raise ApiError(400, f"this server does not support {kind} in {field}", field)
+    valid, option = STRUCTURES[kind]
+    if not valid(value):
+        raise ApiError(400, f"{field} has the {kind} {shorten(value)}, which is none", field)
+    return option(value), field
 
 
 def wrapped(seed: int) -> int:
@@ -254,7 +254,7 @@ def read_embeddings(llama: Llama, body: Mapping[str, Any]) -> tuple[Work, bool]:
     if body.get("dimensions", dim) != dim:
         raise ApiError(400, f"this model's embeddings have {dim} dimensions", "dimensions")
     prompts = read_prompts(llama, body, "input")
-    if any(text == "" for text in (body["input"] if isinstance(body["input"], list) else [body["input"]])):
+    if "" in (body["input"] if isinstance(body["input"], list) else [body["input"]]):
         raise ApiError(400, "input has an empty string", "input")
     check_length(llama, prompts, 0, "input")
     return Work(prompts), form == "base64"
@@ -265,16 +265,17 @@ def read_prompts(llama: Llama, body: Mapping[str, Any], name: str) -> list[list[
     if (value := body.get(name)) is None:
         raise ApiError(400, f"{name} is missing", name)
     several = value if isinstance(value, list) and not is_list_of(int)(value) else [value]
-    wanted = f"{name} is {shorten(value)}; it must be a string, a list of strings, token ids or a list of these"
     if not several or len(several) > MOST_CHOICES:
         raise ApiError(400, f"{name} has {len(several)} items; it must have 1 to {MOST_CHOICES}", name)
     if is_list_of(str)(several):
         return llama.inputs.encode(several)
     if not all(is_list_of(int)(ids) for ids in several):
-        raise ApiError(400, wanted, name)
-    llama.inputs.check([ids[:1] for ids in several], [f"{name} {i}" for i in range(len(several))])
+        wanted = "a string, a list of strings, token ids or a list of these"
+        raise ApiError(400, f"{name} is {shorten(value)}; it must be {wanted}", name)
+    names = [f"{name} {i}" for i in range(len(several))]
+    llama.inputs.check([ids[:1] for ids in several], names)
     check_length(llama, several, 0, name)  # before each id is looked at
-    llama.inputs.check(several, [f"{name} {i}" for i in range(len(several))])
+    llama.inputs.check(several, names)
     return several
 
 
