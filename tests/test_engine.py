@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from small import TOKENIZER, random_model
+from small import TOKENIZER, cases, random_model
 
 from llama import Tokenizer
 from llama.batch import Batch
@@ -112,7 +112,7 @@ def check(found, left):
 def test_random_requests_get_what_they_get_alone(monkeypatch):
     monkeypatch.setattr("llama.engine.WORTH_SHARING", 4)
     monkeypatch.setattr("llama.engine.CHUNK", 8)
-    found, left = fuzz(0, 250)
+    found, left = fuzz(0, cases(1000))
     check(found, left)
     assert sum(given[3] == ["cancelled"] for given, _ in found) > 5
 
@@ -202,7 +202,7 @@ def _on_ranks(seed, count):
 
 
 def test_random_requests_on_two_ranks(ranks):
-    results = ranks(2).run(_on_ranks, 1, 60)
+    results = ranks(2).run(_on_ranks, 1, cases(300))
     for found, left in results:
         check(found, left)
     assert results[0] == results[1]

@@ -78,8 +78,6 @@ def test_the_commands_run(installed):
     assert run(*llama, "convert", MODELS / "small-chat", "converted", "--to", "hf", cwd=folder) == ""
     flags = ["--ckpt_dir", "converted", *CHAT[2:]]
     assert run(*llama, "chat", *flags, cwd=folder, input="Hello\n") == "Hello! How can I help you?\n"
-    (folder / "text").write_text("The fox was red.")
-    assert run(*llama, "perplexity", "text", "--ckpt_dir", "converted", cwd=folder).startswith("perplexity ")
     sizes = ["--prompts", 16, "--batches", 1, "--repeats", 1, "--tokens", 2, "--device", "cpu"]
     out = run(*llama, "bench", "--ckpt_dir", "converted", *sizes, cwd=folder)
     assert json.loads(out.splitlines()[-1])["cases"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import parallel
 from ..args import ModelArgs
+from ..checkpoint import find_folder
 from ..generation import Llama
 
 # Flags of this library; all others are the harness's own.
@@ -35,6 +36,7 @@ def eval(ckpt_dir: str, harness: Sequence[str] = (), card: bool = False, **optio
         raise ValueError(f"eval needs the package {error.name}; pip install 'llama-reference[eval]'") from error
     from ..evaluation import harness as own
 
+    find_folder(ckpt_dir, "ckpt_dir")  # before the harness reads its tasks, which takes seconds
     options = {"max_seq_len": 2048, "max_batch_size": 8, **options}
 
     def build() -> own.HarnessModel:
