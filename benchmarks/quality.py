@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 sys.path.insert(0, str(ROOT / "tools"))
 from train_small import batches  # noqa: E402
 
-SCHEMES = [Scheme(8), *(Scheme(4, group, False) for group in (32, 64, 128)), Scheme(4, 32)]
+SCHEMES = [Scheme(8), Scheme(8, 128), *(Scheme(4, group, False) for group in (32, 64, 128)), Scheme(4, 32)]
 Data = list[tuple[Tensor, Tensor]]  # tokens and targets (B, T); targets below 0 do not count
 Matrices = Mapping[str, Quantized]
 
