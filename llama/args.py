@@ -8,6 +8,14 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+MOST_LAYERS = 10_000  # more are a damaged file, whose names of weights alone would fill the memory
+
+
+def check_layers(n_layers: int) -> None:
+    """ValueError for more layers than any model has."""
+    if n_layers > MOST_LAYERS:
+        raise ValueError(f"n_layers is {n_layers}; it must be at most {MOST_LAYERS}")
+
 
 class RopeScaling(NamedTuple):
     """How frequencies of RoPE are scaled for long texts, by the names of Hugging Face's config.json."""
@@ -63,6 +71,7 @@ class ModelArgs:
             unset = {"vocab_size": -1, "max_batch_size": 0, "head_dim": 0, "n_labels": 0}.get(field.name)
             if not 0 < value < 2**31 and value != unset:
                 raise ValueError(f"{field.name} is {value}; it must be positive and below 2^31")
+        check_layers(self.n_layers)
         if not self.head_dim and self.dim % self.n_heads == 0:
             self.head_dim = self.dim // self.n_heads
         if not self.head_dim or self.head_dim % 2:

@@ -42,6 +42,7 @@ class Malicious:
         (lambda f: edit_params(f, n_kv_heads=3), r"params\.json: n_heads 8 is not divisible by n_kv_heads 3"),
         (lambda f: edit_params(f, n_layers="3"), r"params\.json: n_layers is '3'"),
         (lambda f: edit_params(f, vocab_size=32000), "vocab_size 32000 differs from the tokenizer's 1024 pieces"),
+        (lambda f: edit_params(f, n_layers=2**30), "n_layers is 1073741824; it must be at most 10000"),
         (lambda f: edit_params(f, n_layers=4), r"missing: layers\.3\.attention\.wq\.weight, .*layers\.3\.ffn_norm"),
         (lambda f: edit_params(f, n_layers=2), r"unexpected: layers\.2\.attention\.wq\.weight, "),
         (lambda f: edit_params(f, multiple_of=7), r"misshapen: .*w1\.weight \(192, 64\) instead of \(175, 64\), "),

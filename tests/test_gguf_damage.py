@@ -92,6 +92,7 @@ DAMAGE = {
     "no width": (rewritten(lambda keys, tensors: keys.pop("llama.embedding_length")), "embedding_length is None"),
     "a width of text": (key("llama.embedding_length", "wide"), "embedding_length is 'wide', not a positive"),
     "no heads": (key("llama.attention.head_count", 0), "llama.attention.head_count is 0, not a positive whole number"),
+    "giant layers": (key("llama.block_count", 2**30), "n_layers is 1073741824; it must be at most 10000"),
     "partial RoPE": (key("llama.rope.dimension_count", 8), "dimension_count is 8; only the size of a head, 16,"),
     "YaRN": (rewritten(lambda keys, tensors: keys.update({"llama.rope.scaling.type": "yarn",
              "llama.rope.scaling.factor": 4.0})), "llama.rope.scaling.type is 'yarn'"),

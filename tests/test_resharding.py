@@ -190,6 +190,7 @@ def test_tied_embeddings(tmp_path, tied):
         ({"num_hidden_layers": 2}, "unexpected: model.layers.2."),
         ({"intermediate_size": 128}, "misshapen: .*w1.weight"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, not a positive whole number"),
+        ({"num_hidden_layers": 2**30}, "n_layers is 1073741824; it must be at most 10000"),
         ({"hidden_size": "64"}, "hidden_size is '64', not a positive whole number"),
         ({"intermediate_size": None}, "intermediate_size is None"),
         ({"rope_parameters": [1]}, r"rope_parameters \[1\] is not an object"),

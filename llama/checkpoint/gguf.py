@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..args import RopeScaling
-from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize
+from ..args import RopeScaling, check_layers
+from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize, stack
+from ..devices import in_threads
 from ..gguf import Gguf, TensorEntry
 from ..model import scale_rope_frequencies, unscaled_rope_frequencies
 from .blocks import CODECS, from_blocks
@@ -67,6 +68,7 @@ def params(keys: Mapping[str, Any]) -> dict[str, Any]:
 
     dim, heads = number("embedding_length"), number("attention.head_count")
     result: dict[str, Any] = {"dim": dim, "n_layers": number("block_count"), "n_heads": heads}
+    check_layers(result["n_layers"])
     head_dim = number("attention.key_length", dim // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if number(key, head_dim) != head_dim:
@@ -100,8 +102,8 @@ def rope_scaling(keys: Mapping[str, Any], found: Mapping[str, Any], divisors: Te
     if divisors is None:
         return RopeScaling(factor, rope_type="linear")._asdict() if kind == "linear" and factor != 1 else None
     head_dim = found.get("head_dim") or found["dim"] // found["n_heads"]
-    frequencies = unscaled_rope_frequencies(head_dim, found.get("rope_theta", 10000.0))
-    if divisors.shape == frequencies.shape:
+    if divisors.shape == (head_dim // 2,):
+        frequencies = unscaled_rope_frequencies(head_dim, found.get("rope_theta", 10000.0))
         for scaling in (RopeScaling(rounded(divisors.max())), fitted(frequencies, divisors)):
             scaled = scale_rope_frequencies(frequencies, scaling)
             if torch.allclose(frequencies / divisors, scaled, rtol=1e-4, atol=0):
@@ -166,44 +168,35 @@ class GgufFile(File):
     def is_quantized(self, name: str) -> bool:
         return self.entries[name].type.name in CODECS
 
-    def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized]:
-        """Rows or columns of a quantized tensor, some rows at a time. ValueError for columns within a group."""
-        shape, _, offset, nbytes = self.shapes[name], *self.entries[name][1:]
-        kind = self.entries[name].type
-        rows, columns = shape
+    def unpacked(self, name: str, dim: int, begin: int, end: int) -> list[Quantized]:
+        """Rows or columns of a quantized tensor, some rows in each matrix. ValueError for columns within a group."""
+        kind, _, offset, nbytes = self.entries[name]
+        rows, columns = shape = self.shapes[name]
         group = CODECS[kind.name].scheme.group
         if dim == 1 and (begin % group or end % group):
             raise ValueError(f"{name} {shape} of {kind.name} cannot be divided so: its groups have {group} columns")
         blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=nbytes)
         blocks = blocks.view(rows, columns // kind.values, kind.nbytes)
-        for part in (blocks[begin:end] if dim == 0 else blocks).split(max(1, AT_ONCE // columns)):
+
+        def unpack(part: Tensor) -> Quantized:
             q, scale, least = found = from_blocks(kind.name, part)
             if dim == 0:
-                yield found
-                continue
+                return found
             per, (first, last) = 8 // found.bits, (begin // group, end // group)
             least = None if least is None else least[:, first:last]
-            yield Quantized(q[:, begin // per : end // per], scale[:, first:last], least)
+            return Quantized(q[:, begin // per : end // per], scale[:, first:last], least)
+
+        return in_threads(unpack, (blocks[begin:end] if dim == 0 else blocks).split(max(1, AT_ONCE // columns)))
 
     def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
         """Rows or columns of a quantized matrix."""
-        rows, row = self.shapes[name][0] if dim == 1 else end - begin, 0
-        whole: list[Tensor | None] = []
-        for found in self.unpacked(name, dim, begin, end):
-            if not whole:
-                whole = [None if part is None else part.new_empty(rows, part.shape[1]) for part in found]
-            for target, part in zip(whole, found, strict=True):
-                if target is not None and part is not None:
-                    target[row : row + len(part)] = part
-            row += len(found.q)
-        return Quantized(*whole)  # type: ignore[arg-type]
+        return stack(self.unpacked(name, dim, begin, end))
 
     def dequantized(self, name: str, dim: int, begin: int, end: int, out: Tensor) -> Tensor:
         """The same as floats, written to `out`."""
-        row = 0
-        for part in self.unpacked(name, dim, begin, end):
-            out[row : row + len(part.q)].copy_(dequantize(part))
-            row += len(part.q)
+        parts = self.unpacked(name, dim, begin, end)
+        for target, part in zip(out.split([len(part.q) for part in parts]), parts, strict=True):
+            target.copy_(dequantize(part))
         return out
 
 

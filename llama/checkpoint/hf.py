@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..args import ModelArgs, RopeScaling
+from ..args import ModelArgs, RopeScaling, check_layers
 from ..textfile import read_json
 from .paths import NO_WEIGHTS, advice, listed
 
@@ -129,6 +129,7 @@ def params(config: Mapping[str, Any]) -> dict[str, Any]:
         if (type(value) is not int or value < 1) and (key in needed or value is not None):
             raise ValueError(f"{key} is {value!r}, not a positive whole number")
     dim, layers, heads, hidden, vocab = (config[key] for key in needed)
+    check_layers(layers)
     result = {"dim": dim, "n_layers": layers, "n_heads": heads}
     if config.get("head_dim") not in (None, dim / heads):
         result["head_dim"] = config["head_dim"]
