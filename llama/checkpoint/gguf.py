@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..args import RopeScaling, check_layers
-from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize, stack
-from ..devices import in_threads
+from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize
 from ..gguf import Gguf, TensorEntry
 from ..model import scale_rope_frequencies, unscaled_rope_frequencies
 from .blocks import CODECS, from_blocks
@@ -168,35 +167,44 @@ class GgufFile(File):
     def is_quantized(self, name: str) -> bool:
         return self.entries[name].type.name in CODECS
 
-    def unpacked(self, name: str, dim: int, begin: int, end: int) -> list[Quantized]:
-        """Rows or columns of a quantized tensor, some rows in each matrix. ValueError for columns within a group."""
-        kind, _, offset, nbytes = self.entries[name]
-        rows, columns = shape = self.shapes[name]
+    def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized]:
+        """Rows or columns of a quantized tensor, some rows at a time. ValueError for columns within a group."""
+        shape, _, offset, nbytes = self.shapes[name], *self.entries[name][1:]
+        kind = self.entries[name].type
+        rows, columns = shape
         group = CODECS[kind.name].scheme.group
         if dim == 1 and (begin % group or end % group):
             raise ValueError(f"{name} {shape} of {kind.name} cannot be divided so: its groups have {group} columns")
         blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=nbytes)
         blocks = blocks.view(rows, columns // kind.values, kind.nbytes)
-
-        def unpack(part: Tensor) -> Quantized:
+        for part in (blocks[begin:end] if dim == 0 else blocks).split(max(1, AT_ONCE // columns)):
             q, scale, least = found = from_blocks(kind.name, part)
             if dim == 0:
-                return found
+                yield found
+                continue
             per, (first, last) = 8 // found.bits, (begin // group, end // group)
             least = None if least is None else least[:, first:last]
-            return Quantized(q[:, begin // per : end // per], scale[:, first:last], least)
-
-        return in_threads(unpack, (blocks[begin:end] if dim == 0 else blocks).split(max(1, AT_ONCE // columns)))
+            yield Quantized(q[:, begin // per : end // per], scale[:, first:last], least)
 
     def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
         """Rows or columns of a quantized matrix."""
-        return stack(self.unpacked(name, dim, begin, end))
+        rows, row = self.shapes[name][0] if dim == 1 else end - begin, 0
+        whole: list[Tensor | None] = []
+        for found in self.unpacked(name, dim, begin, end):
+            if not whole:
+                whole = [None if part is None else part.new_empty(rows, part.shape[1]) for part in found]
+            for target, part in zip(whole, found, strict=True):
+                if target is not None and part is not None:
+                    target[row : row + len(part)] = part
+            row += len(found.q)
+        return Quantized(*whole)  # type: ignore[arg-type]
 
     def dequantized(self, name: str, dim: int, begin: int, end: int, out: Tensor) -> Tensor:
         """The same as floats, written to `out`."""
-        parts = self.unpacked(name, dim, begin, end)
-        for target, part in zip(out.split([len(part.q) for part in parts]), parts, strict=True):
-            target.copy_(dequantize(part))
+        row = 0
+        for part in self.unpacked(name, dim, begin, end):
+            out[row : row + len(part.q)].copy_(dequantize(part))
+            row += len(part.q)
         return out
 
 
