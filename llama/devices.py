@@ -125,9 +125,9 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
 
 
 def in_threads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """`work` of each item, items beside each other in as many threads as PyTorch has, with one thread for each
-    operation. Threads that share one small operation wait for each other at its end: for long, where other processes
-    compute too."""
+    """Call `work` for each item, several at a time in as many threads as PyTorch uses, and each operation in one
+    thread. Threads that share a small operation wait for each other at its end: for long, where other processes compute
+    too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -138,7 +138,7 @@ def in_threads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 def trim() -> None:
-    """Give memory that was freed back to the system. glibc keeps it otherwise."""
+    """Return freed memory to the system. glibc keeps it otherwise."""
     if sys.platform == "linux" and hasattr(allocator := ctypes.CDLL(None), "malloc_trim"):
         allocator.malloc_trim(0)
 

@@ -116,3 +116,11 @@ def test_a_dtype_is_taken_by_name_or_refused():
     for dtype in ("int8", torch.int8, "half", 16):
         with pytest.raises(ValueError, match="is not supported; use one of float32, bfloat16, float16"):
             devices.choose_dtype(dtype, torch.device("cpu"), torch.bfloat16)
+
+
+def test_work_in_threads_keeps_the_order_and_the_number_of_threads(two_threads):
+    found = devices.in_threads(lambda n: (n, torch.get_num_threads()), range(20))
+    assert found == [(n, 1) for n in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        devices.in_threads(lambda n: 1 / n, [1, 0])
+    assert torch.get_num_threads() == 2

@@ -74,7 +74,7 @@ def load(
                     layer.weight = matrix if len(names) == 1 else Rows(matrix, end - size, end)  # type: ignore[assignment]
                 del parts
                 weights.release()
-                if count % 16 == 0:  # what was freed adds up to a fifth of the weights, and to return it takes 3 ms
+                if count % 16 == 0:  # freed memory adds up to a fifth of the weights; returning it takes 3 ms
                     trim()
             elif names == ["output.weight"] and args.tie_word_embeddings and world_size() == 1:
                 final["output.weight"] = final["tok_embeddings.weight"]
