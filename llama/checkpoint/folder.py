@@ -89,8 +89,8 @@ class Checkpoint:
                 self.params["rope_scaling"] = scaling
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        self.scheme = gguf.schemes(files)
         self._hold(files, True, keys.get("llama.context_length"))
+        self.scheme = gguf.schemes(files)  # of the output matrix too, if it is tied
 
     def _hold(self, files: Sequence[HuggingFaceFile | GgufFile], tied: bool, positions: object) -> None:
         """Files of whole weights. Where no file has the output matrix, it may be `tied` to the embeddings."""
