@@ -40,7 +40,7 @@ def build(
     parallel.init_model_parallel()
     words = Tokenizer(tokenizer)
     args = ModelArgs(**{**SHAPES[shape], **more}, vocab_size=words.n_words, max_seq_len=length, max_batch_size=batch)
-    rounding = scheme(quantize)
+    rounding = scheme(quantize, device=DEVICE)
     began = time.perf_counter()
     model = loaded(RandomWeights(DEVICE, rounding), args, DEVICE, torch.bfloat16, rounding)
     synchronize(DEVICE)

@@ -119,10 +119,11 @@ class Llama:
         `max_seq_len` counts the tokens of prompt and answer together; with `max_batch_size` it sizes the cache.
         `tokenizer_path` defaults to tokenizer.model or tokenizer.json in the folder, or tokenizer.model one up;
         `device` to CUDA, then MPS, then CPU; `dtype` to the checkpoint's, or float32 where PyTorch would be slower in
-        it. `quantize` rounds the matrices to int8, or to int4 in groups of `group_size` columns (32); one that was
-        saved so needs none. `chat_format` is llama2, llama3 or template, the folder's own, which is the default where
-        there is one; else the tokenizer decides. `lora` is the folder of a LoRA adapter of PEFT, which is merged into
-        the weights, or a list of folders or of pairs (folder, weight).
+        it. `quantize` rounds the matrices to int8 or int4, in groups of `group_size` columns (int4: 32; int8: 128, or
+        rows, 0, on GPUs and CPUs with AMX); one that was saved so needs none. `chat_format` is llama2, llama3 or
+        template, the folder's own, which is the default where there is one; else the tokenizer decides. `lora` is the
+        folder of a LoRA adapter of PEFT, which is merged into the weights, or a list of folders or of pairs (folder,
+        weight).
         On a CPU, models of more than 50 MB are computed by C++ that is compiled once, in about ten seconds: `compile`
         says whether, for any model.
         Raises ValueError, FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank,

@@ -55,7 +55,7 @@ def load_model(
             raise ValueError("max_batch_size is 0; it must be positive")
         with torch.device("meta"):
             model = Transformer(args)
-        scheme, ranks = checkpoint.scheme_for(quantize, group_size), parallel.world_size()
+        scheme, ranks = checkpoint.scheme_for(quantize, group_size, device=target), parallel.world_size()
         size = footprint(args, ranks, weights.dtype(), scheme).weights
         native = backends.native(args, target, size, compile)
         final = devices.choose_dtype(dtype, target, weights.dtype(), native)

@@ -23,7 +23,7 @@ from small import (
 from llama import Llama
 from llama.backends import quantized
 from llama.backends.quantized import Dequantized, Quantized, Scheme, dequantize, kernel, quantize, scheme
-from llama.checkpoint import memory
+from llama.checkpoint import Checkpoint, memory
 from llama.cli import measure as bench
 from llama.cli.convert import convert
 from llama.cli.inspect import inspect
@@ -31,7 +31,8 @@ from llama.devices import cpu_has
 from llama.layers import linear
 
 CPU = torch.device("cpu")
-SCHEMES = [Scheme(8), Scheme(8, 32), *(Scheme(4, group, False) for group in (16, 32, 64, 128)), Scheme(4, 32)]
+SCHEMES = [*(Scheme(8, group) for group in (0, 32, 128)), *(Scheme(4, group, False) for group in (16, 32, 64, 128))]
+SCHEMES += [Scheme(4, 32)]
 TOKENS = torch.tensor([[1, 5, 9, 2, 77, 30], [3, 3, 8, 100, 41, 6]])
 EACH = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 ASKED = pytest.mark.parametrize("scheme", SCHEMES[:-1], ids=str)  # what `quantize` and `group_size` can say
@@ -152,7 +153,7 @@ def build(folder, quantize=None, group_size=None, **options):
 
 def asked(scheme):
     """Arguments that ask for a scheme; symmetric groups of 4 bits come from files alone."""
-    return f"int{scheme.bits}", scheme.group or None
+    return f"int{scheme.bits}", scheme.group
 
 
 def logits(model):
@@ -201,6 +202,25 @@ def test_a_checkpoint_that_was_quantized_is_what_is_quantized_when_loaded(folder
     assert torch.equal(logits(build(tmp_path / "back").model), logits(loaded.model))  # 2 shards -> 1, still quantized
 
 
+@pytest.mark.parametrize(
+    ("device", "units", "group"), [("cpu", (), 128), ("cpu", ("amx_int8",), 0), ("cuda", (), 0), (None, (), 0)]
+)
+def test_int8_has_by_default_the_groups_that_cost_no_speed(folder, monkeypatch, device, units, group):
+    monkeypatch.setattr(quantized, "cpu_has", lambda *names: any(name in units for name in names))
+    target = device and torch.device(device)
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.scheme_for("int8", None, device=target) == Scheme(8, group)
+    assert checkpoint.scheme_for("int8", 0, device=target) == Scheme(8)
+    assert checkpoint.scheme_for("int4", None, device=target) == Scheme(4, 32, False)
+
+
+def test_columns_of_int8_that_no_group_divides_have_a_scale_for_each_row():
+    weight = torch.randn(3, 40)
+    assert Scheme(8, 128).columns(40) == 40
+    rows, grouped = (dequantize(quantize(weight, Scheme(8, group))) for group in (0, 128))
+    assert torch.equal(rows, grouped)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_folder_of_hugging_face_is_quantized_when_loaded(folder, kind, tmp_path):
     in_process(convert, folder, tmp_path / "hf", "--to", "hf", "--tokenizer_path", TOKENIZER)
@@ -241,6 +261,8 @@ def test_groups_that_ranks_cannot_divide_are_named(ranks, folder, tmp_path):
         ({"quantize": 8}, "quantize is 8; it must be int8 or int4"),
         ({"quantize": "int4", "group_size": 48}, "group_size is 48; it must be one of 16, 32, 64, 128"),
         ({"quantize": "int4", "group_size": "64"}, "group_size is '64'"),
+        ({"quantize": "int4", "group_size": 0}, "group_size is 0; it must be one of 16, 32, 64, 128"),
+        ({"quantize": "int8", "group_size": 8}, "group_size is 8; it must be one of 0, 16, 32, 64, 128"),
     ],
 )
 def test_bad_schemes_are_named(folder, options, message):
@@ -253,6 +275,8 @@ def test_a_quantized_checkpoint_is_of_one_scheme(folder, tmp_path):
     in_process(convert, folder, tmp_path / "q", "--quantize", "int8", *flags)
     with pytest.raises(ValueError, match="is quantized already, to int8; it cannot become int4 in groups of 32"):
         build(tmp_path / "q", "int4")
+    with pytest.raises(ValueError, match="is quantized already, to int8; it cannot become int8 in groups of 32"):
+        build(tmp_path / "q", "int8", 32)
     done = in_process(convert, tmp_path / "q", tmp_path / "hf", "--to", "hf", *flags)
     assert "Hugging Face's layout has no place for int8" in done.stderr
     edit_params(tmp_path / "q", quantization={"bits": 5})

@@ -36,7 +36,7 @@ class Scheme(NamedTuple):
     """How matrices are quantized."""
 
     bits: int
-    group: int = 0  # columns that have a scale together, where a row has a whole number of them; 0: a row
+    group: int = 0  # columns that have a scale together; fewer where they do not divide a row; 0: a row
     symmetric: bool = True
 
     def __str__(self) -> str:
@@ -59,6 +59,8 @@ class Scheme(NamedTuple):
         if not self.group:
             return of
         fit = [group for group in GROUPS if group <= self.group and of % group == 0]
+        if not fit and self.bits == 8:
+            return of
         if not fit:
             raise ValueError(f"a matrix of {of} columns cannot be quantized in groups of {GROUPS[0]}")
         return fit[-1]
@@ -91,16 +93,26 @@ class Schemes(NamedTuple):
 Quantization = Scheme | Schemes | None
 
 
-def scheme(quantize: str | None, group_size: int | None = None, symmetric: bool = False) -> Scheme | None:
-    """The scheme that a caller names: int8 with a scale for each row, or int4 in groups of 32 columns, or either in
-    groups of another size; int8 is always symmetric. ValueError for another."""
+def scheme(
+    quantize: str | None, group_size: int | None = None, symmetric: bool = False, device: torch.device | None = None
+) -> Scheme | None:
+    """The scheme that a caller names, for weights that are loaded to `device`, or for a file. ValueError for another.
+
+    Without a group size int4 has groups of 32 columns. int8, which is always symmetric, has a scale for each row, so
+    that any number of ranks can divide a file, and as GPUs and AMX have faster kernels for that. On other CPUs groups
+    of 128 are as fast, and halve the error.
+    """
     if quantize not in (None, "int8", "int4"):
         raise ValueError(f"quantize is {quantize!r}; it must be int8 or int4")
-    if group_size is not None and (type(group_size) is not int or group_size not in GROUPS):
-        raise ValueError(f"group_size is {group_size!r}; it must be one of {', '.join(map(str, GROUPS))}")
+    sizes = GROUPS if quantize == "int4" else (0, *GROUPS)
+    if group_size is not None and (type(group_size) is not int or group_size not in sizes):
+        raise ValueError(f"group_size is {group_size!r}; it must be one of {', '.join(map(str, sizes))}")
     if quantize is None:
         return None
-    return Scheme(8, group_size or 0) if quantize == "int8" else Scheme(4, group_size or 32, symmetric)
+    if quantize == "int4":
+        return Scheme(4, group_size or 32, symmetric)
+    by_row = device is None or device.type != "cpu" or cpu_has("amx_int8")
+    return Scheme(8, (0 if by_row else 128) if group_size is None else group_size)
 
 
 class Quantized(NamedTuple):

@@ -272,13 +272,19 @@ class Checkpoint:
             "weights": digest.hexdigest(),
         }
 
-    def scheme_for(self, quantize: str | None, group_size: int | None, symmetric: bool = False) -> Quantization:
-        """The scheme to load in: the one asked for, or the one that the weights were saved in. ValueError if these
-        differ."""
-        asked = scheme(quantize, group_size, symmetric)
+    def scheme_for(
+        self,
+        quantize: str | None,
+        group_size: int | None,
+        symmetric: bool = False,
+        device: torch.device | None = None,
+    ) -> Quantization:
+        """The scheme to load in, or to convert to without a device: the one asked for, or the one that the weights were
+        saved in. ValueError if these differ."""
+        asked = scheme(quantize, group_size, symmetric, device)
         own = self.scheme
         if asked and own:
-            asked_for = asked.bits, group_size or own[1]
+            asked_for = asked.bits, own[1] if group_size is None else group_size
             if not isinstance(own, Scheme) or asked_for != own[:2] or symmetric > own.symmetric:
                 raise ValueError(f"{self.folder} is quantized already, to {own}; it cannot become {asked}")
         return own or asked

@@ -60,13 +60,14 @@ def prepare(
     cases += [measure.Case(batch, context, tokens) for batch in sizes["batches"]]
     if ckpt_dir is None:
         args, saved = ModelArgs(**measure.SHAPES[shape], vocab_size=32000), torch.bfloat16
-        rounding: Quantization = scheme(quantize, group_size)
-        weights: Weights = measure.RandomWeights(target, scheme(quantize, group_size))
+        named = scheme(quantize, group_size, device=target)
+        rounding: Quantization = named
+        weights: Weights = measure.RandomWeights(target, named)
     else:
         folder = find_folder(ckpt_dir, "ckpt_dir")
         checkpoint, tokenizer = Checkpoint(folder), Tokenizer(find_tokenizer(folder, tokenizer_path))
         weights, args, _ = with_lora(checkpoint, checkpoint.args(tokenizer.n_words), lora)
-        rounding, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()
+        rounding, saved = checkpoint.scheme_for(quantize, group_size, device=target), checkpoint.dtype()
     args.check_output()
     args = measure.fitting(args, cases)
     ranks = parallel.world_size()

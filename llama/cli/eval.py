@@ -13,18 +13,18 @@ from .. import parallel
 from ..args import ModelArgs
 from ..checkpoint import find_folder
 from ..generation import Llama
+from .flags import FLAGS
 
 # Flags of this library; all others are the harness's own.
-FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "tokenizer_path": (str, "tokenizer.model or tokenizer.json; by default the one in CKPT or one folder up"),
-    "max_seq_len": (int, "tokens of a prompt and its answer, at most; by default 2048"),
-    "max_batch_size": (int, "requests that are computed together; by default 8"),
-    "device": (str, "cuda, mps or cpu; by default the first of them that is available"),
-    "dtype": (str, "bfloat16, float16 or float32; by default as Llama.build chooses"),
-    "quantize": (str, "int8 or int4"),
-    "group_size": (int, "columns that have a scale together: 16, 32, 64 or 128"),
-    "chat_format": (str, "llama2, llama3 or template; by default the folder's template, else the tokenizer's format"),
-    "lora": (str, "folder of a LoRA adapter of PEFT, to merge"),
+OWN = {
+    **dict.fromkeys(("tokenizer_path", "device", "dtype", "quantize", "chat_format", "lora"), str),
+    **dict.fromkeys(("max_seq_len", "max_batch_size", "group_size"), int),
+}
+TEXTS = {
+    **FLAGS,
+    "max_seq_len": f"{FLAGS['max_seq_len']}; by default 2048",
+    "max_batch_size": "requests that are computed together; by default 8",
+    "lora": "folder of a LoRA adapter of PEFT, to merge",
 }
 
 
@@ -73,9 +73,9 @@ def parse(args: Sequence[str]) -> Callable[[], None]:
     """The call that a command line asks for."""
     about = "Evaluate a model with lm-evaluation-harness, whose flags, such as --tasks and --limit, follow."
     parser = argparse.ArgumentParser("llama eval", description=about, allow_abbrev=False)
-    parser.add_argument("ckpt_dir", help="folder of a checkpoint, a GGUF file, or an id of the Hugging Face Hub")
-    for name, (kind, text) in FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument("ckpt_dir", help=FLAGS["ckpt_dir"])
+    for name, kind in OWN.items():
+        parser.add_argument(f"--{name}", type=kind, help=TEXTS[name])
     parser.add_argument("--card", action="store_true", help="the benchmarks of MODEL_CARD.md, beside the published row")
     found, harness = parser.parse_known_args(args)
     options = {name: value for name, value in vars(found).items() if value is not None}

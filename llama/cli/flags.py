@@ -15,7 +15,8 @@ FLAGS = {
     "dtype": "bfloat16, float16 or float32; by default as Llama.build chooses",
     "check_memory": "refuse a model that will not fit into memory",
     "quantize": "int8 or int4",
-    "group_size": "columns that have a scale together: 16, 32, 64 or 128; by default a row for int8, 32 for int4",
+    "group_size": "columns that have a scale together: 16, 32, 64, 128, or with int8 0 for a whole row; by default 32 "
+    "for int4, and for int8 128 where a CPU without AMX loads the model, else 0",
     "compile": "whether a CPU computes by compiled C++; by default for more than 50 MB of weights",
     "chat_format": "llama2, llama3 or template; by default the folder's template, else the tokenizer's format",
     "lora": "folder of a LoRA adapter of PEFT, to merge; or a list such as "

@@ -72,7 +72,7 @@ def inspect(
     _, args, adapters = with_lora(checkpoint, args, lora)
     args = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     target = devices.choose_device(device)
-    scheme, saved = checkpoint.scheme_for(quantize, group_size), checkpoint.dtype()
+    scheme, saved = checkpoint.scheme_for(quantize, group_size, device=target), checkpoint.dtype()
     native = backends.native(args, target, footprint(args, 1, saved, scheme).weights, build=False)
     chosen = devices.choose_dtype(dtype, target, saved, native)
     rows = describe(checkpoint, args) | {"tokenizer": tokenizer or missing}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import parallel
 from ..args import ModelArgs
 from ..backends.quantized import Quantization, Quantized, Scheme
-from ..checkpoint import Weights, load, read_parts, slice_shape
+from ..checkpoint import Weights, load, read_parts, shard_dim, slice_shape
 from ..engine import Engine
 from ..layers import ColumnParallelLinear, RowParallelLinear
 from ..model import Transformer
@@ -79,7 +79,8 @@ class RandomWeights:
 
     def quantized(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Quantized | None:
         own = self.scheme.of(name) if self.scheme else None
-        return read_parts(self, name, shape, begin, end, own) if own else None
+        part = tuple(slice_shape(name, shape, begin, end))  # whose groups need not be those of the whole matrix
+        return read_parts(self, name, part, 0, part[shard_dim(name) or 0], own) if own else None
 
     def dtype(self) -> torch.dtype:
         return torch.float32
