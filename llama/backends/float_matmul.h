@@ -50,25 +50,29 @@ static void dot_rows(const T *w, int64_t in, const float *x, float *y, int64_t s
     }
 }
 
-// O outputs of SIDE rows, which lie side by side in a vector, by blocks of WIDE columns (in / WIDE, SIDE, WIDE). With
+// O outputs of V SIDE rows, SIDE side by side in a vector, by blocks of WIDE columns (in / WIDE, V SIDE, WIDE). With
 // float32 weights this reads O streams as fast as for one row, where dot products have registers for three.
 constexpr int SIDE = std::min(L, 8), WIDE = L / SIDE;
-template <int O>
-static void interleaved_rows(const float *w, int64_t in, const float *x, float *y, int64_t stride) {
-    F total[O] = {};
+template <int V, int O, typename T>
+static void interleaved_rows(const T *w, int64_t in, const float *x, float *y, int64_t stride) {
+    F total[O][V] = {};
     for (int64_t k = 0; k < in; k += L) {
         prefetch_rows<O>(w, in, k);
         float near[O * L];
         for (int o = 0; o < O; o++) store(near + o * L, load(w + o * in + k));
-        for (int i = 0; i < SIDE; i++, x += L) {
-            const F rows = load(x);
-            for (int o = 0; o < O; o++) total[o] += broadcast<WIDE>(near + o * L + i * WIDE) * rows;
+        for (int i = 0; i < SIDE; i++, x += V * L) {
+            F rows[V];
+            for (int v = 0; v < V; v++) rows[v] = in_register(load(x + v * L));
+            for (int o = 0; o < O; o++) {
+                const F weight = broadcast<WIDE>(near + o * L + i * WIDE);
+                for (int v = 0; v < V; v++) total[o][v] += weight * rows[v];
+            }
         }
     }
     for (int o = 0; o < O; o++)
-        for (int r = 0; r < SIDE; r++) {
-            float sum = total[o][r * WIDE];
-            for (int i = 1; i < WIDE; i++) sum += total[o][r * WIDE + i];
+        for (int r = 0; r < V * SIDE; r++) {
+            float sum = 0;
+            for (int i = 0; i < WIDE; i++) sum += total[o][r / SIDE][r % SIDE * WIDE + i];
             y[r * stride + o] = sum;
         }
 }
@@ -108,12 +112,12 @@ static void transpose_tile(const T *w, int64_t stride, int64_t K, int64_t n, flo
         }
 }
 
-constexpr int64_t FEW = 16, DOT_N = 12;             // rows by dot products, outputs of a part of theirs
+constexpr int64_t FEW = 32, DOT_N = 12;             // rows by dot products, outputs of a part of theirs
 constexpr int64_t DEEP = 256, BLOCK = 4 * FLOAT_N;  // a tile (DEEP, FLOAT_N) is read from the L2 cache, x from the L1 cache
 template <typename T>
-constexpr int MOST = std::is_same_v<T, float> ? SIDE : DOT_ROWS;  // a few rows pass in groups of up to MOST
+constexpr int MOST = std::is_same_v<T, float> || L > SIDE ? 2 * SIDE : DOT_ROWS;  // a few rows pass in groups of up to MOST
 template <typename T, int R>
-constexpr bool IS_SIDE = std::is_same_v<T, float> && R == SIDE;  // such a group by interleaved_rows
+constexpr bool IS_SIDE = R == 2 * SIDE || (std::is_same_v<T, float> && R == SIDE);  // such a group by interleaved_rows
 
 // x (rows, in) by blocks of columns, (in / deep, rows, deep): row r of it. A core reads x as one stream then; rows a power
 // of two apart would share a few lines of its L1 cache.
@@ -146,10 +150,13 @@ static void dot_outputs(const T *w, int64_t in, const float *x, float *y, int64_
     for (int64_t n = begin; n < end; n += DOT_N)
         in_steps<MOST<T>>(0, rows, [&](auto R, int64_t r) {
             const auto outputs = [&](auto O, int64_t o) {
-                if constexpr (IS_SIDE<T, R>) interleaved_rows<O>(w + o * in, in, x + r * in, y + r * stride + o, stride);
-                else dot_rows<R, O>(w + o * in, in, x + r * in, y + r * stride + o, stride);
+                const T *from = w + o * in;
+                float *to = y + r * stride + o;
+                if constexpr (IS_SIDE<T, R>) interleaved_rows<R / SIDE, O>(from, in, x + r * in, to, stride);
+                else dot_rows<R, O>(from, in, x + r * in, to, stride);
             };
-            constexpr int O = IS_SIDE<T, R> ? DOT_N : std::min<int>(DOT_N, 3 * DOT_ROWS / R);
+            constexpr int vectors = IS_SIDE<T, R> ? (BYTES == 64 ? 24 : 12) * SIDE : 3 * DOT_ROWS;  // of sums, in registers
+            constexpr int O = std::min<int>(DOT_N, vectors / R);
             int64_t o = n;
             for (; o + O <= std::min(end, n + DOT_N); o += O) outputs(number<O>, o);
             for (; o < std::min(end, n + DOT_N); o++) outputs(number<1>, o);
