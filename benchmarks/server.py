@@ -73,11 +73,12 @@ def write_gguf(folder: Path, scheme: str | None) -> Path:
 
 
 def bodies(count: int, seed: int = 0) -> list[Body]:
-    chance = random.Random(seed)
+    """Requests of other tokens for each seed, so that no prefix is known, and of the same lengths."""
+    lengths, chance = random.Random(0), random.Random(seed)
     rows = []
     for _ in range(count):
-        prompt = [chance.randrange(256, 31000) for _ in range(chance.randint(64, 512))]
-        more = {"max_tokens": chance.randint(32, 128), "temperature": 0, "stream": True, "ignore_eos": True}
+        prompt = [chance.randrange(256, 31000) for _ in range(lengths.randint(64, 512))]
+        more = {"max_tokens": lengths.randint(32, 128), "temperature": 0, "stream": True, "ignore_eos": True}
         rows.append({"model": "model", "prompt": prompt, **more})
     return rows
 

@@ -102,16 +102,19 @@ static void test_integers(int64_t bits_, int64_t rows, int64_t out, int64_t in, 
         for (int64_t i = 0; i < out * in; i += 2) stored[i / 2] = q[i] | q[i + 1] << 4;
     llama_pack(bits_, stored.data(), packed.data(), out, in, group);
     const Matrix m{bits_ == 4 ? INT4 : INT8, out, in, group, zero, packed.data(), scale.data(), with_min ? min.data() : nullptr};
-    llama_matmul(&m, x.data(), y.data(), rows);
     std::vector<double> right(rows * out), rounded(rows * in);
     const int64_t some = group % 32 ? 16 : 32;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t g = 0; g < in / some; g++) {
-            float most = 1e-30f;
-            for (int64_t k = g * some; k < (g + 1) * some; k++) most = std::max(most, std::abs(x[r * in + k]));
-            const float s = most / 127;
-            for (int64_t k = g * some; k < (g + 1) * some; k++) rounded[r * in + k] = std::nearbyint(x[r * in + k] * (1 / s)) * (double)s;
+    for (int64_t begin = 0; begin < rows * in; begin += some) {
+        float most = 1e-30f;
+        for (int64_t k = begin; k < begin + some; k++) most = std::max(most, std::abs(x[k]));
+        const float s = most / 127;
+        for (int64_t k = begin; k < begin + some; k++) {
+            double number = std::nearbyint(x[k] / (double)s);
+            if (std::abs(x[k] / (double)s - number) > 0.49) x[k] = number * s;  // a tie may become either neighbour
+            rounded[k] = number * s;
         }
+    }
+    llama_matmul(&m, x.data(), y.data(), rows);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t o = 0; o < out; o++)
             for (int64_t k = 0; k < in; k++) {
