@@ -21,7 +21,7 @@ from small import (
 )
 
 from llama import Llama
-from llama.backends import quantized
+from llama.backends import cpu, quantized
 from llama.backends.quantized import Dequantized, Quantized, Scheme, dequantize, kernel, quantize, scheme
 from llama.checkpoint import Checkpoint, memory
 from llama.cli import measure as bench
@@ -120,12 +120,21 @@ def test_what_is_not_finite_stays_so_in_its_row(compiled):
         assert not finite[4].any() and not finite[9].any()
 
 
+@pytest.fixture(scope="module")
+def for_amx():
+    """native.cpp as it is compiled on a CPU with AMX: its tiles are oneDNN's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", f"{cpu.command()[0]} -D__AMX_INT8__")
+        return cpu.load(cpu.cached())
+
+
 @needs_cpp
 @pytest.mark.skipif(not cpu_has("avx512_vnni"), reason="oneDNN packs so for AVX-512 VNNI and AMX alone")
 @pytest.mark.parametrize("rows", [3, 12, 13, 70])
-def test_many_rows_of_eight_bits_are_onednns_where_it_multiplies_whole_matrices(rows):
+def test_many_rows_of_eight_bits_are_onednns_where_it_multiplies_whole_matrices(rows, for_amx, monkeypatch):
     """With AMX. The weights are held once: both read them where oneDNN has packed them. oneDNN gets activations of 16
     bits, native.cpp of 8."""
+    monkeypatch.setattr(cpu, "library", lambda: for_amx)
     weight, x = quantize(torch.randn(192, 320), Scheme(8)), torch.randn(2, rows, 320)
     tiles, packed = quantized.Tiles(weight), quantized.Packed(weight)
     assert relative_error(tiles(x), F.linear(x, dequantize(weight))) < (1e-4 if 2 * rows > tiles.native_rows else 1e-2)
