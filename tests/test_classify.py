@@ -111,14 +111,14 @@ def test_rows_of_padding_behind_the_vocabulary(tmp_path):
     assert relative_error(llama.classify(TEXTS), theirs(model, ROWS)) < 1e-5
 
 
-@pytest.mark.parametrize(("quantize", "bound"), [("int8", 0.03), ("int4", 0.3)])
+@pytest.mark.parametrize(("quantize", "group", "bound"), [("int8", 128, 0.03), ("int4", 32, 0.3)])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_cpp)])
-def test_quantized_models_are_close(tmp_path, quantize, bound, compiled):
+def test_quantized_models_are_close(tmp_path, quantize, group, bound, compiled):
     model = saved(tmp_path / "hf", 3)
-    llama = build(tmp_path / "hf", quantize=quantize, group_size=32, compile=compiled)
+    llama = build(tmp_path / "hf", quantize=quantize, group_size=group, compile=compiled)
     assert isinstance(llama.model.score.weight, torch.Tensor)
     assert relative_error(llama.classify(TEXTS), theirs(model, ROWS)) < bound
-    convert(tmp_path / "hf", tmp_path / "meta", "meta", 1, None, TOKENIZER, quantize, 32)
+    convert(tmp_path / "hf", tmp_path / "meta", "meta", 1, None, TOKENIZER, quantize, group)
     again = build(tmp_path / "meta", compile=compiled)
     assert torch.equal(again.model.score.weight, model.score.weight)
     assert relative_error(again.classify(TEXTS), llama.classify(TEXTS)) < 1e-5
