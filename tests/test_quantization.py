@@ -254,6 +254,19 @@ def test_ranks_share_a_quantized_model(ranks, folder, tmp_path, world_size, kind
         assert relative_error(found, expected) < 0.04  # each rank rounds activations of its own
 
 
+def default_on_ranks(path):
+    with torch.inference_mode():
+        return build(path, "int8").model(TOKENS)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_int8_in_the_groups_that_their_columns_have(ranks, folder, world_size):
+    """Of the 128 columns of wo each has 64 or 32, which are no group of 128."""
+    expected = logits(build(folder, "int8").model)
+    for found in ranks(world_size).run(default_on_ranks, folder):
+        assert relative_error(found, expected) < 0.04
+
+
 def test_groups_that_ranks_cannot_divide_are_named(ranks, folder, tmp_path):
     path, flags = tmp_path / "coarse", ("--quantize", "int4", "--group_size", 128, "--tokenizer_path", TOKENIZER)
     assert not in_process(convert, folder, path, *flags).returncode
