@@ -16,22 +16,21 @@ INLINE void in_steps(int64_t r, int64_t rows, const Work &work) {
     if constexpr (most > 1) in_steps<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
 }
 
-// Fetches the weights `ahead` of column k of O rows w (O, in): a core keeps more cache lines in flight when it reads
-// several streams.
+// Outputs computed at once are `apart`, so that each reads one long stream of weights: a core keeps more cache lines in
+// flight when it reads several. Fetches what comes behind column k of them.
 template <int O, typename T>
-INLINE void prefetch_rows(const T *w, int64_t in, int64_t k) {
-    const int64_t ahead = std::min<int64_t>(in, 2048 / sizeof(T)), from = k + ahead + (k + ahead < in ? 0 : (O - 1) * in);
-    for (int o = 0; o < O && k * sizeof(T) % 64 == 0; o++) prefetch(w + o * in + from);
+INLINE void prefetch_rows(const T *w, int64_t in, int64_t apart, int64_t k) {
+    for (int o = 0; o < O && k * sizeof(T) % 64 == 0; o++) prefetch(w + o * apart * in + k + 2048 / sizeof(T));
 }
 
 // O outputs of R rows by dot products. x comes by blocks of L columns (in / L, R, L).
 template <int R, int O, typename T>
-static void dot_rows(const T *w, int64_t in, const float *x, float *y, int64_t stride) {
+static void dot_rows(const T *w, int64_t in, int64_t apart, const float *x, float *y, int64_t stride) {
     F total[R][O] = {};
     for (int64_t k = 0; k < in; k += L, x += R * L) {
-        prefetch_rows<O>(w, in, k);
+        prefetch_rows<O>(w, in, apart, k);
         F weights[O];
-        for (int o = 0; o < O; o++) weights[o] = in_register(load(w + o * in + k));
+        for (int o = 0; o < O; o++) weights[o] = in_register(load(w + o * apart * in + k));
         for (int r = 0; r < R; r++) {
             const F row = in_register(load(x + r * L));
             for (int o = 0; o < O; o++) total[r][o] += weights[o] * row;
@@ -46,7 +45,7 @@ static void dot_rows(const T *w, int64_t in, const float *x, float *y, int64_t s
         const F found = sums(some);
 #pragma GCC unroll 16
         for (int i = 0; i < L; i++)
-            if (begin + i < R * O) y[(begin + i) / O * stride + (begin + i) % O] = found[i];
+            if (begin + i < R * O) y[(begin + i) / O * stride + (begin + i) % O * apart] = found[i];
     }
 }
 
@@ -54,12 +53,12 @@ static void dot_rows(const T *w, int64_t in, const float *x, float *y, int64_t s
 // float32 weights this reads O streams as fast as for one row, where dot products have registers for three.
 constexpr int SIDE = std::min(L, 8), WIDE = L / SIDE;
 template <int V, int O, typename T>
-static void interleaved_rows(const T *w, int64_t in, const float *x, float *y, int64_t stride) {
+static void interleaved_rows(const T *w, int64_t in, int64_t apart, const float *x, float *y, int64_t stride) {
     F total[O][V] = {};
     for (int64_t k = 0; k < in; k += L) {
-        prefetch_rows<O>(w, in, k);
+        prefetch_rows<O>(w, in, apart, k);
         float near[O * L];
-        for (int o = 0; o < O; o++) store(near + o * L, load(w + o * in + k));
+        for (int o = 0; o < O; o++) store(near + o * L, load(w + o * apart * in + k));
         for (int i = 0; i < SIDE; i++, x += V * L) {
             F rows[V];
             for (int v = 0; v < V; v++) rows[v] = in_register(load(x + v * L));
@@ -73,7 +72,7 @@ static void interleaved_rows(const T *w, int64_t in, const float *x, float *y, i
         for (int r = 0; r < V * SIDE; r++) {
             float sum = 0;
             for (int i = 0; i < WIDE; i++) sum += total[o][r / SIDE][r % SIDE * WIDE + i];
-            y[r * stride + o] = sum;
+            y[r * stride + o * apart] = sum;
         }
 }
 
@@ -112,7 +111,7 @@ static void transpose_tile(const T *w, int64_t stride, int64_t K, int64_t n, flo
         }
 }
 
-constexpr int64_t FEW = 32, DOT_N = 12;             // rows by dot products, outputs of a part of theirs
+constexpr int64_t FEW = 32, DOT_N = 6;             // rows by dot products, outputs of a part of theirs
 constexpr int64_t DEEP = 256, BLOCK = 4 * FLOAT_N;  // a tile (DEEP, FLOAT_N) is read from the L2 cache, x from the L1 cache
 template <typename T>
 constexpr int MOST = std::is_same_v<T, float> || L > SIDE ? 2 * SIDE : DOT_ROWS;  // a few rows pass in groups of up to MOST
@@ -147,20 +146,24 @@ static const float *pack_x(const float *x, int64_t rows, int64_t in) {
 template <typename T>
 static void dot_outputs(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
                         int64_t end) {
-    for (int64_t n = begin; n < end; n += DOT_N)
+    const auto block = [&](int64_t n, int64_t outputs, int64_t apart) {  // all rows of outputs n, n + apart, ..
         in_steps<MOST<T>>(0, rows, [&](auto R, int64_t r) {
-            const auto outputs = [&](auto O, int64_t o) {
-                const T *from = w + o * in;
-                float *to = y + r * stride + o;
-                if constexpr (IS_SIDE<T, R>) interleaved_rows<R / SIDE, O>(from, in, x + r * in, to, stride);
-                else dot_rows<R, O>(from, in, x + r * in, to, stride);
-            };
             constexpr int vectors = IS_SIDE<T, R> ? (BYTES == 64 ? 24 : 12) * SIDE : 3 * DOT_ROWS;  // of sums, in registers
-            constexpr int O = std::min<int>(DOT_N, vectors / R);
-            int64_t o = n;
-            for (; o + O <= std::min(end, n + DOT_N); o += O) outputs(number<O>, o);
-            for (; o < std::min(end, n + DOT_N); o++) outputs(number<1>, o);
+            constexpr int most = std::min<int>(DOT_N, vectors / R);
+            const auto some = [&](auto O, int64_t o) {
+                const T *from = w + (n + o * apart) * in;
+                float *to = y + r * stride + n + o * apart;
+                if constexpr (IS_SIDE<T, R>) interleaved_rows<R / SIDE, O>(from, in, apart, x + r * in, to, stride);
+                else dot_rows<R, O>(from, in, apart, x + r * in, to, stride);
+            };
+            int64_t o = 0;
+            for (; o + most <= outputs; o += most) some(number<most>, o);
+            for (; o < outputs; o++) some(number<1>, o);
         });
+    };
+    const int64_t apart = (end - begin) / DOT_N, last = begin + apart * DOT_N;
+    for (int64_t n = begin; n < begin + apart; n++) block(n, DOT_N, apart);
+    block(last, end - last, 1);
 }
 
 // Outputs from `begin` to `end` of many rows. Blocks of the weights are transposed, so that no sum needs to be taken
