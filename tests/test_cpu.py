@@ -26,7 +26,7 @@ touch "$last"
 """
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)]
 X86 = platform.machine() in ("x86_64", "AMD64")
-ARM = ["aarch64-linux-gnu-g++", "-static", "-march=armv8.2-a+dotprod"]
+ARM = ["aarch64-linux-gnu-g++", "-static", "-march=armv8.2-a+dotprod+bf16"]
 BUILDS = {  # what compiles the self-test, and what runs it
     "this CPU": (["g++", "-march=native"], []),
     "clang": (["clang++", "-march=native"], []),

@@ -71,7 +71,7 @@ KINDS = [
 @pytest.mark.parametrize(("quantize", "dtype", "bound"), KINDS, ids=str)
 def test_native_is_plain(quantize, dtype, bound, sequences, tokens, monkeypatch):
     monkeypatch.setattr(cpu, "PASS", tokens)
-    monkeypatch.setattr(cpu, "has_matrix_units", lambda dtype: False)
+    monkeypatch.setattr(cpu, "cpu_has", lambda *units: False)
     model = loaded(WIDE, quantize, dtype)
     for name, weight in model.named_parameters():
         weight.mul_(torch.rand_like(weight) + 0.5 if "norm" in name else 5)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..args import ModelArgs
 from ..batch import Batch, Span, check
-from ..devices import has_matrix_units
+from ..devices import cpu_has
 from ..model import Transformer, rope_frequencies
 from ..parallel import all_gather, all_reduce, world_size
 from ..textfile import lock
@@ -39,7 +39,8 @@ SOURCE = Path(__file__).with_name("native.cpp")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
 FLAGS = ["-std=c++17", "-O3", "-pthread", "-fPIC", "-shared"]
 PASS = 512  # tokens of a pass, whose activations stay in the last-level cache
-FEW = 16  # tokens of a pass up to which this backend is faster than oneDNN with instructions for whole matrices
+FEW = 16  # tokens of a pass up to which this backend is faster than oneDNN with AMX
+AMX = {torch.bfloat16: ("amx_bf16",), torch.float16: ("amx_fp16",)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,8 +260,8 @@ class Native:
             *(p.norm_eps, self.embeddings.data_ptr(), self.floats(cos_sin), self.floats(weight), output, layers),
         )
         sample: Any = (blocks[0].feed_forward.w2 if p.n_labels else model.output).weight  # a score head stays in floats
-        matrix = isinstance(sample, Tensor) and has_matrix_units(weight.dtype)
-        self.most = FEW if matrix else getattr(sample, "native_rows", 2**63)
+        whole = isinstance(sample, Tensor) and cpu_has(*AMX.get(weight.dtype, ()))
+        self.most = FEW if whole else getattr(sample, "native_rows", 2**63)
 
     def floats(self, tensor: Tensor) -> int:
         """The address of a tensor's numbers in float32."""

@@ -33,7 +33,7 @@ static void dot_rows(const T *w, int64_t in, int64_t apart, const float *x, floa
         for (int o = 0; o < O; o++) weights[o] = in_register(load(w + o * apart * in + k));
         for (int r = 0; r < R; r++) {
             const F row = in_register(load(x + r * L));
-            for (int o = 0; o < O; o++) total[r][o] += weights[o] * row;
+            for (int o = 0; o < O; o++) total[r][o] = add_product<T>(total[r][o], weights[o], row);
         }
     }
 #pragma GCC unroll 8
@@ -64,7 +64,7 @@ static void interleaved_rows(const T *w, int64_t in, int64_t apart, const float 
             for (int v = 0; v < V; v++) rows[v] = in_register(load(x + v * L));
             for (int o = 0; o < O; o++) {
                 const F weight = broadcast<WIDE>(near + o * L + i * WIDE);
-                for (int v = 0; v < V; v++) total[o][v] += weight * rows[v];
+                for (int v = 0; v < V; v++) total[o][v] = add_product<T>(total[o][v], weight, rows[v]);
             }
         }
     }
@@ -77,7 +77,7 @@ static void interleaved_rows(const T *w, int64_t in, int64_t apart, const float 
 }
 
 // V vectors of outputs of R rows: y (+)= x w, with w (K, V L), whose rows are `width` apart.
-template <int R, int V>
+template <int R, int V, typename T = float>
 static void outer_rows(const float *w, int64_t width, const float *x, int64_t in, float *y, int64_t stride, int64_t K,
                        bool add) {
     F total[R][V];  // in registers if all loops over it are unrolled
@@ -89,8 +89,8 @@ static void outer_rows(const float *w, int64_t width, const float *x, int64_t in
         F weights[V];
         for (int v = 0; v < V; v++) weights[v] = load(w + v * L);
         for (int r = 0; r < R; r++) {
-            const F row = splat(x[r * in + k]);
-            for (int v = 0; v < V; v++) total[r][v] += row * weights[v];
+            const F row = broadcast<1>(x + r * in + k);
+            for (int v = 0; v < V; v++) total[r][v] = add_product<T>(total[r][v], weights[v], row);
         }
     }
 #pragma GCC unroll 16
@@ -114,9 +114,11 @@ static void transpose_tile(const T *w, int64_t stride, int64_t K, int64_t n, flo
 constexpr int64_t FEW = 32, DOT_N = 6;             // rows by dot products, outputs of a part of theirs
 constexpr int64_t DEEP = 256, BLOCK = 4 * FLOAT_N;  // a tile (DEEP, FLOAT_N) is read from the L2 cache, x from the L1 cache
 template <typename T>
-constexpr int MOST = std::is_same_v<T, float> || L > SIDE ? 2 * SIDE : DOT_ROWS;  // a few rows pass in groups of up to MOST
+constexpr int PER_LANE = std::is_same_v<T, Pair> ? 2 : 1;  // numbers
+template <typename T>
+constexpr int MOST = PAIRS && std::is_same_v<T, BFloat16> ? 1 : std::is_same_v<T, float> || L > SIDE ? 2 * SIDE : DOT_ROWS;  // a few rows pass in groups of up to MOST
 template <typename T, int R>
-constexpr bool IS_SIDE = R == 2 * SIDE || (std::is_same_v<T, float> && R == SIDE);  // such a group by interleaved_rows
+constexpr bool IS_SIDE = R == 2 * SIDE || (sizeof(T) == 4 && R == SIDE);  // such a group by interleaved_rows
 
 // x (rows, in) by blocks of columns, (in / deep, rows, deep): row r of it. A core reads x as one stream then; rows a power
 // of two apart would share a few lines of its L1 cache.
@@ -131,6 +133,13 @@ INLINE void by_columns(const float *x, int64_t r, int64_t rows, int64_t in, floa
 // x as the two functions below take it, valid until the next call.
 template <typename T>
 static const float *pack_x(const float *x, int64_t rows, int64_t in) {
+    if constexpr (std::is_same_v<T, Pair>) {
+        Pair *pairs = (Pair *)scratch<NARROW>(rows * in * sizeof(Pair));
+        each_row(rows, in, [&](int64_t r) {
+            for (int64_t k = 0; k < 2 * in; k += L) store((BFloat16 *)(pairs + r * in) + k, load(x + 2 * r * in + k));
+        });
+        x = (const float *)pairs;
+    }
     if (rows == 1) return x;
     float *to = (float *)scratch<COLUMNS>(rows * in * sizeof(float));
     if (rows > FEW)
@@ -182,9 +191,9 @@ static void outer_outputs(const T *w, int64_t in, const float *x, float *y, int6
                 float *to = y + r * stride + n;
                 int64_t m = n;
                 for (; m + FLOAT_N <= stop; m += FLOAT_N, tile += FLOAT_N * DEEP, to += FLOAT_N)
-                    outer_rows<R, FLOAT_V>(tile, FLOAT_N, from, K, to, stride, K, k > 0);
+                    outer_rows<R, FLOAT_V, T>(tile, FLOAT_N, from, K, to, stride, K, k > 0);
                 if (m == stop) return;
-                outer_rows<R, FLOAT_V>(tile, FLOAT_N, from, K, last, FLOAT_N, K, false);
+                outer_rows<R, FLOAT_V, T>(tile, FLOAT_N, from, K, last, FLOAT_N, K, false);
                 for (int i = 0; i < R; i++)
                     for (int64_t o = 0; o < stop - m; o++)
                         to[i * stride + o] = last[i * FLOAT_N + o] + (k ? to[i * stride + o] : 0);

@@ -277,6 +277,16 @@ static void each_part(const Matrix *m, int count, float *y, int64_t unit, const 
     });
 }
 
+template <typename T>
+static void float_matmul(const Matrix *m, int count, const float *x, float *y, int64_t rows, int64_t out) {
+    const int64_t unit = rows > FEW ? FLOAT_N : DOT_N, in = m->in / PER_LANE<T>;
+    const float *from = pack_x<T>(x, rows, in);
+    each_part(m, count, y, unit, [&](const Matrix &b, float *to, int64_t begin, int64_t end) {
+        const auto outputs = rows > FEW ? outer_outputs<T> : dot_outputs<T>;
+        outputs((const T *)b.weight, in, from, to, rows, out, begin * unit, std::min(b.out, end * unit));
+    });
+}
+
 // y (rows, out) = x (rows, in) times the transpose of matrices one below the other, `out` in all.
 static void matmul(const Matrix *m, int count, const float *x, float *y, int64_t rows) {
     int64_t out = 0;
@@ -286,14 +296,11 @@ static void matmul(const Matrix *m, int count, const float *x, float *y, int64_t
         const auto like = [&](const Matrix &b) { return b.kind == first.kind && b.group == first.group && b.zero == first.zero; };
         while (i + n < count && like(m[i + n])) n++;
         if (first.kind < INT8) {
-            const int64_t unit = rows > FEW ? FLOAT_N : DOT_N;
             by_kind(first.kind, (void *)first.weight, [&](auto *weight) {
                 using T = std::remove_pointer_t<decltype(weight)>;
-                const float *from = pack_x<T>(x, rows, first.in);
-                each_part(m + i, n, y, unit, [&](const Matrix &b, float *to, int64_t begin, int64_t end) {
-                    const auto outputs = rows > FEW ? outer_outputs<T> : dot_outputs<T>;
-                    outputs((const T *)b.weight, b.in, from, to, rows, out, begin * unit, std::min(b.out, end * unit));
-                });
+                if constexpr (PAIRS && std::is_same_v<T, BFloat16>)
+                    if (first.in % (2 * L) == 0) return float_matmul<Pair>(m + i, n, x, y, rows, out);
+                float_matmul<T>(m + i, n, x, y, rows, out);
             });
         } else {
             const Row *row = rounded(first, x, rows);

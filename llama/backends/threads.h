@@ -109,7 +109,7 @@ static void each_row(int64_t rows, int64_t size, const Work &work) {
 }
 
 // Memory of a thread for each purpose, kept for the next call: its page faults happen once.
-enum Purpose { TILE, COLUMNS, ROWS, SCORES, KEYS, PASS };
+enum Purpose { TILE, NARROW, COLUMNS, ROWS, SCORES, KEYS, PASS };
 template <Purpose purpose>
 static void *scratch(size_t bytes) {
     static thread_local struct Kept {

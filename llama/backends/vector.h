@@ -48,6 +48,9 @@ struct Half {
 struct BFloat16 {
     uint16_t bits;
 };
+struct Pair {  // neighbours, in a lane of a vector
+    BFloat16 first, second;
+};
 
 template <typename T>
 INLINE T get(const void *from) {
@@ -66,7 +69,7 @@ INLINE I splat(int32_t x) { return x - (I){}; }
 template <int n>
 INLINE F broadcast(const float *from) {
     if constexpr (n == 2) return (F)(get<int64_t>(from) - (Vector<int64_t>::type){});
-    else return splat(*from);
+    else return (F)splat(get<int32_t>(from));
 }
 // Keeps x in a register: GCC would reload it at each use, and loads limit some loops.
 INLINE F in_register(F x) {
@@ -93,6 +96,7 @@ INLINE U wide(const void *from) {  // the builtin compiles to four conversions w
 INLINE void narrow(void *to, U x) { put(to, __builtin_convertvector(x, Vector<uint16_t, BYTES / 2>::type)); }
 
 INLINE F load(const float *from) { return get<F>(from); }
+INLINE F load(const Pair *from) { return get<F>(from); }  // as they are
 INLINE F load(const BFloat16 *from) { return (F)(wide(from) << 16); }
 INLINE F load(const Half *from) {
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
@@ -176,6 +180,23 @@ INLINE float largest(F x) {
     for (int n = L / 2; n; n /= 2)
         for (int i = 0; i < n; i++) s[i] = std::max(s[i], s[i + n]);
     return s[0];
+}
+
+// s + w x in each lane; of pairs, the products of both neighbours, for which some CPUs have an instruction.
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+constexpr bool PAIRS = true;
+INLINE F add_pairs(F s, F w, F x) { return (F)_mm512_dpbf16_ps((__m512)s, (__m512bh)w, (__m512bh)x); }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool PAIRS = true;
+INLINE F add_pairs(F s, F w, F x) { return vbfdotq_f32((float32x4_t)s, (bfloat16x8_t)w, (bfloat16x8_t)x); }
+#else
+constexpr bool PAIRS = false;
+INLINE F add_pairs(F s, F, F) { return s; }
+#endif
+template <typename T>
+INLINE F add_product(F s, F w, F x) {
+    if constexpr (std::is_same_v<T, Pair>) return add_pairs(s, w, x);
+    else return s + w * x;
 }
 
 // 2^n e^f with |f| <= ln 2 / 2, by the Taylor series of e^f: within 2e-7 of the result.
