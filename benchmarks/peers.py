@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def transformers_compiled(source: Source) -> Run:
 Rows = Mapping[int, tuple[int, list[int]]]
 
 
-def llama_cpp_decoder(source: Source) -> Callable[[Rows], list[int]]:
+def llama_cpp_decoder(source: Source, narrow: str = "F16") -> Callable[[Rows], list[int]]:
     """llama.cpp, with as many threads, a cache of float16 and its own rounding: rows -> the argmax after each row's
     last token. All rows are dropped when row 0 starts at position 0."""
     import llama_cpp as lib
@@ -98,7 +99,7 @@ def llama_cpp_decoder(source: Source) -> Callable[[Rows], list[int]]:
 
     folder = tempfile.TemporaryDirectory()
     saved = source.weights.source if isinstance(source.weights, Checkpoint) else Path()
-    path = saved if is_gguf(saved) else write_gguf(source, Path(folder.name) / "model.gguf")
+    path = saved if is_gguf(saved) else write_gguf(source, Path(folder.name) / "model.gguf", narrow)
     quiet = lib.llama_log_callback(lambda *args: None)
     lib.llama_log_set(quiet, ctypes.c_void_p())
     if isinstance(source.scheme, Scheme):  # as llama-quantize does: with q4_0 the output matrix becomes q6_K
@@ -138,8 +139,8 @@ def llama_cpp_decoder(source: Source) -> Callable[[Rows], list[int]]:
     return decode
 
 
-def llama_cpp(source: Source) -> Run:
-    decode = llama_cpp_decoder(source)
+def llama_cpp(source: Source, narrow: str = "F16") -> Run:
+    decode = llama_cpp_decoder(source, narrow)
 
     def run(ids: Tensor, tokens: int) -> Iterator[object]:
         found = [id for row, prompt in enumerate(ids.tolist()) for id in decode({row: (0, prompt)})]
@@ -151,13 +152,13 @@ def llama_cpp(source: Source) -> Run:
     return run
 
 
-def write_gguf(source: Source, path: Path) -> Path:
-    """llama.cpp's file of the model. The texts of its vocabulary are numbers."""
+def write_gguf(source: Source, path: Path, narrow: str = "F16") -> Path:
+    """llama.cpp's file of the model, in F32 or, of 16 bits, `narrow`. The texts of its vocabulary are numbers."""
     import gguf
 
     args = source.args
     types = gguf.GGMLQuantizationType
-    dtype = types.F32 if source.dtype == torch.float32 and not source.scheme else types.F16
+    dtype = types.F32 if source.dtype == torch.float32 and not source.scheme else types[narrow]
     file = gguf.GGUFWriter(path, "llama")
     file.add_context_length(4096)
     file.add_embedding_length(args.dim)
@@ -192,4 +193,5 @@ PEERS: Mapping[str, Callable[[Source], Run]] = {
     "transformers": transformers_eager,
     "transformers-compiled": transformers_compiled,
     "llama.cpp": llama_cpp,
+    "llama.cpp-bf16": partial(llama_cpp, narrow="BF16"),  # faster where a CPU multiplies it
 }

@@ -1,7 +1,8 @@
 """The CPU backend: native.cpp, compiled for this machine when a large enough model is first loaded.
 
 Between two matmuls of a small model the caches of a CPU are empty, and each operation of PyTorch's takes ten times what
-it does in a loop: so a pass is one call. Activations are float32, whatever the weights' dtype.
+it does in a loop: so a pass is one call. Activations are float32, whatever the weights' dtype; matmuls round them to
+bfloat16 or 8 bits where the weights are bfloat16, and the CPU multiplies it, or quantized.
 """
 
 from __future__ import annotations

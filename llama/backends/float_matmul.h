@@ -1,4 +1,5 @@
 // Matmuls of floats: y (rows, out) = x (rows, in) times the transpose of w (out, in), in float32, float16 or bfloat16.
+// Where the CPU has a dot product of two bfloat16 (PAIRS), w and x are `in` Pairs: a lane holds one instead of a float.
 #pragma once
 
 #include "threads.h"
@@ -111,12 +112,14 @@ static void transpose_tile(const T *w, int64_t stride, int64_t K, int64_t n, flo
         }
 }
 
-constexpr int64_t FEW = 32, DOT_N = 6;             // rows by dot products, outputs of a part of theirs
+constexpr int64_t FEW = 32, DOT_N = 6;              // rows by dot products, outputs of a block of theirs
 constexpr int64_t DEEP = 256, BLOCK = 4 * FLOAT_N;  // a tile (DEEP, FLOAT_N) is read from the L2 cache, x from the L1 cache
 template <typename T>
 constexpr int PER_LANE = std::is_same_v<T, Pair> ? 2 : 1;  // numbers
 template <typename T>
-constexpr int MOST = PAIRS && std::is_same_v<T, BFloat16> ? 1 : std::is_same_v<T, float> || L > SIDE ? 2 * SIDE : DOT_ROWS;  // a few rows pass in groups of up to MOST
+constexpr bool RARE = PAIRS && std::is_same_v<T, BFloat16>;  // rows that are not whole vectors of Pairs
+template <typename T>
+constexpr int MOST = RARE<T> ? 1 : sizeof(T) == 4 || L > SIDE ? 2 * SIDE : DOT_ROWS;  // a few rows pass in groups of these
 template <typename T, int R>
 constexpr bool IS_SIDE = R == 2 * SIDE || (sizeof(T) == 4 && R == SIDE);  // such a group by interleaved_rows
 

@@ -1,8 +1,9 @@
 // Matmuls: y (rows, out) = x (rows, in) times the transpose of a matrix (out, in).
 //
-// Activations are float32. Matrices have their weights (out, in) in float32, float16 or bfloat16 as they lie in memory, or
-// quantized: w = scale q + min, q of 8 or 4 bits, scale and min in float16 for each group of columns. Quantized weights are
-// packed in tiles of TILE_N outputs, so that a register holds the same columns of several outputs:
+// Activations are float32, rounded to bfloat16 where the CPU multiplies bfloat16 weights in pairs. Matrices have their
+// weights (out, in) in float32, float16 or bfloat16 as they lie in memory, or quantized: w = scale q + min, q of 8 or 4
+// bits, scale and min in float16 for each group of columns. Quantized weights are packed in tiles of TILE_N outputs, so
+// that a register holds the same columns of several outputs:
 //
 //   8 bits   for every 4 columns, 4 bytes of each output
 //   4 bits   for every block of 32 columns (16 where groups are as small), 4 bytes of each output for every 8 columns:

@@ -1,5 +1,6 @@
 // Vectors as wide as this CPU's registers, written once with the vector types of GCC and Clang. What differs between
-// instruction sets is the dot product of 8-bit integers: AVX-512 VNNI, AVX-VNNI, AVX2, NEON and plain C++ have their own.
+// instruction sets is the dot product of 8-bit integers: AVX-512 VNNI, AVX-VNNI, AVX2, NEON and plain C++ have their own;
+// and that of two bfloat16, which AVX-512 and NEON may have.
 #pragma once
 
 #include <algorithm>
