@@ -115,8 +115,6 @@ static void transpose_tile(const T *w, int64_t stride, int64_t K, int64_t n, flo
 constexpr int64_t FEW = 32, DOT_N = 6;              // rows by dot products, outputs of a block of theirs
 constexpr int64_t DEEP = 256, BLOCK = 4 * FLOAT_N;  // a tile (DEEP, FLOAT_N) is read from the L2 cache, x from the L1 cache
 template <typename T>
-constexpr int PER_LANE = std::is_same_v<T, Pair> ? 2 : 1;  // numbers
-template <typename T>
 constexpr bool RARE = PAIRS && std::is_same_v<T, BFloat16>;  // rows that are not whole vectors of Pairs
 template <typename T>
 constexpr int MOST = RARE<T> ? 1 : sizeof(T) == 4 || L > SIDE ? 2 * SIDE : DOT_ROWS;  // a few rows pass in groups of these

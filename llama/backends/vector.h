@@ -200,6 +200,9 @@ INLINE F add_product(F s, F w, F x) {
     else return s + w * x;
 }
 
+template <typename T>
+constexpr int PER_LANE = std::is_same_v<T, Pair> ? 2 : 1;  // numbers
+
 // 2^n e^f with |f| <= ln 2 / 2, by the Taylor series of e^f: within 2e-7 of the result.
 INLINE F exp(F x) {
     const F low = splat(-87.0f), high = splat(88.0f);
