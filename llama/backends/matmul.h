@@ -242,16 +242,18 @@ static void int_tiles(const Matrix &m, const Row *row, float *y, int64_t rows, i
     for (int64_t r0 = 0; r0 < rows; r0 += ROW_BLOCK)
         for (int64_t tile = begin; tile < end; tile++) {
             const auto by = [&](auto bits, auto group, auto same) {
-                constexpr int most = bits == 8 ? INT8_ROWS : INT4_ROWS;
-                in_steps<most>(r0, std::min(rows, r0 + ROW_BLOCK), [&](auto R, int64_t r) {
-                    constexpr int V = R * TILE_V > most * INT_V ? INT_V : TILE_V;
+                const int64_t last = std::min(rows, r0 + ROW_BLOCK);
+                const auto some = [&](auto R, int64_t r) {
+                    constexpr int V = R * TILE_V > 6 * INT_V ? INT_V : TILE_V;
                     for (int64_t first = 0; first < TILE_N; first += V * L) {
                         const int64_t o = tile * TILE_N + first;
                         float *to = y + r * stride + o;
                         int_rows<R, V, bits, group, same>(m, tile, first, row + r, to, stride, m.out - o, r == 0);
                     }
-                });
-                for (int64_t r = r0; r < std::min(rows, r0 + ROW_BLOCK); r++)
+                };
+                constexpr auto most = bits == 8 ? INT8_ROWS : INT4_ROWS;
+                rows > FEW ? in_steps<most[1]>(r0, last, some) : in_steps<most[0]>(r0, last, some);
+                for (int64_t r = r0; r < last; r++)
                     if (row[r].count)
                         add_rest<bits, group>(m, tile, row[r], y + r * stride + tile * TILE_N, m.out - tile * TILE_N);
             };

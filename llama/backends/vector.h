@@ -20,16 +20,19 @@
 
 // A kernel keeps R rows x V vectors of sums in registers, of which there are 32, or 16 with AVX2 and SSE.
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-constexpr int BYTES = 64, FLOAT_ROWS = 12, FLOAT_V = 2, DOT_ROWS = 8, INT8_ROWS = 6, INT4_ROWS = 6, INT_V = 2;
+constexpr int BYTES = 64, FLOAT_ROWS = 12, FLOAT_V = 2, DOT_ROWS = 8, INT_V = 2;
+constexpr int INT8_ROWS[] = {8, 4}, INT4_ROWS[] = {6, 4};  // where a pass has few rows, and many
 #ifdef __AMX_INT8__
 constexpr int TILE_V = 4;  // as oneDNN packs
 #else
 constexpr int TILE_V = INT_V;  // so that any number of rows reads a tile in one stream
 #endif
 #elif defined(__AVX2__)
-constexpr int BYTES = 32, FLOAT_ROWS = 6, FLOAT_V = 2, DOT_ROWS = 4, INT8_ROWS = 6, INT4_ROWS = 4, INT_V = 2, TILE_V = 2;
+constexpr int BYTES = 32, FLOAT_ROWS = 6, FLOAT_V = 2, DOT_ROWS = 4, INT_V = 2, TILE_V = 2;
+constexpr int INT8_ROWS[] = {6, 6}, INT4_ROWS[] = {4, 4};
 #else
-constexpr int BYTES = 16, FLOAT_ROWS = 6, FLOAT_V = 4, DOT_ROWS = 4, INT8_ROWS = 6, INT4_ROWS = 4, INT_V = 4, TILE_V = 4;
+constexpr int BYTES = 16, FLOAT_ROWS = 6, FLOAT_V = 4, DOT_ROWS = 4, INT_V = 4, TILE_V = 4;
+constexpr int INT8_ROWS[] = {6, 6}, INT4_ROWS[] = {4, 4};
 #endif
 constexpr int L = BYTES / 4;  // floats of a vector
 
