@@ -17,6 +17,13 @@ INLINE void in_steps(int64_t r, int64_t rows, const Work &work) {
     if constexpr (most > 1) in_steps<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
 }
 
+// The same, but the last six or seven rows pass as a group of eight, which takes the last row again: that is faster.
+template <int most, typename Work>
+INLINE void in_groups(int64_t r, int64_t rows, const Work &work) {
+    for (; r + (most == 8 ? 6 : most) <= rows; r += most) work(std::integral_constant<int, most>(), r);
+    if constexpr (most > 1) in_groups<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
+}
+
 // Outputs computed at once are `apart`, so that each reads one long stream of weights: a core keeps more cache lines in
 // flight when it reads several. Fetches what comes behind column k of them.
 template <int O, typename T>
@@ -24,9 +31,9 @@ INLINE void prefetch_rows(const T *w, int64_t in, int64_t apart, int64_t k) {
     for (int o = 0; o < O && k * sizeof(T) % 64 == 0; o++) prefetch(w + o * apart * in + k + 2048 / sizeof(T));
 }
 
-// O outputs of R rows by dot products. x comes by blocks of L columns (in / L, R, L).
+// O outputs of R rows, up to row `last`, by dot products. x comes by blocks of L columns (in / L, R, L).
 template <int R, int O, typename T>
-static void dot_rows(const T *w, int64_t in, int64_t apart, const float *x, float *y, int64_t stride) {
+static void dot_rows(const T *w, int64_t in, int64_t apart, const float *x, float *y, int64_t stride, int64_t last) {
     F total[R][O] = {};
     for (int64_t k = 0; k < in; k += L, x += R * L) {
         prefetch_rows<O>(w, in, apart, k);
@@ -46,7 +53,7 @@ static void dot_rows(const T *w, int64_t in, int64_t apart, const float *x, floa
         const F found = sums(some);
 #pragma GCC unroll 16
         for (int i = 0; i < L; i++)
-            if (begin + i < R * O) y[(begin + i) / O * stride + (begin + i) % O * apart] = found[i];
+            if (begin + i < R * O) y[std::min<int64_t>((begin + i) / O, last) * stride + (begin + i) % O * apart] = found[i];
     }
 }
 
@@ -54,7 +61,7 @@ static void dot_rows(const T *w, int64_t in, int64_t apart, const float *x, floa
 // float32 weights this reads O streams as fast as for one row, where dot products have registers for three.
 constexpr int SIDE = std::min(L, 8), WIDE = L / SIDE;
 template <int V, int O, typename T>
-static void interleaved_rows(const T *w, int64_t in, int64_t apart, const float *x, float *y, int64_t stride) {
+static void interleaved_rows(const T *w, int64_t in, int64_t apart, const float *x, float *y, int64_t stride, int64_t last) {
     F total[O][V] = {};
     for (int64_t k = 0; k < in; k += L) {
         prefetch_rows<O>(w, in, apart, k);
@@ -73,7 +80,7 @@ static void interleaved_rows(const T *w, int64_t in, int64_t apart, const float 
         for (int r = 0; r < V * SIDE; r++) {
             float sum = 0;
             for (int i = 0; i < WIDE; i++) sum += total[o][r / SIDE][r % SIDE * WIDE + i];
-            y[r * stride + o * apart] = sum;
+            y[std::min<int64_t>(r, last) * stride + o * apart] = sum;
         }
 }
 
@@ -121,13 +128,13 @@ constexpr int MOST = RARE<T> ? 1 : sizeof(T) == 4 || L > SIDE ? 2 * SIDE : DOT_R
 template <typename T, int R>
 constexpr bool IS_SIDE = R == 2 * SIDE || (sizeof(T) == 4 && R == SIDE);  // such a group by interleaved_rows
 
-// x (rows, in) by blocks of columns, (in / deep, rows, deep): row r of it. A core reads x as one stream then; rows a power
-// of two apart would share a few lines of its L1 cache.
+// Row r of x by blocks of columns, (in / deep, rows, deep). A core reads x as one stream then; rows a power of two apart
+// would share a few lines of its L1 cache.
 template <int64_t deep>
-INLINE void by_columns(const float *x, int64_t r, int64_t rows, int64_t in, float *to) {
+INLINE void by_columns(const float *row, int64_t r, int64_t rows, int64_t in, float *to) {
     for (int64_t k = 0; k < in; k += deep) {
         const int64_t K = deep > L ? std::min(deep, in - k) : deep;
-        memcpy(to + k * rows + r * K, x + r * in + k, K * sizeof(float));
+        memcpy(to + k * rows + r * K, row + k, K * sizeof(float));
     }
 }
 
@@ -142,12 +149,13 @@ static const float *pack_x(const float *x, int64_t rows, int64_t in) {
         x = (const float *)pairs;
     }
     if (rows == 1) return x;
-    float *to = (float *)scratch<COLUMNS>(rows * in * sizeof(float));
+    float *to = (float *)scratch<COLUMNS>((rows + MOST<T>) * in * sizeof(float));
     if (rows > FEW)
-        each_row(rows, in, [&](int64_t r) { by_columns<DEEP>(x, r, rows, in, to); });
+        each_row(rows, in, [&](int64_t r) { by_columns<DEEP>(x + r * in, r, rows, in, to); });
     else
-        in_steps<MOST<T>>(0, rows, [&](auto R, int64_t r) {
-            for (int i = 0; i < R; i++) by_columns<IS_SIDE<T, R> ? WIDE : L>(x + r * in, i, R, in, to + r * in);
+        in_groups<MOST<T>>(0, rows, [&](auto R, int64_t r) {
+            for (int i = 0; i < R; i++)
+                by_columns<IS_SIDE<T, R> ? WIDE : L>(x + std::min(r + i, rows - 1) * in, i, R, in, to + r * in);
         });
     return to;
 }
@@ -157,14 +165,14 @@ template <typename T>
 static void dot_outputs(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
                         int64_t end) {
     const auto block = [&](int64_t n, int64_t outputs, int64_t apart) {  // all rows of outputs n, n + apart, ..
-        in_steps<MOST<T>>(0, rows, [&](auto R, int64_t r) {
+        in_groups<MOST<T>>(0, rows, [&](auto R, int64_t r) {
             constexpr int vectors = IS_SIDE<T, R> ? (BYTES == 64 ? 24 : 12) * SIDE : 3 * DOT_ROWS;  // of sums, in registers
             constexpr int most = std::min<int>(DOT_N, vectors / R);
             const auto some = [&](auto O, int64_t o) {
                 const T *from = w + (n + o * apart) * in;
                 float *to = y + r * stride + n + o * apart;
-                if constexpr (IS_SIDE<T, R>) interleaved_rows<R / SIDE, O>(from, in, apart, x + r * in, to, stride);
-                else dot_rows<R, O>(from, in, apart, x + r * in, to, stride);
+                if constexpr (IS_SIDE<T, R>) interleaved_rows<R / SIDE, O>(from, in, apart, x + r * in, to, stride, rows - 1 - r);
+                else dot_rows<R, O>(from, in, apart, x + r * in, to, stride, rows - 1 - r);
             };
             int64_t o = 0;
             for (; o + most <= outputs; o += most) some(number<most>, o);
