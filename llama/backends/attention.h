@@ -122,7 +122,8 @@ static void attend_many(const Heads &h, const float *qkv, const T *cache, const 
             float *to = y + (from * H + head) * D;
             for (int64_t s = 0; s < end; s += FLOAT_N)
                 in_steps<FLOAT_ROWS>(0, rows, [&](auto R, int64_t r) {
-                    outer_rows<R, FLOAT_V, T>(k + s * width, FLOAT_N, q + r * apart, apart, scores + r * S + s, S, width, false);
+                    float *score = scores + r * S + s;
+                    outer_rows<R, FLOAT_V, T>(k + s * width, FLOAT_N, q + r * apart, apart, score, S, width, false);
                 });
             for (int64_t r = 0; r < rows; r++) {
                 const int64_t visible = end - rows + r + 1;
@@ -133,7 +134,8 @@ static void attend_many(const Heads &h, const float *qkv, const T *cache, const 
             }
             in_steps<FLOAT_V>(0, D / L, [&](auto V, int64_t d) {
                 in_steps<FLOAT_ROWS>(0, rows, [&](auto R, int64_t r) {
-                    outer_rows<R, V, T>(v + d * L, D, scores + r * S, S, to + r * H * D + d * L, H * D, (end + N - 1) / N, false);
+                    float *out = to + r * H * D + d * L;
+                    outer_rows<R, V, T>(v + d * L, D, scores + r * S, S, out, H * D, (end + N - 1) / N, false);
                 });
             });
             for (int64_t r = 0; r < rows; r++)
@@ -144,7 +146,8 @@ static void attend_many(const Heads &h, const float *qkv, const T *cache, const 
 
 // Sequences of a few tokens, whose rotated queries are in `qkv`, each query by itself.
 template <typename T>
-static void attend_few(const Heads &h, const float *qkv, const T *cache, const Sequence *sequences, int64_t count, float *y) {
+static void attend_few(const Heads &h, const float *qkv, const T *cache, const Sequence *sequences, int64_t count,
+                       float *y) {
     constexpr int64_t together = 4;  // queries of one key-value head that read keys at once
     const int64_t H = h.H, K = h.K, D = h.D, G = H / K, splits = (G + together - 1) / together;
     const int64_t size = h.max_seq_len * D;

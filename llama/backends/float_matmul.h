@@ -24,21 +24,28 @@ INLINE void in_groups(int64_t r, int64_t rows, const Work &work) {
     if constexpr (most > 1) in_groups<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
 }
 
-// Outputs computed at once are `apart`, so that each reads one long stream of weights: a core keeps more cache lines in
-// flight when it reads several. Fetches what comes behind column k of them.
+// Where a kernel stores its outputs. They are `apart`, so that each reads one long stream of weights: a core keeps more
+// cache lines in flight when it reads several. Rows behind the last are the last again.
+struct Outputs {
+    float *y;
+    int64_t stride, apart, last;
+    float &at(int64_t row, int64_t output) const { return y[std::min(row, last) * stride + output * apart]; }
+};
+
+// Fetches what comes behind column k of the weights of O outputs.
 template <int O, typename T>
 INLINE void prefetch_rows(const T *w, int64_t in, int64_t apart, int64_t k) {
     for (int o = 0; o < O && k * sizeof(T) % 64 == 0; o++) prefetch(w + o * apart * in + k + 2048 / sizeof(T));
 }
 
-// O outputs of R rows, up to row `last`, by dot products. x comes by blocks of L columns (in / L, R, L).
+// O outputs of R rows by dot products. x comes by blocks of L columns (in / L, R, L).
 template <int R, int O, typename T>
-static void dot_rows(const T *w, int64_t in, int64_t apart, const float *x, float *y, int64_t stride, int64_t last) {
+static void dot_rows(const T *w, int64_t in, const float *x, const Outputs &to) {
     F total[R][O] = {};
     for (int64_t k = 0; k < in; k += L, x += R * L) {
-        prefetch_rows<O>(w, in, apart, k);
+        prefetch_rows<O>(w, in, to.apart, k);
         F weights[O];
-        for (int o = 0; o < O; o++) weights[o] = in_register(load(w + o * apart * in + k));
+        for (int o = 0; o < O; o++) weights[o] = in_register(load(w + o * to.apart * in + k));
         for (int r = 0; r < R; r++) {
             const F row = in_register(load(x + r * L));
             for (int o = 0; o < O; o++) total[r][o] = add_product<T>(total[r][o], weights[o], row);
@@ -53,7 +60,7 @@ static void dot_rows(const T *w, int64_t in, int64_t apart, const float *x, floa
         const F found = sums(some);
 #pragma GCC unroll 16
         for (int i = 0; i < L; i++)
-            if (begin + i < R * O) y[std::min<int64_t>((begin + i) / O, last) * stride + (begin + i) % O * apart] = found[i];
+            if (begin + i < R * O) to.at((begin + i) / O, (begin + i) % O) = found[i];
     }
 }
 
@@ -61,12 +68,12 @@ static void dot_rows(const T *w, int64_t in, int64_t apart, const float *x, floa
 // float32 weights this reads O streams as fast as for one row, where dot products have registers for three.
 constexpr int SIDE = std::min(L, 8), WIDE = L / SIDE;
 template <int V, int O, typename T>
-static void interleaved_rows(const T *w, int64_t in, int64_t apart, const float *x, float *y, int64_t stride, int64_t last) {
+static void interleaved_rows(const T *w, int64_t in, const float *x, const Outputs &to) {
     F total[O][V] = {};
     for (int64_t k = 0; k < in; k += L) {
-        prefetch_rows<O>(w, in, apart, k);
+        prefetch_rows<O>(w, in, to.apart, k);
         float near[O * L];
-        for (int o = 0; o < O; o++) store(near + o * L, load(w + o * apart * in + k));
+        for (int o = 0; o < O; o++) store(near + o * L, load(w + o * to.apart * in + k));
         for (int i = 0; i < SIDE; i++, x += V * L) {
             F rows[V];
             for (int v = 0; v < V; v++) rows[v] = in_register(load(x + v * L));
@@ -80,7 +87,7 @@ static void interleaved_rows(const T *w, int64_t in, int64_t apart, const float 
         for (int r = 0; r < V * SIDE; r++) {
             float sum = 0;
             for (int i = 0; i < WIDE; i++) sum += total[o][r / SIDE][r % SIDE * WIDE + i];
-            y[std::min<int64_t>(r, last) * stride + o * apart] = sum;
+            to.at(r, o) = sum;
         }
 }
 
@@ -170,9 +177,9 @@ static void dot_outputs(const T *w, int64_t in, const float *x, float *y, int64_
             constexpr int most = std::min<int>(DOT_N, vectors / R);
             const auto some = [&](auto O, int64_t o) {
                 const T *from = w + (n + o * apart) * in;
-                float *to = y + r * stride + n + o * apart;
-                if constexpr (IS_SIDE<T, R>) interleaved_rows<R / SIDE, O>(from, in, apart, x + r * in, to, stride, rows - 1 - r);
-                else dot_rows<R, O>(from, in, apart, x + r * in, to, stride, rows - 1 - r);
+                const Outputs to{y + r * stride + n + o * apart, stride, apart, rows - 1 - r};
+                if constexpr (IS_SIDE<T, R>) interleaved_rows<R / SIDE, O>(from, in, x + r * in, to);
+                else dot_rows<R, O>(from, in, x + r * in, to);
             };
             int64_t o = 0;
             for (; o + most <= outputs; o += most) some(number<most>, o);

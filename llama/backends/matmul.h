@@ -296,7 +296,9 @@ static void matmul(const Matrix *m, int count, const float *x, float *y, int64_t
     for (int i = 0; i < count; i++) out += m[i].out;
     for (int i = 0, n = 1; i < count; i += n, n = 1) {
         const Matrix &first = m[i];
-        const auto like = [&](const Matrix &b) { return b.kind == first.kind && b.group == first.group && b.zero == first.zero; };
+        const auto like = [&](const Matrix &b) {
+            return b.kind == first.kind && b.group == first.group && b.zero == first.zero;
+        };
         while (i + n < count && like(m[i + n])) n++;
         if (first.kind < INT8) {
             by_kind(first.kind, (void *)first.weight, [&](auto *weight) {
