@@ -141,6 +141,15 @@ def chosen(logits, **settings):
     return sampler(logits, range(rows), [0] * rows).tolist()
 
 
+@pytest.mark.parametrize("vocab_size", [7, 100, 128, 32000, 32016])
+def test_the_argmax_of_blocks_is_the_first_of_the_largest(vocab_size):
+    logits = torch.randint(-2, 2, (6, vocab_size)).float()  # many are equal
+    logits[1], logits[2], logits[3, -1], logits[4, 3:5] = -math.inf, 0, 5, math.nan
+    assert sampling.argmax(logits).tolist() == [
+        row.index(max(row)) if i != 4 else 3 for i, row in enumerate(logits.tolist())
+    ]
+
+
 def test_temperature_zero_takes_the_argmax():
     assert chosen(PROBS.log()) == [0, 3]
 
