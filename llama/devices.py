@@ -18,7 +18,7 @@ import torch
 from .parallel import launched, processes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Instructions of CPUs for whole matrices in a dtype, by the names of torch.cpu.get_capabilities.
+# Instructions with which PyTorch multiplies matrices in a dtype, by the names of torch.cpu.get_capabilities.
 MATRIX_UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16",)}
 LARGE_PAGE = 2**21  # bytes
 T = TypeVar("T")
@@ -102,7 +102,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def has_matrix_units(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for whole matrices in a dtype."""
+    """Whether PyTorch multiplies matrices in a dtype as fast as this CPU can."""
     return cpu_has(*MATRIX_UNITS.get(dtype, ()))
 
 
