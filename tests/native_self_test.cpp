@@ -186,7 +186,7 @@ int main(int count, char **arguments) {
     test_numbers();
     for (int64_t rows : {1, 2, 3, 5, 6, 8, 11, 16, 17, 31, 33, 100})
         for (Kind kind : {FLOAT32, FLOAT16, BFLOAT16})
-            for (int64_t out : {7, 64, 100}) test_floats(kind, rows, out, 320), test_floats(kind, rows, out, 304);
+            for (int64_t out : {7, 64, 100}) test_floats(kind, rows, out, out == 7 ? 304 : 320);
     for (int64_t bits : {4, 8})
         for (int64_t group : {16, 32, 64, 128, 256})
             for (int64_t rows : {1, 2, 5, 7, 30})
@@ -195,7 +195,7 @@ int main(int count, char **arguments) {
     for (int64_t bits : {4, 8}) test_integers(bits, 2, 64, 32768, 32768, false, true), test_integers(bits, 3, 64, 256, 32, true, true);
     for (int64_t D : {16, 48, 64, 128}) {
         test_attention<float>(4, 2, D), test_attention<float>(6, 1, D), test_attention<float>(3, 3, D);
-        test_attention<BFloat16>(4, 2, D), test_attention<BFloat16>(6, 1, D), test_attention<Half>(3, 3, D);
+        test_attention<BFloat16>(6, 1, D), test_attention<Half>(4, 2, D);
     }
     printf("%s: %d differences\n", llama_instructions(), failures);
     return failures;

@@ -55,6 +55,8 @@ struct BFloat16 {
 struct Pair {  // neighbours, in a lane of a vector
     BFloat16 first, second;
 };
+template <typename T>
+constexpr int PER_LANE = std::is_same_v<T, Pair> ? 2 : 1;  // numbers
 
 template <typename T>
 INLINE T get(const void *from) {
@@ -202,9 +204,6 @@ INLINE F add_product(F s, F w, F x) {
     if constexpr (std::is_same_v<T, Pair>) return add_pairs(s, w, x);
     else return s + w * x;
 }
-
-template <typename T>
-constexpr int PER_LANE = std::is_same_v<T, Pair> ? 2 : 1;  // numbers
 
 // 2^n e^f with |f| <= ln 2 / 2, by the Taylor series of e^f: within 2e-7 of the result.
 INLINE F exp(F x) {
