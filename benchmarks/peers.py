@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,16 @@ def transformers_compiled(source: Source) -> Run:
 Rows = Mapping[int, tuple[int, list[int]]]
 
 
+@cache
+def silence() -> object:
+    """Let llama.cpp log nothing. It keeps the callback's address for good, so that the callback must stay."""
+    import llama_cpp as lib
+
+    quiet = lib.llama_log_callback(lambda *args: None)
+    lib.llama_log_set(quiet, ctypes.c_void_p())
+    return quiet
+
+
 def llama_cpp_decoder(source: Source, narrow: str = "F16") -> Callable[[Rows], list[int]]:
     """llama.cpp, with as many threads, a cache of float16 and its own rounding: rows -> the argmax after each row's
     last token. All rows are dropped when row 0 starts at position 0."""
@@ -100,8 +110,7 @@ def llama_cpp_decoder(source: Source, narrow: str = "F16") -> Callable[[Rows], l
     folder = tempfile.TemporaryDirectory()
     saved = source.weights.source if isinstance(source.weights, Checkpoint) else Path()
     path = saved if is_gguf(saved) else write_gguf(source, Path(folder.name) / "model.gguf", narrow)
-    quiet = lib.llama_log_callback(lambda *args: None)
-    lib.llama_log_set(quiet, ctypes.c_void_p())
+    silence()
     if isinstance(source.scheme, Scheme):  # as llama-quantize does: with q4_0 the output matrix becomes q6_K
         how, original = lib.llama_model_quantize_default_params(), path
         how.ftype = lib.LLAMA_FTYPE_MOSTLY_Q8_0 if source.scheme.bits == 8 else lib.LLAMA_FTYPE_MOSTLY_Q4_0
@@ -118,7 +127,7 @@ def llama_cpp_decoder(source: Source, narrow: str = "F16") -> Callable[[Rows], l
     memory = lib.llama_get_memory(context)
 
     def decode(rows: Rows) -> list[int]:
-        assert folder and quiet  # they live as long as this function
+        assert folder  # it lives as long as this function
         batch = lib.llama_batch_init(sum(len(tokens) for _, tokens in rows.values()), 0, 1)
         last = []
         for row, (begin, tokens) in rows.items():
