@@ -102,7 +102,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def has_matrix_units(dtype: torch.dtype) -> bool:
-    """Whether PyTorch multiplies matrices in a dtype as fast as this CPU can."""
+    """Whether this CPU has instructions with which PyTorch multiplies matrices in a dtype."""
     return cpu_has(*MATRIX_UNITS.get(dtype, ()))
 
 

@@ -280,6 +280,7 @@ static void each_part(const Matrix *m, int count, float *y, int64_t unit, const 
     });
 }
 
+// Matrices of floats of one kind, whose weights are read as T: Pairs hold two each.
 template <typename T>
 static void float_matmul(const Matrix *m, int count, const float *x, float *y, int64_t rows, int64_t out) {
     const int64_t unit = rows > FEW ? FLOAT_N : DOT_N, in = m->in / PER_LANE<T>;
