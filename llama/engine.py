@@ -275,15 +275,15 @@ class Engine:
             if index:
                 ids = choose(logits, [row for row in rows if row.samples], self.sampler)
                 sums = logits.sum(-1)
-        message = torch.cat((ids.float(), sums, *prompt_sums))
+        message = [ids.float(), sums, *prompt_sums]
         if world_size() > 1:
             more = torch.tensor([len(self.cancelled) > 0 or not self.outbox.empty()])
-            message = broadcast(torch.cat((message, more.to(hidden.device, non_blocking=True))))
-            ids = message[: len(index)].long()
+            message = [broadcast(torch.cat((*message, more.to(hidden.device, non_blocking=True))))]
+            ids = message[0][: len(index)].long()
         if index and any(row.request.logprobs for row in rows):
             with backends.single_threaded(self.backend):
                 logprobs = to_host(top_logprobs(logits, ids, max(row.request.top_logprobs for row in rows)))
-        return Pass(rows, ids, to_host(message), logprobs, failed)
+        return Pass(rows, ids, to_host(*message), logprobs, failed)
 
     def _read(self, current: Pass) -> list[Event]:
         """Wait for the tokens that a pass has sampled, and give them to the requests."""
