@@ -17,7 +17,7 @@ setup(
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
         "test": [
-            *("pytest", "pytest-cov", "hypothesis", "pexpect", "ruff", "mypy"),
+            *("pytest", "pytest-cov", "pytest-xdist", "hypothesis", "pexpect", "ruff", "mypy"),
             *("transformers", "peft", "gguf", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
             *("starlette", "uvicorn", "httpx", "openai", "playwright", "llguidance"),
             "triton; platform_system == 'Linux'",  # whose interpreter runs the CUDA kernels on a CPU
