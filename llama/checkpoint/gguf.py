@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..args import RopeScaling, check_layers
-from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize
-from ..gguf import Gguf, TensorEntry
+from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize, stack
+from ..gguf import Gguf
 from ..model import scale_rope_frequencies, unscaled_rope_frequencies
 from .blocks import CODECS, from_blocks
-from .files import File
+from .files import Entry, File
 from .hf import ffn_params
 from .paths import listed
 
@@ -140,7 +140,7 @@ def divisors(paths: Sequence[Path], headers: Sequence[Gguf]) -> Tensor | None:
                 raise ValueError(f"{DIVISORS} is of type {entry.type.name} and shape {entry.shape}")
             with path.open("rb") as file:
                 file.seek(entry.offset)
-                return torch.frombuffer(bytearray(file.read(entry.nbytes)), dtype=torch.float32)
+                return torch.frombuffer(bytearray(file.read(entry.type.size(entry.shape))), dtype=torch.float32)
     return None
 
 
@@ -148,34 +148,23 @@ class GgufFile(File):
     """One file of a GGUF model. Its tensors have Meta's names here."""
 
     def __init__(self, path: Path, header: Gguf, names: Mapping[str, str]) -> None:
-        super().__init__(path)
-        self.entries: dict[str, TensorEntry] = {}
-        ours = {theirs: meta for meta, theirs in names.items()}
-        for key, entry in header.tensors.items():
-            if key != DIVISORS:
-                self.add(ours.get(key, key), entry)
-
-    def add(self, name: str, entry: TensorEntry) -> None:
-        self.entries[name], self.shapes[name], self.offsets[name] = entry, entry.shape, entry.offset
-        self.dtypes[name] = DTYPES.get(entry.type.name, torch.uint8)
-
-    def tie(self) -> None:
-        """Let the output matrix be the embeddings, if this file holds them."""
-        if "tok_embeddings.weight" in self.entries:
-            self.add("output.weight", self.entries["tok_embeddings.weight"])
-
-    def is_quantized(self, name: str) -> bool:
-        return self.entries[name].type.name in CODECS
+        tensors = {}
+        for key, (kind, shape, offset) in header.tensors.items():
+            blocks = kind if kind.name in CODECS else None
+            tensors[key] = Entry(key, shape, DTYPES.get(kind.name, torch.uint8), offset, blocks)
+        tensors.pop(DIVISORS, None)
+        super().__init__(path, tensors)
+        self.rename(names)
 
     def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized]:
         """Rows or columns of a quantized tensor, some rows at a time. ValueError for columns within a group."""
-        shape, _, offset, nbytes = self.shapes[name], *self.entries[name][1:]
-        kind = self.entries[name].type
+        _, shape, _, offset, kind = self.tensors[name]
+        assert kind is not None
         rows, columns = shape
         group = CODECS[kind.name].scheme.group
         if dim == 1 and (begin % group or end % group):
             raise ValueError(f"{name} {shape} of {kind.name} cannot be divided so: its groups have {group} columns")
-        blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=nbytes)
+        blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=kind.size(shape))
         blocks = blocks.view(rows, columns // kind.values, kind.nbytes)
         for part in (blocks[begin:end] if dim == 0 else blocks).split(max(1, AT_ONCE // columns)):
             q, scale, least = found = from_blocks(kind.name, part)
@@ -188,33 +177,23 @@ class GgufFile(File):
 
     def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
         """Rows or columns of a quantized matrix."""
-        rows, row = self.shapes[name][0] if dim == 1 else end - begin, 0
-        whole: list[Tensor | None] = []
-        for found in self.unpacked(name, dim, begin, end):
-            if not whole:
-                whole = [None if part is None else part.new_empty(rows, part.shape[1]) for part in found]
-            for target, part in zip(whole, found, strict=True):
-                if target is not None and part is not None:
-                    target[row : row + len(part)] = part
-            row += len(found.q)
-        return Quantized(*whole)  # type: ignore[arg-type]
+        return stack([*self.unpacked(name, dim, begin, end)])
 
     def dequantized(self, name: str, dim: int, begin: int, end: int, out: Tensor) -> Tensor:
         """The same as floats, written to `out`."""
-        row = 0
-        for part in self.unpacked(name, dim, begin, end):
-            out[row : row + len(part.q)].copy_(dequantize(part))
-            row += len(part.q)
+        rows = max(1, AT_ONCE // self.tensors[name].shape[1])
+        for target, part in zip(out.split(rows), self.unpacked(name, dim, begin, end), strict=True):
+            target.copy_(dequantize(part))
         return out
 
 
 def schemes(files: Sequence[GgufFile]) -> Schemes | None:
     """How the matrices of a model's files are quantized; None if none is."""
     kinds = {
-        name: entry.type.name
+        name: entry.blocks.name
         for file in files
-        for name, entry in file.entries.items()
-        if entry.type.name in CODECS and name.split(".")[-2] in MATRICES
+        for name, entry in file.tensors.items()
+        if entry.blocks and name.split(".")[-2] in MATRICES
     }
     found = {name: CODECS[kind].scheme for name, kind in kinds.items()}
     return Schemes(found, listed(sorted({*kinds.values()}))) if found else None

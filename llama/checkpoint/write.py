@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..textfile import lock
-from .files import TorchFile
+from .files import open_file
 from .plan import check_divides, shard_dim
 
 LOCK = ".lock"  # a file in a folder that is being written, locked by the process that writes it
@@ -122,11 +122,11 @@ def blank_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         if hasattr(os, "posix_fallocate"):  # otherwise a full disk would end the process in the middle of a copy
             with new.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-    offsets = TorchFile(path).offsets
+    stored = open_file(path).tensors
     with path.open("r+b") as file:
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
     return {
-        name: torch.frombuffer(pages, dtype=like.dtype, offset=offsets[name], count=like.numel()).view(like.shape)
+        name: torch.frombuffer(pages, dtype=like.dtype, offset=stored[name].offset, count=like.numel()).view(like.shape)
         for name, like in tensors.items()
     }
 
