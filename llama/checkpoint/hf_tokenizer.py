@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from sentencepiece import SentencePieceProcessor
 
-from ..pre_tokenizer import added_token, post_processor
+from ..pre_tokenizer import added_token, byte_pair_json, post_processor, tokenizer_config
 
 SPACE = "▁"
 # Numbers of fields, and values, in sentencepiece_model.proto.
@@ -85,34 +85,25 @@ def tokenizer_files(sp: SentencePieceProcessor) -> dict[str, dict[str, Any]]:
     roles = {"unk_token": sp.unk_id(), "bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "pad_token": sp.pad_id()}
     names = {role: texts[id] for role, id in roles.items() if id >= 0}
     special = [i for i, piece in enumerate(model.pieces) if piece.type in (UNKNOWN, CONTROL)]
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [added_token(i, texts[i]) for i in special],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers(sp, model.normalizer)},
-        "pre_tokenizer": pre_tokenizer(symbols) if symbols else None,
-        "post_processor": post_processor(texts[sp.bos_id()], sp.bos_id()) if sp.bos_id() >= 0 else None,
-        "decoder": {"type": "Sequence", "decoders": decoders(model.normalizer)},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": bool(model.trainer.get(BYTE_FALLBACK)),
-            "ignore_merges": bool(symbols),  # a user-defined piece has no merges
-            "unk_token": names["unk_token"],
-            "vocab": {text: i for i, text in enumerate(texts)},
-            "merges": [[merge.left, merge.right] for merge in merges],
+    content = byte_pair_json(
+        {text: i for i, text in enumerate(texts)},
+        [[merge.left, merge.right] for merge in merges],
+        [added_token(i, texts[i]) for i in special],
+        {
+            "normalizer": {"type": "Sequence", "normalizers": normalizers(sp, model.normalizer)},
+            "pre_tokenizer": pre_tokenizer(symbols) if symbols else None,
+            "post_processor": post_processor(texts[sp.bos_id()], sp.bos_id()) if sp.bos_id() >= 0 else None,
+            "decoder": {"type": "Sequence", "decoders": decoders(model.normalizer)},
         },
-    }
-    check(tokenizer, sp, model)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **names,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
-    }
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+        unk_token=names["unk_token"],
+        fuse_unk=True,
+        byte_fallback=bool(model.trainer.get(BYTE_FALLBACK)),
+        ignore_merges=bool(symbols),  # a user-defined piece has no merges
+    )
+    samples = (text for text in generated(model) if not any(texts[i] in text for i in special))
+    if problem := difference(content, samples, sp.encode):
+        refuse(problem)
+    return {"tokenizer.json": content, "tokenizer_config.json": tokenizer_config(**names, model_max_length=4096)}
 
 
 def refuse(problem: str) -> NoReturn:
@@ -294,14 +285,6 @@ def generated(model: Model) -> Iterator[str]:
     for _ in range(3000):
         parts = [rng.choice(rng.choice((words, words, pieces))) + rng.choice(SPACES) for _ in range(rng.randrange(9))]
         yield rng.choice(SPACES) + "".join(parts)
-
-
-def check(tokenizer: dict[str, Any], sp: SentencePieceProcessor, model: Model) -> None:
-    """ValueError names a text to which tokenizer.json gives other ids than SentencePiece."""
-    special = [token["content"] for token in tokenizer["added_tokens"]]
-    texts = (text for text in generated(model) if not any(name in text for name in special))
-    if problem := difference(tokenizer, texts, sp.encode):
-        refuse(problem)
 
 
 def difference(tokenizer: dict[str, Any], texts: Iterable[str], encode: Callable[[str], list[int]]) -> str | None:

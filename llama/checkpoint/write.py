@@ -46,7 +46,7 @@ def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: 
     """Write a whole model as a checkpoint of `mp` shards in Meta's layout, with params.json and checklist.chk."""
     folder, parts = Path(os.path.expanduser(ckpt_dir)), split(state, mp)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder, {"params.json": params})
+    write_json(folder / "params.json", params)
     names = ["params.json"]
     for i, part in enumerate(parts):
         names.append(f"consolidated.{i:02d}.pth")
@@ -73,9 +73,8 @@ def digest(path: Path, kind: str, progress: Callable[[int], object] = lambda siz
     return sum.hexdigest()
 
 
-def write_json(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, content in files.items():
-        write_file(folder / name, f"{json.dumps(content, ensure_ascii=False)}\n".encode())
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_file(path, f"{json.dumps(content, ensure_ascii=False)}\n".encode())
 
 
 def write_file(path: Path, content: bytes) -> None:
