@@ -50,9 +50,8 @@ def id_of(keys: Mapping[str, Any], role: str) -> int:
     return id
 
 
-def sentencepiece_model(keys: Mapping[str, Any]) -> bytes:
+def sentencepiece_model(keys: Mapping[str, Any], pieces: Sequence[str], types: Sequence[int]) -> bytes:
     """A SentencePiece model, as protobuf has it, of pieces with scores."""
-    pieces, types = tokens_of(keys)
     scores = keys.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(pieces):
         raise ValueError(f"tokenizer.ggml.scores must be a number for each of {len(pieces)} tokens")
@@ -88,10 +87,9 @@ def varint(value: int) -> bytes:
     return bytes([*found, value])
 
 
-def byte_pair_tokenizer(keys: Mapping[str, Any]) -> dict[str, Any]:
+def byte_pair_tokenizer(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
     """The content of tokenizer.json, of byte pairs in GPT-2's spelling and their merges. ValueError for a pre-tokenizer
     that is not known."""
-    tokens, types = tokens_of(keys)
     bos = id_of(keys, "bos")
     pre, merges = keys.get("tokenizer.ggml.pre"), keys.get("tokenizer.ggml.merges")
     if pre is None:

@@ -15,17 +15,8 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from . import gguf_tokenizer
 from .gguf import read_gguf
-from .gguf_tokenizer import (
-    ENDS,
-    ROLES,
-    USER_DEFINED,
-    adds_bos,
-    byte_pair_tokenizer,
-    id_of,
-    sentencepiece_model,
-    tokens_of,
-)
 from .pre_tokenizer import LLAMA3_PATTERN, SPLIT
 from .textfile import read_json
 
@@ -288,22 +279,23 @@ def gguf_vocabulary(path: Path) -> Vocabulary:
     keys = read_gguf(path).keys
     try:
         kind = keys.get("tokenizer.ggml.model")
-        tokens, types = tokens_of(keys)
-        ids = {role: id_of(keys, role) for role in ROLES}
+        tokens, types = gguf_tokenizer.tokens_of(keys)
+        ids = {role: gguf_tokenizer.id_of(keys, role) for role in gguf_tokenizer.ROLES}
         if kind == "llama":
-            found: Vocabulary = SentencePieceVocabulary(SentencePieceProcessor(model_proto=sentencepiece_model(keys)))
+            model = gguf_tokenizer.sentencepiece_model(keys, tokens, types)
+            found: Vocabulary = SentencePieceVocabulary(SentencePieceProcessor(model_proto=model))
         elif kind == "gpt2":
             names = {f"{role}_token": tokens[id] for role, id in ids.items() if id >= 0}
-            found = tokenizer_json(path, byte_pair_tokenizer(keys), names)
+            found = tokenizer_json(path, gguf_tokenizer.byte_pair_tokenizer(keys, tokens, types), names)
         else:
             raise ValueError(f"tokenizer.ggml.model is {kind!r}; llama and gpt2 are supported")
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    found.bos_id, found.eos_id, found.adds_bos = ids["bos"], ids["eos"], adds_bos(keys)
-    named = {found.special[name] for name in ENDS if name in found.special}
+    found.bos_id, found.eos_id, found.adds_bos = ids["bos"], ids["eos"], gguf_tokenizer.adds_bos(keys)
+    named = {found.special[name] for name in gguf_tokenizer.ENDS if name in found.special}
     found.eos_ids = (named | {ids["eos"], ids["eot"], ids["eom"]}) - {-1}
     if kind == "llama":  # which SentencePiece itself does not tell
-        found.added = {id: token for id, token in enumerate(tokens) if types[id] == USER_DEFINED}
+        found.added = {id: token for id, token in enumerate(tokens) if types[id] == gguf_tokenizer.USER_DEFINED}
     return found
 
 

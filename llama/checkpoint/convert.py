@@ -56,8 +56,11 @@ class Job(NamedTuple):
 
     def score_head(self) -> dict[str, Any]:
         """What config.json says of a score head; {} without one."""
-        source = self.checkpoint
-        return hf.score_head(source.labels(), source.pad_id(self.args.vocab_size)) if self.args.n_labels else {}
+        if not self.args.n_labels:
+            return {}
+        names, pad_id = self.checkpoint.labels(), self.checkpoint.pad_id(self.args.vocab_size)
+        named, numbers = {str(i): name for i, name in enumerate(names)}, {name: i for i, name in enumerate(names)}
+        return {"architectures": [hf.SCORE_HEAD], "id2label": named, "label2id": numbers, "pad_token_id": pad_id}
 
     def stored(self) -> Stored:
         """The tensors in Meta's layout."""

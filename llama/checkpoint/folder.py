@@ -88,7 +88,7 @@ class Checkpoint:
                 GgufFile(path, header, gguf.names(self.params["n_layers"]))
                 for path, header in zip(paths, headers, strict=True)
             ]
-            if scaling := gguf.rope_scaling(keys, self.params, gguf.divisors(paths, headers)):
+            if scaling := gguf.rope_scaling(keys, self.params, gguf.divisors(files)):
                 self.params["rope_scaling"] = scaling
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error

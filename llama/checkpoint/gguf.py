@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..args import RopeScaling, check_layers
+from ..args import RopeScaling
 from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize, stack
 from ..gguf import Gguf
 from ..model import scale_rope_frequencies, unscaled_rope_frequencies
 from .blocks import CODECS, from_blocks
 from .files import Entry, File
-from .hf import ffn_params
+from .hf import params_of
 from .paths import listed
 
 # Meta's name -> GGUF's, outside the layers and inside one. Rows of wq and wk are in Meta's order there too.
@@ -65,22 +65,16 @@ def params(keys: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"llama.{key} is {shorten(value)}, not a positive whole number")
         return value
 
-    dim, heads = number("embedding_length"), number("attention.head_count")
-    result: dict[str, Any] = {"dim": dim, "n_layers": number("block_count"), "n_heads": heads}
-    check_layers(result["n_layers"])
+    dim, layers, heads = number("embedding_length"), number("block_count"), number("attention.head_count")
     head_dim = number("attention.key_length", dim // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if number(key, head_dim) != head_dim:
             raise ValueError(f"llama.{key} is {number(key)}; only the size of a head, {head_dim}, is supported")
-    result |= {} if head_dim * heads == dim else {"head_dim": head_dim}
-    if (kv_heads := number("attention.head_count_kv", heads)) != heads:
-        result["n_kv_heads"] = kv_heads
+    kv_heads, hidden = number("attention.head_count_kv", heads), number("feed_forward_length")
     words = keys.get("tokenizer.ggml.tokens")
-    result |= ffn_params(dim, number("feed_forward_length"))
-    result["vocab_size"] = number("vocab_size", len(words) if isinstance(words, list) else None)
-    result["norm_eps"] = decimal(keys, "attention.layer_norm_rms_epsilon", 1e-5)
-    theta = decimal(keys, "rope.freq_base", 10000.0)
-    return result if theta == 10000.0 else {**result, "rope_theta": theta}
+    vocab_size = number("vocab_size", len(words) if isinstance(words, list) else None)
+    eps, theta = decimal(keys, "attention.layer_norm_rms_epsilon", 1e-5), decimal(keys, "rope.freq_base", 10000.0)
+    return params_of(dim, layers, heads, kv_heads, head_dim, hidden, eps, theta) | {"vocab_size": vocab_size}
 
 
 def decimal(keys: Mapping[str, Any], key: str, default: float) -> float:
@@ -132,15 +126,16 @@ def rounded(value: Tensor | float) -> float:
     return float(f"{float(value):.6g}")
 
 
-def divisors(paths: Sequence[Path], headers: Sequence[Gguf]) -> Tensor | None:
-    """The tensor of divisors of RoPE's frequencies, if one of the files has it."""
-    for path, header in zip(paths, headers, strict=True):
-        if entry := header.tensors.get(DIVISORS):
-            if entry.type.name != "F32" or len(entry.shape) != 1:
-                raise ValueError(f"{DIVISORS} is of type {entry.type.name} and shape {entry.shape}")
-            with path.open("rb") as file:
-                file.seek(entry.offset)
-                return torch.frombuffer(bytearray(file.read(entry.type.size(entry.shape))), dtype=torch.float32)
+def divisors(files: Sequence[GgufFile]) -> Tensor | None:
+    """The tensor of divisors of RoPE's frequencies, taken out of the files, if one has it."""
+    for file in files:
+        if entry := file.tensors.get(DIVISORS):
+            if entry.dtype != torch.float32 or len(entry.shape) != 1:
+                kind = entry.blocks.name if entry.blocks else entry.dtype
+                raise ValueError(f"{DIVISORS} is of type {kind} and shape {entry.shape}")
+            found = file.read(DIVISORS, 0, 0, *entry.shape)
+            del file.tensors[DIVISORS]
+            return found
     return None
 
 
@@ -152,7 +147,6 @@ class GgufFile(File):
         for key, (kind, shape, offset) in header.tensors.items():
             blocks = kind if kind.name in CODECS else None
             tensors[key] = Entry(key, shape, DTYPES.get(kind.name, torch.uint8), offset, blocks)
-        tensors.pop(DIVISORS, None)
         super().__init__(path, tensors)
         self.rename(names)
 
