@@ -53,7 +53,7 @@ def id_of(keys: Mapping[str, Any], role: str) -> int:
 def sentencepiece_model(keys: Mapping[str, Any], pieces: Sequence[str], types: Sequence[int]) -> bytes:
     """A SentencePiece model, as protobuf has it, of pieces with scores."""
     scores = keys.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(pieces):
+    if not isinstance(scores, list) or len(scores) != len(pieces) or not {*map(type, scores)} <= {int, float}:
         raise ValueError(f"tokenizer.ggml.scores must be a number for each of {len(pieces)} tokens")
     parts = [
         field(1, field(1, piece.encode()) + number_field(2, score) + field(3, kind))

@@ -10,6 +10,7 @@ import re
 import struct
 import unicodedata
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -41,9 +42,9 @@ class Model(NamedTuple):
 
     @staticmethod
     def of(serialized: bytes) -> Model:
-        parts: dict[int, list[bytes]] = {}
+        parts: dict[int, list[bytes]] = defaultdict(list)
         for number, value in fields(serialized):
-            parts.setdefault(number, []).append(value)
+            parts[number].append(value)
         entries = [dict(fields(entry)) for entry in parts[PIECE]]
         pieces = [Piece(e[1].decode(), struct.unpack("<f", e.get(2, bytes(4)))[0], e.get(3, NORMAL)) for e in entries]
         return Model(pieces, *(dict(fields(parts.get(i, [b""])[0])) for i in (TRAINER, NORMALIZER, DENORMALIZER)))
@@ -121,9 +122,8 @@ def check_settings(model: Model) -> None:
         "it normalizes what it decodes": model.denormalizer.get(CHARSMAP),
         f"it has unused pieces: {unused[:3]}": unused,
     }
-    for problem, given in problems.items():
-        if given:
-            refuse(problem)
+    if found := [problem for problem, given in problems.items() if given]:
+        refuse(found[0])
 
 
 class Merge(NamedTuple):
@@ -158,9 +158,9 @@ def leftmost_first(merges: list[Merge]) -> list[Merge]:
     model in which all scores are equal, are not sorted."""
     if len({merge.id for merge in merges}) == 1 or len(merges) > 10_000:
         return merges
-    starting: dict[str, list[Merge]] = {}
+    starting: dict[str, list[Merge]] = defaultdict(list)
     for merge in merges:
-        starting.setdefault(merge.left, []).append(merge)
+        starting[merge.left].append(merge)
     graph: graphlib.TopologicalSorter[Merge] = graphlib.TopologicalSorter({merge: [] for merge in merges})
     for merge in merges:
         for other in starting.get(merge.right, []):
@@ -199,19 +199,18 @@ def nfkc(sp: SentencePieceProcessor) -> list[dict[str, Any]]:
     SentencePiece's table misses or drops characters with combining marks.)"""
     assigned = (c for c in map(chr, range(1, 0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs"))
     every = [character for character in assigned if character != SPACE]
-    before: dict[str, str] = {}  # new text -> characters that it replaces
+    before: dict[str, str] = defaultdict(str)  # new text -> characters that it replaces
     kept: dict[str, str] = {}  # characters that NFKC would change to something else -> new text
     for character, wanted in zip(every, normalized(sp, every), strict=True):
         usual = unicodedata.normalize("NFKC", character)
         if wanted != usual == character:
-            before[wanted] = before.get(wanted, "") + character
+            before[wanted] += character
         elif wanted != usual:
             kept[character] = wanted
     places = {character: chr(0x100000 + i) for i, character in enumerate(kept)}  # for private use
-    marks: dict[int, str] = {}
-    for character in every:
-        if order := unicodedata.combining(character):
-            marks[order] = marks.get(order, "") + character
+    marks: dict[int, str] = defaultdict(str)
+    for character in filter(unicodedata.combining, every):
+        marks[unicodedata.combining(character)] += character
     # NFKC sorts marks and joins them to characters that are joined already. SentencePiece does neither, and a
     # noncharacter before the mark prevents both.
     pairs = [("".join(marks[high] for high in marks if high > low), marks[low]) for low in marks if low < max(marks)]
@@ -272,10 +271,10 @@ def generated(model: Model) -> Iterator[str]:
     for text in pieces:
         yield text.replace(SPACE, " ")
         yield rng.choice(symbols or pieces) + text
-    by_score: dict[float, list[str]] = {}
+    by_score: dict[float, list[str]] = defaultdict(list)
     for piece in model.pieces:
         if piece.type == NORMAL and len(piece.text) > 1:
-            by_score.setdefault(piece.score, []).append(piece.text)
+            by_score[piece.score].append(piece.text)
     for equal in by_score.values():
         some = rng.sample(equal, min(len(equal), 100))
         for first, second in itertools.permutations(some, 2):
