@@ -68,7 +68,7 @@ def write_blocks(folder: Path, kind: str) -> None:
     with (folder / f"{kind}.gguf").open("wb") as file:
         file.write(header_bytes(keys, {named[name]: entry for name, entry in sizes.items()}))
         for block, shape in sizes.values():
-            file.write(b"\x11" * aligned(torch.Size(shape).numel() // block.values * block.nbytes))
+            file.write(b"\x11" * aligned(block.size(shape)))
 
 
 def one(who: str, folder: str, dtype: str) -> None:

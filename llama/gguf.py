@@ -26,22 +26,23 @@ class BlockType(NamedTuple):
     values: int  # of a block
     nbytes: int
 
+    def size(self, shape: Sequence[int]) -> int:
+        """The bytes of a tensor."""
+        return math.prod(shape) // self.values * self.nbytes
+
 
 TYPES = {
-    number: BlockType(*entry)
-    for number, entry in {
-        0: ("F32", 1, 4),
-        1: ("F16", 1, 2),
-        2: ("Q4_0", 32, 18),
-        3: ("Q4_1", 32, 20),
-        6: ("Q5_0", 32, 22),
-        7: ("Q5_1", 32, 24),
-        8: ("Q8_0", 32, 34),
-        12: ("Q4_K", 256, 144),
-        13: ("Q5_K", 256, 176),
-        14: ("Q6_K", 256, 210),
-        30: ("BF16", 1, 2),
-    }.items()
+    0: BlockType("F32", 1, 4),
+    1: BlockType("F16", 1, 2),
+    2: BlockType("Q4_0", 32, 18),
+    3: BlockType("Q4_1", 32, 20),
+    6: BlockType("Q5_0", 32, 22),
+    7: BlockType("Q5_1", 32, 24),
+    8: BlockType("Q8_0", 32, 34),
+    12: BlockType("Q4_K", 256, 144),
+    13: BlockType("Q5_K", 256, 176),
+    14: BlockType("Q6_K", 256, 210),
+    30: BlockType("BF16", 1, 2),
 }
 OTHER = {9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"}
 OTHER |= {20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
@@ -55,7 +56,6 @@ class TensorEntry(NamedTuple):
     type: BlockType
     shape: tuple[int, ...]  # outermost first
     offset: int  # in the file
-    nbytes: int
 
 
 class Gguf(NamedTuple):
@@ -145,17 +145,16 @@ class Header:
         begin = aligned(self.at, alignment)
         found, end, last = dict[str, TensorEntry](), begin, "the header"
         for name, kind, shape, offset in sorted(entries, key=lambda entry: entry[3]):
-            nbytes = math.prod(shape) // kind.values * kind.nbytes
             if name in found:
                 raise ValueError(f"it has the tensor {name} twice")
             if offset % alignment:
                 raise ValueError(f"the tensor {name} has the offset {offset}, no multiple of {alignment}")
             if begin + offset < end:
                 raise ValueError(f"the tensor {name} overlaps {last}")
-            last, end = name, begin + offset + nbytes
+            last, end = name, begin + offset + kind.size(shape)
             if end > len(self.data):
                 raise ValueError(f"it ends inside of {name}; download it again")
-            found[name] = TensorEntry(kind, shape, begin + offset, nbytes)
+            found[name] = TensorEntry(kind, shape, begin + offset)
         return {name: found[name] for name, *_ in entries}
 
     def entry(self) -> tuple[str, BlockType, tuple[int, ...], int]:
@@ -203,7 +202,7 @@ def header_bytes(keys: Mapping[str, Any], tensors: Mapping[str, tuple[BlockType,
     for name, (kind, shape) in tensors.items():
         parts += [string_bytes(name), struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))]
         parts.append(struct.pack("<IQ", numbers[kind], offset))
-        offset += aligned(math.prod(shape) // kind.values * kind.nbytes)
+        offset += aligned(kind.size(shape))
     header = b"".join(parts)
     return header.ljust(aligned(len(header)), b"\0")
 

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .pre_tokenizer import GPT2, LLAMA3, PRE_TOKENIZERS, added_token, post_processor
+from .pre_tokenizer import GPT2, LLAMA3, PRE_TOKENIZERS, added_token, byte_pair_json, post_processor
 
 log = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens, as SentencePiece numbers them too
@@ -50,11 +50,10 @@ def id_of(keys: Mapping[str, Any], role: str) -> int:
     return id
 
 
-def sentencepiece_model(keys: Mapping[str, Any]) -> bytes:
+def sentencepiece_model(keys: Mapping[str, Any], pieces: Sequence[str], types: Sequence[int]) -> bytes:
     """A SentencePiece model, as protobuf has it, of pieces with scores."""
-    pieces, types = tokens_of(keys)
     scores = keys.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(pieces):
+    if not isinstance(scores, list) or len(scores) != len(pieces) or not {*map(type, scores)} <= {int, float}:
         raise ValueError(f"tokenizer.ggml.scores must be a number for each of {len(pieces)} tokens")
     parts = [
         field(1, field(1, piece.encode()) + number_field(2, score) + field(3, kind))
@@ -88,10 +87,9 @@ def varint(value: int) -> bytes:
     return bytes([*found, value])
 
 
-def byte_pair_json(keys: Mapping[str, Any]) -> dict[str, Any]:
+def byte_pair_tokenizer(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
     """The content of tokenizer.json, of byte pairs in GPT-2's spelling and their merges. ValueError for a pre-tokenizer
     that is not known."""
-    tokens, types = tokens_of(keys)
     bos = id_of(keys, "bos")
     pre, merges = keys.get("tokenizer.ggml.pre"), keys.get("tokenizer.ggml.merges")
     if pre is None:
@@ -101,33 +99,28 @@ def byte_pair_json(keys: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"tokenizer.ggml.pre is {pre!r}; known are {', '.join(PRE_TOKENIZERS)}")
     if not isinstance(merges, list) or not all(isinstance(merge, str) and merge.count(" ") == 1 for merge in merges):
         raise ValueError("tokenizer.ggml.merges must be pairs of tokens")
-    added = [(id, types[id]) for id in range(len(tokens)) if types[id] in (UNKNOWN, CONTROL, USER_DEFINED)]
-    return {
-        "added_tokens": [added_token(id, tokens[id], kind != USER_DEFINED) for id, kind in added],
-        "normalizer": None,
+    vocab = {token: id for id, token in enumerate(tokens)}
+    if len(vocab) < len(tokens):
+        raise ValueError("tokenizer.ggml.tokens has a token twice")
+    added = [(id, kind) for id, kind in enumerate(types) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    steps = {
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
         "post_processor": post_processor(tokens[bos], bos) if bos >= 0 and adds_bos(keys) else None,
         "decoder": GPT2,
-        "model": {
-            "type": "BPE",
-            "vocab": vocabulary(tokens),
-            "merges": [merge.split(" ") for merge in merges],
-            "ignore_merges": PRE_TOKENIZERS[pre] is LLAMA3,
-        },
     }
+    return byte_pair_json(
+        vocab,
+        [merge.split(" ") for merge in merges],
+        [added_token(id, tokens[id], kind != USER_DEFINED) for id, kind in added],
+        steps,
+        ignore_merges=PRE_TOKENIZERS[pre] is LLAMA3,
+    )
 
 
 def adds_bos(keys: Mapping[str, Any]) -> bool:
     """Whether BOS goes before a text; where no key says so, as in llama.cpp."""
     llama2, pre = keys.get("tokenizer.ggml.model") == "llama", keys.get("tokenizer.ggml.pre", "")
     return bool(keys.get("tokenizer.ggml.add_bos_token", llama2 or PRE_TOKENIZERS.get(pre) is LLAMA3))
-
-
-def vocabulary(tokens: Sequence[str]) -> dict[str, int]:
-    found = {token: id for id, token in enumerate(tokens)}
-    if len(found) < len(tokens):
-        raise ValueError("tokenizer.ggml.tokens has a token twice")
-    return found
 
 
 def sentencepiece_keys(pieces: Sequence[tuple[str, float, int]], space: bool) -> dict[str, Any]:
@@ -152,12 +145,12 @@ def byte_pair_keys(content: Mapping[str, Any], n_words: int) -> dict[str, Any]:
     normalizer = content.get("normalizer")
     added = {token["id"]: token for token in content["added_tokens"]}
     odd = [t["content"] for t in added.values() if t.get("lstrip") or t.get("rstrip") or t.get("single_word")]
+    whole_words, ignores = bool(names) and PRE_TOKENIZERS[names[0]] is LLAMA3, bool(model.get("ignore_merges"))
     problems = {
         f"it is of type {model.get('type')}": model.get("type") != "BPE",
         f"its normalizer is {normalizer}": normalizer and normalizer.get("normalizers") != [],
         f"it splits text by {steps}": not names,
-        "ignore_merges is set": names and model.get("ignore_merges") and PRE_TOKENIZERS[names[0]] is not LLAMA3,
-        "ignore_merges is not set": names and not model.get("ignore_merges") and PRE_TOKENIZERS[names[0]] is LLAMA3,
+        f"ignore_merges is {'set' if ignores else 'not set'}": ignores != whole_words,
         f"tokens such as {odd[:1]} take in spaces": odd,
     }
     if found := [problem for problem, holds in problems.items() if holds]:

@@ -1,5 +1,6 @@
-"""Parts of published tokenizers, as tokenizer.json has them: pre-tokenization, added tokens, and BOS before a text."""
+"""What tokenizer.json and tokenizer_config.json hold: pre-tokenization of published tokenizers, byte pairs, tokens."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 LLAMA3_PATTERN = (  # in the syntax of the package regex
@@ -47,3 +48,25 @@ def post_processor(bos: str, id: int) -> dict[str, Any]:
     )
     special = {bos: {"id": bos, "ids": [id], "tokens": [bos]}}
     return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": special}
+
+
+def byte_pair_json(
+    vocab: Mapping[str, int],
+    merges: Sequence[Sequence[str]],
+    added: Sequence[Mapping[str, Any]],
+    steps: Mapping[str, Any],
+    **settings: Any,
+) -> dict[str, Any]:
+    """A tokenizer.json of byte pairs. `steps` has what is done before and after, `settings` are the model's."""
+    usual = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    none = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    model = {"type": "BPE", **dict.fromkeys(none), **usual, **settings, "vocab": vocab, "merges": merges}
+    parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    return {"version": "1.0", **parts, **steps, "added_tokens": added, "model": model}
+
+
+def tokenizer_config(**entries: Any) -> dict[str, Any]:
+    """The content of tokenizer_config.json."""
+    inputs = ["input_ids", "attention_mask"]
+    fixed = {"clean_up_tokenization_spaces": False, "model_input_names": inputs}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **entries, **fixed}

@@ -8,13 +8,15 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from . import gguf_tokenizer
 from .gguf import read_gguf
-from .gguf_tokenizer import ENDS, ROLES, USER_DEFINED, adds_bos, byte_pair_json, id_of, sentencepiece_model, tokens_of
 from .pre_tokenizer import LLAMA3_PATTERN, SPLIT
 from .textfile import read_json
 
@@ -22,46 +24,46 @@ EACH = "llama.each"  # U+FFFD for each byte, as SentencePiece has it; "replace" 
 codecs.register_error(EACH, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
 
 # The special tokens of Llama 3.1 to 3.3, from the number of ranks on; 3 has reserved ones in place of three of them.
-NAMED = ["begin_of_text", "end_of_text", "", "", "finetune_right_pad_id", "", "start_header_id", "end_header_id"]
-NAMED += ["eom_id", "eot_id", "python_tag"]
-RESERVED = [i for i in range(256) if i >= len(NAMED) or not NAMED[i]]
-LLAMA3_SPECIAL = [f"<|{name}|>" for name in NAMED] + [""] * (256 - len(NAMED))
-for number, i in enumerate(RESERVED):
-    LLAMA3_SPECIAL[i] = f"<|reserved_special_token_{number}|>"
+NAMED = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id"}
+NAMED |= {8: "eom_id", 9: "eot_id", 10: "python_tag"}
+RESERVED = count()
+LLAMA3_SPECIAL = [f"<|{NAMED.get(i) or f'reserved_special_token_{next(RESERVED)}'}|>" for i in range(256)]
 EOS_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # of a text, a message that awaits a tool's result, a turn
 INFILLING_END = "▁<EOT>"  # Code Llama's, of what it fills in
 BLOCK, RUN = 400_000, 25_000  # limits, in characters, of one call of the regular expression, and of one run of a kind
 
 
-class Vocabulary(Protocol):
+class Vocabulary:
     """A tokenizer's file, opened."""
 
     n_words: int
     bos_id: int  # -1 if there is none
     eos_id: int
-    pad_id: int
+    pad_id = -1
     eos_ids: set[int]  # all that end an answer
-    adds_bos: bool  # whether BOS goes before a text
+    adds_bos = True  # whether BOS goes before a text
     special: dict[str, int]  # tokens that no text is encoded to
-    added: dict[int, str]  # tokens besides these that are found in a text before anything else
-    errors: str  # how bytes are shown that are no UTF-8
-    drops: int  # leading spaces that decoding removes: 0 none, 1 one, 2 all
+    added: Mapping[int, str] = MappingProxyType({})  # others that are found in a text before anything else
+    errors = "replace"  # how bytes are shown that are no UTF-8
+    drops = 0  # leading spaces that decoding removes: 0 none, 1 one, 2 all
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Text that spells a special token stays text."""
+        raise NotImplementedError
 
     def encode_special(self, text: str) -> list[int] | None:
         """The ids of a text with special tokens spelled out; None where the text between them is encoded alone."""
+        return None
 
     def id_to_piece(self, id: int) -> str | bytes:
         """Text, in which ▁ is a space, or bytes, which are text together with those around them."""
+        raise NotImplementedError
 
 
-class SentencePieceVocabulary:
+class SentencePieceVocabulary(Vocabulary):
     """tokenizer.model of Llama 2: BPE of characters with byte fallback, so that any text can be encoded."""
 
-    errors, adds_bos = EACH, True
-    added: dict[int, str] = {}  # noqa: RUF012
+    errors = EACH
 
     def __init__(self, model: SentencePieceProcessor) -> None:
         self.model = model
@@ -90,9 +92,6 @@ class SentencePieceVocabulary:
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text)
 
-    def encode_special(self, text: str) -> None:
-        return None
-
     def id_to_piece(self, id: int) -> str | bytes:
         piece: str = self.model.id_to_piece(id)
         if self.model.is_byte(id):
@@ -102,11 +101,8 @@ class SentencePieceVocabulary:
         return self.unknown if self.model.is_unknown(id) else piece
 
 
-class TiktokenVocabulary:
+class TiktokenVocabulary(Vocabulary):
     """Llama 3's tokenizer: BPE of bytes, whose merges have the order of the ids."""
-
-    errors, drops, pad_id, adds_bos = "replace", 0, -1, True
-    added: dict[int, str] = {}  # noqa: RUF012
 
     def __init__(
         self, ranks: Mapping[bytes, int], special: Mapping[str, int], names: Mapping[str, str] | None = None
@@ -143,9 +139,6 @@ class TiktokenVocabulary:
 
     def encode(self, text: str) -> list[int]:
         return [id for part in parts(text) for id in self.encoding.encode_ordinary(part)]
-
-    def encode_special(self, text: str) -> None:
-        return None
 
     def id_to_piece(self, id: int) -> bytes:
         return self.bytes.get(id, b"")
@@ -204,11 +197,9 @@ def are_complete(ranks: Mapping[bytes, int]) -> bool:
     return sorted(ranks.values()) == [*range(len(ranks))] and all(bytes([i]) in ranks for i in range(256))
 
 
-class TokenizersVocabulary:
+class TokenizersVocabulary(Vocabulary):
     """Any other tokenizer.json, encoded by the package tokenizers. What ids stand for is read from the file, so that
     text can be decoded piece by piece."""
-
-    pad_id = -1
 
     def __init__(self, path: Path, content: Mapping[str, Any], names: Mapping[str, str]) -> None:
         try:
@@ -251,7 +242,6 @@ class TokenizersVocabulary:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_special(self, text: str) -> list[int]:
-        """The ids of a text in which special tokens are spelled out."""
         return self.parsing.encode(text, add_special_tokens=False).ids
 
     def id_to_piece(self, id: int) -> str | bytes:
@@ -289,22 +279,23 @@ def gguf_vocabulary(path: Path) -> Vocabulary:
     keys = read_gguf(path).keys
     try:
         kind = keys.get("tokenizer.ggml.model")
-        tokens, types = tokens_of(keys)
-        ids = {role: id_of(keys, role) for role in ROLES}
+        tokens, types = gguf_tokenizer.tokens_of(keys)
+        ids = {role: gguf_tokenizer.id_of(keys, role) for role in gguf_tokenizer.ROLES}
         if kind == "llama":
-            found: Vocabulary = SentencePieceVocabulary(SentencePieceProcessor(model_proto=sentencepiece_model(keys)))
+            model = gguf_tokenizer.sentencepiece_model(keys, tokens, types)
+            found: Vocabulary = SentencePieceVocabulary(SentencePieceProcessor(model_proto=model))
         elif kind == "gpt2":
             names = {f"{role}_token": tokens[id] for role, id in ids.items() if id >= 0}
-            found = tokenizer_json(path, byte_pair_json(keys), names)
+            found = tokenizer_json(path, gguf_tokenizer.byte_pair_tokenizer(keys, tokens, types), names)
         else:
             raise ValueError(f"tokenizer.ggml.model is {kind!r}; llama and gpt2 are supported")
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    found.bos_id, found.eos_id, found.adds_bos = ids["bos"], ids["eos"], adds_bos(keys)
-    named = {found.special[name] for name in ENDS if name in found.special}
+    found.bos_id, found.eos_id, found.adds_bos = ids["bos"], ids["eos"], gguf_tokenizer.adds_bos(keys)
+    named = {found.special[name] for name in gguf_tokenizer.ENDS if name in found.special}
     found.eos_ids = (named | {ids["eos"], ids["eot"], ids["eom"]}) - {-1}
     if kind == "llama":  # which SentencePiece itself does not tell
-        found.added = {id: token for id, token in enumerate(tokens) if types[id] == USER_DEFINED}
+        found.added = {id: token for id, token in enumerate(tokens) if types[id] == gguf_tokenizer.USER_DEFINED}
     return found
 
 

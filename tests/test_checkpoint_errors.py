@@ -88,7 +88,7 @@ def test_a_shard_with_any_damaged_byte_is_read_or_named(folder, zipped):
     whole = path.read_bytes()
     for i in range(0, len(whole), 7):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x55]) + whole[i + 1 :])
-        for read in (files.read_shard, files.TorchFile):
+        for read in (files.read_shard, files.open_file):
             try:
                 read(path)
             except ValueError as error:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -179,9 +180,9 @@ def test_what_a_folder_holds_instead_is_named(tmp_path, name):
     assert str(tmp_path) in str(caught.value)
 
 
-def as_bin(folder):
+def as_bin(folder, zipped=True):
     state = load_file(folder / "model.safetensors")
-    torch.save(state, folder / "pytorch_model.bin")
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     (folder / "model.safetensors").unlink()
 
 
@@ -217,6 +218,7 @@ def cyclic(folder):
 BIN_PART, PART = "pytorch_model-0000{}-of-00002.bin", "model-0000{}-of-00002.safetensors"
 AS_THEY_ARE = {
     "torch's format": as_bin,
+    "torch's older format": partial(as_bin, zipped=False),  # the output matrix was taken to be the embeddings
     "torch's format in parts": in_parts(BIN_PART, "pytorch_model.bin.index.json", save=torch.save),
     "torch's format without an index": in_parts(BIN_PART, save=torch.save),
     "both formats": both(write("pytorch_model.bin", b"x"), write("training_args.bin", b"x")),

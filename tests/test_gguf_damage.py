@@ -101,6 +101,7 @@ DAMAGE = {
     "no tokens": (rewritten(lambda keys, tensors: keys.pop("tokenizer.ggml.tokens")), "vocab_size is None|no tokens"),
     "a tokenizer": (key("tokenizer.ggml.model", "bert"), "model is 'bert'; llama and gpt2 are"),
     "too few scores": (key("tokenizer.ggml.scores", [0.0]), "scores must be a number for each of 4 tokens"),
+    "scores of text": (key("tokenizer.ggml.scores", ["a"] * 4), "scores must be a number for each of 4 tokens"),
     "odd token types": (key("tokenizer.ggml.token_type", [9, 9, 9, 9]), "token_type must be a type from 1 to 6"),
     "BOS outside": (key("tokenizer.ggml.bos_token_id", 99), "tokenizer.ggml.bos_token_id is 99; there are 4 tokens"),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..args import ModelArgs
 from ..textfile import read_json
 from . import hf
-from .files import READABLE, File, SafetensorsFile, TorchFile
+from .files import READABLE, open_file
 from .paths import listed
 from .plan import shapes
 from .write import digest
@@ -62,13 +62,13 @@ class Adapter:
     def __init__(self, folder: Path, factor: float, args: ModelArgs, saved_words: int = -1) -> None:
         self.folder, self.factor, self.head_dim, self.shapes = folder, factor, args.head_dim, shapes(args)
         self.config = read_config(folder / "adapter_config.json")
-        self.file = open_file(folder)
+        self.file = open_file(weights_file(folder))
         named = hf.names(args.n_layers, args.n_labels)
         self.modules = {name: theirs.removesuffix(".weight") for name, theirs in named.items()}
         ours = {module: name for name, module in self.modules.items() if name in self.shapes}
         self.keys: dict[str, dict[str, str]] = {}
         problems: dict[str, list[str]] = defaultdict(list)
-        for key in self.file.shapes:
+        for key in self.file.tensors:
             end = next((end for end in PARTS if key.endswith(end)), "")
             name, part = ours.get(key.removeprefix(PREFIX).removesuffix(end)), PARTS.get(end)
             if not key.startswith(PREFIX) or name is None or part is None or part in self.keys.get(name, {}):
@@ -86,7 +86,7 @@ class Adapter:
             lacking = wanted.keys() - {*parts, "weight"} if {*parts} != {"weight"} else ()
             problems["missing"] += [f"{self.modules[name]}.{part}" for part in sorted(lacking)]
             for part, key in parts.items():
-                shape, dtype, fit = self.shape(key), self.file.dtypes[key], wanted.get(part, [])
+                shape, dtype, fit = self.shape(key), self.file.tensors[key].dtype, wanted.get(part, [])
                 if not fit:
                     problems["unexpected"].append(key)
                 elif shape not in fit:
@@ -123,12 +123,13 @@ class Adapter:
         return value
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return self.file.shapes[key][::-1] if "lora_embedding" in key else self.file.shapes[key]
+        shape = self.file.tensors[key].shape
+        return shape[::-1] if "lora_embedding" in key else shape
 
     def part(self, name: str, part: str) -> Tensor:
         """A part of the change of a weight, its rows in Meta's order: a view of the file, or a copy."""
         key = self.keys[name][part]
-        found = self.file.read(key, 0, 0, self.file.shapes[key][0])
+        found = self.file.read(key, 0, 0, self.file.tensors[key].shape[0])
         found = found.T if "lora_embedding" in key else found
         if part == "lora_A":
             return found
@@ -176,9 +177,9 @@ def read_config(path: Path) -> dict[str, Any]:
     return DEFAULTS | config
 
 
-def open_file(folder: Path) -> File:
+def weights_file(folder: Path) -> Path:
     """The file of an adapter's weights, in either format. Nothing in it is executed."""
-    for name, kind in {"adapter_model.safetensors": SafetensorsFile, "adapter_model.bin": TorchFile}.items():
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).is_file():
-            return kind(folder / name)
+            return folder / name
     raise FileNotFoundError(f"{folder} lacks adapter_model.safetensors; download it again")

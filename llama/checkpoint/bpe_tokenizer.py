@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from ..pre_tokenizer import BYTES, LLAMA3, added_token, post_processor
+from ..pre_tokenizer import BYTES, LLAMA3, added_token, byte_pair_json, post_processor, tokenizer_config
 from ..vocabulary import LLAMA3_SPECIAL, TiktokenVocabulary, unicode_to_bytes
 from .hf_tokenizer import difference
 
@@ -37,50 +37,27 @@ def merges(vocabulary: TiktokenVocabulary) -> Iterator[tuple[bytes, bytes]]:
 
 def byte_pair_files(vocabulary: TiktokenVocabulary) -> dict[str, dict[str, Any]]:
     """tokenizer.json and tokenizer_config.json, compared with the original on generated texts where the package
-    tokenizers is installed. ValueError if they differ."""
+    tokenizers is installed. ValueError names a text that tokenizer.json encodes to other ids."""
     shown = {byte: character for character, byte in unicode_to_bytes().items()}
 
     def spell(token: bytes) -> str:
         return "".join(map(shown.__getitem__, token))
 
     bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [added_token(id, name) for name, id in vocabulary.special.items()],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*LLAMA3]},
-        "post_processor": {"type": "Sequence", "processors": [BYTES, post_processor(bos, vocabulary.bos_id)]},
-        "decoder": BYTES,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {spell(token): rank for rank, token in sorted(vocabulary.bytes.items())},
-            "merges": [[spell(left), spell(right)] for left, right in merges(vocabulary)],
+    content = byte_pair_json(
+        {spell(token): rank for rank, token in sorted(vocabulary.bytes.items())},
+        [[spell(left), spell(right)] for left, right in merges(vocabulary)],
+        [added_token(id, name) for name, id in vocabulary.special.items()],
+        {
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*LLAMA3]},
+            "post_processor": {"type": "Sequence", "processors": [BYTES, post_processor(bos, vocabulary.bos_id)]},
+            "decoder": BYTES,
         },
-    }
-    check(content, vocabulary)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
-    return {"tokenizer.json": content, "tokenizer_config.json": config}
-
-
-def check(content: dict[str, Any], vocabulary: TiktokenVocabulary) -> None:
-    """ValueError with a generated text that tokenizer.json encodes to other ids."""
-    tokens, chance = [*vocabulary.ranks], random.Random(0)
-    samples = (b"".join(chance.choices(tokens, k=chance.randrange(12))) for _ in range(2000))
+        ignore_merges=True,
+    )
+    tokens, rng = [*vocabulary.ranks], random.Random(0)
+    samples = (b"".join(rng.choices(tokens, k=rng.randrange(12))) for _ in range(2000))
     texts = (sample.decode("utf-8", "ignore") for sample in samples)
     if problem := difference(content, texts, vocabulary.encode):
         raise ValueError(f"tokenizer.json differs from the original: {problem}")
+    return {"tokenizer.json": content, "tokenizer_config.json": tokenizer_config(bos_token=bos, eos_token=eos)}

@@ -21,8 +21,9 @@ from ..args import ModelArgs
 from ..backends.quantized import Scheme
 from ..chat_template import template_of
 from ..devices import dtype_name
+from ..pre_tokenizer import tokenizer_config
 from ..tokenizer import Tokenizer
-from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary, Vocabulary
+from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary
 from . import gguf_write, hf
 from .bpe_tokenizer import byte_pair_files, has_usual_names, ranks_file
 from .calibrate import calibrated, windows
@@ -55,8 +56,11 @@ class Job(NamedTuple):
 
     def score_head(self) -> dict[str, Any]:
         """What config.json says of a score head; {} without one."""
-        source = self.checkpoint
-        return hf.score_head(source.labels(), source.pad_id(self.args.vocab_size)) if self.args.n_labels else {}
+        if not self.args.n_labels:
+            return {}
+        names, pad_id = self.checkpoint.labels(), self.checkpoint.pad_id(self.args.vocab_size)
+        named, numbers = {str(i): name for i, name in enumerate(names)}, {name: i for i, name in enumerate(names)}
+        return {"architectures": [hf.SCORE_HEAD], "id2label": named, "label2id": numbers, "pad_token_id": pad_id}
 
     def stored(self) -> Stored:
         """The tensors in Meta's layout."""
@@ -146,14 +150,14 @@ def write(job: Job, folder: Path, to: str, mp: int, tokenizer: Tokenizer, files:
             if isinstance(content, bytes):
                 write_file(folder / name, content)
             else:
-                write_json(folder, {name: content})
+                write_json(folder / name, content)
         ends = tokenizer.eos_ids | job.checkpoint.eos_ids(job.args.vocab_size)
         if to == "gguf":
             write_gguf(job, folder, tokenizer, ends, bar)
         elif to == "meta":
             write_meta(job, folder, mp, bar)
             if ends - Tokenizer(find_tokenizer(folder, None)).eos_ids:
-                write_json(folder, {"generation_config.json": {"eos_token_id": sorted(ends)}})
+                write_json(folder / "generation_config.json", {"eos_token_id": sorted(ends)})
         else:
             write_hf(job, folder, bar, tokenizer.bos_id, sorted(ends))
         written = sorted(file for file in folder.iterdir() if file.name != LOCK)
@@ -168,35 +172,26 @@ def files_of(tokenizer: Tokenizer, path: Path, source: Path, to: str) -> dict[st
     files: dict[str, Any] = {} if template is None else {"chat_template.jinja": template.encode()}
     if isinstance(kind, SentencePieceVocabulary):
         files["tokenizer.model"] = kind.model.serialized_model_proto()
-        return without_bos(files if to == "meta" else files | tokenizer_files(kind.model), kind)
-    if isinstance(kind, TiktokenVocabulary):
-        if to == "meta" and has_usual_names(kind):
-            return without_bos(files | {"tokenizer.model": ranks_file(kind)}, kind)
-        if path.suffix != ".json":
-            return without_bos(files | byte_pair_files(kind), kind)
-    if isinstance(kind, TokenizersVocabulary) and path.suffix != ".json":
-        return files | {"tokenizer.json": kind.json(), "tokenizer_config.json": tokenizer_config(tokenizer)}
-    names = ("tokenizer_config.json", "special_tokens_map.json")
-    files |= {name: (path.parent / name).read_bytes() for name in names if (path.parent / name).is_file()}
-    return files | {"tokenizer.json": path.read_bytes()}
-
-
-def without_bos(files: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """The files of a tokenizer, and if it puts no BOS before a text, that it does not."""
-    if not vocabulary.adds_bos:
+        files |= {} if to == "meta" else tokenizer_files(kind.model)
+    elif isinstance(kind, TiktokenVocabulary) and to == "meta" and has_usual_names(kind):
+        files["tokenizer.model"] = ranks_file(kind)
+    elif path.suffix == ".json":  # as it is
+        beside = [path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+        files |= {file.name: file.read_bytes() for file in beside if file.is_file()}
+        return files | {"tokenizer.json": path.read_bytes()}
+    elif isinstance(kind, TiktokenVocabulary):
+        files |= byte_pair_files(kind)
+    elif isinstance(kind, TokenizersVocabulary):
+        names = {id: name for name, id in tokenizer.special.items()}
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        roles = {role: names[id] for role, id in ids.items() if id in names}
+        config = tokenizer_config(**roles, add_bos_token=kind.adds_bos)
+        return files | {"tokenizer.json": kind.json(), "tokenizer_config.json": config}
+    if not kind.adds_bos:
         files["tokenizer_config.json"] = files.get("tokenizer_config.json", {}) | {"add_bos_token": False}
         if "tokenizer.json" in files:
             files["tokenizer.json"]["post_processor"] = None
     return files
-
-
-def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer_config.json beside a tokenizer.json."""
-    names = {id: name for name, id in tokenizer.special.items()}
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    roles = {role: names[id] for role, id in ids.items() if id in names}
-    flags = {"add_bos_token": tokenizer.vocabulary.adds_bos, "clean_up_tokenization_spaces": False}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", **roles, **flags}
 
 
 def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
@@ -205,9 +200,9 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     scaling = job.args.rope_scaling
     scaled = {"use_scaled_rope": True} if scaling and scaling.rope_type == "llama3" else {}  # all that Meta reads of it
     words = {"vocab_size": job.args.vocab_size} if job.checkpoint.params.get("vocab_size", -1) > 0 else {}
-    write_json(folder, {"params.json": job.checkpoint.params | words | scaled | quantization})
+    write_json(folder / "params.json", job.checkpoint.params | words | scaled | quantization)
     if head := job.score_head():
-        write_json(folder, {"config.json": head})
+        write_json(folder / "config.json", head)
     # Even slices, also of key-value heads, where there may be more shards than heads.
     blank = {
         key: torch.empty(slice_shape(key, shape, 0, shape[shard_dim(key) or 0] // mp), dtype=dtype)
@@ -265,10 +260,11 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
     config = hf.config(job.args, dtype_name(job.dtype), job.checkpoint.positions)
     ends = [*eos] if len(eos) > 1 else max(eos, default=None)
     ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": ends}
-    write_json(folder, {"config.json": config | ids | job.score_head(), "generation_config.json": ids})
+    write_json(folder / "config.json", config | ids | job.score_head())
+    write_json(folder / "generation_config.json", ids)
     if len(groups) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-        write_json(folder, {"model.safetensors.index.json": content})
+        write_json(folder / "model.safetensors.index.json", content)
 
 
 def write_gguf(job: Job, folder: Path, tokenizer: Tokenizer, ends: Iterable[int], bar: tqdm) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import collections
 import functools
 import io
-import itertools
 import json
 import math
 import mmap
-import operator
 import os
 import pickle
 import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..gguf import BlockType
 from ..textfile import mistaken
 from . import hf
 
@@ -32,48 +31,44 @@ IGNORED = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope
 MAP_NORESERVE = {"linux": 0x4000, "darwin": 0x40}.get(sys.platform, 0)  # the module mmap has no name for it
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 READABLE = set(SAFETENSORS_DTYPES.values())
-
-
 STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32, "Double": torch.float64}
 STORAGES |= {"Char": torch.int8, "Byte": torch.uint8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}
+# The names that the pickle in a .pth file may ask for, and what each gives.
+RESOLVED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): lambda *parts: parts[:4],  # storage, offset, shape, stride
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *rest: tensor,
+    **{("torch", f"{name}Storage"): dtype for name, dtype in STORAGES.items()},
+}
 
 
-class TensorInfo(NamedTuple):
-    """A tensor of a .pth file: its storage's dtype, record and number of elements, and where it is in there."""
+class Entry(NamedTuple):
+    """A tensor of a file."""
 
-    storage: tuple[torch.dtype, str, int]
-    offset: int
+    key: str  # its name in the file
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def is_contiguous(self) -> bool:
-        sizes = reversed([*itertools.accumulate((*self.shape[:0:-1],), operator.mul, initial=1)])
-        return all(n < 2 or have == want for n, have, want in zip(self.shape, self.stride, sizes, strict=True))
+    dtype: torch.dtype  # uint8 for one that cannot be read
+    offset: int  # in the file; the address of a tensor that torch has read
+    blocks: BlockType | None = None  # of a GGUF file, where it is not of floats
 
 
 class HeaderUnpickler(pickle.Unpickler):
-    """Reads names and descriptions from the pickle in a .pth file. Only the names below are resolved; any other raises,
-    so that nothing in the file is executed. torch's own reader, in Python, takes twenty times as long."""
+    """Reads names and descriptions from the pickle in a .pth file. Any name that is not in `RESOLVED` raises, so that
+    nothing in the file is executed. torch's own reader, in Python, takes twenty times as long."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, stride, *rest: TensorInfo(storage, offset, shape, stride)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *rest: tensor
-        if module == "torch" and (kind := STORAGES.get(name.removesuffix("Storage"))) is not None:
-            return kind
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        if (module, name) not in RESOLVED:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return RESOLVED[module, name]
 
     def persistent_load(self, pid: Any) -> tuple[torch.dtype, str, int]:
         _, dtype, key, _, count = pid
         return dtype, key, count
 
 
-def read_pth_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype, int]] | None:
-    """Shape, dtype and offset in the file of each tensor of a .pth file that can be mapped: an uncompressed archive in
-    this machine's byte order, of contiguous tensors. None for any other file, which torch must read itself."""
+def read_pth_header(path: Path) -> dict[str, Entry] | None:
+    """The tensors of a .pth file that can be mapped: an uncompressed archive in this machine's byte order, of
+    contiguous tensors. None for any other file, which torch must read itself."""
     try:
         found, content = dict[str, tuple[int, int]](), b""
         with zipfile.ZipFile(path) as archive, path.open("rb", buffering=0) as file:
@@ -90,13 +85,13 @@ def read_pth_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype,
                 begin = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
                 found[name] = begin, info.file_size
         tensors = {}
-        for name, tensor in HeaderUnpickler(io.BytesIO(content)).load().items():
-            dtype, key, count = tensor.storage
+        for name, ((dtype, key, count), first, shape, stride) in HeaderUnpickler(io.BytesIO(content)).load().items():
             begin, size = found[f"data/{key}"]
-            inside = 0 <= tensor.offset <= count - math.prod(tensor.shape)
-            if size != count * dtype.itemsize or not inside or not tensor.is_contiguous() or type(name) is not str:
+            contiguous = torch.empty_strided(shape, stride, device="meta").is_contiguous()
+            inside = 0 <= first <= count - math.prod(shape)
+            if size != count * dtype.itemsize or not inside or not contiguous or type(name) is not str:
                 return None
-            tensors[name] = tuple(tensor.shape), dtype, begin + tensor.offset * dtype.itemsize
+            tensors[name] = Entry(name, tuple(shape), dtype, begin + first * dtype.itemsize)
         return tensors
     except Exception:  # damage shows in any of a dozen types; torch, which then reads the file, says what is wrong
         return None
@@ -141,13 +136,23 @@ def identity(found: os.stat_result) -> tuple[int, ...]:
 
 
 class File:
-    """A file of weights. Any slice can be read. Subclasses read the header."""
+    """A file of weights, mapped. Any slice of its tensors can be read."""
 
-    def __init__(self, path: Path) -> None:
+    head_dim = 0  # of a file of Hugging Face's: rows of wq and wk are in another order, see `hf.to_pairs`
+
+    def __init__(self, path: Path, tensors: Mapping[str, Entry]) -> None:
         self.path, self.state_of_file = path, identity(path.stat())
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self.offsets: dict[str, int] = {}
+        self.tensors = {name: entry for name, entry in tensors.items() if not IGNORED.fullmatch(name)}
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Let tensors have Meta's names, which `names` has with those in the file."""
+        ours = {theirs: meta for meta, theirs in names.items()}
+        self.tensors = {ours.get(name, name): entry for name, entry in self.tensors.items()}
+
+    def tie(self) -> None:
+        """Let the output matrix be the embeddings, if this file holds them."""
+        if "tok_embeddings.weight" in self.tensors:
+            self.tensors["output.weight"] = self.tensors["tok_embeddings.weight"]
 
     @functools.cached_property
     def pages(self) -> mmap.mmap:
@@ -160,12 +165,23 @@ class File:
             return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        """`length` rows or columns of a tensor, from `begin` on: a view of the file's pages, which all processes share.
-        Writing to it changes no file, and lasts until `release`. The file must not be cut while the view lives."""
-        shape, dtype = self.shapes[name], self.dtypes[name]
+        """`length` rows or columns of a tensor, from `begin` on: a view of the file's pages, which all processes share,
+        or a copy where rows are in another order. Writing to it changes no file, and lasts until `release`. The file
+        must not be cut while the view lives."""
+        if not (self.head_dim and hf.is_permuted(name)):
+            return self.view(name, dim, begin, length)
+        first = begin - begin % self.head_dim  # rows are permuted within a head
+        last = -(-(begin + length) // self.head_dim) * self.head_dim
+        pairs = hf.to_pairs(self.view(name, dim, first, last - first), self.head_dim)  # a copy
+        self.release()
+        return pairs.narrow(0, begin - first, length)
+
+    def view(self, name: str, dim: int, begin: int, length: int) -> Tensor:
+        """Rows or columns of a tensor as they are in the file."""
+        _, shape, dtype, offset, _ = self.tensors[name]
         first, rows = (begin, length) if dim == 0 else (0, shape[0])
         row = math.prod(shape[1:])
-        start = self.offsets[name] + first * row * dtype.itemsize
+        start = offset + first * row * dtype.itemsize
         if start + rows * row * dtype.itemsize > len(self.pages):
             raise ValueError(f"{self.path} ends inside of {name}; download it again")
         part = torch.frombuffer(self.pages, dtype=dtype, offset=start, count=rows * row).view(rows, *shape[1:])
@@ -177,84 +193,44 @@ class File:
             self.pages.madvise(mmap.MADV_DONTNEED)
 
 
-class TorchFile(File):
-    """One consolidated.NN.pth."""
+class LoadedFile(File):
+    """A .pth file that cannot be mapped: torch has read it."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.state: dict[str, Tensor] = {}
-        if tensors := read_pth_header(path):
-            for name, found in tensors.items():
-                if not IGNORED.fullmatch(name):
-                    self.shapes[name], self.dtypes[name], self.offsets[name] = found
-            return
-        self.state = {name: tensor for name, tensor in read_shard(path).items() if not IGNORED.fullmatch(name)}
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in self.state.items()}
+        self.state = read_shard(path)
+        super().__init__(path, {k: Entry(k, tuple(t.shape), t.dtype, t.data_ptr()) for k, t in self.state.items()})
 
-    def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        return self.state[name].narrow(dim, begin, length) if self.state else super().read(name, dim, begin, length)
+    def view(self, name: str, dim: int, begin: int, length: int) -> Tensor:
+        entry = self.tensors[name]
+        return self.state[entry.key][: entry.shape[0]].narrow(dim, begin, length)
 
     def release(self) -> None:
-        if not self.state:
-            super().release()
+        pass
 
 
-class SafetensorsFile(File):
-    """model.safetensors, or a part of it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        for key, entry, offset in read_header(path):
-            self.shapes[key], self.offsets[key] = tuple(entry["shape"]), offset
-            self.dtypes[key] = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
+def open_file(path: Path) -> File:
+    """A file of weights, by its name of safetensors or of torch. ValueError for one that cannot be read."""
+    if path.suffix == ".safetensors":
+        return File(path, read_safetensors_header(path))
+    tensors = read_pth_header(path)
+    return LoadedFile(path) if tensors is None else File(path, tensors)
 
 
-class HuggingFaceFile(File):
-    """A file of Hugging Face's, in either format. Its tensors have Meta's names here, and their rows are in Meta's
-    order."""
-
-    def __init__(self, path: Path, names: Mapping[str, str], head_dim: int) -> None:
-        super().__init__(path)
-        self.file: File = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-        self.head_dim, ours = head_dim, {theirs: meta for meta, theirs in names.items()}
-        self.keys = {ours.get(key, key): key for key in self.file.shapes if not IGNORED.fullmatch(key)}
-        self._describe()
-
-    def _describe(self) -> None:
-        self.shapes = {name: self.file.shapes[key] for name, key in self.keys.items()}
-        self.dtypes = {name: self.file.dtypes[key] for name, key in self.keys.items()}
-        self.offsets = {name: self.file.offsets.get(key, -1) for name, key in self.keys.items()}
-
-    def tie(self) -> None:
-        """Let the output matrix be the embeddings, if this file holds them."""
-        if "tok_embeddings.weight" in self.keys:
-            self.keys["output.weight"] = self.keys["tok_embeddings.weight"]
-            self._describe()
-
-    def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        key = self.keys[name]
-        if hf.is_permuted(name):
-            first = begin - begin % self.head_dim  # rows are permuted within a head
-            last = -(-(begin + length) // self.head_dim) * self.head_dim
-            pairs = hf.to_pairs(self.file.read(key, dim, first, last - first), self.head_dim)  # a copy
-            self.release()
-            return pairs.narrow(0, begin - first, length)
-        part = self.file.read(key, dim, begin, length)
-        return part if dim == 0 else part[: self.shapes[name][0]]  # the vocabulary may have been cut
-
-    def release(self) -> None:
-        self.file.release()
-
-
-def read_header(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """Name, entry and offset in the file of every tensor of a safetensors file, after the library has checked it."""
+def read_safetensors_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, after the library has checked it."""
     try:
         with safe_open(path, framework="pt"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
     except Exception as error:
         raise unreadable(path, error) from error
-    for key, entry in header.items():
-        if key != "__metadata__":
-            yield key, entry, 8 + size + entry["data_offsets"][0]
+    header.pop("__metadata__", None)
+    return {
+        key: Entry(
+            key,
+            tuple(entry["shape"]),
+            SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8),
+            8 + size + entry["data_offsets"][0],
+        )
+        for key, entry in header.items()
+    }

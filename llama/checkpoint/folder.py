@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..backends.quantized import Quantization, Quantized, Scheme, scheme
 from ..gguf import is_gguf, read_gguf, split_files
 from ..textfile import read_json
 from . import gguf, hf
-from .files import READABLE, File, HuggingFaceFile, TorchFile
+from .files import READABLE, File, open_file
 from .gguf import GgufFile
 from .load import read_parts
 from .meta import read_params, read_scheme, shard_paths
@@ -56,8 +57,8 @@ class Checkpoint:
         self.layout, self.source = "meta", source
         self.params = read_params(source)
         self.scheme = read_scheme(self.params.pop("quantization", None), source)
-        self.files = [TorchFile(path) for path in shard_paths(self.folder)]
-        self.holders = {name: self.files for file in self.files for name in file.shapes}
+        self.files = [open_file(path) for path in shard_paths(self.folder)]
+        self.holders = {name: self.files for file in self.files for name in file.tensors}
 
     def _open_hf(self, source: Path) -> None:
         self.layout, self.source, self.scheme = "hf", source, None
@@ -67,8 +68,10 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         names = hf.names(self.params["n_layers"], self.params.get("n_labels", 0))
-        head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
-        files = [HuggingFaceFile(path, names, head_dim) for path in hf.weight_files(self.folder)]
+        files = [open_file(path) for path in hf.weight_files(self.folder)]
+        for file in files:
+            file.rename(names)
+            file.head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
         tied = bool(config.get("tie_word_embeddings")) and not self.params.get("n_labels")
         self._hold(files, tied, config.get("max_position_embeddings"))
 
@@ -85,19 +88,19 @@ class Checkpoint:
                 GgufFile(path, header, gguf.names(self.params["n_layers"]))
                 for path, header in zip(paths, headers, strict=True)
             ]
-            if scaling := gguf.rope_scaling(keys, self.params, gguf.divisors(paths, headers)):
+            if scaling := gguf.rope_scaling(keys, self.params, gguf.divisors(files)):
                 self.params["rope_scaling"] = scaling
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         self._hold(files, True, keys.get("llama.context_length"))
         self.scheme = gguf.schemes(files)  # of the output matrix too, if it is tied
 
-    def _hold(self, files: Sequence[HuggingFaceFile | GgufFile], tied: bool, positions: object) -> None:
+    def _hold(self, files: Sequence[File], tied: bool, positions: object) -> None:
         """Files of whole weights. Where no file has the output matrix, it may be `tied` to the embeddings."""
-        if tied and not any("output.weight" in file.shapes for file in files):
+        if tied and not any("output.weight" in file.tensors for file in files):
             for file in files:
                 file.tie()
-        self.files, self.holders = files, {name: [file] for file in files for name in file.shapes}
+        self.files, self.holders = files, {name: [file] for file in files for name in file.tensors}
         self.positions = positions if type(positions) is int and positions > 0 else None
 
     def vocab_size(self) -> int:
@@ -105,7 +108,7 @@ class Checkpoint:
         scored = bool(self.params.get("n_labels"))
         name = "tok_embeddings.weight" if scored else "output.weight"
         files = self.holders.get(name, [])[: 1 if scored else None]  # embeddings are split by columns
-        return sum(file.shapes[name][0] for file in files if name in file.shapes)
+        return sum(file.tensors[name].shape[0] for file in files if name in file.tensors)
 
     def args(self, n_words: int) -> ModelArgs:
         """The model's shape, with the vocabulary of a tokenizer of `n_words` pieces. ValueError or FileNotFoundError if
@@ -119,8 +122,8 @@ class Checkpoint:
         if args.vocab_size not in (-1, n_words):
             given = f"{self.source}: vocab_size {args.vocab_size}"
             raise ValueError(f"{given} differs from the tokenizer's {n_words} pieces")
-        [rows, *_] = self.files[0].shapes.get("layers.0.attention.wq.weight") or [args.n_heads * args.head_dim]
-        present, saved = len(self.files), args.n_heads * args.head_dim // max(rows, 1)
+        wq = self.files[0].tensors.get("layers.0.attention.wq.weight")
+        present, saved = len(self.files), args.n_heads * args.head_dim // max(wq.shape[0], 1) if wq and wq.shape else 1
         if self.layout == "meta" and present < saved:
             lacking = listed(f"consolidated.{i:02d}.pth" for i in range(present, saved))
             raise FileNotFoundError(f"{self.folder} has {present} of {saved} shards; download {lacking}")
@@ -159,8 +162,10 @@ class Checkpoint:
         """Whether the output matrix is the embeddings, and not a copy of them."""
         output, embeddings = "output.weight", "tok_embeddings.weight"
         files = self.holders.get(output, [])
-        places = [(file.offsets.get(output), file.offsets.get(embeddings, -1)) for file in files]
-        return bool(places) and all(here == there for here, there in places)
+        return bool(files) and all(
+            embeddings in file.tensors and file.tensors[output].offset == file.tensors[embeddings].offset
+            for file in files
+        )
 
     def trim(self, n_words: int) -> int:
         """Ignore rows of the vocabulary beyond the tokenizer's pieces: padding tokens, or rows that round their number
@@ -174,8 +179,9 @@ class Checkpoint:
             *(self.folder, self.vocab_size() - n_words, n_words),
         )
         for file in self.files:
-            for name in {"tok_embeddings.weight", "output.weight"} & {*file.shapes}:
-                file.shapes[name] = (n_words, *file.shapes[name][1:])
+            for name in {"tok_embeddings.weight", "output.weight"} & file.tensors.keys():
+                entry = file.tensors[name]
+                file.tensors[name] = entry._replace(shape=(n_words, *entry.shape[1:]))
         return n_words
 
     def check(self, args: ModelArgs) -> None:
@@ -203,24 +209,19 @@ class Checkpoint:
         first = self.files[0]
         # A shard has a slice of every weight; a file of Hugging Face's has those that are in no other.
         expected = [name for name in stored if self.layout == "meta" or self.holders.get(name) == [file]]
-        fit = {name: self.slice_shapes(name, stored[name][0]) for name in expected if name in file.shapes}
-        return {
-            "missing": [name for name in expected if name not in file.shapes],
-            "unexpected": [name for name in file.shapes if name not in stored],
-            "misshapen": [
-                f"{name} {file.shapes[name]} instead of {allowed[0]}"
-                for name, allowed in fit.items()
-                if file.shapes[name] not in allowed
-            ],
-            "of a dtype that cannot be read": [
-                f"{name} {dtype}"
-                for name, dtype in file.dtypes.items()
-                if dtype not in stored.get(name, ((), READABLE))[1]
-            ],
-            f"of another dtype than in {first.path.name}": [
-                f"{name} {dtype}" for name, dtype in file.dtypes.items() if first.dtypes.get(name, dtype) != dtype
-            ],
-        }
+        missing = [name for name in expected if name not in file.tensors]
+        problems = defaultdict(list, {"missing": missing, "unexpected": []})  # are named first
+        for name, (_, shape, dtype, *_) in file.tensors.items():
+            whole, dtypes = stored.get(name, (None, READABLE))
+            if whole is None:
+                problems["unexpected"].append(name)
+            elif name in expected and shape not in (allowed := self.slice_shapes(name, whole)):
+                problems["misshapen"].append(f"{name} {shape} instead of {allowed[0]}")
+            if dtype not in dtypes:
+                problems["of a dtype that cannot be read"].append(f"{name} {dtype}")
+            if name in first.tensors and first.tensors[name].dtype != dtype:
+                problems[f"of another dtype than in {first.path.name}"].append(f"{name} {dtype}")
+        return problems
 
     def stored(self, args: ModelArgs) -> Stored:
         """The tensors that the files must hold: names, whole shapes, and the dtypes that they may have."""
@@ -240,17 +241,17 @@ class Checkpoint:
             return [whole]
         dims = [d for d in ((1, 0) if "tok_embeddings" in name else (dim,)) if whole[d] % shards == 0] or [dim]
         fit = [tuple(size // shards if i == dim else size for i, size in enumerate(whole)) for dim in dims]
-        first = self.holders[name][0].shapes.get(name)
-        return [first] if first in fit else fit  # all shards in the same way
+        first = self.holders[name][0].tensors.get(name)
+        return [first.shape] if first and first.shape in fit else fit  # all shards in the same way
 
     def dtype(self) -> torch.dtype:
         """The narrowest dtype that holds every weight that is not quantized; of a GGUF file, whose norms are in float32
         whatever the rest is in, every other one, and float16 where there is none."""
         found = {
-            dtype
+            entry.dtype
             for file in self.files
-            for name, dtype in file.dtypes.items()
-            if dtype in READABLE and name.endswith(".weight") and not (self.layout == "gguf" and "norm" in name)
+            for name, entry in file.tensors.items()
+            if entry.dtype in READABLE and name.endswith(".weight") and not (self.layout == "gguf" and "norm" in name)
         }
         return functools.reduce(torch.promote_types, found or {torch.float16})
 
@@ -309,13 +310,13 @@ class Checkpoint:
         A slice that lies in one file in this dtype stays a view of the file and is not copied, unless `out` is on a
         GPU; any other is copied to `out`, or to a new tensor."""
         files, dim = self.holders[name], shard_dim(name)
-        if isinstance(file := files[0], GgufFile) and file.is_quantized(name):
+        if isinstance(file := files[0], GgufFile) and file.tensors[name].blocks:
             if out is None:
                 out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype)
             return file.dequantized(name, dim or 0, begin, end, out)
         if dim is None:
             parts, dim = [files[0].read(name, 0, begin, end - begin)], 0
-        elif len(files) > 1 and files[0].shapes[name][dim] == shape[dim]:  # split along the other dimension
+        elif len(files) > 1 and files[0].tensors[name].shape[dim] == shape[dim]:  # split along the other dimension
             parts, dim = [file.read(name, dim, begin, end - begin) for file in files], 1 - dim
         else:
             plan = slices(shape[dim], len(files), begin, end)

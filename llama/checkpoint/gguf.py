@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..args import RopeScaling, check_layers
-from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize
-from ..gguf import Gguf, TensorEntry
+from ..args import RopeScaling
+from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize, stack
+from ..gguf import Gguf
 from ..model import scale_rope_frequencies, unscaled_rope_frequencies
 from .blocks import CODECS, from_blocks
-from .files import File
-from .hf import ffn_params
+from .files import Entry, File
+from .hf import params_of
 from .paths import listed
 
 # Meta's name -> GGUF's, outside the layers and inside one. Rows of wq and wk are in Meta's order there too.
@@ -65,22 +65,16 @@ def params(keys: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"llama.{key} is {shorten(value)}, not a positive whole number")
         return value
 
-    dim, heads = number("embedding_length"), number("attention.head_count")
-    result: dict[str, Any] = {"dim": dim, "n_layers": number("block_count"), "n_heads": heads}
-    check_layers(result["n_layers"])
+    dim, layers, heads = number("embedding_length"), number("block_count"), number("attention.head_count")
     head_dim = number("attention.key_length", dim // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if number(key, head_dim) != head_dim:
             raise ValueError(f"llama.{key} is {number(key)}; only the size of a head, {head_dim}, is supported")
-    result |= {} if head_dim * heads == dim else {"head_dim": head_dim}
-    if (kv_heads := number("attention.head_count_kv", heads)) != heads:
-        result["n_kv_heads"] = kv_heads
+    kv_heads, hidden = number("attention.head_count_kv", heads), number("feed_forward_length")
     words = keys.get("tokenizer.ggml.tokens")
-    result |= ffn_params(dim, number("feed_forward_length"))
-    result["vocab_size"] = number("vocab_size", len(words) if isinstance(words, list) else None)
-    result["norm_eps"] = decimal(keys, "attention.layer_norm_rms_epsilon", 1e-5)
-    theta = decimal(keys, "rope.freq_base", 10000.0)
-    return result if theta == 10000.0 else {**result, "rope_theta": theta}
+    vocab_size = number("vocab_size", len(words) if isinstance(words, list) else None)
+    eps, theta = decimal(keys, "attention.layer_norm_rms_epsilon", 1e-5), decimal(keys, "rope.freq_base", 10000.0)
+    return params_of(dim, layers, heads, kv_heads, head_dim, hidden, eps, theta) | {"vocab_size": vocab_size}
 
 
 def decimal(keys: Mapping[str, Any], key: str, default: float) -> float:
@@ -132,15 +126,16 @@ def rounded(value: Tensor | float) -> float:
     return float(f"{float(value):.6g}")
 
 
-def divisors(paths: Sequence[Path], headers: Sequence[Gguf]) -> Tensor | None:
-    """The tensor of divisors of RoPE's frequencies, if one of the files has it."""
-    for path, header in zip(paths, headers, strict=True):
-        if entry := header.tensors.get(DIVISORS):
-            if entry.type.name != "F32" or len(entry.shape) != 1:
-                raise ValueError(f"{DIVISORS} is of type {entry.type.name} and shape {entry.shape}")
-            with path.open("rb") as file:
-                file.seek(entry.offset)
-                return torch.frombuffer(bytearray(file.read(entry.nbytes)), dtype=torch.float32)
+def divisors(files: Sequence[GgufFile]) -> Tensor | None:
+    """The tensor of divisors of RoPE's frequencies, taken out of the files, if one has it."""
+    for file in files:
+        if entry := file.tensors.get(DIVISORS):
+            if entry.dtype != torch.float32 or len(entry.shape) != 1:
+                kind = entry.blocks.name if entry.blocks else entry.dtype
+                raise ValueError(f"{DIVISORS} is of type {kind} and shape {entry.shape}")
+            found = file.read(DIVISORS, 0, 0, *entry.shape)
+            del file.tensors[DIVISORS]
+            return found
     return None
 
 
@@ -148,34 +143,22 @@ class GgufFile(File):
     """One file of a GGUF model. Its tensors have Meta's names here."""
 
     def __init__(self, path: Path, header: Gguf, names: Mapping[str, str]) -> None:
-        super().__init__(path)
-        self.entries: dict[str, TensorEntry] = {}
-        ours = {theirs: meta for meta, theirs in names.items()}
-        for key, entry in header.tensors.items():
-            if key != DIVISORS:
-                self.add(ours.get(key, key), entry)
-
-    def add(self, name: str, entry: TensorEntry) -> None:
-        self.entries[name], self.shapes[name], self.offsets[name] = entry, entry.shape, entry.offset
-        self.dtypes[name] = DTYPES.get(entry.type.name, torch.uint8)
-
-    def tie(self) -> None:
-        """Let the output matrix be the embeddings, if this file holds them."""
-        if "tok_embeddings.weight" in self.entries:
-            self.add("output.weight", self.entries["tok_embeddings.weight"])
-
-    def is_quantized(self, name: str) -> bool:
-        return self.entries[name].type.name in CODECS
+        tensors = {}
+        for key, (kind, shape, offset) in header.tensors.items():
+            blocks = kind if kind.name in CODECS else None
+            tensors[key] = Entry(key, shape, DTYPES.get(kind.name, torch.uint8), offset, blocks)
+        super().__init__(path, tensors)
+        self.rename(names)
 
     def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized]:
         """Rows or columns of a quantized tensor, some rows at a time. ValueError for columns within a group."""
-        shape, _, offset, nbytes = self.shapes[name], *self.entries[name][1:]
-        kind = self.entries[name].type
+        _, shape, _, offset, kind = self.tensors[name]
+        assert kind is not None
         rows, columns = shape
         group = CODECS[kind.name].scheme.group
         if dim == 1 and (begin % group or end % group):
             raise ValueError(f"{name} {shape} of {kind.name} cannot be divided so: its groups have {group} columns")
-        blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=nbytes)
+        blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=kind.size(shape))
         blocks = blocks.view(rows, columns // kind.values, kind.nbytes)
         for part in (blocks[begin:end] if dim == 0 else blocks).split(max(1, AT_ONCE // columns)):
             q, scale, least = found = from_blocks(kind.name, part)
@@ -188,33 +171,23 @@ class GgufFile(File):
 
     def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
         """Rows or columns of a quantized matrix."""
-        rows, row = self.shapes[name][0] if dim == 1 else end - begin, 0
-        whole: list[Tensor | None] = []
-        for found in self.unpacked(name, dim, begin, end):
-            if not whole:
-                whole = [None if part is None else part.new_empty(rows, part.shape[1]) for part in found]
-            for target, part in zip(whole, found, strict=True):
-                if target is not None and part is not None:
-                    target[row : row + len(part)] = part
-            row += len(found.q)
-        return Quantized(*whole)  # type: ignore[arg-type]
+        return stack([*self.unpacked(name, dim, begin, end)])
 
     def dequantized(self, name: str, dim: int, begin: int, end: int, out: Tensor) -> Tensor:
         """The same as floats, written to `out`."""
-        row = 0
-        for part in self.unpacked(name, dim, begin, end):
-            out[row : row + len(part.q)].copy_(dequantize(part))
-            row += len(part.q)
+        rows = max(1, AT_ONCE // self.tensors[name].shape[1])
+        for target, part in zip(out.split(rows), self.unpacked(name, dim, begin, end), strict=True):
+            target.copy_(dequantize(part))
         return out
 
 
 def schemes(files: Sequence[GgufFile]) -> Schemes | None:
     """How the matrices of a model's files are quantized; None if none is."""
     kinds = {
-        name: entry.type.name
+        name: entry.blocks.name
         for file in files
-        for name, entry in file.entries.items()
-        if entry.type.name in CODECS and name.split(".")[-2] in MATRICES
+        for name, entry in file.tensors.items()
+        if entry.blocks and name.split(".")[-2] in MATRICES
     }
     found = {name: CODECS[kind].scheme for name, kind in kinds.items()}
     return Schemes(found, listed(sorted({*kinds.values()}))) if found else None

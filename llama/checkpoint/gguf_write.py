@@ -131,7 +131,7 @@ def write_gguf(
     tensors = {theirs[name]: (kind, whole[name]) for name, kind in kinds.items()}
     first = {} if scaling is None else {DIVISORS: (BY_NAME["F32"], tuple(scaling.shape))}
     header = header_bytes(keys, first | tensors)
-    size = len(header) + sum(aligned(torch.Size(s).numel() // k.values * k.nbytes) for k, s in tensors.values())
+    size = len(header) + sum(aligned(kind.size(shape)) for kind, shape in tensors.values())
     with writing(path, size) as new, new.open("wb") as file:
 
         def put(part: Tensor) -> None:

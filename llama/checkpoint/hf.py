@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,19 +129,23 @@ def params(config: Mapping[str, Any]) -> dict[str, Any]:
         if (type(value) is not int or value < 1) and (key in needed or value is not None):
             raise ValueError(f"{key} is {value!r}, not a positive whole number")
     dim, layers, heads, hidden, vocab = (config[key] for key in needed)
-    check_layers(layers)
-    result = {"dim": dim, "n_layers": layers, "n_heads": heads}
-    if config.get("head_dim") not in (None, dim / heads):
-        result["head_dim"] = config["head_dim"]
-    if (kv_heads := config.get("num_key_value_heads") or heads) != heads:
-        result["n_kv_heads"] = kv_heads
-    result |= ffn_params(dim, hidden)
-    result |= {"norm_eps": config.get("rms_norm_eps", 1e-6), "vocab_size": vocab}
+    kv_heads, eps = config.get("num_key_value_heads") or heads, config.get("rms_norm_eps", 1e-6)
+    theta, scaling = rope(config)
+    result = params_of(dim, layers, heads, kv_heads, config.get("head_dim"), hidden, eps, theta) | {"vocab_size": vocab}
     if SCORE_HEAD in (config.get("architectures") or ()):
         result["n_labels"] = len(labels(config))
-    theta, scaling = rope(config)
-    result |= {} if theta == 10000.0 else {"rope_theta": theta}
     return result if scaling is None else {**result, "rope_scaling": scaling}
+
+
+def params_of(
+    dim: int, layers: int, heads: int, kv_heads: int, head_dim: Any, hidden: int, eps: float, theta: float
+) -> dict[str, Any]:
+    """The content of params.json, without what goes without saying."""
+    check_layers(layers)
+    result = {"dim": dim, "n_layers": layers, "n_heads": heads, **ffn_params(dim, hidden), "norm_eps": eps}
+    result |= {} if head_dim in (None, dim / heads) else {"head_dim": head_dim}
+    result |= {} if kv_heads == heads else {"n_kv_heads": kv_heads}
+    return result | ({} if theta == 10000.0 else {"rope_theta": theta})
 
 
 def labels(config: Mapping[str, Any], count: int = 2) -> list[str]:
@@ -153,13 +157,6 @@ def labels(config: Mapping[str, Any], count: int = 2) -> list[str]:
     if not isinstance(named, Mapping) or not named or {*named} != {str(i) for i in range(len(named))}:
         raise ValueError(f"id2label {named!r} with num_labels {count!r} does not name the labels 0, 1, ...")
     return [str(named[str(i)]) for i in range(len(named))]
-
-
-def score_head(names: Sequence[str], pad_id: int | None) -> dict[str, Any]:
-    """What config.json says of a score head."""
-    numbers = {name: i for i, name in enumerate(names)}
-    named = {str(i): name for i, name in enumerate(names)}
-    return {"architectures": [SCORE_HEAD], "id2label": named, "label2id": numbers, "pad_token_id": pad_id}
 
 
 def rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:

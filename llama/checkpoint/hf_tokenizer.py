@@ -10,12 +10,13 @@ import re
 import struct
 import unicodedata
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from sentencepiece import SentencePieceProcessor
 
-from ..pre_tokenizer import added_token, post_processor
+from ..pre_tokenizer import added_token, byte_pair_json, post_processor, tokenizer_config
 
 SPACE = "▁"
 # Numbers of fields, and values, in sentencepiece_model.proto.
@@ -41,9 +42,9 @@ class Model(NamedTuple):
 
     @staticmethod
     def of(serialized: bytes) -> Model:
-        parts: dict[int, list[bytes]] = {}
+        parts: dict[int, list[bytes]] = defaultdict(list)
         for number, value in fields(serialized):
-            parts.setdefault(number, []).append(value)
+            parts[number].append(value)
         entries = [dict(fields(entry)) for entry in parts[PIECE]]
         pieces = [Piece(e[1].decode(), struct.unpack("<f", e.get(2, bytes(4)))[0], e.get(3, NORMAL)) for e in entries]
         return Model(pieces, *(dict(fields(parts.get(i, [b""])[0])) for i in (TRAINER, NORMALIZER, DENORMALIZER)))
@@ -85,34 +86,25 @@ def tokenizer_files(sp: SentencePieceProcessor) -> dict[str, dict[str, Any]]:
     roles = {"unk_token": sp.unk_id(), "bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "pad_token": sp.pad_id()}
     names = {role: texts[id] for role, id in roles.items() if id >= 0}
     special = [i for i, piece in enumerate(model.pieces) if piece.type in (UNKNOWN, CONTROL)]
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [added_token(i, texts[i]) for i in special],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers(sp, model.normalizer)},
-        "pre_tokenizer": pre_tokenizer(symbols) if symbols else None,
-        "post_processor": post_processor(texts[sp.bos_id()], sp.bos_id()) if sp.bos_id() >= 0 else None,
-        "decoder": {"type": "Sequence", "decoders": decoders(model.normalizer)},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": bool(model.trainer.get(BYTE_FALLBACK)),
-            "ignore_merges": bool(symbols),  # a user-defined piece has no merges
-            "unk_token": names["unk_token"],
-            "vocab": {text: i for i, text in enumerate(texts)},
-            "merges": [[merge.left, merge.right] for merge in merges],
+    content = byte_pair_json(
+        {text: i for i, text in enumerate(texts)},
+        [[merge.left, merge.right] for merge in merges],
+        [added_token(i, texts[i]) for i in special],
+        {
+            "normalizer": {"type": "Sequence", "normalizers": normalizers(sp, model.normalizer)},
+            "pre_tokenizer": pre_tokenizer(symbols) if symbols else None,
+            "post_processor": post_processor(texts[sp.bos_id()], sp.bos_id()) if sp.bos_id() >= 0 else None,
+            "decoder": {"type": "Sequence", "decoders": decoders(model.normalizer)},
         },
-    }
-    check(tokenizer, sp, model)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **names,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
-    }
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+        unk_token=names["unk_token"],
+        fuse_unk=True,
+        byte_fallback=bool(model.trainer.get(BYTE_FALLBACK)),
+        ignore_merges=bool(symbols),  # a user-defined piece has no merges
+    )
+    samples = (text for text in generated(model) if not any(texts[i] in text for i in special))
+    if problem := difference(content, samples, sp.encode):
+        refuse(problem)
+    return {"tokenizer.json": content, "tokenizer_config.json": tokenizer_config(**names, model_max_length=4096)}
 
 
 def refuse(problem: str) -> NoReturn:
@@ -130,9 +122,8 @@ def check_settings(model: Model) -> None:
         "it normalizes what it decodes": model.denormalizer.get(CHARSMAP),
         f"it has unused pieces: {unused[:3]}": unused,
     }
-    for problem, given in problems.items():
-        if given:
-            refuse(problem)
+    if found := [problem for problem, given in problems.items() if given]:
+        refuse(found[0])
 
 
 class Merge(NamedTuple):
@@ -167,9 +158,9 @@ def leftmost_first(merges: list[Merge]) -> list[Merge]:
     model in which all scores are equal, are not sorted."""
     if len({merge.id for merge in merges}) == 1 or len(merges) > 10_000:
         return merges
-    starting: dict[str, list[Merge]] = {}
+    starting: dict[str, list[Merge]] = defaultdict(list)
     for merge in merges:
-        starting.setdefault(merge.left, []).append(merge)
+        starting[merge.left].append(merge)
     graph: graphlib.TopologicalSorter[Merge] = graphlib.TopologicalSorter({merge: [] for merge in merges})
     for merge in merges:
         for other in starting.get(merge.right, []):
@@ -208,19 +199,18 @@ def nfkc(sp: SentencePieceProcessor) -> list[dict[str, Any]]:
     SentencePiece's table misses or drops characters with combining marks.)"""
     assigned = (c for c in map(chr, range(1, 0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs"))
     every = [character for character in assigned if character != SPACE]
-    before: dict[str, str] = {}  # new text -> characters that it replaces
+    before: dict[str, str] = defaultdict(str)  # new text -> characters that it replaces
     kept: dict[str, str] = {}  # characters that NFKC would change to something else -> new text
     for character, wanted in zip(every, normalized(sp, every), strict=True):
         usual = unicodedata.normalize("NFKC", character)
         if wanted != usual == character:
-            before[wanted] = before.get(wanted, "") + character
+            before[wanted] += character
         elif wanted != usual:
             kept[character] = wanted
     places = {character: chr(0x100000 + i) for i, character in enumerate(kept)}  # for private use
-    marks: dict[int, str] = {}
-    for character in every:
-        if order := unicodedata.combining(character):
-            marks[order] = marks.get(order, "") + character
+    marks: dict[int, str] = defaultdict(str)
+    for character in filter(unicodedata.combining, every):
+        marks[unicodedata.combining(character)] += character
     # NFKC sorts marks and joins them to characters that are joined already. SentencePiece does neither, and a
     # noncharacter before the mark prevents both.
     pairs = [("".join(marks[high] for high in marks if high > low), marks[low]) for low in marks if low < max(marks)]
@@ -281,10 +271,10 @@ def generated(model: Model) -> Iterator[str]:
     for text in pieces:
         yield text.replace(SPACE, " ")
         yield rng.choice(symbols or pieces) + text
-    by_score: dict[float, list[str]] = {}
+    by_score: dict[float, list[str]] = defaultdict(list)
     for piece in model.pieces:
         if piece.type == NORMAL and len(piece.text) > 1:
-            by_score.setdefault(piece.score, []).append(piece.text)
+            by_score[piece.score].append(piece.text)
     for equal in by_score.values():
         some = rng.sample(equal, min(len(equal), 100))
         for first, second in itertools.permutations(some, 2):
@@ -294,14 +284,6 @@ def generated(model: Model) -> Iterator[str]:
     for _ in range(3000):
         parts = [rng.choice(rng.choice((words, words, pieces))) + rng.choice(SPACES) for _ in range(rng.randrange(9))]
         yield rng.choice(SPACES) + "".join(parts)
-
-
-def check(tokenizer: dict[str, Any], sp: SentencePieceProcessor, model: Model) -> None:
-    """ValueError names a text to which tokenizer.json gives other ids than SentencePiece."""
-    special = [token["content"] for token in tokenizer["added_tokens"]]
-    texts = (text for text in generated(model) if not any(name in text for name in special))
-    if problem := difference(tokenizer, texts, sp.encode):
-        refuse(problem)
 
 
 def difference(tokenizer: dict[str, Any], texts: Iterable[str], encode: Callable[[str], list[int]]) -> str | None:

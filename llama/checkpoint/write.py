@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..textfile import lock
-from .files import TorchFile
+from .files import open_file
 from .plan import check_divides, shard_dim
 
 LOCK = ".lock"  # a file in a folder that is being written, locked by the process that writes it
@@ -46,7 +46,7 @@ def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: 
     """Write a whole model as a checkpoint of `mp` shards in Meta's layout, with params.json and checklist.chk."""
     folder, parts = Path(os.path.expanduser(ckpt_dir)), split(state, mp)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder, {"params.json": params})
+    write_json(folder / "params.json", params)
     names = ["params.json"]
     for i, part in enumerate(parts):
         names.append(f"consolidated.{i:02d}.pth")
@@ -73,9 +73,8 @@ def digest(path: Path, kind: str, progress: Callable[[int], object] = lambda siz
     return sum.hexdigest()
 
 
-def write_json(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, content in files.items():
-        write_file(folder / name, f"{json.dumps(content, ensure_ascii=False)}\n".encode())
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_file(path, f"{json.dumps(content, ensure_ascii=False)}\n".encode())
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -122,11 +121,11 @@ def blank_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         if hasattr(os, "posix_fallocate"):  # otherwise a full disk would end the process in the middle of a copy
             with new.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-    offsets = TorchFile(path).offsets
+    stored = open_file(path).tensors
     with path.open("r+b") as file:
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
     return {
-        name: torch.frombuffer(pages, dtype=like.dtype, offset=offsets[name], count=like.numel()).view(like.shape)
+        name: torch.frombuffer(pages, dtype=like.dtype, offset=stored[name].offset, count=like.numel()).view(like.shape)
         for name, like in tensors.items()
     }
 

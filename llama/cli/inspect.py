@@ -122,15 +122,17 @@ def fit(
             raise ValueError(f"world_size {world_size!r} does not divide the model; {allowed} do")
         possible = [world_size]
     free = available(device)
-    each = {n: free // n if device.type == "cpu" else free for n in possible}  # ranks on a CPU share its memory
-    needed = {n: footprint(args, n, dtype, scheme) for n in possible}
-    problems = {n: shortage(needed[n], each[n], device, n) for n in possible}
-    ranks = next((n for n in possible if problems[n] is None), possible[-1])
+    for ranks in possible:
+        needed = footprint(args, ranks, dtype, scheme)
+        each = free // ranks if device.type == "cpu" else free  # ranks on a CPU share its memory
+        problem = shortage(needed, each, device, ranks)
+        if not problem:
+            break
     return {
-        "each rank": f"{needed[ranks]} in {scheme or devices.dtype_name(dtype)}, "
+        "each rank": f"{needed} in {scheme or devices.dtype_name(dtype)}, "
         f"{args.max_batch_size} x {args.max_seq_len} positions, {ranks} rank(s)",
-        "here": f"{device} with {each[ranks] / 1e9:.2f} GB free for each rank",
-        "fits": problems[ranks] or "yes",
+        "here": f"{device} with {each / 1e9:.2f} GB free for each rank",
+        "fits": problem or "yes",
         "ranks": ranks,
     }
 
