@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import logging
 import os
@@ -11,6 +10,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from pkgutil import resolve_name
 from typing import Any
 
 from ..chat import Dialog
@@ -89,15 +89,12 @@ async def in_thread(function: Callable[[Any], Any], value: object) -> Any:
 def load_filters(names: Sequence[str]) -> Filters:
     """The functions `input_filter` and `output_filter` of objects `module:name`, or of modules; a class is called to
     make one. ValueError for what has neither."""
-    if os.getcwd() not in sys.path:
+    if names and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     inputs, outputs = list[InputFilter](), list[OutputFilter]()
     for name in names:
         try:
-            module, _, path = name.partition(":")
-            found = importlib.import_module(module)
-            for part in filter(None, path.split(".")):
-                found = getattr(found, part)
+            found = resolve_name(name if ":" in name else f"{name}:")
             owner: Any = found() if inspect.isclass(found) else found
         except Exception as error:  # it is somebody's program
             raise ValueError(f"cannot load the filter {name}: {type(error).__name__}: {error}") from error
