@@ -6,8 +6,8 @@ import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from reprlib import repr as shorten
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -21,7 +21,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Stream:
+class Stream(AbstractContextManager["Stream"], Iterator[Event]):
     """An iterator of events. Under torchrun every rank has one; when the first rank closes its own, or drops it, the
     others end."""
 
@@ -37,9 +37,6 @@ class Stream:
         open_streams.add(self)
         # The first is fetched at once, so that a stream that nobody reads has begun on all ranks, and can end on all.
         self._waiting = next(steps, [])[::-1]
-
-    def __iter__(self) -> Stream:
-        return self
 
     def __next__(self) -> Event:
         while not self._waiting:
@@ -65,9 +62,6 @@ class Stream:
 
     def __del__(self) -> None:
         self.close()
-
-    def __enter__(self) -> Stream:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
