@@ -154,7 +154,8 @@ class Llama:
     ) -> Stream:
         """`generate` as it happens. The first pass is done when this returns; closing the stream ends it."""
         self.inputs.check_ids(prompt_tokens)
-        settings = self.inputs.settings(len(prompt_tokens), max_gen_len, temperature, top_p, options)
+        named = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
+        settings = self.inputs.settings(len(prompt_tokens), {**named, **options})
         requests = self.inputs.requests(prompt_tokens, settings, logprobs, echo)
         return Stream(self.engine.run(requests), len(prompt_tokens), logprobs)
 
@@ -185,7 +186,8 @@ class Llama:
         """`text_completion` as it happens; see `generate_stream`."""
         prompt_tokens = self.inputs.encode(prompts)
         self.inputs.check_ids(prompt_tokens)
-        settings = self.inputs.settings(len(prompts), max_gen_len, temperature, top_p, options)
+        named = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
+        settings = self.inputs.settings(len(prompts), {**named, **options})
         before = [() if echo else prompt for prompt in prompt_tokens]
         requests = self.inputs.requests(prompt_tokens, settings, logprobs, echo)
         return Stream(self.engine.run(requests), len(prompts), logprobs, before)
@@ -213,8 +215,9 @@ class Llama:
     ) -> Stream:
         """`chat_completion` as it happens; see `generate_stream`. With `output_filter` an answer comes as a whole, when
         it has been filtered."""
+        named = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         filters = {"input_filter": input_filter, "output_filter": output_filter}
-        steps = self._chat(dialogs, temperature, top_p, max_gen_len, logprobs, **filters, **options)
+        steps = self._chat(dialogs, logprobs, {**named, **filters, **options})
         return Stream(steps, len(dialogs), logprobs)
 
     @drains(chat_stream)
@@ -300,9 +303,7 @@ class Llama:
         self.inputs.check(rows, [f"input {i}" for i in range(len(rows))])
         return classify(self.engine, rows, self.pad_id)
 
-    def _chat(
-        self, dialogs: Any, temperature: Any, top_p: Any, max_gen_len: Any, logprobs: bool = False, **options: Any
-    ) -> Generator[list[Event], None, None]:
+    def _chat(self, dialogs: Any, logprobs: bool, options: dict[str, Any]) -> Generator[list[Event], None, None]:
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is {shorten(dialogs)}; it must be a list of dialogs")
         for i, dialog in enumerate(dialogs):
@@ -317,7 +318,7 @@ class Llama:
         allowed = [i for i in range(len(dialogs)) if i not in refusals]
         prompts = [self.chat_format.encode(self.tokenizer, dialogs[i]) for i in allowed]
         self.inputs.check(prompts, [f"dialog {i}" for i in allowed])
-        settings = self.inputs.settings(len(dialogs), max_gen_len, temperature, top_p, options, chat=True)
+        settings = self.inputs.settings(len(dialogs), options, chat=True)
         requests = self.inputs.requests(prompts, [settings[i] for i in allowed], logprobs, chat=True)
         return filtered(self.engine.run(requests), allowed, refusals, output_filter)
 

@@ -103,9 +103,9 @@ def pop_filters(options: dict[str, Any]) -> tuple[InputFilter | None, OutputFilt
     """Take the filters out of options, where they may have their names of earlier releases; ValueError for what is no
     function."""
     for old, new in OLD_NAMES.items():
-        if (value := options.pop(old, None)) is not None:
+        if old in options:
             warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
-            options[new] = value
+            options[new] = options.pop(old)
     found = options.pop("input_filter", None), options.pop("output_filter", None)
     for name, value in zip(("input_filter", "output_filter"), found, strict=True):
         if value is not None and not callable(value):

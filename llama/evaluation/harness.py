@@ -176,11 +176,10 @@ class HarnessModel(TemplateLM):
                 raise ValueError(f"max_gen_toks is {most}; the context of {self.max_length} must be longer")
             prompt = self.tok_encode(context)[most - self.max_length :]
             kept = {name: options[name] for name in OPTIONS if options.get(name) is not None}
-            temperature, top_p = kept.pop("temperature", 0.0), kept.pop("top_p", 1.0)
-            [own] = llama.inputs.settings(1, most, temperature, top_p, {**kept, "stop": stops[-1] or None})
+            own = {"temperature": 0.0, "top_p": 1.0, **kept, "max_gen_len": most, "stop": stops[-1] or None}
             prompt = prompt or [self.prefix_token_id]
             # An answer is a text of its own.
-            queued += llama.inputs.requests([prompt], [own], logprobs=False, chat=True)
+            queued += llama.inputs.requests([prompt], llama.inputs.settings(1, own), logprobs=False, chat=True)
         # Longest first, so that the last to end are short.
         order = sorted(range(len(queued)), key=lambda i: (-len(queued[i].prompt), queued[i].prompt))
         texts = self._run([queued[i] for i in order], disable_tqdm, "generation")

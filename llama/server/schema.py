@@ -112,7 +112,7 @@ REFUSED: dict[str, Test] = {
     **dict.fromkeys(("guided_grammar", "structural_tag"), lambda v: False),
 }
 # Fields that the library has as options, and what they are called there.
-OPTIONS = {name: name for name in ("top_k", "min_p", *PENALTIES, "stop", "stop_token_ids")}
+OPTIONS = {name: name for name in ("temperature", "top_p", "top_k", "min_p", *PENALTIES, "stop", "stop_token_ids")}
 OPTIONS["min_tokens"] = "min_gen_len"
 
 # Kinds of structured output, as vLLM calls them, and the option of the library. They are fields `guided_KIND` of a body
@@ -195,7 +195,8 @@ def completion_request(llama: Llama, body: Mapping[str, Any], work: Work, most: 
         raise ApiError(400, f"{len(work.prompts)} prompts times n {n} are more than {MOST_CHOICES} choices", "n")
     check_length(llama, work.prompts, int(most > 0), param)
     prompts = [prompt for prompt in work.prompts for _ in range(n)]
-    options: dict[str, Any] = {OPTIONS[name]: value for name, value in body.items() if name in OPTIONS}
+    options: dict[str, Any] = {"temperature": 1, "top_p": 1, "max_gen_len": most}
+    options |= {OPTIONS[name]: value for name, value in body.items() if name in OPTIONS}
     options["top_k"] = max(0, options.get("top_k", 0))
     options["logit_bias"] = {int(id): bias for id, bias in body.get("logit_bias", {}).items()}
     structure, field = read_structure(body)
@@ -204,9 +205,8 @@ def completion_request(llama: Llama, body: Mapping[str, Any], work: Work, most: 
         options["logit_bias"] |= dict.fromkeys(ends, -math.inf)
     if (seed := body.get("seed")) is not None:  # each choice has one of its own, the first that of the request
         options["seed"] = [seed if i % n == 0 else wrapped(seed + i % n) for i in range(len(prompts))]
-    temperature, top_p, options = body.get("temperature", 1), body.get("top_p", 1), {**options, **structure}
     try:
-        settings = llama.inputs.settings(len(prompts), most, temperature, top_p, options, not work.continues)
+        settings = llama.inputs.settings(len(prompts), {**options, **structure}, not work.continues)
     except ValueError as error:
         if str(error).startswith(tuple(structure) or " "):
             raise ApiError(400, str(error), field) from error
