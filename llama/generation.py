@@ -251,18 +251,13 @@ class Llama:
             if len(continuations) != len(prompts):
                 raise ValueError(f"there are {len(continuations)} continuations for {len(prompts)} prompts")
             rows = self.inputs.encode([prompt + more for prompt, more in zip(prompts, continuations, strict=True)])
-            texts = zip(prompts, continuations, rows, strict=True)
-            begins = [self._border(i, *each) for i, each in enumerate(texts)]
+            for i, (prompt, more, ids) in enumerate(zip(prompts, continuations, rows, strict=True)):
+                begins[i] = border(self.tokenizer, prompt.rstrip(), ids)
+                if begins[i] == len(ids) or not more:
+                    texts = f"continuation {i}, {shorten(more)}, adds nothing to prompt {i}, {shorten(prompt)}"
+                    raise ValueError(f"{texts}; there is nothing to score")
         self.inputs.check_lengths(rows, [f"prompt {i}" for i in range(len(rows))])
         return [self._scored(scores) for scores in score(self.engine, rows, begins, top_logprobs)]
-
-    def _border(self, i: int, prompt: str, continuation: str, ids: Sequence[int]) -> int:
-        """The number of the first of the `ids` of both that is not wholly the prompt's."""
-        begin = border(self.tokenizer, prompt.rstrip(), ids)
-        if begin == len(ids) or not continuation:
-            texts = f"continuation {i}, {shorten(continuation)}, adds nothing to prompt {i}, {shorten(prompt)}"
-            raise ValueError(f"{texts}; there is nothing to score")
-        return begin
 
     def _scored(self, scores: Scores) -> Scored:
         total, ids = math.fsum(scores.logprobs), scores.ids[scores.begin :]

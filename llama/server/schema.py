@@ -291,9 +291,8 @@ def check_length(llama: Llama, prompts: Sequence[Sequence[int]], more: int, para
 
 def encode_chat(llama: Llama, body: Mapping[str, Any]) -> list[int]:
     """The ids of `messages`, in the model's chat format."""
-    if continues(body):
-        return llama.inputs.encode_dialog(read_dialog(body), "messages", answered=True, unfinished=True)
-    return llama.inputs.encode_dialog(read_dialog(body), "messages")
+    goes_on = continues(body)
+    return llama.inputs.encode_dialog(read_dialog(body), "messages", answered=goes_on, unfinished=goes_on)
 
 
 def read_dialog(body: Mapping[str, Any]) -> Any:
