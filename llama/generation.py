@@ -304,12 +304,13 @@ class Llama:
         for i, dialog in enumerate(dialogs):
             self.chat_format.check(dialog, f"dialog {i}")
         input_filter, output_filter = pop_filters(options)
-        verdicts = {i: self.chat_format.refusal(dialog) for i, dialog in enumerate(dialogs)}
-        refusals = {i: verdict for i, verdict in verdicts.items() if verdict}
-        if input_filter is not None:
-            for i in sorted({*range(len(dialogs))} - {*refusals}):
-                if (refusal := parallel.ask_first_rank(input_filter, dialogs[i])) is not None:
-                    refusals[i] = check_verdict(refusal)
+        refusals: dict[int, str] = {}
+        for i, dialog in enumerate(dialogs):
+            verdict = self.chat_format.refusal(dialog)
+            if verdict is None and input_filter is not None:
+                verdict = parallel.ask_first_rank(input_filter, dialog)
+            if verdict is not None:
+                refusals[i] = check_verdict(verdict)
         allowed = [i for i in range(len(dialogs)) if i not in refusals]
         prompts = [self.chat_format.encode(self.tokenizer, dialogs[i]) for i in allowed]
         self.inputs.check(prompts, [f"dialog {i}" for i in allowed])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -100,18 +101,15 @@ def to_pool(
     and where their means, or the last ones, are once all have ended: (rows, width) in float32."""
     sums = torch.zeros(len(rows), width, device=engine.device, dtype=torch.float32)
 
-    def observe(i: int) -> Callable[..., bool]:
-        def add(hidden: Tensor, start: int, logits: Callable[[Tensor], Tensor]) -> bool:
-            if pooling == "last" and start + len(hidden) < len(rows[i]):
-                return True
-            found = of(hidden if pooling == "mean" else hidden[-1:], logits)
-            sums[i] += found.sum(0) / (len(rows[i]) if pooling == "mean" else 1)
-            return bool(found.isfinite().all())
-
-        return add
+    def add(i: int, hidden: Tensor, start: int, logits: Callable[[Tensor], Tensor]) -> bool:
+        if pooling == "last" and start + len(hidden) < len(rows[i]):
+            return True
+        found = of(hidden if pooling == "mean" else hidden[-1:], logits)
+        sums[i] += found.sum(0) / (len(rows[i]) if pooling == "mean" else 1)
+        return bool(found.isfinite().all())
 
     first = 0 if pooling == "mean" else None
-    return [Request(row, len(row), observe=observe(i), first=first) for i, row in enumerate(rows)], sums
+    return [Request(row, len(row), observe=partial(add, i), first=first) for i, row in enumerate(rows)], sums
 
 
 def perplexity(

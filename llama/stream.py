@@ -36,29 +36,26 @@ class Stream(AbstractContextManager["Stream"], Iterator[Event]):
         self.before = before or [()] * rows  # the tokens that the text of each row continues
         open_streams.add(self)
         # The first is fetched at once, so that a stream that nobody reads has begun on all ranks, and can end on all.
-        self._waiting = next(steps, [])[::-1]
+        self._events = itertools.chain(next(steps, []), itertools.chain.from_iterable(steps))
 
     def __next__(self) -> Event:
-        while not self._waiting:
-            self._waiting = next(self._steps)[::-1]
-        return self._waiting.pop()
+        return next(self._events)
 
     def drain(self) -> list[Event]:
         """All that is still to come of each row, as one event."""
         rows: list[list[Event]] = [[Event(i)] for i in range(self.rows)]
         with self:
-            for event in itertools.chain(self._waiting[::-1], itertools.chain.from_iterable(self._steps)):
+            for event in self:
                 rows[event.row].append(event)
         return [whole(events) for events in rows]
 
     def close(self) -> None:
         """End all rows here and now. Ranks but the first go on, unread, until the first ends, as filters are asked."""
-        self._waiting = []
-        if inspect.getgeneratorstate(self._steps) == inspect.GEN_CLOSED:
-            return
-        for _ in self._steps if rank() else ():
-            pass
-        self._steps.close()
+        if inspect.getgeneratorstate(self._steps) != inspect.GEN_CLOSED:
+            for _ in self._steps if rank() else ():
+                pass
+            self._steps.close()
+        self._events = itertools.chain()
 
     def __del__(self) -> None:
         self.close()
