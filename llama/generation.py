@@ -245,17 +245,18 @@ class Llama:
         check_texts(prompts, "prompts")
         if type(top_logprobs) is not int or not 0 <= top_logprobs <= self.model.vocab_size:
             raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to {self.model.vocab_size}")
-        rows, begins = self.inputs.encode(prompts), [1] * len(prompts)
+        texts, begins = prompts, [1] * len(prompts)
         if continuations is not None:
             check_texts(continuations, "continuations")
             if len(continuations) != len(prompts):
                 raise ValueError(f"there are {len(continuations)} continuations for {len(prompts)} prompts")
-            rows = self.inputs.encode([prompt + more for prompt, more in zip(prompts, continuations, strict=True)])
-            for i, (prompt, more, ids) in enumerate(zip(prompts, continuations, rows, strict=True)):
-                begins[i] = border(self.tokenizer, prompt.rstrip(), ids)
-                if begins[i] == len(ids) or not more:
-                    texts = f"continuation {i}, {shorten(more)}, adds nothing to prompt {i}, {shorten(prompt)}"
-                    raise ValueError(f"{texts}; there is nothing to score")
+            texts = [prompt + more for prompt, more in zip(prompts, continuations, strict=True)]
+        rows = self.inputs.encode(texts)
+        for i, (prompt, more) in enumerate(zip(prompts, continuations or (), strict=False)):
+            begins[i] = border(self.tokenizer, prompt.rstrip(), rows[i])
+            if begins[i] == len(rows[i]) or not more:
+                names = f"continuation {i}, {shorten(more)}, adds nothing to prompt {i}, {shorten(prompt)}"
+                raise ValueError(f"{names}; there is nothing to score")
         self.inputs.check_lengths(rows, [f"prompt {i}" for i in range(len(rows))])
         return [self._scored(scores) for scores in score(self.engine, rows, begins, top_logprobs)]
 

@@ -73,18 +73,16 @@ def filtered(
     """Events of those `rows` of a batch that were not refused; texts as a whole, if there is a filter for them."""
     # Refusals come with the first step, so that whoever reads them has begun what the other ranks have begun.
     first = [refused(row, text) for row, text in refusals.items()]
-    parts: dict[int, list[Event]] = {row: [] for row in rows}
+    held: dict[int, list[Event]] = {}
     with closing(steps):
         for step in steps:
             events = [event._replace(row=rows[event.row]) for event in step]
             if output_filter is not None:
-                for event in events:
-                    parts[event.row].append(event)
-                ended = [whole(parts[event.row]) for event in events if event.finish_reason]
-                verdicts = [ask_first_rank(output_filter, event.text) for event in ended]
+                answers = ended(held, events)
+                verdicts = [ask_first_rank(output_filter, answer.text) for answer in answers]
                 events = [
-                    event if verdict is None else refused(event.row, check_verdict(verdict))
-                    for event, verdict in zip(ended, verdicts, strict=True)
+                    answer if verdict is None else refused(answer.row, check_verdict(verdict))
+                    for answer, verdict in zip(answers, verdicts, strict=True)
                 ]
             if first or events:
                 yield first + events
@@ -118,6 +116,13 @@ def check_verdict(verdict: object) -> str:
     if not isinstance(verdict, str):
         raise ValueError(f"a filter has returned {verdict!r}; it must be None, or a str to say instead")
     return verdict
+
+
+def ended(held: dict[int, list[Event]], events: Sequence[Event]) -> list[Event]:
+    """The answers that end with these events, each as one; `held` keeps the events of the others, by their rows."""
+    for event in events:
+        held.setdefault(event.row, []).append(event)
+    return [whole(held.pop(event.row)) for event in events if event.finish_reason]
 
 
 def whole(events: Sequence[Event]) -> Event:

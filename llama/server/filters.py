@@ -15,7 +15,7 @@ from typing import Any
 
 from ..chat import Dialog
 from ..request import Event
-from ..stream import InputFilter, OutputFilter, check_verdict, whole
+from ..stream import InputFilter, OutputFilter, check_verdict, ended
 from .schema import ApiError
 
 log = logging.getLogger("llama.server")
@@ -38,15 +38,7 @@ class Filters:
         """Events, each answer held back until it is whole where there are output filters."""
         held: dict[int, list[Event]] = {}
         async for some in events:
-            if not self.output_filters:
-                yield some
-                continue
-            ended = list[Event]()
-            for event in some:
-                held.setdefault(event.row, []).append(event)
-                if event.finish_reason:
-                    ended.append(await self._judged(whole(held.pop(event.row))))
-            yield ended
+            yield [await self._judged(answer) for answer in ended(held, some)] if self.output_filters else some
 
     async def _judged(self, answer: Event) -> Event:
         if answer.finish_reason in ("error", "cancelled", "refused"):

@@ -272,10 +272,8 @@ def read_prompts(llama: Llama, body: Mapping[str, Any], name: str) -> list[list[
     if not all(is_list_of(int)(ids) for ids in several):
         wanted = "a string, a list of strings, token ids or a list of these"
         raise ApiError(400, f"{name} is {shorten(value)}; it must be {wanted}", name)
-    names = [f"{name} {i}" for i in range(len(several))]
-    llama.inputs.check([ids[:1] for ids in several], names)
     check_length(llama, several, 0, name)  # before each id is looked at
-    llama.inputs.check(several, names)
+    llama.inputs.check(several, [f"{name} {i}" for i in range(len(several))])
     return several
 
 
