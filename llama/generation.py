@@ -262,12 +262,11 @@ class Llama:
 
     def _scored(self, scores: Scores) -> Scored:
         total, ids = math.fsum(scores.logprobs), scores.ids[scores.begin :]
-        tops = zip(scores.top_ids, scores.top_logprobs, strict=True)
         return {
             "tokens": self.tokenizer.decode_pieces(scores.ids)[scores.begin :],
             "token_ids": list(ids),
             "logprobs": scores.logprobs,
-            "top_logprobs": [[(self.tokenizer.piece(i), p) for i, p in zip(*top, strict=True)] for top in tops],
+            "top_logprobs": [[(self.tokenizer.piece(id), p) for id, p in row] for row in scores.top_logprobs],
             "sum": total,
             "perplexity": math.exp(-total / len(ids)) if ids else math.nan,
         }

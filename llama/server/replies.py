@@ -61,9 +61,7 @@ class Choice:
         tops: list[list[tuple[int, float]] | None] = [*(event.top_logprobs or [[] for _ in event.tokens])]
         if preface:
             scores: Any = self.request.observe  # scoring.Scores
-            of_prompt = zip(scores.top_ids, scores.top_logprobs, strict=True)
-            answered = tops if event.top_logprobs else tops[preface:]
-            tops = [None, *([*zip(*row, strict=True)] for row in of_prompt), *answered]
+            tops = [None, *scores.top_logprobs, *(tops if event.top_logprobs else tops[preface:])]
             logprobs[0] = None
         for id, logprob, top in zip(event.tokens, logprobs, tops, strict=True):
             text = self.decoder.push(id)
