@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import logging
 import os
@@ -10,7 +11,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from pkgutil import resolve_name
+from operator import attrgetter
 from typing import Any
 
 from ..chat import Dialog
@@ -86,7 +87,9 @@ def load_filters(names: Sequence[str]) -> Filters:
     inputs, outputs = list[InputFilter](), list[OutputFilter]()
     for name in names:
         try:
-            found = resolve_name(name if ":" in name else f"{name}:")
+            module, _, path = name.partition(":")
+            found: Any = importlib.import_module(module)
+            found = attrgetter(path)(found) if path else found
             owner: Any = found() if inspect.isclass(found) else found
         except Exception as error:  # it is somebody's program
             raise ValueError(f"cannot load the filter {name}: {type(error).__name__}: {error}") from error
