@@ -152,30 +152,29 @@ class Llama3Format(ChatFormat):
     name = "llama3"
 
     def _encode(self, tokenizer: Tokenizer, dialog: Dialog, unfinished: bool) -> list[int]:
+        ids = [tokenizer.bos_id]
         try:
-            start, end, over = (tokenizer.special[name] for name in (START_HEADER, END_HEADER, END_TURN))
+            for text, special in self._parts(dialog)[: -1 if unfinished else None]:
+                ids += [tokenizer.special[text]] if special else tokenizer.encode(text, bos=False, eos=False)
         except KeyError as error:
             raise ValueError(f"the tokenizer has no token {error}, which the chat format llama3 needs") from error
-
-        def text(of: str) -> list[int]:
-            return tokenizer.encode(of, bos=False, eos=False)
-
-        ids = [tokenizer.bos_id]
-        for role, content in self._messages(dialog):
-            ids += [start, *text(role), end, *text("\n\n"), *text(content), over]
-        if unfinished:
-            return ids[:-1]
-        return ids if is_answered(dialog) else [*ids, start, *text("assistant"), end, *text("\n\n")]
+        return ids
 
     def render(self, dialog: Dialog) -> str:
         self.check(dialog)
-        head = f"{START_HEADER}{{}}{END_HEADER}\n\n"
-        said = [head.format(role) + content + END_TURN for role, content in self._messages(dialog)]
-        return "<|begin_of_text|>" + "".join(said) + head.format("assistant")
+        return "<|begin_of_text|>" + "".join(text for text, _ in self._parts(dialog))
 
-    def _messages(self, dialog: Dialog) -> list[tuple[str, str]]:
-        names = {"tool": "ipython"}
-        return [(names.get(message["role"], message["role"]), message["content"].strip()) for message in dialog]
+    def _parts(self, dialog: Dialog) -> list[tuple[str, bool]]:
+        """What follows BOS: texts, and whether each is a special token."""
+
+        def header(role: str) -> list[tuple[str, bool]]:
+            return [(START_HEADER, True), (role, False), (END_HEADER, True), ("\n\n", False)]
+
+        parts: list[tuple[str, bool]] = []
+        for message in dialog:
+            role = "ipython" if message["role"] == "tool" else message["role"]
+            parts += [*header(role), (message["content"].strip(), False), (END_TURN, True)]
+        return parts if is_answered(dialog) else parts + header("assistant")
 
 
 FORMATS: dict[str, type[ChatFormat]] = {"llama2": Llama2Format, "llama3": Llama3Format}

@@ -41,13 +41,15 @@ class TemplateFormat(ChatFormat):
                 next(parser.stream)
                 return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
-        self.errors: type[Exception] = TemplateError
+        def fail(message: str) -> NoReturn:
+            raise TemplateError(message)
+
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
         )
         environment.filters["tojson"] = tojson
         environment.globals |= {
-            "raise_exception": self.fail,
+            "raise_exception": fail,
             "strftime_now": lambda form: datetime.now().strftime(form),
         }
         try:
@@ -59,9 +61,6 @@ class TemplateFormat(ChatFormat):
         self.tokens = {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(tokenizer.eos_id, "")}
         by_length = sorted([*self.special, *tokenizer.vocabulary.added.values()], key=len, reverse=True)
         self.names = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
-
-    def fail(self, message: str) -> NoReturn:
-        raise self.errors(message)
 
     def render(self, dialog: Dialog) -> str:
         self.check(dialog)

@@ -12,7 +12,7 @@ from . import parallel
 from .chat import Dialog, Message
 from .generation import Llama
 from .options import plain_arguments
-from .stream import OLD_NAMES, Event, Stream, pop_filters
+from .stream import Event, Stream, pop_filters
 
 
 class Chat:
@@ -57,19 +57,14 @@ class Chat:
     def set(self, **options: Any) -> None:
         """Change options; ValueError or TypeError, and no change, for what is none."""
         changed = {**self.options, **options}
-        for old, new in OLD_NAMES.items():
-            if old in options:
-                changed[new] = changed[old]
-        rest = dict(changed)
-        pop_filters(rest)
-        changed = {name: value for name, value in changed.items() if name not in OLD_NAMES}
+        input_filter, output_filter = pop_filters(changed)
         state = self.llama.inputs.generator.get_state()  # to check seeds is to draw some
-        most, temperature, top_p = (rest.pop(name) for name in ("max_gen_len", "temperature", "top_p"))
         try:
-            [settings] = self.llama.inputs.settings(1, most, temperature, top_p, rest)
+            [settings] = self.llama.inputs.settings(1, changed)
         finally:
             self.llama.inputs.generator.set_state(state)
-        self.options, self.most = changed, settings.max_new
+        self.options = {**changed, "input_filter": input_filter, "output_filter": output_filter}
+        self.most = settings.max_new
 
     def say(self, text: str) -> str:
         """The answer to what the user says."""
@@ -96,7 +91,7 @@ class Chat:
         before, self.dropped = self.dropped, self.dropped + len(self.dialog) + 1 - len(dialog)
         said, reason = "", None
         try:
-            with closing(self.llama._chat([dialog], **self.options)) as steps:
+            with closing(self.llama._chat([dialog], False, {**self.options})) as steps:
                 for step in steps:
                     said += "".join(event.text for event in step)
                     reason = next((event.finish_reason for event in step if event.finish_reason), reason)

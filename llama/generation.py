@@ -154,7 +154,8 @@ class Llama:
     ) -> Stream:
         """`generate` as it happens. The first pass is done when this returns; closing the stream ends it."""
         self.inputs.check_ids(prompt_tokens)
-        settings = self.inputs.settings(len(prompt_tokens), max_gen_len, temperature, top_p, options)
+        named = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
+        settings = self.inputs.settings(len(prompt_tokens), {**named, **options})
         requests = self.inputs.requests(prompt_tokens, settings, logprobs, echo)
         return Stream(self.engine.run(requests), len(prompt_tokens), logprobs)
 
@@ -185,7 +186,8 @@ class Llama:
         """`text_completion` as it happens; see `generate_stream`."""
         prompt_tokens = self.inputs.encode(prompts)
         self.inputs.check_ids(prompt_tokens)
-        settings = self.inputs.settings(len(prompts), max_gen_len, temperature, top_p, options)
+        named = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
+        settings = self.inputs.settings(len(prompts), {**named, **options})
         before = [() if echo else prompt for prompt in prompt_tokens]
         requests = self.inputs.requests(prompt_tokens, settings, logprobs, echo)
         return Stream(self.engine.run(requests), len(prompts), logprobs, before)
@@ -213,8 +215,9 @@ class Llama:
     ) -> Stream:
         """`chat_completion` as it happens; see `generate_stream`. With `output_filter` an answer comes as a whole, when
         it has been filtered."""
+        named = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
         filters = {"input_filter": input_filter, "output_filter": output_filter}
-        steps = self._chat(dialogs, temperature, top_p, max_gen_len, logprobs, **filters, **options)
+        steps = self._chat(dialogs, logprobs, {**named, **filters, **options})
         return Stream(steps, len(dialogs), logprobs)
 
     @drains(chat_stream)
@@ -242,33 +245,28 @@ class Llama:
         check_texts(prompts, "prompts")
         if type(top_logprobs) is not int or not 0 <= top_logprobs <= self.model.vocab_size:
             raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to {self.model.vocab_size}")
-        rows, begins = self.inputs.encode(prompts), [1] * len(prompts)
+        texts, begins = prompts, [1] * len(prompts)
         if continuations is not None:
             check_texts(continuations, "continuations")
             if len(continuations) != len(prompts):
                 raise ValueError(f"there are {len(continuations)} continuations for {len(prompts)} prompts")
-            rows = self.inputs.encode([prompt + more for prompt, more in zip(prompts, continuations, strict=True)])
-            texts = zip(prompts, continuations, rows, strict=True)
-            begins = [self._border(i, *each) for i, each in enumerate(texts)]
+            texts = [prompt + more for prompt, more in zip(prompts, continuations, strict=True)]
+        rows = self.inputs.encode(texts)
+        for i, (prompt, more) in enumerate(zip(prompts, continuations or (), strict=False)):
+            begins[i] = border(self.tokenizer, prompt.rstrip(), rows[i])
+            if begins[i] == len(rows[i]) or not more:
+                names = f"continuation {i}, {shorten(more)}, adds nothing to prompt {i}, {shorten(prompt)}"
+                raise ValueError(f"{names}; there is nothing to score")
         self.inputs.check_lengths(rows, [f"prompt {i}" for i in range(len(rows))])
         return [self._scored(scores) for scores in score(self.engine, rows, begins, top_logprobs)]
 
-    def _border(self, i: int, prompt: str, continuation: str, ids: Sequence[int]) -> int:
-        """The number of the first of the `ids` of both that is not wholly the prompt's."""
-        begin = border(self.tokenizer, prompt.rstrip(), ids)
-        if begin == len(ids) or not continuation:
-            texts = f"continuation {i}, {shorten(continuation)}, adds nothing to prompt {i}, {shorten(prompt)}"
-            raise ValueError(f"{texts}; there is nothing to score")
-        return begin
-
     def _scored(self, scores: Scores) -> Scored:
         total, ids = math.fsum(scores.logprobs), scores.ids[scores.begin :]
-        tops = zip(scores.top_ids, scores.top_logprobs, strict=True)
         return {
             "tokens": self.tokenizer.decode_pieces(scores.ids)[scores.begin :],
             "token_ids": list(ids),
             "logprobs": scores.logprobs,
-            "top_logprobs": [[(self.tokenizer.piece(i), p) for i, p in zip(*top, strict=True)] for top in tops],
+            "top_logprobs": [[(self.tokenizer.piece(id), p) for id, p in row] for row in scores.top_logprobs],
             "sum": total,
             "perplexity": math.exp(-total / len(ids)) if ids else math.nan,
         }
@@ -300,24 +298,23 @@ class Llama:
         self.inputs.check(rows, [f"input {i}" for i in range(len(rows))])
         return classify(self.engine, rows, self.pad_id)
 
-    def _chat(
-        self, dialogs: Any, temperature: Any, top_p: Any, max_gen_len: Any, logprobs: bool = False, **options: Any
-    ) -> Generator[list[Event], None, None]:
+    def _chat(self, dialogs: Any, logprobs: bool, options: dict[str, Any]) -> Generator[list[Event], None, None]:
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is {shorten(dialogs)}; it must be a list of dialogs")
         for i, dialog in enumerate(dialogs):
             self.chat_format.check(dialog, f"dialog {i}")
         input_filter, output_filter = pop_filters(options)
-        verdicts = {i: self.chat_format.refusal(dialog) for i, dialog in enumerate(dialogs)}
-        refusals = {i: verdict for i, verdict in verdicts.items() if verdict}
-        if input_filter is not None:
-            for i in sorted({*range(len(dialogs))} - {*refusals}):
-                if (refusal := parallel.ask_first_rank(input_filter, dialogs[i])) is not None:
-                    refusals[i] = check_verdict(refusal)
+        refusals: dict[int, str] = {}
+        for i, dialog in enumerate(dialogs):
+            verdict = self.chat_format.refusal(dialog)
+            if verdict is None and input_filter is not None:
+                verdict = parallel.ask_first_rank(input_filter, dialog)
+            if verdict is not None:
+                refusals[i] = check_verdict(verdict)
         allowed = [i for i in range(len(dialogs)) if i not in refusals]
         prompts = [self.chat_format.encode(self.tokenizer, dialogs[i]) for i in allowed]
         self.inputs.check(prompts, [f"dialog {i}" for i in allowed])
-        settings = self.inputs.settings(len(dialogs), max_gen_len, temperature, top_p, options, chat=True)
+        settings = self.inputs.settings(len(dialogs), options, chat=True)
         requests = self.inputs.requests(prompts, [settings[i] for i in allowed], logprobs, chat=True)
         return filtered(self.engine.run(requests), allowed, refusals, output_filter)
 

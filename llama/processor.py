@@ -66,14 +66,11 @@ class InputProcessor:
                     "shorten it or build with a larger max_seq_len"
                 )
 
-    def settings(
-        self, B: int, max_gen_len: Any, temperature: Any, top_p: Any, options: Mapping[str, Any], chat: bool = False
-    ) -> list[Settings]:
+    def settings(self, B: int, options: Mapping[str, Any], chat: bool = False) -> list[Settings]:
         """The options of each of B prompts, or of answers of a chat."""
         self.params.check_output()
-        every = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, **options}
         limits = self.params.vocab_size, self.tokenizer.eos_ids, self.params.max_seq_len
-        found = spread_options(B, *limits, self.generator, every)
+        found = spread_options(B, *limits, self.generator, options)
         for grammar in {row.grammar for row in found if row.grammar}:
             self.grammars.compile(grammar, chat)
         return found

@@ -127,14 +127,9 @@ def nucleus(logits: Tensor, probs: Tensor, top_p: float, u: Tensor) -> Tensor:
     return ids[torch.searchsorted(edge, target, right=True).clamp(max=kept - 1)][0]
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Natural log probabilities (...) of tokens (...) under the full softmax of logits (..., V)."""
-    return torch.log_softmax(logits, -1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
 def top_logprobs(logits: Tensor, tokens: Tensor, k: int) -> Tensor:
-    """Of logits (M, V): the log probability of each of the tokens (M,), then the k highest, then their ids, which
-    float32 holds exactly below 2^24: (M, 1 + 2 k)."""
+    """Of logits (M, V): the natural log probability of each of the tokens (M,) under the full softmax, then the k
+    highest, then their ids, which float32 holds exactly below 2^24: (M, 1 + 2 k)."""
     logprobs = torch.log_softmax(logits, -1)
     best = logprobs.topk(min(k, logits.shape[-1]))
     return torch.cat((logprobs.gather(-1, tokens[:, None]), best.values, best.indices.to(logprobs.dtype)), -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,20 +12,19 @@ from torch import Tensor
 from .engine import Engine
 from .model import Transformer
 from .request import Request
-from .sampling import token_logprobs
+from .sampling import top_logprobs
 
 AT_ONCE = 256  # positions whose logits are computed at a time: 32 MiB of float32 with a vocabulary of 32,000
 
 
 class Scores:
-    """Of each of a text's tokens from number `begin` on, given those before it: log probabilities, and the `top`
-    highest in its place with their ids. It observes a request for the text."""
+    """Of each of a text's tokens from number `begin` on, given those before it: log probabilities, and the ids and log
+    probabilities of the `top` most probable in its place. It observes a request for the text."""
 
     def __init__(self, ids: Sequence[int], begin: int = 1, top: int = 0) -> None:
         self.ids, self.begin, self.top = ids, begin, top
         self.logprobs: list[float] = []
-        self.top_logprobs: list[list[float]] = []
-        self.top_ids: list[list[int]] = []
+        self.top_logprobs: list[list[tuple[int, float]]] = []
 
     @property
     def first(self) -> int:
@@ -38,11 +38,11 @@ class Scores:
         targets = torch.tensor(self.ids[start + 1 :][: len(hidden)], device=hidden.device)  # position t predicts t + 1
         for part, ids in zip(hidden[: len(targets)].split(AT_ONCE), targets.split(AT_ONCE), strict=True):
             if len(ids):
-                found = logits(part)
-                self.logprobs += token_logprobs(found, ids).tolist()
-                best = torch.log_softmax(found, -1).topk(self.top)
-                self.top_logprobs += best.values.tolist()
-                self.top_ids += best.indices.tolist()
+                found = top_logprobs(logits(part), ids, self.top)
+                self.logprobs += found[:, 0].tolist()
+                best, best_ids = found[:, 1:].tensor_split(2, dim=1)
+                rows = zip(best_ids.int().tolist(), best.tolist(), strict=True)
+                self.top_logprobs += [[*zip(*row, strict=True)] for row in rows]
         return all(map(math.isfinite, self.logprobs))
 
 
@@ -100,18 +100,15 @@ def to_pool(
     and where their means, or the last ones, are once all have ended: (rows, width) in float32."""
     sums = torch.zeros(len(rows), width, device=engine.device, dtype=torch.float32)
 
-    def observe(i: int) -> Callable[..., bool]:
-        def add(hidden: Tensor, start: int, logits: Callable[[Tensor], Tensor]) -> bool:
-            if pooling == "last" and start + len(hidden) < len(rows[i]):
-                return True
-            found = of(hidden if pooling == "mean" else hidden[-1:], logits)
-            sums[i] += found.sum(0) / (len(rows[i]) if pooling == "mean" else 1)
-            return bool(found.isfinite().all())
-
-        return add
+    def add(i: int, hidden: Tensor, start: int, logits: Callable[[Tensor], Tensor]) -> bool:
+        if pooling == "last" and start + len(hidden) < len(rows[i]):
+            return True
+        found = of(hidden if pooling == "mean" else hidden[-1:], logits)
+        sums[i] += found.sum(0) / (len(rows[i]) if pooling == "mean" else 1)
+        return bool(found.isfinite().all())
 
     first = 0 if pooling == "mean" else None
-    return [Request(row, len(row), observe=observe(i), first=first) for i, row in enumerate(rows)], sums
+    return [Request(row, len(row), observe=partial(add, i), first=first) for i, row in enumerate(rows)], sums
 
 
 def perplexity(

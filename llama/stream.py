@@ -6,8 +6,8 @@ import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from reprlib import repr as shorten
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -21,7 +21,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Stream:
+class Stream(AbstractContextManager["Stream"], Iterator[Event]):
     """An iterator of events. Under torchrun every rank has one; when the first rank closes its own, or drops it, the
     others end."""
 
@@ -36,38 +36,29 @@ class Stream:
         self.before = before or [()] * rows  # the tokens that the text of each row continues
         open_streams.add(self)
         # The first is fetched at once, so that a stream that nobody reads has begun on all ranks, and can end on all.
-        self._waiting = next(steps, [])[::-1]
-
-    def __iter__(self) -> Stream:
-        return self
+        self._events = itertools.chain(next(steps, []), itertools.chain.from_iterable(steps))
 
     def __next__(self) -> Event:
-        while not self._waiting:
-            self._waiting = next(self._steps)[::-1]
-        return self._waiting.pop()
+        return next(self._events)
 
     def drain(self) -> list[Event]:
         """All that is still to come of each row, as one event."""
         rows: list[list[Event]] = [[Event(i)] for i in range(self.rows)]
         with self:
-            for event in itertools.chain(self._waiting[::-1], itertools.chain.from_iterable(self._steps)):
+            for event in self:
                 rows[event.row].append(event)
         return [whole(events) for events in rows]
 
     def close(self) -> None:
         """End all rows here and now. Ranks but the first go on, unread, until the first ends, as filters are asked."""
-        self._waiting = []
-        if inspect.getgeneratorstate(self._steps) == inspect.GEN_CLOSED:
-            return
-        for _ in self._steps if rank() else ():
-            pass
-        self._steps.close()
+        if inspect.getgeneratorstate(self._steps) != inspect.GEN_CLOSED:
+            for _ in self._steps if rank() else ():
+                pass
+            self._steps.close()
+        self._events = itertools.chain()
 
     def __del__(self) -> None:
         self.close()
-
-    def __enter__(self) -> Stream:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -82,18 +73,16 @@ def filtered(
     """Events of those `rows` of a batch that were not refused; texts as a whole, if there is a filter for them."""
     # Refusals come with the first step, so that whoever reads them has begun what the other ranks have begun.
     first = [refused(row, text) for row, text in refusals.items()]
-    parts: dict[int, list[Event]] = {row: [] for row in rows}
+    held: dict[int, list[Event]] = {}
     with closing(steps):
         for step in steps:
             events = [event._replace(row=rows[event.row]) for event in step]
             if output_filter is not None:
-                for event in events:
-                    parts[event.row].append(event)
-                ended = [whole(parts[event.row]) for event in events if event.finish_reason]
-                verdicts = [ask_first_rank(output_filter, event.text) for event in ended]
+                answers = ended(held, events)
+                verdicts = [ask_first_rank(output_filter, answer.text) for answer in answers]
                 events = [
-                    event if verdict is None else refused(event.row, check_verdict(verdict))
-                    for event, verdict in zip(ended, verdicts, strict=True)
+                    answer if verdict is None else refused(answer.row, check_verdict(verdict))
+                    for answer, verdict in zip(answers, verdicts, strict=True)
                 ]
             if first or events:
                 yield first + events
@@ -109,9 +98,9 @@ def pop_filters(options: dict[str, Any]) -> tuple[InputFilter | None, OutputFilt
     """Take the filters out of options, where they may have their names of earlier releases; ValueError for what is no
     function."""
     for old, new in OLD_NAMES.items():
-        if (value := options.pop(old, None)) is not None:
+        if old in options:
             warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
-            options[new] = value
+            options[new] = options.pop(old)
     found = options.pop("input_filter", None), options.pop("output_filter", None)
     for name, value in zip(("input_filter", "output_filter"), found, strict=True):
         if value is not None and not callable(value):
@@ -127,6 +116,13 @@ def check_verdict(verdict: object) -> str:
     if not isinstance(verdict, str):
         raise ValueError(f"a filter has returned {verdict!r}; it must be None, or a str to say instead")
     return verdict
+
+
+def ended(held: dict[int, list[Event]], events: Sequence[Event]) -> list[Event]:
+    """The answers that end with these events, each as one; `held` keeps the events of the others, by their rows."""
+    for event in events:
+        held.setdefault(event.row, []).append(event)
+    return [whole(held.pop(event.row)) for event in events if event.finish_reason]
 
 
 def whole(events: Sequence[Event]) -> Event:

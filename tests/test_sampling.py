@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama import sampling
-from llama.sampling import Sampler, SamplingParams, filter_top_k_top_p, penalize, sample, token_logprobs
+from llama.sampling import Sampler, SamplingParams, filter_top_k_top_p, penalize, sample, top_logprobs
 
 PROBS = torch.tensor([[0.5, 0.05, 0.3, 0.15], [0.1, 0.2, 0.3, 0.4]])
 LOGITS = [2.0, -1.0, 0.5, 1.5, 0.0, -3.0]
@@ -358,4 +358,4 @@ def test_equal_chances_are_ordered_by_id(top_k):
 
 def test_log_probabilities_are_those_of_the_full_softmax():
     logits = PROBS.log() + 7
-    assert token_logprobs(logits, torch.tensor([2, 0])).exp().tolist() == pytest.approx([0.3, 0.1])
+    assert top_logprobs(logits, torch.tensor([2, 0]), 0)[:, 0].exp().tolist() == pytest.approx([0.3, 0.1])

@@ -122,8 +122,7 @@ class Share:
         if files:
             self.lines, self.exhausted, self.published, self.written = files.unanswered(), False, 0, 0
             self.began, self.errors, self.tokens = time.monotonic(), 0, 0
-            done = files.count - files.left
-            self.bar = tqdm(total=files.count, initial=done, unit="line", smoothing=0, disable=None)
+            self.bar = tqdm(total=files.count, initial=files.answered, unit="line", smoothing=0, disable=None)
 
     def take(self, count: int) -> list[tuple[int, bytes]]:
         """The numbers and contents of up to `count` lines, which no other replica takes."""

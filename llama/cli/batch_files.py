@@ -32,7 +32,7 @@ class Files:
         self.answers = target.open("ab", buffering=0)
         lock_alone(self.answers)
         self.done = self._resume()
-        self.count, self.left = len(seen), len(seen.keys() - self.done)
+        self.count, self.answered = len(seen), len(seen.keys() & self.done)
 
     def _resume(self) -> set[Key]:
         """The keys of the lines that have answers."""

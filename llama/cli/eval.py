@@ -60,8 +60,7 @@ def evaluate_card(build: Callable[[], Any], args: Sequence[str]) -> None:
     parser.add_argument("--output_path", default="card", help="folder of card.json and card.md")
     flags = vars(parser.parse_args(args))
     folder = Path(flags.pop("output_path")).expanduser()
-    if flags["published"] and flags["published"] not in card.PUBLISHED:  # before the model is loaded
-        card.published_row(ModelArgs(), flags["published"])
+    card.published_row(ModelArgs(), flags["published"])  # checked before the model is loaded
     scores = card.evaluate(build(), **flags)
     if parallel.rank() == 0:
         card.write(scores, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from reprlib import repr as shorten
+from typing import Any
 
 from tqdm import tqdm
 
@@ -42,14 +43,8 @@ def perplexity(
     if type(window) is not int or type(step) is not int or not 0 < step < window:
         raise ValueError(f"window is {window!r} and stride {step!r}; they must be whole, 0 < stride < window")
     texts = read_texts(check_path(file, "file", "file"))
-    llama = Llama.build(
-        *(ckpt_dir, tokenizer_path, window, batch),
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        group_size=group_size,
-        lora=lora,
-    )
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
+    llama = Llama.build(ckpt_dir, tokenizer_path, window, batch, lora=lora, **options)
     rows = [ids for ids in llama.inputs.encode(texts) if len(ids) > 1]
     if not rows:
         raise ValueError(f"{file} is empty")

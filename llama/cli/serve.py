@@ -83,8 +83,8 @@ def listen(
     server = None
     with parallel.all_or_none():
         if parallel.rank() == 0:
-            keys, found = read_keys(key_file), load_filters(filters) if filters else None
-            server = Server(Config(**config, keys=keys, filters=found), host, port)
+            keys = read_keys(key_file)
+            server = Server(Config(**config, keys=keys, filters=load_filters(filters)), host, port)
             address = f"[{host}]" if ":" in host else host
             log.info("serving %s on http://%s:%d/v1 once it is loaded", config["model"], address, server.port)
             if host not in ("127.0.0.1", "::1", "localhost") and not keys:

@@ -17,33 +17,19 @@ KEEP_ALIVE = 60  # seconds after which ranks that wait for a line get a message,
 
 def next_line(read: Callable[[], str | None]) -> str | None:
     """The next line of the first rank, on all ranks; None at the end."""
-    waiting = True
-    line: str | None = None
-    while waiting:
-        line, waiting = parallel.broadcast_object(_read_or_wait(read))
-    return line
-
-
-_reading: list[Any] = []
-
-
-def _read_or_wait(read: Callable[[], str | None]) -> tuple[str | None, bool]:
-    """(line, False), or (None, True) after KEEP_ALIVE seconds without one."""
-    if parallel.rank() > 0:
-        return None, True
     if parallel.world_size() == 1:
-        return read(), False
-    if not _reading:  # in a thread, so that this one can speak to the other ranks
-        lines: list[str | None] = []
-        thread = threading.Thread(target=lambda: lines.append(read()), daemon=True)
-        thread.start()
-        _reading[:] = [thread, lines]
-    thread, lines = _reading
-    thread.join(KEEP_ALIVE)
-    if thread.is_alive():
-        return None, True
-    _reading.clear()
-    return (lines[0] if lines else None), False
+        return read()
+    lines: list[str | None] = []
+    # In a thread, so that this one can speak to the other ranks.
+    reader = threading.Thread(target=lambda: lines.append(read()), daemon=True)
+    if parallel.rank() == 0:
+        reader.start()
+    waiting = True
+    while waiting:
+        if parallel.rank() == 0:
+            reader.join(KEEP_ALIVE)
+        waiting, found = parallel.broadcast_object((reader.is_alive(), lines))
+    return found[0] if found else None
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -25,11 +26,6 @@ QUEUE = 16  # requests per slot that the engine is given at a time: each step lo
 MAX_GEN_TOKS = 256  # the harness's default
 # The harness's names of options -> the library's. Others, such as do_sample, have been applied before, or mean nothing.
 OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-class Continuation(NamedTuple):
-    context: Sequence[int]
-    ids: Sequence[int]  # what follows it
 
 
 class Continuations:
@@ -109,18 +105,11 @@ class HarnessModel(TemplateLM):
         llama, dialog = self.llama, [{"role": m["role"], "content": m["content"]} for m in chat_history]
         ids = llama.inputs.encode_dialog(dialog, "the dialog", answered=not add_generation_prompt)  # type: ignore[arg-type]
         names = {id: name for name, id in llama.tokenizer.special.items()}
-        return "".join(names.get(id) or piece for id, piece in zip(ids, self._pieces(ids), strict=True))
-
-    def _pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each id, where a special token begins a new text."""
-        pieces, rest = list[str](), list[int]()
-        for id in [*ids, None]:
-            if id is not None and id not in self.llama.tokenizer.special.values():
-                rest.append(id)
-                continue
-            pieces += [*self.llama.tokenizer.decode_pieces(rest), ""]
-            rest = []
-        return pieces[:-1]
+        parts = list[str]()
+        for special, some in groupby(ids, names.__contains__):  # a special token begins a new text
+            run = [*some]
+            parts += [names[id] for id in run] if special else [llama.tokenizer.decode(run)]
+        return "".join(parts)
 
     def get_model_info(self) -> dict[str, Any]:
         model = self.llama.model
@@ -187,11 +176,10 @@ class HarnessModel(TemplateLM):
                 raise ValueError(f"max_gen_toks is {most}; the context of {self.max_length} must be longer")
             prompt = self.tok_encode(context)[most - self.max_length :]
             kept = {name: options[name] for name in OPTIONS if options.get(name) is not None}
-            temperature, top_p = kept.pop("temperature", 0.0), kept.pop("top_p", 1.0)
-            [own] = llama.inputs.settings(1, most, temperature, top_p, {**kept, "stop": stops[-1] or None})
+            own = {"temperature": 0.0, "top_p": 1.0, **kept, "max_gen_len": most, "stop": stops[-1] or None}
             prompt = prompt or [self.prefix_token_id]
             # An answer is a text of its own.
-            queued += llama.inputs.requests([prompt], [own], logprobs=False, chat=True)
+            queued += llama.inputs.requests([prompt], llama.inputs.settings(1, own), logprobs=False, chat=True)
         # Longest first, so that the last to end are short.
         order = sorted(range(len(queued)), key=lambda i: (-len(queued[i].prompt), queued[i].prompt))
         texts = self._run([queued[i] for i in order], disable_tqdm, "generation")

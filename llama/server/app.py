@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from starlette.applications import Starlette
@@ -44,11 +45,11 @@ class Config(NamedTuple):
     max_wait: float = 60.0  # seconds that a request may wait for a slot
     max_time: float = 600.0  # seconds that it may then run
     log_prompts: bool = False
-    filters: Filters | None = None
+    filters: Filters = Filters()
 
 
 class Service:
-    """What the routes have in common. `loop` is there once the model is loaded."""
+    """The routes, and what they have in common. `loop` is there once the model is loaded."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.metrics = config, Metrics(config.model)
@@ -56,6 +57,29 @@ class Service:
         self.draining = False
         self.reading = asyncio.Lock()  # tokenizing takes long for long texts; one thread is enough
         self.created = int(time.time())
+
+    def app(self) -> Starlette:
+        routes: dict[str, tuple[str, Callable[[HttpRequest], Any]]] = {
+            "/": ("GET", page),
+            "/health": ("GET", self.get_health),
+            "/metrics": ("GET", self.get_metrics),
+            "/v1/models": ("GET", self.get_models),
+            "/v1/models/{name:path}": ("GET", self.get_models),
+            "/v1/completions": ("POST", partial(self.generate, read=schema.read_completion)),
+            "/v1/chat/completions": ("POST", partial(self.generate, read=schema.read_chat)),
+            "/v1/embeddings": ("POST", self.embed),
+            "/tokenize": ("POST", self.tokenize),
+            "/detokenize": ("POST", self.detokenize),
+        }
+        origins = [*self.config.allow_origins]
+        cors = [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])]
+        app = Starlette(
+            routes=[Route(path, endpoint, methods=[method]) for path, (method, endpoint) in routes.items()],
+            middleware=[*(cors if origins else []), Middleware(Guard, keys=self.config.keys)],
+            exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), on_error),
+        )
+        app.router.redirect_slashes = False
+        return app
 
     def ready(self) -> Loop:
         """The engine's loop; ApiError before it is there, and while the server ends."""
@@ -105,78 +129,110 @@ class Service:
             raise ApiError(429, f"{loop.open} requests run or wait already; try again", retry_after=1)
         return loop.submit(work)
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # Routes
 
-def service_of(request: HttpRequest) -> Service:
-    found: Service = request.app.state.service
-    return found
-
-
-async def completions(request: HttpRequest) -> Response:
-    return await generate(request, schema.read_completion)
-
-
-async def chat_completions(request: HttpRequest) -> Response:
-    return await generate(request, schema.read_chat)
-
-
-async def generate(request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], CompletionRequest]) -> Response:
-    service = service_of(request)
-    loop, body = service.ready(), await service.body(request)
-    completion = await service.read(read, body)
-    refusal = await refused(service, completion, body)
-    ticket = service.submit(completion.work) if refusal is None else loop.refuse(completion.work, refusal)
-    service.metrics.observe("request_params_n", completion.n)
-    reply = replies.Reply(loop.llama.tokenizer, body.get("model", service.config.model), completion, ticket)
-    if completion.stream:
-        return EventStream(stream(request, reply, ticket), loop, ticket)
-    parts: list[list[replies.Part]] = [[] for _ in completion.work.prompts]
-    async for event in until_gone(request, loop, ticket):
-        parts[event.row].append(reply.take(event))
-    note(request, ticket, reply.usage())
-    return json_response(reply.whole(parts))
-
-
-async def refused(service: Service, completion: CompletionRequest, body: Mapping[str, Any]) -> str | None:
-    """What a filter says instead of an answer. The prompt of a completion is a message of the user; where one of
-    several is refused, all are."""
-    filters, tokenizer = service.config.filters, service.ready().llama.tokenizer
-    if not filters:
-        return None
-    if completion.work.chat:
-        dialogs = [read_dialog(body)]
-    else:
-        prompts = completion.work.prompts[:: completion.n]
-        texts = await asyncio.to_thread(lambda: [*map(tokenizer.decode, prompts)])
-        dialogs = [[{"role": "user", "content": text}] for text in texts]
-    for dialog in dialogs:
-        if (text := await filters.of_dialog(dialog)) is not None:
-            return text
-    return None
-
-
-async def stream(request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
-    for chunk in reply.first_chunks():
-        yield data(chunk)
-    try:
-        async for events in answered(request, ticket, KEEPALIVE):
-            if not events:
-                yield ": keepalive\n\n"
-            for event in events:
-                check(ticket, event)
-                for chunk in reply.chunks(event.row, reply.take(event)):
-                    yield data(chunk)
+    async def generate(
+        self, request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], CompletionRequest]
+    ) -> Response:
+        loop, body = self.ready(), await self.body(request)
+        completion = await self.read(read, body)
+        refusal = await self.refused(completion, body)
+        ticket = self.submit(completion.work) if refusal is None else loop.refuse(completion.work, refusal)
+        self.metrics.observe("request_params_n", completion.n)
+        reply = replies.Reply(loop.llama.tokenizer, body.get("model", self.config.model), completion, ticket)
+        if completion.stream:
+            return EventStream(self.stream(request, reply, ticket), loop, ticket)
+        parts: list[list[replies.Part]] = [[] for _ in completion.work.prompts]
+        async for event in self.until_gone(request, loop, ticket):
+            parts[event.row].append(reply.take(event))
         note(request, ticket, reply.usage())
-        if reply.completion.include_usage:
-            yield data(reply.usage_chunk())
-    except ApiError as error:
-        yield data(error.body)
-    yield "data: [DONE]\n\n"
+        return json_response(reply.whole(parts))
 
+    async def refused(self, completion: CompletionRequest, body: Mapping[str, Any]) -> str | None:
+        """What a filter says instead of an answer. The prompt of a completion is a message of the user; where one of
+        several is refused, all are."""
+        filters, tokenizer = self.config.filters, self.ready().llama.tokenizer
+        if not filters.input_filters:
+            return None
+        if completion.work.chat:
+            dialogs = [read_dialog(body)]
+        else:
+            prompts = completion.work.prompts[:: completion.n]
+            texts = await asyncio.to_thread(lambda: [*map(tokenizer.decode, prompts)])
+            dialogs = [[{"role": "user", "content": text}] for text in texts]
+        for dialog in dialogs:
+            if (text := await filters.of_dialog(dialog)) is not None:
+                return text
+        return None
 
-def answered(request: HttpRequest, ticket: Ticket, patience: float) -> AsyncIterator[list[Event]]:
-    """The events of a ticket, as filters see them."""
-    filters, events = service_of(request).config.filters, ticket.events(patience)
-    return filters.answered(events) if filters else events
+    async def stream(self, request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
+        for chunk in reply.first_chunks():
+            yield data(chunk)
+        try:
+            async for events in self.config.filters.answered(ticket.events(KEEPALIVE)):
+                if not events:
+                    yield ": keepalive\n\n"
+                for event in events:
+                    check(ticket, event)
+                    for chunk in reply.chunks(event.row, reply.take(event)):
+                        yield data(chunk)
+            note(request, ticket, reply.usage())
+            if reply.completion.include_usage:
+                yield data(reply.usage_chunk())
+        except ApiError as error:
+            yield data(error.body)
+        yield "data: [DONE]\n\n"
+
+    async def until_gone(self, request: HttpRequest, loop: Loop, ticket: Ticket) -> AsyncIterator[Event]:
+        """The events of a ticket, which is cancelled where the client has gone."""
+        looked = time.monotonic()
+        try:
+            async for events in self.config.filters.answered(ticket.events(POLL)):
+                for event in events:
+                    check(ticket, event)
+                    yield event
+                if time.monotonic() - looked >= POLL:
+                    if await request.is_disconnected():
+                        raise ApiError(499, "the client has gone")
+                    looked = time.monotonic()
+        finally:
+            loop.cancel(ticket)
+
+    async def embed(self, request: HttpRequest) -> Response:
+        loop, body = self.ready(), await self.body(request)
+        work, base64 = await self.read(schema.read_embeddings, body)
+        ticket = self.submit(work)
+        async for _ in self.until_gone(request, loop, ticket):
+            pass
+        reply = replies.embeddings(body.get("model", self.config.model), ticket, base64)
+        note(request, ticket, reply["usage"])
+        return json_response(reply)
+
+    async def tokenize(self, request: HttpRequest) -> Response:
+        ids = await self.read(read_tokens, await self.body(request))
+        limit = self.ready().llama.model.params.max_seq_len
+        return json_response({"count": len(ids), "max_model_len": limit, "tokens": ids})
+
+    async def detokenize(self, request: HttpRequest) -> Response:
+        return json_response({"prompt": await self.read(read_text, await self.body(request))})
+
+    async def get_models(self, request: HttpRequest) -> Response:
+        limit = self.ready().llama.model.params.max_seq_len
+        card = {"id": self.config.model, "object": "model", "created": self.created, "owned_by": "llama"}
+        card |= {"max_model_len": limit}
+        if (name := request.path_params.get("name")) is None:
+            return json_response({"object": "list", "data": [card]})
+        self.check_model(name)
+        return json_response(card)
+
+    async def get_health(self, request: HttpRequest) -> Response:
+        self.ready()
+        return json_response({"status": "ok"})
+
+    async def get_metrics(self, request: HttpRequest) -> Response:
+        text = self.metrics.render(self.loop.gauges() if self.loop else {})
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
 def data(value: object) -> str:
@@ -207,22 +263,6 @@ class EventStream(StreamingResponse):
         await super().stream_response(send)
 
 
-async def until_gone(request: HttpRequest, loop: Loop, ticket: Ticket) -> AsyncIterator[Event]:
-    """The events of a ticket, which is cancelled where the client has gone."""
-    looked = time.monotonic()
-    try:
-        async for events in answered(request, ticket, POLL):
-            for event in events:
-                check(ticket, event)
-                yield event
-            if time.monotonic() - looked >= POLL:
-                if await request.is_disconnected():
-                    raise ApiError(499, "the client has gone")
-                looked = time.monotonic()
-    finally:
-        loop.cancel(ticket)
-
-
 def check(ticket: Ticket, event: Event) -> None:
     """ApiError for an event that says that its request failed."""
     ticket.check(event)
@@ -245,38 +285,12 @@ def note(request: HttpRequest, ticket: Ticket, usage: Mapping[str, Any]) -> None
     }
 
 
-async def embeddings(request: HttpRequest) -> Response:
-    service = service_of(request)
-    loop, body = service.ready(), await service.body(request)
-    work, base64 = await service.read(schema.read_embeddings, body)
-    ticket = service.submit(work)
-    async for _ in until_gone(request, loop, ticket):
-        pass
-    reply = replies.embeddings(body.get("model", service.config.model), ticket, base64)
-    note(request, ticket, reply["usage"])
-    return json_response(reply)
-
-
-async def tokenize(request: HttpRequest) -> Response:
-    service = service_of(request)
-    body = await service.body(request)
-    ids = await service.read(read_tokens, body)
-    limit = service.ready().llama.model.params.max_seq_len
-    return json_response({"count": len(ids), "max_model_len": limit, "tokens": ids})
-
-
 def read_tokens(llama: Llama, body: Mapping[str, Any]) -> list[int]:
     if "messages" in body:
         return encode_chat(llama, body)
     if not isinstance(text := body.get("prompt"), str):
         raise ApiError(400, "prompt must be a string", "prompt")
     return llama.tokenizer.encode(text, bos=body.get("add_special_tokens") is not False, eos=False)
-
-
-async def detokenize(request: HttpRequest) -> Response:
-    service = service_of(request)
-    body = await service.body(request)
-    return json_response({"prompt": await service.read(read_text, body)})
 
 
 def read_text(llama: Llama, body: Mapping[str, Any]) -> str:
@@ -286,28 +300,6 @@ def read_text(llama: Llama, body: Mapping[str, Any]) -> str:
     return llama.tokenizer.decode(ids)
 
 
-async def models(request: HttpRequest) -> Response:
-    service = service_of(request)
-    limit = service.ready().llama.model.params.max_seq_len
-    card = {"id": service.config.model, "object": "model", "created": service.created, "owned_by": "llama"}
-    card |= {"max_model_len": limit}
-    if (name := request.path_params.get("name")) is None:
-        return json_response({"object": "list", "data": [card]})
-    service.check_model(name)
-    return json_response(card)
-
-
-async def health(request: HttpRequest) -> Response:
-    service_of(request).ready()
-    return json_response({"status": "ok"})
-
-
-async def metrics(request: HttpRequest) -> Response:
-    service = service_of(request)
-    text = service.metrics.render(service.loop.gauges() if service.loop else {})
-    return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
-
-
 async def on_error(request: HttpRequest, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         text = f"{error.detail}: {request.method} {request.url.path}"
@@ -315,30 +307,3 @@ async def on_error(request: HttpRequest, error: Exception) -> Response:
         response.headers.update(error.headers or {})
         return response
     return error_response(error if isinstance(error, ApiError) else ApiError(500, "the server has failed; see its log"))
-
-
-ROUTES: dict[str, tuple[str, Callable[[HttpRequest], Any]]] = {
-    "/": ("GET", page),
-    "/health": ("GET", health),
-    "/metrics": ("GET", metrics),
-    "/v1/models": ("GET", models),
-    "/v1/models/{name:path}": ("GET", models),
-    "/v1/completions": ("POST", completions),
-    "/v1/chat/completions": ("POST", chat_completions),
-    "/v1/embeddings": ("POST", embeddings),
-    "/tokenize": ("POST", tokenize),
-    "/detokenize": ("POST", detokenize),
-}
-
-
-def make_app(service: Service) -> Starlette:
-    origins = [*service.config.allow_origins]
-    cors = [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])]
-    app = Starlette(
-        routes=[Route(path, endpoint, methods=[method]) for path, (method, endpoint) in ROUTES.items()],
-        middleware=[*(cors if origins else []), Middleware(Guard, keys=service.config.keys)],
-        exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), on_error),
-    )
-    app.router.redirect_slashes = False
-    app.state.service = service
-    return app

@@ -11,11 +11,12 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from operator import attrgetter
 from typing import Any
 
 from ..chat import Dialog
 from ..request import Event
-from ..stream import InputFilter, OutputFilter, check_verdict, whole
+from ..stream import InputFilter, OutputFilter, check_verdict, ended
 from .schema import ApiError
 
 log = logging.getLogger("llama.server")
@@ -38,15 +39,7 @@ class Filters:
         """Events, each answer held back until it is whole where there are output filters."""
         held: dict[int, list[Event]] = {}
         async for some in events:
-            if not self.output_filters:
-                yield some
-                continue
-            ended = list[Event]()
-            for event in some:
-                held.setdefault(event.row, []).append(event)
-                if event.finish_reason:
-                    ended.append(await self._judged(whole(held.pop(event.row))))
-            yield ended
+            yield [await self._judged(answer) for answer in ended(held, some)] if self.output_filters else some
 
     async def _judged(self, answer: Event) -> Event:
         if answer.finish_reason in ("error", "cancelled", "refused"):
@@ -89,15 +82,14 @@ async def in_thread(function: Callable[[Any], Any], value: object) -> Any:
 def load_filters(names: Sequence[str]) -> Filters:
     """The functions `input_filter` and `output_filter` of objects `module:name`, or of modules; a class is called to
     make one. ValueError for what has neither."""
-    if os.getcwd() not in sys.path:
+    if names and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     inputs, outputs = list[InputFilter](), list[OutputFilter]()
     for name in names:
         try:
             module, _, path = name.partition(":")
-            found = importlib.import_module(module)
-            for part in filter(None, path.split(".")):
-                found = getattr(found, part)
+            found: Any = importlib.import_module(module)
+            found = attrgetter(path)(found) if path else found
             owner: Any = found() if inspect.isclass(found) else found
         except Exception as error:  # it is somebody's program
             raise ValueError(f"cannot load the filter {name}: {type(error).__name__}: {error}") from error

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,7 +20,7 @@ from .schema import ApiError
 log = logging.getLogger("llama.server")
 OPEN = {"/", "/health"}  # what needs no key
 POLLED = {"/health", "/metrics"}  # so often that the log has them at its level DEBUG alone
-ID = re.compile(rb"[\x21-\x7e]{1,128}")  # of a request, as clients may choose it
+ID = re.compile(r"[\x21-\x7e]{1,128}")  # of a request, as clients may choose it
 
 
 class Guard:
@@ -34,18 +35,19 @@ class Guard:
             return await self.app(scope, receive, send)
         began, status = time.monotonic(), 499  # as logs call it when the client goes before the reply begins
         state = scope.setdefault("state", {})
-        given = header(scope, b"x-request-id")
-        id = given if ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        id = given if ID.fullmatch(given) else uuid.uuid4().hex
 
         async def noting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", id)]}
+                MutableHeaders(scope=message).append("x-request-id", id)
             await send(message)
 
         try:
-            if self.allowed(scope):
+            if scope["path"] in OPEN or self.has_key(headers.get("authorization", "")):
                 await self.app(scope, receive, noting)
             else:
                 text = "the key is missing or wrong; send the header Authorization: Bearer KEY"
@@ -55,20 +57,15 @@ class Guard:
             raise
         finally:
             fields = {"method": scope["method"], "path": scope["path"], "status": status}
-            fields |= {"seconds": round(time.monotonic() - began, 4), "request_id": id.decode()}
+            fields |= {"seconds": round(time.monotonic() - began, 4), "request_id": id}
             access(fields | state.get("fields", {}))
 
-    def allowed(self, scope: Scope) -> bool:
-        if not self.keys or scope["path"] in OPEN:
+    def has_key(self, authorization: str) -> bool:
+        if not self.keys:
             return True
-        kind, _, key = header(scope, b"authorization").partition(b" ")
+        kind, _, key = authorization.encode("latin-1").partition(b" ")  # the bytes that were sent
         matches = [hmac.compare_digest(key.strip(), own) for own in self.keys]  # all, so that the time reveals nothing
         return kind.lower() == b"bearer" and any(matches)
-
-
-def header(scope: Scope, name: bytes) -> bytes:
-    found: bytes = dict(scope["headers"]).get(name, b"")
-    return found
 
 
 def access(fields: Mapping[str, Any]) -> None:

@@ -32,7 +32,8 @@ log = logging.getLogger("llama.server")
 # Seconds after which waiting ranks hear that nothing has come, and the first finds out if another is gone. gloo itself
 # gives up after 30 minutes.
 IDLE = 5.0
-NAMES = {"eos": "stop", "cancelled": "abort", "refused": "content_filter"}  # of finish reasons in the metrics
+# Finish reasons as the API and the metrics have them, where they are not the engine's.
+REASONS: dict[str | None, str] = {"eos": "stop", "cancelled": "abort", "refused": "content_filter"}
 
 
 @dataclass
@@ -193,7 +194,7 @@ class Loop:
                 metrics.observe("inter_token_latency_seconds", (now - (times.latest or now)) / new, more)
             times.latest, times.tokens = now, times.tokens + new
         if reason := event.finish_reason:
-            metrics.add("request_success_total", finished_reason=NAMES.get(reason, reason))
+            metrics.add("request_success_total", finished_reason=REASONS.get(reason, reason))
             self._count_end(ticket, event.row, now)
         return count
 

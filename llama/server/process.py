@@ -7,12 +7,13 @@ import os
 import signal
 import socket
 import threading
+from typing import Any
 
 import uvicorn
 
 from .. import parallel
 from ..generation import Llama
-from .app import Config, Service, make_app
+from .app import Config, Service
 from .loop import Loop
 from .metrics import Metrics
 from .protocol import KEEP_ALIVE, LARGEST_HEADERS, Http
@@ -26,20 +27,16 @@ class Server:
     that cannot be used."""
 
     def __init__(self, config: Config, host: str = "127.0.0.1", port: int = 0) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.socket = socket.socket(family)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        v6: dict[str, Any] = {"family": socket.AF_INET6, "dualstack_ipv6": socket.has_dualstack_ipv6()}
         try:
-            self.socket.bind((host, port))
-            self.socket.listen()
+            self.socket = socket.create_server((host, port), **(v6 if ":" in host else {}))
         except OSError as error:
-            self.socket.close()
             raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
         self.host, self.port = host, self.socket.getsockname()[1]
         self.service = Service(config)
         self.http = uvicorn.Server(
             uvicorn.Config(
-                make_app(self.service),
+                self.service.app(),
                 http=Http,
                 ws="none",
                 h11_max_incomplete_event_size=LARGEST_HEADERS,

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 from ..request import Event, Request
 from ..tokenizer import Decoder, Tokenizer
-from .loop import Job
+from .loop import REASONS, Job
 from .schema import CompletionRequest
 
-REASONS = {"eos": "stop", "stop": "stop", "length": "length", "refused": "content_filter"}
 NEVER = -9999.0  # stands for minus infinity, which JSON does not have
 
 
@@ -51,7 +50,7 @@ class Choice:
         preface, self.preface = min(self.preface, len(event.tokens)), 0
         self.count += len(event.tokens) - preface
         self.final += len(event.text)
-        reason = REASONS.get(event.finish_reason, event.finish_reason) if event.finish_reason else None
+        reason = REASONS.get(event.finish_reason, event.finish_reason)
         if not self.work.logprobs or event.finish_reason == "refused":
             return Part(event.text, [], reason)
         self._hold(event, preface)
@@ -62,9 +61,7 @@ class Choice:
         tops: list[list[tuple[int, float]] | None] = [*(event.top_logprobs or [[] for _ in event.tokens])]
         if preface:
             scores: Any = self.request.observe  # scoring.Scores
-            of_prompt = zip(scores.top_ids, scores.top_logprobs, strict=True)
-            answered = tops if event.top_logprobs else tops[preface:]
-            tops = [None, *([*zip(*row, strict=True)] for row in of_prompt), *answered]
+            tops = [None, *scores.top_logprobs, *(tops if event.top_logprobs else tops[preface:])]
             logprobs[0] = None
         for id, logprob, top in zip(event.tokens, logprobs, tops, strict=True):
             text = self.decoder.push(id)

@@ -112,7 +112,7 @@ REFUSED: dict[str, Test] = {
     **dict.fromkeys(("guided_grammar", "structural_tag"), lambda v: False),
 }
 # Fields that the library has as options, and what they are called there.
-OPTIONS = {name: name for name in ("top_k", "min_p", *PENALTIES, "stop", "stop_token_ids")}
+OPTIONS = {name: name for name in ("temperature", "top_p", "top_k", "min_p", *PENALTIES, "stop", "stop_token_ids")}
 OPTIONS["min_tokens"] = "min_gen_len"
 
 # Kinds of structured output, as vLLM calls them, and the option of the library. They are fields `guided_KIND` of a body
@@ -195,7 +195,8 @@ def completion_request(llama: Llama, body: Mapping[str, Any], work: Work, most: 
         raise ApiError(400, f"{len(work.prompts)} prompts times n {n} are more than {MOST_CHOICES} choices", "n")
     check_length(llama, work.prompts, int(most > 0), param)
     prompts = [prompt for prompt in work.prompts for _ in range(n)]
-    options: dict[str, Any] = {OPTIONS[name]: value for name, value in body.items() if name in OPTIONS}
+    options: dict[str, Any] = {"temperature": 1, "top_p": 1, "max_gen_len": most}
+    options |= {OPTIONS[name]: value for name, value in body.items() if name in OPTIONS}
     options["top_k"] = max(0, options.get("top_k", 0))
     options["logit_bias"] = {int(id): bias for id, bias in body.get("logit_bias", {}).items()}
     structure, field = read_structure(body)
@@ -204,9 +205,8 @@ def completion_request(llama: Llama, body: Mapping[str, Any], work: Work, most: 
         options["logit_bias"] |= dict.fromkeys(ends, -math.inf)
     if (seed := body.get("seed")) is not None:  # each choice has one of its own, the first that of the request
         options["seed"] = [seed if i % n == 0 else wrapped(seed + i % n) for i in range(len(prompts))]
-    temperature, top_p, options = body.get("temperature", 1), body.get("top_p", 1), {**options, **structure}
     try:
-        settings = llama.inputs.settings(len(prompts), most, temperature, top_p, options, not work.continues)
+        settings = llama.inputs.settings(len(prompts), {**options, **structure}, not work.continues)
     except ValueError as error:
         if str(error).startswith(tuple(structure) or " "):
             raise ApiError(400, str(error), field) from error
@@ -272,10 +272,8 @@ def read_prompts(llama: Llama, body: Mapping[str, Any], name: str) -> list[list[
     if not all(is_list_of(int)(ids) for ids in several):
         wanted = "a string, a list of strings, token ids or a list of these"
         raise ApiError(400, f"{name} is {shorten(value)}; it must be {wanted}", name)
-    names = [f"{name} {i}" for i in range(len(several))]
-    llama.inputs.check([ids[:1] for ids in several], names)
     check_length(llama, several, 0, name)  # before each id is looked at
-    llama.inputs.check(several, names)
+    llama.inputs.check(several, [f"{name} {i}" for i in range(len(several))])
     return several
 
 
@@ -291,9 +289,8 @@ def check_length(llama: Llama, prompts: Sequence[Sequence[int]], more: int, para
 
 def encode_chat(llama: Llama, body: Mapping[str, Any]) -> list[int]:
     """The ids of `messages`, in the model's chat format."""
-    if continues(body):
-        return llama.inputs.encode_dialog(read_dialog(body), "messages", answered=True, unfinished=True)
-    return llama.inputs.encode_dialog(read_dialog(body), "messages")
+    goes_on = continues(body)
+    return llama.inputs.encode_dialog(read_dialog(body), "messages", answered=goes_on, unfinished=goes_on)
 
 
 def read_dialog(body: Mapping[str, Any]) -> Any:
