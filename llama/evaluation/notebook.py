@@ -46,22 +46,9 @@ def drop() -> None:
     free()
 
 
-def llama(prompt: str, add_inst: bool = True, *args: Any, **options: Any) -> str:
-    """The answer to a prompt in the model's own chat format; with add_inst=False the text that continues it, as a base
-    model does. See `answer` for the other arguments."""
-    return answer([prompt], [], add_inst, *args, **options)
-
-
-def llama_chat(prompts: Sequence[str], responses: Sequence[str], *args: Any, **options: Any) -> str:
-    """The answer to the last of several prompts; each earlier one has its response. See `answer` for the other
-    arguments."""
-    return answer(prompts, responses, True, *args, **options)
-
-
-def answer(
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    add_inst: bool,
+def llama(
+    prompt: str,
+    add_inst: bool = True,
     model: str = DEFAULT,
     temperature: float = 0.0,
     max_tokens: int = 1024,
@@ -71,8 +58,28 @@ def answer(
     base: object = None,
     max_tries: object = None,
 ) -> str:
-    """The answer of a model, an alias or what `compare` takes; `verbose` prints the prompt too. The last four
-    arguments, of requests to a service, change nothing."""
+    """The answer to a prompt in the model's own chat format; with add_inst=False the text that continues it, as a base
+    model does. The last four arguments, of requests to a service, change nothing."""
+    if add_inst:
+        return llama_chat([prompt], [], model, temperature, max_tokens, verbose)
+    if verbose:
+        print(f"Prompt:\n{prompt}\n\nmodel: {model}")
+    return get(model).text_completion([prompt], temperature, max_gen_len=max_tokens)[0]["generation"]
+
+
+def llama_chat(
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    model: str = DEFAULT,
+    temperature: float = 0.0,
+    max_tokens: int = 1024,
+    verbose: bool = False,
+    url: object = None,
+    headers: object = None,
+    base: object = None,
+    max_tries: object = None,
+) -> str:
+    """The answer to the last of several prompts; each earlier one has its response."""
     if len(prompts) != len(responses) + 1:
         raise ValueError(f"there are {len(prompts)} prompts and {len(responses)} responses; there must be one fewer")
     own = get(model)
@@ -82,7 +89,5 @@ def answer(
         dialog.append({"role": "assistant", "content": own.chat_format.cleaned(response)})
     dialog.append({"role": "user", "content": prompts[-1]})
     if verbose:
-        print(f"Prompt:\n{own.chat_format.render(dialog) if add_inst else prompts[-1]}\n\nmodel: {model}")
-    if add_inst:
-        return own.chat_completion([dialog], temperature, max_gen_len=max_tokens)[0]["generation"]["content"]
-    return own.text_completion(prompts, temperature, max_gen_len=max_tokens)[0]["generation"]
+        print(f"Prompt:\n{own.chat_format.render(dialog)}\n\nmodel: {model}")
+    return own.chat_completion([dialog], temperature, max_gen_len=max_tokens)[0]["generation"]["content"]
