@@ -152,7 +152,7 @@ def test_a_flag_that_is_not_there_stops_before_anything_runs():
     code, out, err, _ = start(0, TEXT, "--temprature", "0")
     assert code == 2
     assert out == ""
-    assert "--temprature" in err
+    assert "--temprature" in err and "example_text_completion.py --help" in err
 
 
 def typed(monkeypatch, capsys, command, *words):

@@ -105,6 +105,8 @@ def help_shown() -> Iterator[None]:
     finally:
         fire.decorators.FIRE_METADATA = attribute
         text = re.sub(r"\AINFO: Showing help.*\n\s*", "", shown.getvalue()).replace("__main__.py", "python -m llama")
+        wrong = re.compile(r"(ERROR: Could not consume arg: .*\n)Usage: (python -m llama \w+|\S+).*", re.DOTALL)
+        text = wrong.sub(r"\1For its flags, run:\n  \2 --help\n", text)  # fire's usage repeats what was right
         if code:
             sys.stderr.write(text)
         elif text:
