@@ -62,3 +62,5 @@ def compare(
         if path:
             with open(path, "w", encoding="utf-8", errors="replace") as file:
                 file.write(content() + "\n" * (path == json))
+    if all("error" in about for about in found["models"]):
+        raise ValueError("none of the models could be loaded")
