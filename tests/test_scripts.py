@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import runpy
 import shutil
 import signal
@@ -14,6 +15,7 @@ import sys
 import termios
 import time
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from ranks import free_port
 from small import GQA, MODELS, ROOT, TOKENIZER, edit_params, in_process, save_random
 
 from llama import Chat, Llama, Tokenizer
-from llama.cli import script
+from llama.cli import COMMANDS, script
 from llama.cli.chat import command
 from llama.cli.convert import convert
 from llama.cli.inspect import inspect
@@ -150,7 +152,7 @@ def test_a_flag_that_is_not_there_stops_before_anything_runs():
     code, out, err, _ = start(0, TEXT, "--temprature", "0")
     assert code == 2
     assert out == ""
-    assert "--temprature" in err
+    assert "--temprature" in err and "example_text_completion.py --help" in err
 
 
 def typed(monkeypatch, capsys, command, *words):
@@ -255,6 +257,21 @@ next(stream)
     done = subprocess.run(started(nproc, script), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "eval"])
+def test_help_has_all_that_a_docstring_says(monkeypatch, capsys, name):
+    """It was on stderr, listed a group FIRE_METADATA for each command, and cut a text in front of a colon."""
+    command = getattr(import_module(f"llama.cli.{name}"), name)
+    monkeypatch.setattr(sys, "argv", ["/llama/__main__.py"])
+    with pytest.raises(SystemExit) as end:
+        script.parse({name: command}, [name, "--help"])
+    out, err = capsys.readouterr()
+    words = " ".join(out.split())
+    assert (end.value.code, err) == (0, "")
+    assert f"NAME python -m llama {name} - " in words and "FIRE" not in words
+    for text in re.split(r"\n {8}\w+: ", command.__doc__)[1:]:
+        assert " ".join(text.split()) in words
 
 
 def test_a_reader_that_leaves_early_is_no_error():

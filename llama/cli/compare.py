@@ -32,7 +32,7 @@ def compare(
     """Give the same tasks to MODELS, one in memory at a time, and print their answers side by side.
 
     Args:
-        models: what --ckpt_dir of `chat` takes; MODEL:int8, MODEL:int4, MODEL:float32 for another precision
+        models: folders, GGUF files, hub ids or smollm2; :int8, :int4, :float32, ... behind one says its precision
         tasks: a file of JSON lines, or a JSON list, of tasks; by default four of this package
         html: where to write a report
         json: where to write all numbers and answers as JSON
@@ -62,3 +62,5 @@ def compare(
         if path:
             with open(path, "w", encoding="utf-8", errors="replace") as file:
                 file.write(content() + "\n" * (path == json))
+    if all("error" in about for about in found["models"]):
+        raise ValueError("none of the models could be loaded")

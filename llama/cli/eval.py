@@ -53,7 +53,7 @@ def evaluate_card(build: Callable[[], Any], args: Sequence[str]) -> None:
     """The table of the model card; `args` are its flags."""
     from ..evaluation import card
 
-    parser = argparse.ArgumentParser("llama eval --card", allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m llama eval --card", allow_abbrev=False)
     parser.add_argument("--limit", type=float, help="documents of a task, or a fraction of all")
     parser.add_argument("--published", help=f"the row to compare with: {', '.join(card.PUBLISHED)}")
     parser.add_argument("--include_path", help="folder of tasks that replace the harness's own")
@@ -71,7 +71,7 @@ def evaluate_card(build: Callable[[], Any], args: Sequence[str]) -> None:
 def parse(args: Sequence[str]) -> Callable[[], None]:
     """The call that a command line asks for."""
     about = "Evaluate a model with lm-evaluation-harness, whose flags, such as --tasks and --limit, follow."
-    parser = argparse.ArgumentParser("llama eval", description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m llama eval", description=about, allow_abbrev=False)
     parser.add_argument("ckpt_dir", help=FLAGS["ckpt_dir"])
     for name, kind in OWN.items():
         parser.add_argument(f"--{name}", type=kind, help=TEXTS[name])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import io
 import os
+import pydoc
 import re
 import signal
 import sys
@@ -12,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -78,10 +80,38 @@ def parse(
         chosen = command.get(args[0]) if args else None
         if own := getattr(chosen, "parse", None):  # most flags are another program's
             return [own(args[1:])]
-        fire.Fire({name: note(function) for name, function in command.items()}, [*attached(args, chosen)])
+        words = [*attached(args, chosen)]
+        with help_shown():
+            fire.Fire({name: note(function) for name, function in command.items()}, words)
     else:
-        fire.Fire(note(command), [*attached(args, command)])
+        words = [*attached(args, command)]
+        with help_shown():
+            fire.Fire(note(command), words)
     return calls
+
+
+@contextmanager
+def help_shown() -> Iterator[None]:
+    """Fire's help on stdout, or in a pager on a terminal, and its errors on stderr, with a command as it is typed. Fire
+    lists attributes of functions as groups of commands, its own too, so that this one has an underscore meanwhile."""
+    shown, attribute, code = io.StringIO(), fire.decorators.FIRE_METADATA, None
+    fire.decorators.FIRE_METADATA = f"_{attribute}"
+    try:
+        with redirect_stdout(shown), redirect_stderr(shown):
+            yield
+    except SystemExit as end:
+        code = end.code
+        raise
+    finally:
+        fire.decorators.FIRE_METADATA = attribute
+        text = re.sub(r"\AINFO: Showing help.*\n\s*", "", shown.getvalue()).replace("__main__.py", "python -m llama")
+        wrong = re.compile(r"(ERROR: Could not consume arg: .*\n)Usage: (python -m llama \w+|\S+).*", re.DOTALL)
+        text = wrong.sub(r"\1For its flags, run:\n  \2 --help\n", text)  # fire's usage repeats what was right
+        if code:
+            sys.stderr.write(text)
+        elif text:
+            pydoc.pager(text)
+            sys.stdout.flush()
 
 
 def texts(function: Callable[..., None]) -> dict[str, Callable[[str], Any]]:

@@ -45,13 +45,15 @@ def serve(
         max_time: seconds that a request may then run; then its answer ends with the finish_reason length
         max_body: size of a request, at most, in MiB
         filter: module, or module:object, with functions input_filter and output_filter as those of
-            Llama.chat_completion; or a list such as '["a", "b:C"]'
+            Llama.chat_completion; or a list such as '["a", "b"]'
         log_json: log JSON objects, one a line
         log_prompts: log prompts too
         seed: of the random numbers of requests without a seed of their own
     """
     check_counts(port=port, max_waiting=max_waiting, max_wait=max_wait, max_time=max_time, max_body=max_body)
     check_counts(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    if port > 65535:
+        raise ValueError(f"port is {port}; the largest is 65535")
     log_lines.set_up(log_json)
     config: dict[str, Any] = {
         "model": model_name or Path(os.path.abspath(os.path.expanduser(ckpt_dir))).name,
@@ -105,7 +107,10 @@ def check_counts(**values: Any) -> None:
 
 def read_keys(file: str | None) -> tuple[str, ...]:
     """The keys that clients may use: of a file, one a line, and of the environment."""
-    lines = Path(os.path.expanduser(file)).read_text(encoding="utf-8").splitlines() if file else []
+    path = Path(os.path.expanduser(file or ""))
+    if file and not path.exists():  # it may be a pipe
+        raise FileNotFoundError(f"api_key_file {file} does not exist")
+    lines = path.read_text(encoding="utf-8").splitlines() if file else []
     keys = (key.strip() for key in [*lines, *os.environ.get(KEYS, "").split(",")])
     found = tuple(key for key in keys if key)
     if file and not found:

@@ -51,6 +51,8 @@ def read_tasks(path: str | os.PathLike[str] | None = None) -> list[Task]:
     """The tasks in a file, by default those of this package. ValueError names the line, or the number of the task in a
     list, and the field that is wrong."""
     file = Path(os.path.expanduser(path)) if path is not None else DEFAULT
+    if not file.exists():
+        raise FileNotFoundError(f"tasks {path} does not exist")
     if read_text(file).lstrip().startswith("["):
         places = [(f"{file}, task {i}", item) for i, item in enumerate(read_json(file, list), 1)]
     else:

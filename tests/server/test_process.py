@@ -10,6 +10,7 @@ import pytest
 from serving import build, command, gauge, httpx, openai, streamed, wait_for, wait_until_ready
 from small import ROOT, cases
 
+from llama.cli.serve import serve
 from llama.server.app import Config
 from llama.server.process import Server
 
@@ -86,6 +87,19 @@ def test_a_rank_that_is_killed_ends_the_job(jobs, victim, busy):
     errors = [line for line in err.splitlines() if "INFO" not in line and "WARNING" not in line and "[W" not in line]
     assert len(errors) == 1, err
     assert errors[0].startswith(f"error: rank {1 - victim}: lost contact with another rank")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"port": 65536}, "port is 65536; the largest"),
+        ({"api_key_file": "nowhere"}, "api_key_file nowhere does not exist"),
+    ],
+)
+def test_a_wrong_flag_is_named(flags, message):
+    """It was "bind(): port must be 0-65535" and "No such file or directory"."""
+    with pytest.raises((ValueError, OSError), match=message):
+        serve(str(ROOT / "models" / "small-chat"), **{"port": 0, **flags})
 
 
 def seconds_of_cpu(process):
