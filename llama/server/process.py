@@ -66,6 +66,7 @@ class Server:
         config = self.service.config
         self.service.loop = Loop(llama, self.service.metrics, config.max_wait, config.max_time)
         if not self.ended:
+            log.info("%s is loaded", config.model)
             self.service.loop.run()
         self.thread.join()
 
