@@ -85,8 +85,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def keep_nan(y: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """What queries (N, H, D) and keys (N, K, D) attend to, y (N, H * D), but NaN where one of them is not finite: on CPUs
-    PyTorch's attention makes zeros of a query whose scores are all NaN, and the answer would be wrong in silence."""
+    """What queries (N, H, D) attend to, y (N, H * D), but NaN where these or their own keys (N, K, D) are not finite:
+    PyTorch's attention on CPUs makes zeros of a query whose scores are all NaN, and answers are wrong in silence."""
     y.view_as(q).add_(q, alpha=0)
     y.view(len(k), k.shape[1], -1, k.shape[2]).add_(k.unsqueeze(2), alpha=0)
     return y
