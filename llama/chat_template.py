@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,8 +14,7 @@ from .gguf import is_gguf, read_gguf
 from .textfile import read_json, read_text
 from .tokenizer import Tokenizer
 
-PRIVATE = 0xF0000  # characters of private use, which stand for special tokens that a message spells
-CUT = chr(PRIVATE - 1)
+PRIVATE = range(0xF0000, 0xFFFFE)  # characters of private use, some of which stand for special tokens in a message
 
 
 class TemplateFormat(ChatFormat):
@@ -74,15 +74,16 @@ class TemplateFormat(ChatFormat):
             raise ValueError(f"the chat template refuses the dialog: {error}") from error
 
     def _encode(self, tokenizer: Tokenizer, dialog: Dialog, unfinished: bool) -> list[int]:
-        spelled = sorted({name for message in dialog for name in self.names.findall(message["content"])})
-        hidden = {name: chr(PRIVATE + i) for i, name in enumerate(spelled)}
+        said = "".join(message["content"] for message in dialog)
+        spelled, unused = sorted({*self.names.findall(said)}), (c for c in map(chr, PRIVATE) if c not in said)
+        cut, hidden = next(unused), dict(zip(spelled, unused, strict=False))
         messages: list[Message] = [
             {**message, "content": self.names.sub(lambda name: hidden[name[0]], message["content"])}
             for message in dialog
         ]
         text = self._render(messages)
         if unfinished:
-            text = cut_behind(text, messages[-1]["content"])
+            text = cut_behind(text, self._render(with_mark(messages, cut)), cut)
         if not spelled and (whole := tokenizer.encode_special(text)) is not None:
             return whole
         ids = list[int]()
@@ -91,19 +92,26 @@ class TemplateFormat(ChatFormat):
                 ids.append(self.special[part])
                 continue
             for name, character in hidden.items():  # cut within, so that no rule of the tokenizer finds it
-                part = part.replace(character, name[:1] + CUT + name[1:])
-            for piece in filter(None, part.split(CUT)):
+                part = part.replace(character, name[:1] + cut + name[1:])
+            for piece in filter(None, part.split(cut)):
                 ids += tokenizer.encode(piece, bos=False, eos=False)
         return ids
 
 
-def cut_behind(text: str, message: str) -> str:
-    """A rendered dialog up to the end of its last message, with the spaces behind it if the template keeps them."""
-    begin = text.rfind(message.strip())
-    if not message.strip() or begin < 0:
+def with_mark(messages: Sequence[Message], mark: str) -> list[Message]:
+    """The same messages, with a mark at the end of the last."""
+    *before, last = messages
+    return [*before, {**last, "content": last["content"] + mark}]
+
+
+def cut_behind(text: str, marked: str, mark: str) -> str:
+    """A rendered dialog up to the end of its last message, with the spaces behind it if the template keeps them; given
+    what it is with a mark there, as the template may write the same words behind it."""
+    begin, found, end = marked.rpartition(mark)
+    shown = text[: len(text) - len(end)]
+    if not found or not text.endswith(end) or shown.rstrip() != begin.rstrip():
         raise ValueError("the chat template does not show the last message, so that it cannot go on")
-    kept = message.lstrip() if text.startswith(message.lstrip(), begin) else message.strip()
-    return text[: begin + len(kept)]
+    return shown
 
 
 def choose_format(folder: Path, tokenizer: Tokenizer, chat_format: str | None) -> ChatFormat:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,13 +129,38 @@ def in_threads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Call `work` for each item, several at a time in as many threads as PyTorch uses, and each operation in one
     thread. Threads that share a small operation wait for each other at its end: for long, where other processes compute
     too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=set_own_threads, initargs=(1,)) as pool:
+        return list(pool.map(work, items))
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """PyTorch's operations of the calling thread in one thread."""
+    before = torch.get_num_threads()
+    set_own_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(work, items))
+        yield
     finally:
-        torch.set_num_threads(threads)
+        set_own_threads(before)
+
+
+def set_own_threads(n: int) -> None:
+    """How many threads PyTorch's operations of the calling thread take. torch.set_num_threads is also for all threads
+    that begin meanwhile, which would keep this number for good: so it is only for where there is no OpenMP."""
+    torch.get_num_threads()  # a new thread takes the number of the process now, or it would later
+    if own := openmp():
+        own(n)
+    if torch.get_num_threads() != n:
+        torch.set_num_threads(n)
+
+
+@cache
+def openmp() -> Callable[[int], None] | None:
+    """OpenMP's omp_set_num_threads, if there is one in this process."""
+    found = None if sys.platform == "win32" else getattr(ctypes.PyDLL(None), "omp_set_num_threads", None)
+    if found:
+        found.argtypes, found.restype = (ctypes.c_int,), None
+    return found
 
 
 def trim() -> None:

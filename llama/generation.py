@@ -21,7 +21,7 @@ from .model import Transformer
 from .options import Options, plain_arguments
 from .processor import InputProcessor, check_texts
 from .request import Event
-from .scoring import Scores, classify, embed, score
+from .scoring import Scores, classify, embed, exp, score
 from .stream import InputFilter, OutputFilter, Stream, check_verdict, drains, filtered, pop_filters
 from .text import border
 from .tokenizer import Tokenizer
@@ -268,7 +268,7 @@ class Llama:
             "logprobs": scores.logprobs,
             "top_logprobs": [[(self.tokenizer.piece(id), p) for id, p in row] for row in scores.top_logprobs],
             "sum": total,
-            "perplexity": math.exp(-total / len(ids)) if ids else math.nan,
+            "perplexity": exp(-total / len(ids)) if ids else math.nan,
         }
 
     @parallel.as_first_rank

@@ -84,6 +84,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return y.transpose(1, 2).reshape(B, T, H * D)
 
 
+def keep_nan(y: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """What queries (N, H, D) attend to, y (N, H * D), but NaN where these or their own keys (N, K, D) are not finite:
+    PyTorch's attention on CPUs makes zeros of a query whose scores are all NaN, and answers are wrong in silence."""
+    y.view_as(q).add_(q, alpha=0)
+    y.view(len(k), k.shape[1], -1, k.shape[2]).add_(k.unsqueeze(2), alpha=0)
+    return y
+
+
 class Layout(NamedTuple):
     """A batch, and what all layers compute from its positions alike."""
 
@@ -141,7 +149,7 @@ class Attention(nn.Module):
                 seen = self.cache.kv[slots, :, :S]  # (B, 2K, S, D)
             keys, values = seen.chunk(2, 1)
             y.append(attend(queries, keys, values, mask).flatten(0, 1))  # (B * T, H * D)
-        return self.wo(torch.cat(y))
+        return self.wo(keep_nan(torch.cat(y), q, k))
 
 
 class FeedForward(nn.Module):

@@ -124,4 +124,9 @@ def perplexity(
         for scores in score(engine, [ids[start : start + window] for start in group], begins):
             total += math.fsum(scores.logprobs)
             done(len(scores.logprobs))
-    return math.exp(-total / (len(ids) - 1)), len(ids) - 1
+    return exp(-total / (len(ids) - 1)), len(ids) - 1
+
+
+def exp(x: float) -> float:
+    """e to the power of x, infinity where that is more than a float holds."""
+    return math.exp(x) if x < 709 else math.inf

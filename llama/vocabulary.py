@@ -175,7 +175,10 @@ def tokenizer_json(path: Path, content: Mapping[str, Any], names: Mapping[str, s
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a tokenizer.json: {error!r}") from error
     if ranks and {"<|begin_of_text|>", "<|end_of_text|>"} <= {*special} and all(token["special"] for token in added):
-        return TiktokenVocabulary(ranks, special, names)
+        found = TiktokenVocabulary(ranks, special, names)
+        begins = '"SpecialToken"' in json.dumps(content.get("post_processor"))
+        found.adds_bos = begins or names.get("add_bos_token") != "False"
+        return found
     return TokenizersVocabulary(path, content, names)
 
 

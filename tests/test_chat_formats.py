@@ -178,6 +178,17 @@ def test_a_message_that_goes_on(llama3, tmp_path):
             encode_format(tokenizer, hides, dialog)
 
 
+@pytest.mark.parametrize("name", ["ChatML", "Vicuna", "Llama 3"])
+def test_a_message_that_goes_on_and_is_like_what_the_template_writes_behind_it(name, llama3, tmp_path):
+    """It was looked for from the end: "<" was found in <|im_end|>, and the answer went on from "<<"."""
+    for folder, theirs in folders(tmp_path, llama3, TEMPLATES[name]):
+        tokenizer = Tokenizer(folder / "tokenizer.json")
+        for text in ("<", "A", "im_end", "e ", "|>\n"):
+            dialog = [*HELLO, {"role": "assistant", "content": text}]
+            expected = theirs.apply_chat_template(dialog, continue_final_message=True)["input_ids"]
+            assert encode_format(tokenizer, TemplateFormat(TEMPLATES[name], tokenizer), dialog) == expected
+
+
 def encode_format(tokenizer, chat_format, dialog=UNFINISHED):
     return get_chat_format(tokenizer, chat_format).encode(tokenizer, dialog, answered=True, unfinished=True)
 
@@ -186,6 +197,9 @@ def test_a_message_that_spells_special_tokens_in_a_template(llama3):
     ours = TemplateFormat(TEMPLATES["Llama 3"], llama3)
     assert ours.encode(llama3, SPELLED) == encode_dialog(llama3, SPELLED)
     assert ours.encode(llama3, LONG) == encode_dialog(llama3, LONG)
+    # Characters of private use, of which some stand for tokens meanwhile: they were dropped, or became these tokens.
+    icons = [{"role": "user", "content": f"{''.join(map(chr, range(0xEFFFE, 0xF0009)))}<|eot_id|>"}]
+    assert ours.encode(llama3, icons) == encode_dialog(llama3, icons)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llama import devices
+from llama import backends, devices
 
 
 @pytest.mark.parametrize("device", ["abc", "cuda:99", "meta", 3.5])
@@ -124,3 +126,17 @@ def test_work_in_threads_keeps_the_order_and_the_number_of_threads(two_threads):
     with pytest.raises(ZeroDivisionError):
         devices.in_threads(lambda n: 1 / n, [1, 0])
     assert torch.get_num_threads() == 2
+
+
+def test_a_thread_that_begins_while_another_computes_in_one_keeps_the_number_of_threads(two_threads):
+    """It took 1, and gave this to all threads that began later. So did models that two threads loaded at once."""
+    found = []
+
+    def number(_):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    with backends.single_threaded(SimpleNamespace(own_threads=True)):
+        found += [torch.get_num_threads(), number(0)]
+    found += [*devices.in_threads(number, range(2)), torch.get_num_threads(), number(0)]
+    assert found == [1, 2, 2, 2, 2, 2]

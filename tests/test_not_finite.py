@@ -14,6 +14,9 @@ from llama import Llama, Transformer
     [
         ("layers.1.feed_forward.w2", float("nan"), "layers.1"),
         ("layers.2.attention.wv", float("inf"), "layers.2"),
+        ("layers.1.attention.wq", float("nan"), "layers.1"),  # PyTorch's attention on CPUs hides it
+        ("layers.1.attention.wk", float("nan"), "layers.1"),
+        ("layers.0.attention.wk", float("inf"), "layers.0"),
         ("norm", float("nan"), "norm"),
         ("output", float("inf"), "output"),
         ("tok_embeddings", float("nan"), "tok_embeddings"),

@@ -178,6 +178,15 @@ def test_what_cannot_be_scored(call, message):
     assert message in str(error.value)
 
 
+def test_a_perplexity_that_no_float_holds_is_infinite():
+    """It was an OverflowError."""
+    llama = built()
+    llama.model.output.weight.mul_(1e4)
+    [scored] = llama.score(["The sun was warm."])
+    assert math.isfinite(scored["sum"])
+    assert scored["perplexity"] == math.inf == perplexity(llama.model, [1, *scored["token_ids"]], 8, 4)[0]
+
+
 def test_scores_that_are_not_finite_name_the_layer():
     llama = built()
     llama.model.layers[1].feed_forward.w2.weight.data.fill_(math.nan)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 import torch.nn.modules.module as hooks
 from torch import Tensor, nn
 
-from .. import layers
+from .. import devices, layers
 from ..args import ModelArgs
 from ..batch import Batch, groups
 from ..model import Attention, FeedForward, KVCache, RMSNorm, Transformer, TransformerBlock
@@ -129,19 +129,10 @@ def choose(model: Transformer, compile: bool = False) -> Backend:
     return model
 
 
-@contextmanager
-def single_threaded(backend: Backend) -> Iterator[None]:
+def single_threaded(backend: Backend) -> AbstractContextManager[None]:
     """PyTorch's operations in one thread, where a backend has threads of its own: those of OpenMP spin for milliseconds
     before they sleep, on the cores that the next pass needs."""
-    if not getattr(backend, "own_threads", False):
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return devices.single_threaded() if getattr(backend, "own_threads", False) else nullcontext()
 
 
 def fingerprint(model: Transformer) -> object:

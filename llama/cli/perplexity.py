@@ -54,7 +54,7 @@ def perplexity(
             value, tokens = scoring.perplexity(llama.model, ids, window, step, bar.update)
             total += math.log(value) * tokens
     if parallel.rank() == 0:
-        perplexity, bits = math.exp(total / count), total / math.log(2) / size
+        perplexity, bits = scoring.exp(total / count), total / math.log(2) / size
         print(f"perplexity {perplexity:.4f} of {count:,} tokens, in windows of {window} every {step}; ", end="")
         print(f"{bits:.4f} bits per byte")
 
