@@ -14,7 +14,7 @@ from small import MODELS, TOKENIZER, cases
 
 from llama import Llama, Tokenizer
 from llama.checkpoint.bpe_tokenizer import byte_pair_files, merges, ranks_file
-from llama.checkpoint.convert import convert, without_bos
+from llama.checkpoint.convert import convert, files_of
 from llama.checkpoint.hf_tokenizer import tokenizer_files
 from llama.pre_tokenizer import LLAMA3_PATTERN
 from llama.tokenizer import Decoder
@@ -249,9 +249,10 @@ def test_a_tokenizer_of_llama_3s_form_that_puts_no_bos_before_a_text(tmp_path):
     """A converted one put it there: its tokenizer_config.json was not asked."""
     from transformers import AutoTokenizer
 
-    own = Tokenizer(write_ranks(tmp_path))
+    path = write_ranks(tmp_path)
+    own = Tokenizer(path)
     own.vocabulary.adds_bos = False
-    for name, content in without_bos(byte_pair_files(own.vocabulary), own.vocabulary).items():
+    for name, content in files_of(own, path, tmp_path, "hf").items():
         (tmp_path / name).write_text(json.dumps(content))
     ids = AutoTokenizer.from_pretrained(tmp_path)("Once upon")["input_ids"]
     assert ids == own.encode("Once upon", bos=True, eos=False)
