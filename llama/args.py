@@ -78,6 +78,8 @@ class ModelArgs:
             raise ValueError(f"dim {self.dim} cannot be divided into n_heads {self.n_heads} heads of even size")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.kv_heads}")
+        if not self.ffn_hidden:
+            raise ValueError(f"ffn_dim_multiplier {self.ffn_dim_multiplier} leaves the feed-forward layer without units")
 
     def check_output(self) -> None:
         """ValueError for a model without logits over the vocabulary."""
