@@ -79,7 +79,7 @@ class ModelArgs:
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.kv_heads}")
         if not self.ffn_hidden:
-            raise ValueError(f"ffn_dim_multiplier {self.ffn_dim_multiplier} leaves the feed-forward layer without units")
+            raise ValueError(f"ffn_dim_multiplier {self.ffn_dim_multiplier} gives the feed-forward layer no units")
 
     def check_output(self) -> None:
         """ValueError for a model without logits over the vocabulary."""

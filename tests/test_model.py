@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_named(tokens, start, message):
     [
         ({"n_kv_heads": 3}, "n_heads 8 is not divisible by n_kv_heads 3"),
         ({"n_heads": 7}, "dim 64 cannot be divided into n_heads 7"),
-        ({"ffn_dim_multiplier": 1e-9}, "ffn_dim_multiplier 1e-09 leaves the feed-forward layer without units"),
+        ({"ffn_dim_multiplier": 1e-9}, "ffn_dim_multiplier 1e-09 gives the feed-forward layer no units"),
         ({"n_heads": 64}, "heads of even size"),
         ({"dim": -64}, "dim is -64"),
         ({"dim": 64.0}, "dim is 64.0"),
