@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +13,7 @@ from .gguf import is_gguf, read_gguf
 from .textfile import read_json, read_text
 from .tokenizer import Tokenizer
 
-PRIVATE = range(0xF0000, 0xFFFFE)  # characters of private use, some of which stand for special tokens in a message
+PRIVATE_USE = range(0xF0000, 0xFFFFE)  # Unicode's Supplementary Private Use Area-A: code points without a meaning
 
 
 class TemplateFormat(ChatFormat):
@@ -75,7 +74,8 @@ class TemplateFormat(ChatFormat):
 
     def _encode(self, tokenizer: Tokenizer, dialog: Dialog, unfinished: bool) -> list[int]:
         said = "".join(message["content"] for message in dialog)
-        spelled, unused = sorted({*self.names.findall(said)}), (c for c in map(chr, PRIVATE) if c not in said)
+        # While the template is rendered, placeholders stand for the special tokens that messages spell.
+        spelled, unused = sorted({*self.names.findall(said)}), (c for c in map(chr, PRIVATE_USE) if c not in said)
         cut, hidden = next(unused), dict(zip(spelled, unused, strict=False))
         messages: list[Message] = [
             {**message, "content": self.names.sub(lambda name: hidden[name[0]], message["content"])}
@@ -83,7 +83,8 @@ class TemplateFormat(ChatFormat):
         ]
         text = self._render(messages)
         if unfinished:
-            text = cut_behind(text, self._render(with_mark(messages, cut)), cut)
+            marked: list[Message] = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + cut}]
+            text = cut_behind(text, self._render(marked), cut)
         if not spelled and (whole := tokenizer.encode_special(text)) is not None:
             return whole
         ids = list[int]()
@@ -98,15 +99,9 @@ class TemplateFormat(ChatFormat):
         return ids
 
 
-def with_mark(messages: Sequence[Message], mark: str) -> list[Message]:
-    """The same messages, with a mark at the end of the last."""
-    *before, last = messages
-    return [*before, {**last, "content": last["content"] + mark}]
-
-
 def cut_behind(text: str, marked: str, mark: str) -> str:
-    """A rendered dialog up to the end of its last message, with the spaces behind it if the template keeps them; given
-    what it is with a mark there, as the template may write the same words behind it."""
+    """A rendered dialog up to the end of its last message, with the spaces behind it if the template keeps them.
+    `marked` is the same dialog, rendered with `mark` at the end of that message: the template may repeat its words."""
     begin, found, end = marked.rpartition(mark)
     shown = text[: len(text) - len(end)]
     if not found or not text.endswith(end) or shown.rstrip() != begin.rstrip():

@@ -207,7 +207,7 @@ def nfkc(sp: SentencePieceProcessor) -> list[dict[str, Any]]:
             before[wanted] += character
         elif wanted != usual:
             kept[character] = wanted
-    places = {character: chr(0x100000 + i) for i, character in enumerate(kept)}  # for private use
+    places = {character: chr(0x100000 + i) for i, character in enumerate(kept)}  # private-use characters
     marks: dict[int, str] = defaultdict(str)
     for character in filter(unicodedata.combining, every):
         marks[unicodedata.combining(character)] += character
