@@ -269,9 +269,11 @@ class Engine:
             index += range(at - row.samples, at)
         logprobs = None
         ids = sums = torch.empty(0, dtype=torch.long, device=hidden.device)
-        logits = self.backend.logits(hidden if len(index) == len(hidden) else hidden[index]) if index else hidden
         with backends.single_threaded(self.backend):
             prompt_sums = [part.sum(dtype=torch.float32).view(1) for part in prompts]
+            last = hidden if len(index) == len(hidden) else hidden[index]
+        logits = self.backend.logits(last) if index else hidden
+        with backends.single_threaded(self.backend):
             if index:
                 ids = choose(logits, [row for row in rows if row.samples], self.sampler)
                 sums = logits.sum(-1)
