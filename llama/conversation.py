@@ -91,7 +91,7 @@ class Chat:
         before, self.dropped = self.dropped, self.dropped + len(self.dialog) + 1 - len(dialog)
         said, reason = "", None
         try:
-            with closing(self.llama._chat([dialog], False, {**self.options})) as steps:
+            with closing(self.llama._chat([dialog], False, **self.options)) as steps:
                 for step in steps:
                     said += "".join(event.text for event in step)
                     reason = next((event.finish_reason for event in step if event.finish_reason), reason)

@@ -133,9 +133,9 @@ class Llama:
         check_seed(seed)
         parallel.init_model_parallel(model_parallel_size)
         loaded = load_model(
-            *(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype, check_memory),
-            *(quantize, group_size, compile, chat_format, lora),
-        )
+            ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype, check_memory,
+            quantize, group_size, compile, chat_format, lora,
+        )  # fmt: skip
         llama = Llama(loaded.model, loaded.tokenizer, seed, loaded.chat_format)
         llama.engine.compile, llama.labels, llama.pad_id = loaded.native, loaded.labels, loaded.pad_id
         return llama
@@ -153,11 +153,9 @@ class Llama:
         **options: Unpack[Options],
     ) -> Stream:
         """`generate` as it happens. The first pass is done when this returns; closing the stream ends it."""
-        self.inputs.check_ids(prompt_tokens)
-        named = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
-        settings = self.inputs.settings(len(prompt_tokens), {**named, **options})
-        requests = self.inputs.requests(prompt_tokens, settings, logprobs, echo)
-        return Stream(self.engine.run(requests), len(prompt_tokens), logprobs)
+        return self._stream(
+            prompt_tokens, logprobs, echo, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, **options
+        )
 
     @drains(generate_stream)
     def generate(self, stream: Stream) -> tuple[list[list[int]], list[list[float]] | None]:
@@ -185,12 +183,9 @@ class Llama:
     ) -> Stream:
         """`text_completion` as it happens; see `generate_stream`."""
         prompt_tokens = self.inputs.encode(prompts)
-        self.inputs.check_ids(prompt_tokens)
-        named = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
-        settings = self.inputs.settings(len(prompts), {**named, **options})
-        before = [() if echo else prompt for prompt in prompt_tokens]
-        requests = self.inputs.requests(prompt_tokens, settings, logprobs, echo)
-        return Stream(self.engine.run(requests), len(prompts), logprobs, before)
+        return self._stream(
+            prompt_tokens, logprobs, echo, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, **options
+        )
 
     @drains(text_stream)
     def text_completion(self, stream: Stream) -> list[CompletionPrediction]:
@@ -215,9 +210,16 @@ class Llama:
     ) -> Stream:
         """`chat_completion` as it happens; see `generate_stream`. With `output_filter` an answer comes as a whole, when
         it has been filtered."""
-        named = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p}
-        filters = {"input_filter": input_filter, "output_filter": output_filter}
-        steps = self._chat(dialogs, logprobs, {**named, **filters, **options})
+        steps = self._chat(
+            dialogs,
+            logprobs,
+            max_gen_len=max_gen_len,
+            temperature=temperature,
+            top_p=top_p,
+            input_filter=input_filter,
+            output_filter=output_filter,
+            **options,
+        )
         return Stream(steps, len(dialogs), logprobs)
 
     @drains(chat_stream)
@@ -298,7 +300,14 @@ class Llama:
         self.inputs.check(rows, [f"input {i}" for i in range(len(rows))])
         return classify(self.engine, rows, self.pad_id)
 
-    def _chat(self, dialogs: Any, logprobs: bool, options: dict[str, Any]) -> Generator[list[Event], None, None]:
+    def _stream(self, prompts: Sequence[Sequence[int]], logprobs: bool, echo: bool, /, **options: Any) -> Stream:
+        self.inputs.check_ids(prompts)
+        settings = self.inputs.settings(len(prompts), options)
+        requests = self.inputs.requests(prompts, settings, logprobs, echo)
+        before = [() if echo else prompt for prompt in prompts]
+        return Stream(self.engine.run(requests), len(prompts), logprobs, before)
+
+    def _chat(self, dialogs: Any, logprobs: bool, /, **options: Any) -> Generator[list[Event], None, None]:
         if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
             raise ValueError(f"dialogs is {shorten(dialogs)}; it must be a list of dialogs")
         for i, dialog in enumerate(dialogs):
