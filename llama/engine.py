@@ -135,7 +135,7 @@ class Engine:
                 if found := [event for event in found if event.finish_reason != "cancelled"]:
                     yield sorted(found, key=lambda event: event.row)
         finally:
-            self.cancel(*(request for request in requests if not request.finish))
+            self.cancel(*requests)
 
     @own_context()
     def step(self) -> list[Event]:

@@ -21,6 +21,7 @@ from .model import Transformer
 from .options import Options, plain_arguments
 from .processor import InputProcessor, check_texts
 from .request import Event
+from .sampling import SamplingParams
 from .scoring import Scores, classify, embed, exp, score
 from .stream import InputFilter, OutputFilter, Stream, check_verdict, drains, filtered, pop_filters
 from .text import border
@@ -70,7 +71,7 @@ class Llama:
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, chat_format: str | ChatFormat | None = None
     ) -> None:
-        check_seed(seed)
+        SamplingParams(seed=seed)  # ValueError for a bad seed
         self.engine = Engine.of(model)  # the first attribute, so that pickling fails with the engine's message
         self.model = model
         self.labels = [f"LABEL_{i}" for i in range(model.params.n_labels)]
@@ -130,7 +131,7 @@ class Llama:
         and MemoryError before anything is allocated when weights, cache and activations will not fit;
         `check_memory=False` tries.
         """
-        check_seed(seed)
+        SamplingParams(seed=seed)  # ValueError for a bad seed, before anything is loaded
         parallel.init_model_parallel(model_parallel_size)
         loaded = load_model(
             ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype, check_memory,
@@ -259,7 +260,8 @@ class Llama:
             if begins[i] == len(rows[i]) or not more:
                 names = f"continuation {i}, {shorten(more)}, adds nothing to prompt {i}, {shorten(prompt)}"
                 raise ValueError(f"{names}; there is nothing to score")
-        self.inputs.check_lengths(rows, [f"prompt {i}" for i in range(len(rows))])
+        for i, row in enumerate(rows):
+            self.inputs.check_length(row, f"prompt {i}")
         return [self._scored(scores) for scores in score(self.engine, rows, begins, top_logprobs)]
 
     def _scored(self, scores: Scores) -> Scored:
@@ -281,7 +283,8 @@ class Llama:
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling is {pooling!r}; it must be 'mean' or 'last'")
         rows = self.inputs.encode(texts, "texts")
-        self.inputs.check_lengths(rows, [f"text {i}" for i in range(len(rows))])
+        for i, row in enumerate(rows):
+            self.inputs.check_length(row, f"text {i}")
         return embed(self.engine, rows, pooling)
 
     @parallel.as_first_rank
@@ -297,7 +300,8 @@ class Llama:
             rows = [self.inputs.encode_dialog(d, f"dialog {i}", answered=True) for i, d in enumerate(inputs)]
         else:
             rows = self.inputs.encode(inputs, "inputs")
-        self.inputs.check(rows, [f"input {i}" for i in range(len(rows))])
+        for i, row in enumerate(rows):
+            self.inputs.check(row, f"input {i}")
         return classify(self.engine, rows, self.pad_id)
 
     def _stream(self, prompts: Sequence[Sequence[int]], logprobs: bool, echo: bool, /, **options: Any) -> Stream:
@@ -322,7 +326,8 @@ class Llama:
                 refusals[i] = check_verdict(verdict)
         allowed = [i for i in range(len(dialogs)) if i not in refusals]
         prompts = [self.chat_format.encode(self.tokenizer, dialogs[i]) for i in allowed]
-        self.inputs.check(prompts, [f"dialog {i}" for i in allowed])
+        for i, prompt in zip(allowed, prompts, strict=True):
+            self.inputs.check(prompt, f"dialog {i}")
         settings = self.inputs.settings(len(dialogs), options, chat=True)
         requests = self.inputs.requests(prompts, [settings[i] for i in allowed], logprobs, chat=True)
         return filtered(self.engine.run(requests), allowed, refusals, output_filter)
@@ -336,8 +341,3 @@ class Llama:
                 scored["tokens"].append(piece[:left])
                 left -= len(scored["tokens"][-1])
         return scored
-
-
-def check_seed(seed: Any) -> None:
-    if type(seed) is not int or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed is {shorten(seed)}; it must be an int of 64 bits")

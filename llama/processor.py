@@ -43,28 +43,27 @@ class InputProcessor:
         return self.chat_format.encode(self.tokenizer, dialog, answered, unfinished)
 
     def check_ids(self, prompts: Any) -> None:
-        """Prompts that are given as ids."""
+        """ValueError unless prompts are lists of token ids that the model can continue."""
         if not isinstance(prompts, list) or not all(isinstance(row, list) for row in prompts):
             raise ValueError(f"prompt_tokens is {shorten(prompts)}; it must be a list of lists of token ids")
-        self.check(prompts, [f"prompt {i}" for i in range(len(prompts))])
+        for i, prompt in enumerate(prompts):
+            self.check(prompt, f"prompt {i}")
 
-    def check(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> None:
-        for prompt, name in zip(prompts, names, strict=True):
-            if not prompt:
-                raise ValueError(f"{name} is empty; it needs at least one token, such as bos_id")
-            size = self.params.vocab_size
-            if odd := [id for id in prompt if type(id) is not int or not 0 <= id < size]:
-                raise ValueError(f"{name} holds {shorten(odd[0])}, which is no int from 0 to {size - 1}")
-        self.check_lengths(prompts, names)
+    def check(self, prompt: Sequence[int], name: str) -> None:
+        size = self.params.vocab_size
+        if not prompt:
+            raise ValueError(f"{name} is empty; it needs at least one token, such as bos_id")
+        if odd := [id for id in prompt if type(id) is not int or not 0 <= id < size]:
+            raise ValueError(f"{name} holds {shorten(odd[0])}, which is no int from 0 to {size - 1}")
+        self.check_length(prompt, name)
 
-    def check_lengths(self, rows: Sequence[Sequence[int]], names: Sequence[str]) -> None:
+    def check_length(self, ids: Sequence[int], name: str) -> None:
         limit = self.params.max_seq_len
-        for row, name in zip(rows, names, strict=True):
-            if len(row) > limit:
-                raise ValueError(
-                    f"{name} has {len(row)} tokens, more than max_seq_len {limit}; "
-                    "shorten it or build with a larger max_seq_len"
-                )
+        if len(ids) > limit:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens, more than max_seq_len {limit}; "
+                "shorten it or build with a larger max_seq_len"
+            )
 
     def settings(self, B: int, options: Mapping[str, Any], chat: bool = False) -> list[Settings]:
         """The options of each of B prompts, or of answers of a chat."""

@@ -7,33 +7,15 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .grammar import Matcher
 from .lookup import PromptLookup
 from .sampling import Sampler, SamplingParams
-
-
-class TextStream(Protocol):
-    """Tokens -> text, see text.Text."""
-
-    def add(self, id: int) -> bool:
-        """Take a token; whether it is the last."""
-
-    def read(self, end: bool = False) -> str:
-        """The text that has become final."""
-
-
-class TokenMatcher(Protocol):
-    """The tokens that may come next, see grammar.Matcher."""
-
-    def mask(self, without: Sequence[int] = ()) -> Tensor:
-        """Bool (V,), on the CPU; `without` some, unless only these may come."""
-
-    def take(self, id: int) -> bool:
-        """Take a token; whether it is the last. ValueError for one that may not come."""
+from .text import Text
 
 
 class Event(NamedTuple):
@@ -66,8 +48,8 @@ class Request:
     lookup: int = 0  # draft tokens, from the text so far, that are tried with each step
     logprobs: bool = False  # of the tokens that are generated
     top_logprobs: int = 0  # with `logprobs`, also of this many most probable tokens at each position
-    text: TextStream | None = None
-    matcher: TokenMatcher | None = None  # without drafts
+    text: Text | None = None
+    matcher: Matcher | None = None  # without drafts
     observe: Observe | None = None  # is given the hidden states of the prompt from position `first` on
     first: int | None = None  # positions before this one are reused from a slot that holds them; None: the last token
     echo: bool = False  # the first event begins with the prompt

@@ -46,13 +46,11 @@ class Scores:
         return all(map(math.isfinite, self.logprobs))
 
 
-def score(
-    engine: Engine, rows: Sequence[Sequence[int]], begins: Sequence[int] | None = None, top: int = 0
-) -> list[Scores]:
-    """Scores of each row from its token of number `begins` (by default 1) on. FloatingPointError names the first layer
-    that was not finite."""
+def score(engine: Engine, rows: Sequence[Sequence[int]], begins: Sequence[int], top: int = 0) -> list[Scores]:
+    """Scores of each row's tokens from index `begins[i]` on. FloatingPointError names the first layer whose output is
+    not finite."""
     engine.model.params.check_output()
-    scores = [Scores(row, begin, top) for row, begin in zip(rows, begins or [1] * len(rows), strict=True)]
+    scores = [Scores(row, begin, top) for row, begin in zip(rows, begins, strict=True)]
     for _ in engine.run([Request(s.ids, len(s.ids), observe=s, first=s.first) for s in scores]):
         pass
     return scores

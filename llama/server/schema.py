@@ -273,7 +273,8 @@ def read_prompts(llama: Llama, body: Mapping[str, Any], name: str) -> list[list[
         wanted = "a string, a list of strings, token ids or a list of these"
         raise ApiError(400, f"{name} is {shorten(value)}; it must be {wanted}", name)
     check_length(llama, several, 0, name)  # before each id is looked at
-    llama.inputs.check(several, [f"{name} {i}" for i in range(len(several))])
+    for i, prompt in enumerate(several):
+        llama.inputs.check(prompt, f"{name} {i}")
     return several
 
 
