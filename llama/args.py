@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-MOST_LAYERS = 10_000  # more are a damaged file, whose names of weights alone would fill the memory
+MOST_LAYERS = 10_000  # more come from a damaged file, and the names of their weights alone would fill memory
 
 
 def check_layers(n_layers: int) -> None:
@@ -27,7 +27,7 @@ class RopeScaling(NamedTuple):
     rope_type: str = "llama3"  # or linear, for which the factor alone counts
 
     def check(self) -> None:
-        """ValueError for a type that is not supported, and for what is no positive number."""
+        """ValueError for an unsupported type, or a number that is not positive."""
         *numbers, kind = self
         if kind not in ("llama3", "linear"):
             raise ValueError(f"rope_scaling has the rope_type {kind!r}; only llama3 and linear are supported")
@@ -50,11 +50,11 @@ class ModelArgs:
     norm_eps: float = 1e-5
     max_batch_size: int = 32  # 0: no cache, for training
     max_seq_len: int = 2048
-    rope_theta: float = 10000.0  # behind the others, whose order callers of the public implementation count on
+    rope_theta: float = 10000.0  # from here on not in Meta's first ModelArgs, whose order of arguments is kept
     rope_scaling: RopeScaling | None = None  # or a mapping of its fields
     head_dim: int = 0  # 0: dim / n_heads
     tie_word_embeddings: bool = False  # the output matrix is the embeddings: one tensor for both, on one rank
-    n_labels: int = 0  # of a score head, in place of the output matrix
+    n_labels: int = 0  # > 0: a score head with this many labels replaces the output matrix
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, Mapping):

@@ -1,4 +1,4 @@
-"""The device that a process computes on, the dtype, and what PyTorch is set to while it does."""
+"""The device and dtype that a process computes in, its threads, and PyTorch's settings meanwhile."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def cores(root: Path = Path("/sys/devices/system/cpu")) -> int:
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype, or its name, of those that weights may have; ValueError for another."""
+    """The dtype of that name, or the dtype itself; ValueError for one that weights may not have."""
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
@@ -94,17 +94,12 @@ def choose_dtype(
     if saved not in DTYPES.values():
         return torch.float32
     # Measured on two cores: 1,000 GFLOP/s in bfloat16 with AMX, 50 with AVX-512 alone, 150-220 in float32.
-    return saved if device.type != "cpu" or native or has_matrix_units(saved) else torch.float32
+    return saved if device.type != "cpu" or native or cpu_has(*MATRIX_UNITS.get(saved, ())) else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Such as bfloat16."""
     return str(dtype).removeprefix("torch.")
-
-
-def has_matrix_units(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions with which PyTorch multiplies matrices in a dtype."""
-    return cpu_has(*MATRIX_UNITS.get(dtype, ()))
 
 
 def cpu_has(*units: str) -> bool:
@@ -114,8 +109,8 @@ def cpu_has(*units: str) -> bool:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """A tensor for weights or a cache. On Linux a CPU's lies in large pages, where it may, and is read a few percent
-    faster. Its memory is taken when it is written to."""
+    """Zeros, for weights or a cache. On a CPU under Linux they are in huge pages where the kernel allows it, which are
+    a few percent faster to read. Memory is committed when it is first written."""
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(*shape, dtype=dtype, device=device)
@@ -126,16 +121,15 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
 
 
 def in_threads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Call `work` for each item, several at a time in as many threads as PyTorch uses, and each operation in one
-    thread. Threads that share a small operation wait for each other at its end: for long, where other processes compute
-    too."""
+    """Call `work` for each item in a pool of as many threads as PyTorch uses, with each PyTorch operation in one
+    thread: threads that share a small operation wait for each other at its end, which takes long on a busy machine."""
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=set_own_threads, initargs=(1,)) as pool:
         return list(pool.map(work, items))
 
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """PyTorch's operations of the calling thread in one thread."""
+    """Run the calling thread's PyTorch operations in one thread."""
     before = torch.get_num_threads()
     set_own_threads(1)
     try:
@@ -145,9 +139,9 @@ def single_threaded() -> Iterator[None]:
 
 
 def set_own_threads(n: int) -> None:
-    """How many threads PyTorch's operations of the calling thread take. torch.set_num_threads is also for all threads
-    that begin meanwhile, which would keep this number for good: so it is only for where there is no OpenMP."""
-    torch.get_num_threads()  # a new thread takes the number of the process now, or it would later
+    """Set how many threads the calling thread's PyTorch operations use. torch.set_num_threads would also set the number
+    of all threads that start later, so it is used only without OpenMP."""
+    torch.get_num_threads()  # a new thread sets its number from the process's at the first use: now, not after `own`
     if own := openmp():
         own(n)
     if torch.get_num_threads() != n:
@@ -156,7 +150,7 @@ def set_own_threads(n: int) -> None:
 
 @cache
 def openmp() -> Callable[[int], None] | None:
-    """OpenMP's omp_set_num_threads, if there is one in this process."""
+    """OpenMP's omp_set_num_threads, if this process has loaded OpenMP."""
     found = None if sys.platform == "win32" else getattr(ctypes.PyDLL(None), "omp_set_num_threads", None)
     if found:
         found.argtypes, found.restype = (ctypes.c_int,), None
@@ -171,9 +165,9 @@ def trim() -> None:
 
 @contextmanager
 def own_context(inference: bool = True) -> Iterator[None]:
-    """Let PyTorch compute in a block as if the caller had set nothing: without autocast, with new tensors on the CPU,
-    and in inference mode or out of it. The default dtype is one for all threads, so that no code may count on it."""
-    elsewhere = torch.empty(0).device.type != "cpu"  # in a tenth of the time of torch.get_default_device()
+    """Shield a block from the caller's settings: no autocast, the CPU as the default device, inference mode as given.
+    The default dtype belongs to all threads and is not changed: name the dtype of float tensors in the block."""
+    elsewhere = torch.empty(0).device.type != "cpu"  # ten times as fast as torch.get_default_device()
     autocast = [*filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps"))]
     with torch.inference_mode(inference):
         if not elsewhere and not autocast:
@@ -188,7 +182,8 @@ def own_context(inference: bool = True) -> Iterator[None]:
 
 
 def to_host(*tensors: torch.Tensor) -> Callable[[], list[Any]]:
-    """The numbers of tensors, which on a GPU have one dtype, without waiting for a GPU until they are asked for."""
+    """Start copying tensors to the host, on a GPU without waiting. The function that is returned waits and gives their
+    values as one list. On a GPU the tensors must have one dtype."""
     if tensors[0].device.type != "cuda":
         return lambda: [number for tensor in tensors for number in tensor.tolist()]
     tensor = torch.cat(tensors)

@@ -29,8 +29,8 @@ def linear(x: Tensor, weight: Any) -> Tensor:
 
 
 def in_few_shapes(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`multiply` x (..., in) in rows, rounded up in number: oneDNN, which computes in 16 and 8 bits on CPUs, keeps a
-    kernel for each number that it meets, 41 MB after 1,000 small requests."""
+    """`multiply` applied to x (..., in), padded to a rounded number of rows. oneDNN, which computes 16 and 8 bits on
+    CPUs, caches a kernel for each number of rows: 41 MB after 1,000 small requests."""
     rows = x.numel() // x.shape[-1]
     step = 1 if rows <= 8 else 16 if rows <= 256 else 64
     y = multiply(F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, -rows % step)))[:rows]
@@ -94,6 +94,6 @@ class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
 
 def _new_weight(rows: int, columns: int) -> nn.Parameter:
     weight = torch.empty(rows, columns)
-    if not weight.is_meta:  # nothing to fill there, and asking for it imports for most of a second
+    if not weight.is_meta:  # initializing a meta tensor does nothing, but imports modules for most of a second
         nn.init.normal_(weight, std=0.02)
     return nn.Parameter(weight)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-NGRAM = 3  # tokens that must have occurred before for what followed them to be a draft
+NGRAM = 3  # length of the match that a draft continues
 
 
 class PromptLookup:
-    """Finds where the last NGRAM tokens of a growing text occurred before, and what followed them: `most` tokens."""
+    """Drafts up to `most` tokens: those that followed the last NGRAM tokens of the text where these occurred before."""
 
     def __init__(self, most: int) -> None:
         self.most = self.width = most
-        self.index: dict[tuple[int, ...], int] = {}  # tokens -> where what followed them begins
+        self.index: dict[tuple[int, ...], int] = {}  # NGRAM tokens -> position after them
         self.indexed = NGRAM
         self.drafted = 0
 
@@ -26,6 +26,6 @@ class PromptLookup:
         return found
 
     def accepted(self, count: int) -> None:
-        """How many tokens of the last draft were right. After a wrong one draft less, as each costs a little."""
+        """Say how many tokens of the last draft were right. After a wrong one the next draft is shorter."""
         if self.drafted:
             self.width = min(self.most, 2 * min(count, self.drafted) + 1)

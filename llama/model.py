@@ -49,7 +49,7 @@ def rope_frequencies(positions: Tensor, args: ModelArgs) -> Tensor:
 def unscaled_rope_frequencies(head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
     """theta^(-2i/D) of each pair i, float32 (D/2,)."""
     exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
-    return 1.0 / theta**exponents  # theta**-exponents rounds otherwise: at position 4,000 the logits' fifth digit
+    return 1.0 / theta**exponents  # theta**-exponents rounds differently: at position 4,000 a logit's fifth digit
 
 
 def scale_rope_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
@@ -85,15 +85,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def keep_nan(y: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """What queries (N, H, D) attend to, y (N, H * D), but NaN where these or their own keys (N, K, D) are not finite:
-    PyTorch's attention on CPUs makes zeros of a query whose scores are all NaN, and answers are wrong in silence."""
+    """Attention's output y (N, H * D), set to NaN where a query (N, H, D) or its own key (N, K, D) is not finite. On
+    CPUs PyTorch's attention returns zeros for a query whose scores are all NaN, which would hide the error."""
     y.view_as(q).add_(q, alpha=0)
     y.view(len(k), k.shape[1], -1, k.shape[2]).add_(k.unsqueeze(2), alpha=0)
     return y
 
 
 class Layout(NamedTuple):
-    """A batch, and what all layers compute from its positions alike."""
+    """A batch, and what all layers need of its positions, computed once."""
 
     batch: Batch
     cos_sin: Tensor  # of each token's position, see `rope_frequencies`
@@ -105,7 +105,7 @@ class Layout(NamedTuple):
 
 
 class KVCache(nn.Module):
-    """Keys, and behind them values, of every position so far in every slot: (max_batch_size, 2K, max_seq_len, D)."""
+    """Keys, followed by values, of every position so far in every slot: (max_batch_size, 2K, max_seq_len, D)."""
 
     kv: Tensor
 
@@ -198,7 +198,7 @@ class Transformer(nn.Module):
             self.score = ReplicatedLinear(params.dim, params.n_labels)
         else:
             self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
-        self.direct_calls = 0  # of `forward`, which writes to slots that an engine may count on
+        self.direct_calls = 0  # of `forward`, which overwrites slots that an engine may reuse
         if params.max_batch_size:
             self.allocate_cache()
 
@@ -230,6 +230,6 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits (N, V), of a score head (N, n_labels), of chosen rows (N, dim) of what `hidden` returns."""
+        """Float32 logits (N, V), or (N, n_labels) of a score head, for rows (N, dim) of what `hidden` returns."""
         head = self.score if self.params.n_labels else self.output
         return head(self.norm(hidden)).float()

@@ -19,18 +19,18 @@ from .text import Text
 
 
 class Event(NamedTuple):
-    """What a step has brought one of several requests."""
+    """What one step has produced for one request."""
 
-    row: int  # the number of its prompt
+    row: int  # index of its prompt
     text: str = ""  # final: tokens that may be part of a character or of a stop string are held back
     tokens: list[int] = []  # noqa: RUF012 - never changed
     logprobs: list[float] = []  # noqa: RUF012 - of each token, if the request has `logprobs`
-    finish_reason: str | None = None  # "eos", "stop", "length" or "refused": once, at the end
-    # With `top_logprobs`, of each generated token: the most probable ids at its position, and their log probabilities.
+    finish_reason: str | None = None  # "eos", "stop", "length" or "refused", in the last event only
+    # With `top_logprobs`, for each generated token: the most probable ids at its position and their log probabilities.
     top_logprobs: list[list[tuple[int, float]]] = []  # noqa: RUF012
 
 
-# Arguments: hidden states (n, dim) of neighbouring tokens of a prompt, the position of the first, and a function from
+# Called with the hidden states (n, dim) of consecutive prompt tokens, the position of the first, and a function from
 # hidden states to logits. Returns whether all values were finite.
 Observe = Callable[[Tensor, int, Callable[[Tensor], Tensor]], bool]
 
@@ -45,15 +45,15 @@ class Request:
     eos_ids: Collection[int] = ()
     stop_ids: Collection[int] = ()
     min_new: int = 0  # the least number of new tokens: neither EOS nor stop_ids before
-    lookup: int = 0  # draft tokens, from the text so far, that are tried with each step
-    logprobs: bool = False  # of the tokens that are generated
-    top_logprobs: int = 0  # with `logprobs`, also of this many most probable tokens at each position
+    lookup: int = 0  # draft tokens per step, by prompt lookup
+    logprobs: bool = False  # return log probabilities of the generated tokens
+    top_logprobs: int = 0  # with `logprobs`, also those of this many most probable tokens at each position
     text: Text | None = None
-    matcher: Matcher | None = None  # without drafts
-    observe: Observe | None = None  # is given the hidden states of the prompt from position `first` on
-    first: int | None = None  # positions before this one are reused from a slot that holds them; None: the last token
+    matcher: Matcher | None = None  # excludes `lookup`
+    observe: Observe | None = None  # called with the hidden states of the prompt from position `first` on
+    first: int | None = None  # cached prefixes are reused only before this position; None: the last token's
     echo: bool = False  # the first event begins with the prompt
-    prompt_logprobs: Sequence[float] = ()  # of its tokens behind the first, for an echo; `observe` adds them
+    prompt_logprobs: Sequence[float] = ()  # of the prompt's tokens but the first, for an echo; `observe` fills it
 
     def __post_init__(self) -> None:
         self.prompt, self.ids = list(self.prompt), list(self.prompt)
@@ -63,35 +63,34 @@ class Request:
         self.error: BaseException | None = None
         self.id = self.slot = -1  # set by the engine
         self.cached = 0  # tokens of the prompt that a slot held already
-        self.row = 0  # its number among those that run together
+        self.row = 0  # index among the requests of one call
         self.outputs: deque[Event] = deque()
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether the last tokens must be known on the host before a pass is launched."""
+        """Whether the host must read the last tokens before it can launch the next pass."""
         return self.lookup > 0 or self.matcher is not None
 
-    def take(self, id: int) -> bool:
-        """Whether a token becomes part of the answer; either way it may be the end."""
+    def take(self, id: int) -> None:
+        """Append a sampled token to the answer, unless it is EOS or a stop id; set `finish` where the answer ends."""
         complete = False
         if self.matcher:
             try:
                 complete = self.matcher.take(id)
             except ValueError as error:
                 self.error, self.finish = error, "error"
-                return False
+                return
         if id in self.eos_ids or id in self.stop_ids:
             self.finish = "eos" if id in self.eos_ids else "stop"
-            return False
+            return
         self.ids.append(id)
         if (self.text and self.text.add(id)) or complete:
             self.finish = "stop"
         elif len(self.ids) == self.limit:
             self.finish = "length"
-        return True
 
     def emit(self, tokens: Sequence[int] = (), top_logprobs: Sequence[Sequence[float]] = ()) -> Event:
-        """Add an event to `outputs`: new tokens, for each a row of `sampling.top_logprobs`, and the end, if it is."""
+        """Append an event to `outputs`: new tokens, for each a row of `sampling.top_logprobs`, and `finish` if set."""
         logprobs, k = [row[0] for row in top_logprobs], self.top_logprobs
         best = [[*zip(map(int, row[len(row) // 2 + 1 :]), row[1 : k + 1], strict=False)] for row in top_logprobs if k]
         if self.echo:
@@ -109,12 +108,12 @@ class Row(NamedTuple):
     request: Request
     start: int  # position of its first token
     length: int
-    draft: Sequence[int] = ()  # its last tokens, which are not yet known to be right
-    samples: int = 0  # the number of its last positions whose logits are sampled
+    draft: Sequence[int] = ()  # draft tokens, the last ones of the row
+    samples: int = 0  # how many of its last positions are sampled from
 
     @property
     def end(self) -> int:
-        """The position behind its last token."""
+        """The position after its last token."""
         return self.start + self.length
 
     @property
@@ -124,13 +123,13 @@ class Row(NamedTuple):
 
     @property
     def answered(self) -> int:
-        """Tokens of the answer before the first that is sampled."""
+        """How many tokens of the answer come before the first that is sampled."""
         return self.end - self.samples + 1 - len(self.request.prompt)
 
 
 def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
-    """Tokens (M,) by logits (M, V) of the positions that rows sample, row by row. Position t > 0 of a row follows draft
-    token t - 1, and counts only where all draft tokens before it were right."""
+    """Sample tokens (M,) from logits (M, V): `samples` of each row, row by row. Sample t > 0 of a row follows draft
+    token t - 1, and is valid only where all draft tokens before it were sampled too."""
     if all(row.samples == 1 for row in rows):
         which, slots = [row.answered for row in rows], [row.request.slot for row in rows]
         ids = sampler(forbid(logits, [row.request for row in rows], which), slots, which)
@@ -153,8 +152,8 @@ def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
 
 
 def forbid(logits: Tensor, requests: Sequence[Request], which: Sequence[int]) -> Tensor:
-    """Logits (B, V) without the tokens that matchers exclude, and without the ends of requests whose `which[b]`-th new
-    token comes too early for one."""
+    """Logits (B, V) with -inf for tokens that matchers exclude, and for EOS and stop ids where the answer has only
+    `which[b]` tokens so far, fewer than `min_new`."""
     early: list[tuple[int, int]] = []
     for i, request in enumerate(requests):
         ends = (*request.eos_ids, *request.stop_ids) if which[i] < request.min_new else ()
