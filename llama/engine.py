@@ -31,7 +31,7 @@ from .request import Event, Request, Row, choose
 from .sampling import Sampler, top_logprobs
 
 AHEAD = {"cuda"}  # devices on which a pass is launched before the host has read the tokens of the last one
-CHUNK = 512  # prompt tokens of a pass beside running requests: enough that reading the weights is not what takes time
+CHUNK = 512  # prompt tokens of a pass beside running requests: enough to be compute-bound, not bound by weight reads
 WORTH_SHARING = 32  # tokens of a prefix; fewer are computed again rather than copied or waited for
 
 
@@ -39,18 +39,18 @@ class Slot:
     def __init__(self) -> None:
         self.tokens: list[int] = []  # whose keys and values it holds
         self.request: Request | None = None
-        self.used = 0  # when a request last left
+        self.used = 0  # the engine's clock when a request last left
 
 
 class Pass(NamedTuple):
     rows: list[Row]
     ids: Tensor  # (M,) on the device, M the number of samples of all rows
-    # The ids; for each the sum of its logits; for each row of a prompt the sum of its hidden states (a sum shows if all
-    # of its numbers are finite); on several ranks, whether the first sends a second message. In float32, which holds
-    # all ids below 2^24.
+    # Waits for the pass and gives: the M ids; the sum of the logits of each; the sum of the hidden states of each row
+    # of a prompt (a sum is finite only if all its terms are); on several ranks, whether rank 0 sends a second message.
+    # All in float32, which holds ids below 2^24 exactly.
     read: Callable[[], list[float]]
-    logprobs: Callable[[], list[list[float]]] | None  # of each id a row of `top_logprobs`
-    failed: list[Request]  # their observers found values that are not finite
+    logprobs: Callable[[], list[list[float]]] | None  # for each id a row of `top_logprobs`
+    failed: list[Request]  # whose observers found values that are not finite
 
 
 class Engine:
@@ -71,11 +71,11 @@ class Engine:
         self.model, self.compile, self.lock = model, False, threading.Lock()
         self.slots = [Slot() for _ in range(model.params.max_batch_size)]
         self.waiting: deque[Request] = deque()
-        self.cancelled: deque[Request] = deque()  # on several ranks the first's count
-        self.outbox: SimpleQueue[Any] = SimpleQueue()  # items that the first rank sends to all ranks with the next step
-        self.received: list[Any] = []  # items that came with the last steps
-        self.ahead: Pass | None = None  # launched, and not yet read
-        self.broken = False  # this rank has lost the others
+        self.cancelled: deque[Request] = deque()  # on several ranks, those of rank 0 decide
+        self.outbox: SimpleQueue[Any] = SimpleQueue()  # items that rank 0 sends to all ranks with the next step
+        self.received: list[Any] = []  # items of the last steps, on every rank
+        self.ahead: Pass | None = None  # launched, but not read yet
+        self.broken = False  # this rank is out of step with the others
         self.ids = itertools.count()  # of requests
         self.clock = itertools.count(1)  # for `Slot.used`
         # Set by `_renew`:
@@ -99,8 +99,7 @@ class Engine:
                 self.waiting.append(request)
 
     def cancel(self, *requests: Request) -> None:
-        """End requests: with the next step, which on several ranks is made here. Ranks but the first go on until the
-        first says so."""
+        """End requests, with the next step. On several ranks this steps until they have ended: rank 0 decides when."""
         self.cancelled.extend(request for request in requests if not request.finish)
         if world_size() > 1 and not self.broken and self.lock.acquire(blocking=False):
             try:
@@ -140,7 +139,7 @@ class Engine:
     @own_context()
     def step(self) -> list[Event]:
         """One pass: a token, and draft tokens, of each running request, and chunks of prompts. Returns events, which
-        the requests' `outputs` have too. Hold `lock` where several threads use the engine."""
+        are also in the requests' `outputs`. Hold `lock` where several threads use the engine."""
         if self.broken:
             raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
         try:
@@ -154,7 +153,7 @@ class Engine:
             raise
 
     def forget(self) -> None:
-        """Use no prefix of what the cache holds now."""
+        """Never reuse what the cache holds now as a prefix."""
         for slot in self.slots:
             slot.tokens = [] if slot.request is None else slot.tokens
 
@@ -189,8 +188,8 @@ class Engine:
         return rows, torch.tensor(tokens, device=self.device)
 
     def _following(self, current: Pass) -> tuple[list[Row], Tensor]:
-        """The rows and tokens of the pass after `current`, whose sampled tokens the host does not know yet. No rows
-        unless every request just decodes, and none comes or is cancelled."""
+        """The rows and tokens of the pass after `current`, whose sampled tokens the host has not read yet. No rows
+        unless all requests decode without drafts, and none is admitted or cancelled."""
         running = self._running()
         cancels = world_size() == 1 and self.cancelled
         admits = self.waiting and len(running) < len(self.slots)
@@ -209,7 +208,7 @@ class Engine:
         return sorted((slot.request for slot in self.slots if slot.request), key=lambda request: request.id)
 
     def _renew(self) -> None:
-        """Choose a backend, and forget what the cache holds, if the model was changed while nothing ran."""
+        """If the model has changed since the last call: choose a backend anew and forget what the cache holds."""
         state = backends.fingerprint(self.model), self.compile
         if state != self.state:
             self.device = next(self.model.parameters()).device
@@ -251,14 +250,14 @@ class Engine:
     # A pass
 
     def _launch(self, rows: list[Row], tokens: Tensor) -> Pass | None:
-        """Compute rows with their tokens (N,), and sample; None where there are no rows."""
+        """Start a pass over rows with their tokens (N,); None without rows."""
         if not rows:
             return None
         spans = [Span(row.request.slot, row.start, row.length) for row in rows]
         return self._sample(rows, self.backend.hidden(Batch.arrange(tokens, spans)))
 
     def _sample(self, rows: list[Row], hidden: Tensor) -> Pass:
-        """Sample tokens from hidden states (N, dim). This does not wait for a GPU, unless a request has an observer."""
+        """Sample from hidden states (N, dim). This does not wait for a GPU, unless a request has an observer."""
         at, index, failed, prompts = 0, list[int](), [], list[Tensor]()
         for row in rows:
             if row.of_prompt:
@@ -288,7 +287,7 @@ class Engine:
         return Pass(rows, ids, to_host(*message), logprobs, failed)
 
     def _read(self, current: Pass) -> list[Event]:
-        """Wait for the tokens that a pass has sampled, and give them to the requests."""
+        """Wait for the tokens of a pass, and add them to the requests."""
         values, outputs, at = current.read(), [], 0
         if values and world_size() > 1 and values[-1]:
             gone = [self.cancelled.popleft().id for _ in range(len(self.cancelled))]
@@ -301,7 +300,7 @@ class Engine:
         for row in current.rows:
             request, begin, at = row.request, at, at + row.samples
             finite = not row.of_prompt or math.isfinite(next(prompt_sums))
-            if request.finish:  # before this pass, which was launched too early to know
+            if request.finish:  # it ended in the pass before, after this one was launched
                 continue
             finite = finite and request not in current.failed
             if not finite or not self._take(row, values[begin:at], values[M + begin : M + at]):
@@ -317,8 +316,8 @@ class Engine:
         return outputs
 
     def _take(self, row: Row, ids: Sequence[float], sums: Sequence[float]) -> bool:
-        """Give a request the ids that were sampled for it, up to the first that differs from its draft; whether the
-        logits of each were finite."""
+        """Add sampled ids to a request, up to the first that differs from its draft. Returns whether the logits of all
+        that were added are finite."""
         request, slot, accepted = row.request, self.slots[row.request.slot], 0
         known = row.end - len(row.draft)
         for n, (id, drafted) in enumerate(zip(map(int, ids), [*row.draft, -1], strict=False)):
@@ -348,7 +347,7 @@ class Engine:
             request.emit()
 
     def _fail(self, request: Request) -> Event:
-        """End a request whose numbers are not finite. Others go on."""
+        """End a request whose logits or hidden states are not finite. Others go on."""
         again = Batch.of([(request.slot, 0, request.ids)], self.device)
         request.error = backends.not_finite(self.model, again)
         request.finish = "error"
@@ -373,8 +372,8 @@ _engines: WeakValueDictionary[int, Engine] = WeakValueDictionary()
 
 
 def _forked() -> None:
-    """In a child of os.fork: other threads are not here, neither those that hold locks or read streams nor OpenMP's,
-    for which PyTorch would wait. So it computes on one thread."""
+    """In a child of os.fork, which has none of its parent's other threads: not those that hold locks or read streams,
+    and not OpenMP's, for which PyTorch would wait. So the child computes on one thread."""
     for engine in [*_engines.values()]:
         torch.set_num_threads(1)
         engine.lock, requests = threading.Lock(), [*engine._running(), *engine.waiting]
@@ -387,8 +386,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the longest common prefix, by bisection, as slices compare fast."""
-    low, high = 0, min(len(a), len(b)) + 1  # equal up to low, not so up to high
+    """The length of the longest common prefix, by bisection: comparing slices is faster than a loop."""
+    low, high = 0, min(len(a), len(b)) + 1  # the first `low` are equal, the first `high` are not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)

@@ -18,8 +18,8 @@ AT_ONCE = 256  # positions whose logits are computed at a time: 32 MiB of float3
 
 
 class Scores:
-    """Of each of a text's tokens from number `begin` on, given those before it: log probabilities, and the ids and log
-    probabilities of the `top` most probable in its place. It observes a request for the text."""
+    """The log probability of each of a text's tokens from index `begin` on, given the tokens before it, and the ids and
+    log probabilities of the `top` most probable tokens there. It is the `observe` of a request for the text."""
 
     def __init__(self, ids: Sequence[int], begin: int = 1, top: int = 0) -> None:
         self.ids, self.begin, self.top = ids, begin, top
@@ -32,7 +32,8 @@ class Scores:
         return self.begin - 1
 
     def __call__(self, hidden: Tensor, start: int, logits: Callable[[Tensor], Tensor]) -> bool:
-        """Score what follows hidden states (n, dim) of the positions from `start` on; whether all was finite."""
+        """Score the tokens that follow hidden states (n, dim), whose first position is `start`. Returns whether all
+        scores so far are finite."""
         hidden = hidden[max(0, self.first - start) :]
         start = max(start, self.first)
         targets = torch.tensor(self.ids[start + 1 :][: len(hidden)], device=hidden.device)  # position t predicts t + 1
@@ -57,8 +58,8 @@ def score(engine: Engine, rows: Sequence[Sequence[int]], begins: Sequence[int], 
 
 
 def embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> Tensor:
-    """The normalized last hidden states of each row, their mean or the last one: (rows, dim) in float32.
-    FloatingPointError names the first layer that was not finite."""
+    """The last hidden states of each row after the final norm, their mean or the last one: float32 (rows, dim).
+    FloatingPointError names the first layer whose output is not finite."""
     requests, sums = to_embed(engine, rows, pooling)
     for _ in engine.run(requests):
         pass
@@ -66,7 +67,7 @@ def embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> Tensor
 
 
 def to_embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> tuple[list[Request], Tensor]:
-    """Requests for the embeddings of rows, and where these are once all have ended."""
+    """Requests for the embeddings of rows, and the tensor that holds the embeddings once all have ended."""
     norm, dim = engine.model.norm, engine.model.params.dim
 
     def normed(hidden: Tensor, logits: object) -> Tensor:
@@ -76,10 +77,10 @@ def to_embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> tup
 
 
 def classify(engine: Engine, rows: Sequence[Sequence[int]], pad_id: int | None = None) -> Tensor:
-    """The score head's logits at the last token of each row that is not padding, or else at the first: (rows, n_labels)
-    in float32. FloatingPointError names the first layer that was not finite."""
+    """The score head's logits at the last token of each row that is not padding, or at the first if all are: float32
+    (rows, n_labels). FloatingPointError names the first layer whose output is not finite."""
     ends = [1 + max((t for t, id in enumerate(row) if id != pad_id), default=0) for row in rows]
-    seen = [row[:end] for row, end in zip(rows, ends, strict=True)]  # what follows changes nothing
+    seen = [row[:end] for row, end in zip(rows, ends, strict=True)]  # later tokens change nothing
     labels = engine.model.params.n_labels
     requests, sums = to_pool(engine, seen, "last", labels, lambda hidden, logits: logits(hidden))
     for _ in engine.run(requests):
@@ -94,8 +95,8 @@ def to_pool(
     width: int,
     of: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
 ) -> tuple[list[Request], Tensor]:
-    """Requests for what `of` makes of a row's hidden states (n, dim), with the backend's `logits` at hand, (n, width);
-    and where their means, or the last ones, are once all have ended: (rows, width) in float32."""
+    """Requests that pool of(hidden (n, dim), logits) -> (n, width) over each row's positions, where `logits` is the
+    backend's; and the tensor that holds the means, or the last values, once all have ended: float32 (rows, width)."""
     sums = torch.zeros(len(rows), width, device=engine.device, dtype=torch.float32)
 
     def add(i: int, hidden: Tensor, start: int, logits: Callable[[Tensor], Tensor]) -> bool:
@@ -112,9 +113,9 @@ def to_pool(
 def perplexity(
     model: Transformer, ids: Sequence[int], window: int, stride: int, done: Callable[[int], object] = lambda n: None
 ) -> tuple[float, int]:
-    """exp of the mean negative log probability of all ids but the first, and how many they are. Each is scored once, in
-    windows that begin every `stride` ids, with at least window - stride ids before it where the text has them. `done`
-    is called with how many ids more are done. 0 < stride < window, and at least two ids."""
+    """exp of the mean negative log probability of all ids but the first, and their number. Each id is scored once, in
+    windows that begin every `stride` ids, so with at least window - stride ids of context, or all that there are.
+    `done` is called with the number of ids scored since the last call. 0 < stride < window, and at least two ids."""
     engine, at_once, total = Engine.of(model), model.params.max_batch_size, 0.0
     starts = range(0, max(1, len(ids) - window + stride), stride)
     for group in (starts[i : i + at_once] for i in range(0, len(starts), at_once)):

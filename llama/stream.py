@@ -1,4 +1,4 @@
-"""Streams of what is generated, and filters that may replace a dialog's answer."""
+"""Streams of generated tokens and text, and filters that may replace a dialog's answer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from .chat import Dialog
 from .parallel import ask_first_rank, open_streams, rank
 from .request import Event
 
-InputFilter = Callable[[Dialog], "str | None"]  # None where the dialog may be answered, or what to say instead
-OutputFilter = Callable[[str], "str | None"]  # None where the answer may be given, or what to say instead
+InputFilter = Callable[[Dialog], "str | None"]  # None to answer the dialog, or the text to return instead
+OutputFilter = Callable[[str], "str | None"]  # None to return the answer, or the text to return instead
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Stream(AbstractContextManager["Stream"], Iterator[Event]):
-    """An iterator of events. Under torchrun every rank has one; when the first rank closes its own, or drops it, the
-    others end."""
+    """An iterator of events. Under torchrun every rank has one; all end when rank 0 closes or drops its own."""
 
     def __init__(
         self,
@@ -35,14 +34,14 @@ class Stream(AbstractContextManager["Stream"], Iterator[Event]):
         self.rows, self.logprobs, self._steps = rows, logprobs, steps
         self.before = before or [()] * rows  # the tokens that the text of each row continues
         open_streams.add(self)
-        # The first is fetched at once, so that a stream that nobody reads has begun on all ranks, and can end on all.
+        # The first step is made at once, so that an unread stream has begun on all ranks, and can be closed on all.
         self._events = itertools.chain(next(steps, []), itertools.chain.from_iterable(steps))
 
     def __next__(self) -> Event:
         return next(self._events)
 
     def drain(self) -> list[Event]:
-        """All that is still to come of each row, as one event."""
+        """Read to the end; the events of each row as one."""
         rows: list[list[Event]] = [[Event(i)] for i in range(self.rows)]
         with self:
             for event in self:
@@ -50,7 +49,7 @@ class Stream(AbstractContextManager["Stream"], Iterator[Event]):
         return [whole(events) for events in rows]
 
     def close(self) -> None:
-        """End all rows here and now. Ranks but the first go on, unread, until the first ends, as filters are asked."""
+        """End all rows. Ranks other than 0 skip events until rank 0 ends, as they take part in asking filters."""
         if inspect.getgeneratorstate(self._steps) != inspect.GEN_CLOSED:
             for _ in self._steps if rank() else ():
                 pass
@@ -70,8 +69,9 @@ def filtered(
     refusals: Mapping[int, str],
     output_filter: OutputFilter | None,
 ) -> Generator[list[Event], None, None]:
-    """Events of those `rows` of a batch that were not refused; texts as a whole, if there is a filter for them."""
-    # Refusals come with the first step, so that whoever reads them has begun what the other ranks have begun.
+    """The events of `steps`, renumbered to `rows` of the batch, with the refusals of the other rows before them. With
+    an output filter each row has a single event, for its whole text."""
+    # Refusals are part of the first step: a rank that has read them has begun the requests, as all ranks have.
     first = [refused(row, text) for row, text in refusals.items()]
     held: dict[int, list[Event]] = {}
     with closing(steps):
@@ -95,8 +95,7 @@ OLD_NAMES = {"judge_input": "input_filter", "judge_output": "output_filter"}
 
 
 def pop_filters(options: dict[str, Any]) -> tuple[InputFilter | None, OutputFilter | None]:
-    """Take the filters out of options, where they may have their names of earlier releases; ValueError for what is no
-    function."""
+    """Take the filters out of options, under their present or earlier names. ValueError for one that is no function."""
     for old, new in OLD_NAMES.items():
         if old in options:
             warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
@@ -119,14 +118,14 @@ def check_verdict(verdict: object) -> str:
 
 
 def ended(held: dict[int, list[Event]], events: Sequence[Event]) -> list[Event]:
-    """The answers that end with these events, each as one; `held` keeps the events of the others, by their rows."""
+    """The answers that these events complete, each as one event. `held` keeps the events of the others, by row."""
     for event in events:
         held.setdefault(event.row, []).append(event)
     return [whole(held.pop(event.row)) for event in events if event.finish_reason]
 
 
 def whole(events: Sequence[Event]) -> Event:
-    """The events of a row as one."""
+    """A row's events as one."""
     tokens = [id for event in events for id in event.tokens]
     logprobs = [logprob for event in events for logprob in event.logprobs]
     best = [found for event in events for found in event.top_logprobs]
@@ -137,8 +136,8 @@ def whole(events: Sequence[Event]) -> Event:
 def drains(
     stream: Callable[Concatenate[Any, P], Stream],
 ) -> Callable[[Callable[[Any, Stream], T]], Callable[Concatenate[Any, P], T]]:
-    """Make a method that takes what the method `stream` takes, and returns what the decorated one makes of the
-    stream."""
+    """Decorate a method of a stream: the result takes the arguments of the method `stream`, and passes on the stream
+    that this returns."""
 
     def decorate(method: Callable[[Any, Stream], T]) -> Callable[Concatenate[Any, P], T]:
         @functools.wraps(method)

@@ -9,11 +9,11 @@ from .tokenizer import Decoder, Tokenizer
 
 
 class Text:
-    """Text that grows by tokens and ends before the first of `stops` to be complete, wherever tokens border. It
-    continues that of the tokens `before`, if there are any.
+    """Decodes a row's tokens one by one, and ends its text before the first stop string, which may begin and end within
+    tokens. The text continues that of the tokens `before`, if any.
 
-    What all calls of `read` return, joined, is the text; no part of a stop string is ever returned. Before the token of
-    number `least` none is looked for.
+    What all calls of `read` return, joined, is the text; no part of a stop string is ever returned. Stop strings are
+    ignored in the first `least` - 1 tokens.
     """
 
     def __init__(
@@ -25,16 +25,16 @@ class Text:
         self.stopped = False
 
     def preface(self, ids: Sequence[int]) -> None:
-        """Tokens before the first, in which stop strings mean nothing."""
+        """Put tokens before the first one, in which stop strings are ignored."""
         self.final += "".join(map(self.decoder.push, ids))
 
     def add(self, id: int) -> bool:
-        """Whether this token has completed a stop string."""
+        """Add a token; whether it completes a stop string."""
         self._append(self.decoder.push(id))
         return self.stopped
 
     def read(self, end: bool = False) -> str:
-        """What has become final since the last call; at the `end`, when no tokens will follow, all that is left."""
+        """The text that has become final since the last call; with `end`, as no tokens follow, all the rest."""
         if end:
             self._append(self.decoder.flush())
             self.final += self.held
@@ -62,10 +62,10 @@ class Text:
 
 
 def border(tokenizer: Tokenizer, beginning: str, ids: Sequence[int]) -> int:
-    """The number of the first of `ids`, BOS and a text, that is not wholly of the text's beginning; of all if none."""
+    """The index of the first of `ids` (BOS and a text) that is not wholly part of its `beginning`, or len(ids)."""
     alone = tokenizer.decode(tokenizer.encode(beginning, bos=True, eos=False))
     pieces = tokenizer.decode_pieces(ids)
     first = next((n for n, text in enumerate(accumulate(pieces)) if not alone.startswith(text)), len(ids))
-    while 1 < first < len(ids) and not pieces[first - 1]:  # the first bytes of its first character
+    while 1 < first < len(ids) and not pieces[first - 1]:  # it has the first bytes of that id's character
         first -= 1
     return first
