@@ -1,4 +1,4 @@
-"""The options of generation, checked, and spread over prompts."""
+"""The options of generation: checked, one value for each prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": Non
 
 def plain(value: Any) -> Any:
     """A value in Python's own types: arrays, tensors, columns of a table, tuples and other collections become lists,
-    and the numbers of other libraries int or float. What is none of these is returned as it is."""
+    the numbers of other libraries int or float. Any other value is returned as it is."""
     if type(value) in ATOMS or callable(value):
         return value
     if isinstance(value, Mapping):
@@ -38,7 +38,7 @@ def plain(value: Any) -> Any:
 
 
 def plain_arguments(function: Callable[P, T]) -> Callable[P, T]:
-    """`function` with `plain` arguments, of which None stands for the default."""
+    """Decorate a function to get `plain` arguments, and the default for None."""
     parameters = signature(function).parameters
     defaults = {name: None if p.default is Parameter.empty else p.default for name, p in parameters.items()}
 
@@ -53,8 +53,8 @@ def plain_arguments(function: Callable[P, T]) -> Callable[P, T]:
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of every way to generate: one value for all prompts, or a list of one for each; None stands
-    for the default. See sampling.SamplingParams for those that choose tokens; a seed is drawn from the Llama's own.
+    """Keyword arguments of all methods that generate: one value for all prompts, or a list of one for each; None is the
+    default. See sampling.SamplingParams for those that choose tokens; the default seed is drawn from the Llama's own.
     """
 
     top_k: int | Sequence[int]
@@ -67,9 +67,9 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str] | Sequence[Sequence[str]]  # strings before which a text ends; a list of str is for all
     stop_token_ids: Sequence[int] | Sequence[Sequence[int]]  # ids before which it ends; a list of int is for all
     min_gen_len: int | Sequence[int]  # the least number of new tokens, unless max_gen_len is smaller
-    json_schema: str | Mapping[str, Any] | Sequence[Any]  # JSON that an answer is, see `grammar`
-    regex: str | Sequence[str]  # a regular expression that a whole answer matches
-    prompt_lookup: int  # draft tokens, copied from the text so far, tried with each step: the same tokens, sooner
+    json_schema: str | Mapping[str, Any] | Sequence[Any]  # the answer is JSON that follows it, see `grammar`
+    regex: str | Sequence[str]  # the whole answer matches this regular expression
+    prompt_lookup: int  # draft tokens of each step, copied from the text so far: the same answer in fewer steps
 
 
 class Settings(NamedTuple):
@@ -87,8 +87,8 @@ class Settings(NamedTuple):
 def spread_options(
     B: int, vocab_size: int, eos_ids: Iterable[int], most: int, generator: torch.Generator, options: Mapping[str, Any]
 ) -> list[Settings]:
-    """Options of each of B prompts, plain ones. None stands for a default: for max_gen_len `most`, for a seed one that
-    is drawn. TypeError for an unknown name, ValueError that names a bad value and its limit."""
+    """The settings of each of B prompts from `plain` options. None is the default: `most` for max_gen_len, a random one
+    for a seed. TypeError for an unknown name, ValueError that names a bad value and its limit."""
     known = {*Options.__annotations__, *DEFAULTS}
     if unknown := [name for name in options if name not in known]:
         raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
@@ -131,7 +131,7 @@ def spread(name: str, value: Any, B: int) -> list[Any]:
 
 
 def several(name: str, value: Any, B: int, kind: type[T]) -> list[Sequence[T]]:
-    """Several values for each of B rows; one, or a flat list of them, is for all; None is none."""
+    """A list of values for each of B rows. A single value, or a flat list, is for all rows; None is an empty list."""
     value = [value] if isinstance(value, kind) else [] if value is None else value
     if not isinstance(value, list):
         raise ValueError(f"{name} is {shorten(value)}; it must be a list of {kind.__name__}, or one for each row")

@@ -21,12 +21,12 @@ from .tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class InputProcessor:
-    """What a model's inputs are made with. Methods raise ValueError that names a bad input and its limit."""
+    """Turns a model's inputs into requests. Methods raise ValueError that names a bad input and its limit."""
 
     params: ModelArgs
     tokenizer: Tokenizer
     chat_format: ChatFormat
-    generator: torch.Generator  # where prompts without a seed of their own get one
+    generator: torch.Generator  # draws the seeds of prompts without one
     grammars: Grammars
 
     def encode(self, texts: Any, name: str = "prompts") -> list[list[int]]:
@@ -35,8 +35,8 @@ class InputProcessor:
         return [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
 
     def encode_dialog(self, dialog: Dialog, name: str, answered: bool = False, unfinished: bool = False) -> list[int]:
-        """The ids of a dialog in the chat format; with `answered` it ends with the assistant's message, which is to go
-        on if it is `unfinished`."""
+        """The ids of a dialog in the chat format. An `answered` one ends with the assistant's message, which is left
+        open if `unfinished`."""
         self.chat_format.check(dialog, name, answered=answered)
         if refusal := self.chat_format.refusal(dialog):
             raise ValueError(f"{name}: {refusal}")
@@ -66,7 +66,7 @@ class InputProcessor:
             )
 
     def settings(self, B: int, options: Mapping[str, Any], chat: bool = False) -> list[Settings]:
-        """The options of each of B prompts, or of answers of a chat."""
+        """The settings of each of B prompts; with `chat`, of answers to dialogs."""
         self.params.check_output()
         limits = self.params.vocab_size, self.tokenizer.eos_ids, self.params.max_seq_len
         found = spread_options(B, *limits, self.generator, options)
@@ -83,7 +83,7 @@ class InputProcessor:
         chat: bool = False,
         top_logprobs: int = 0,
     ) -> list[Request]:
-        """A request for each prompt. A text continues its prompt's; an answer of a chat is one of its own."""
+        """A request for each prompt. The text continues the prompt's; with `chat` it is a text of its own."""
         requests = []
         for prompt, row in zip(prompts, settings, strict=True):
             text = Text(self.tokenizer, row.stop, row.min_new, () if echo or chat else prompt)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LARGEST = 1e30  # of a setting, so that products remain finite in single precision
-FEW = 512  # most probable tokens, which are tried before a whole vocabulary is sorted
+LARGEST = 1e30  # magnitude of a setting: products with logits stay finite in float32
+FEW = 512  # most probable tokens, which are sorted first, and the whole vocabulary only where they do not suffice
 BUCKETS, PER_LOGIT = 4096, 64  # of `nucleus`: a bucket is 1/64 of a logit wide
 
 
@@ -24,7 +24,7 @@ class SamplingParams:
     """How one request's tokens are chosen. ValueError for a value that is out of its range."""
 
     temperature: float = 0.0  # 0: greedy, the argmax
-    top_p: float = 1.0  # nucleus: the fewest top tokens with this probability in all (Holtzman et al. 2019)
+    top_p: float = 1.0  # nucleus: the smallest set of top tokens with this probability (Holtzman et al. 2019)
     top_k: int = 0  # only the k most probable tokens; 0: all
     min_p: float = 0.0  # tokens with at least this fraction of the top probability (Nguyen et al. 2024)
     # Of tokens in prompt or answer: logit / penalty, or logit * penalty where it is negative (Keskar et al. 2019).
@@ -66,8 +66,8 @@ assert [*LIMITS] == [f.name for f in fields(SamplingParams)]
 
 
 def penalize(logits: Tensor, prompt: Tensor, counts: Tensor, penalties: Tensor) -> Tensor:
-    """Logits (B, V) less (repetition, frequency, presence) penalties (3, B, 1), where `prompt` (B, V) is true for
-    tokens of the prompt and `counts` (B, V) says how often the answer has each."""
+    """Apply the penalties (repetition, frequency, presence) (3, B, 1) to logits (B, V). `prompt` (B, V) is true for
+    tokens of the prompt; `counts` (B, V) is how often the answer has each token."""
     repetition, frequency, presence = penalties
     weakened = torch.where(logits > 0, logits / repetition, logits * repetition)
     logits = torch.where(prompt | (counts > 0), weakened, logits)
@@ -76,41 +76,41 @@ def penalize(logits: Tensor, prompt: Tensor, counts: Tensor, penalties: Tensor) 
 
 def softmax(logits: Tensor, temperature: Tensor) -> Tensor:
     """Probabilities (B, V) at temperatures (B, 1)."""
-    # The maximum becomes 0, and 1e-30 is as cold as it gets, so that a tiny temperature cannot overflow.
+    # The maximum is subtracted first and the temperature is at least 1e-30: no division overflows to NaN.
     return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature.clamp_min(1e-30), -1)
 
 
 def filter_top_k_top_p(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Sorted probabilities (B, M), descending, the top of a whole vocabulary, with those that top_k, top_p of what that
-    leaves, and min_p (each (B, 1)) exclude set to zero. The first always stays; the rest is not scaled up."""
+    """Set to zero what top_k, then top_p of the rest, and min_p (each (B, 1)) exclude of the M largest probabilities
+    (B, M), in descending order. The first always stays; the result is not normalized."""
     rank = torch.arange(probs.shape[-1], device=probs.device)
     kept = probs * ((rank < top_k) | (top_k == 0))
     reached = kept.cumsum(-1)  # not `sum`, whose rounding depends on M
-    before = reached - kept  # what the more probable ones have
+    before = reached - kept  # the sum of the more probable ones
     whole = torch.where(top_k == 0, 1.0, reached[:, -1:])
-    limit = torch.where(top_p < 1, top_p * whole, 2.0)  # rounded sums may reach 1 early, and that must exclude nothing
+    limit = torch.where(top_p < 1, top_p * whole, 2.0)  # 2: a rounded sum may reach 1 early, but excludes nothing
     kept = kept.masked_fill((before >= limit) | (kept < min_p * kept[:, :1]), 0.0)
     kept[:, 0] = probs[:, 0]
     return kept
 
 
 def sample(weights: Tensor, u: Tensor) -> Tensor:
-    """The index (B,) of one of weights (B, M) with a probability in proportion to it, by u (B, 1) from [0, 1)."""
+    """Sample an index (B,) with probability in proportion to weights (B, M), given uniform u (B, 1) from [0, 1)."""
     total = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1)
     found = torch.searchsorted(total, u.to(total) * total[:, -1:], right=True)
     return found.clamp(max=weights.shape[-1] - 1)[:, 0]
 
 
 def nucleus(logits: Tensor, probs: Tensor, top_p: float, u: Tensor) -> Tensor:
-    """The token () that `filter_top_k_top_p` and `sample` would choose by top_p and u (1,) from sorted logits (V,) and
-    their probabilities, without sorting all. Probabilities are added up in buckets of logits, and only two buckets are
-    sorted: the one in which the nucleus ends, and the one that u falls into."""
+    """The token () that `filter_top_k_top_p` and `sample` would choose with top_p and u (1,), from unsorted logits (V,)
+    and their probabilities. Probabilities are summed in buckets of logits, and at most two buckets are sorted: the one
+    in which the nucleus ends, and the one that u falls into."""
     bucket = ((logits.max() - logits) * PER_LOGIT).clamp_(max=BUCKETS - 1).long()
     mass = torch.zeros(BUCKETS, dtype=torch.float64).scatter_add_(0, bucket, probs.double())
-    reached = mass.cumsum(0)  # by all down to each bucket
+    reached = mass.cumsum(0)  # the probability of each bucket and of those above it
 
     def tokens(n: int) -> tuple[Tensor, Tensor]:
-        """The ids of a bucket, sorted, and what is reached by each."""
+        """The ids of a bucket, sorted, and the cumulative probability at each."""
         ids = (bucket == n).nonzero()[:, 0]
         ids = ids[logits[ids].sort(descending=True, stable=True).indices]
         return ids, (reached[n] - mass[n]) + probs[ids].double().cumsum(0)
@@ -128,8 +128,8 @@ def nucleus(logits: Tensor, probs: Tensor, top_p: float, u: Tensor) -> Tensor:
 
 
 def top_logprobs(logits: Tensor, tokens: Tensor, k: int) -> Tensor:
-    """Of logits (M, V): the natural log probability of each of the tokens (M,) under the full softmax, then the k
-    highest, then their ids, which float32 holds exactly below 2^24: (M, 1 + 2 k)."""
+    """Of logits (M, V): the natural log probability of each of the tokens (M,), then the k highest, then their ids,
+    which float32 holds exactly below 2^24: (M, 1 + 2 k)."""
     logprobs = torch.log_softmax(logits, -1)
     best = logprobs.topk(min(k, logits.shape[-1]))
     return torch.cat((logprobs.gather(-1, tokens[:, None]), best.values, best.indices.to(logprobs.dtype)), -1)
@@ -140,11 +140,11 @@ class Rows(NamedTuple):
 
     params: Sequence[SamplingParams]
     greedy: bool  # whether all of them take the argmax
-    excluding: Sequence[bool]  # whether top_k, top_p or min_p exclude tokens of each
+    excluding: Sequence[bool]  # whether each has top_k, top_p or min_p
     sampled: Tensor  # (B,), false where the argmax is taken
     temperature: Tensor  # (B, 1)
     filtered: Tensor  # (B,), `excluding` on the device
-    by_top_p: Tensor  # (B,), where top_p alone excludes tokens
+    by_top_p: Tensor  # (B,), true for rows with top_p alone
     filters: Sequence[Tensor]  # top_k, top_p, min_p, each (B, 1)
     penalties: Tensor | None  # (3, B, 1)
     bias: Tensor | None  # (B, V)
@@ -152,8 +152,8 @@ class Rows(NamedTuple):
 
 
 class Sampler:
-    """Chooses tokens for the requests in the slots of a cache, which come and go. It remembers what penalties and seeds
-    need. Nothing here waits for a GPU."""
+    """Samples tokens for the requests that are in the cache's slots, and keeps what their penalties and seeds need.
+    Nothing here waits for a GPU."""
 
     def __init__(self, slots: int, vocab_size: int, device: Any) -> None:
         self.device, self.shape = device, (slots, vocab_size)
@@ -177,7 +177,7 @@ class Sampler:
             self.prompt[slot, list({*prompt})] = True
 
     def __call__(self, logits: Tensor, slots: Sequence[int], which: Sequence[int]) -> Tensor:
-        """Ids (B,) by logits (B, V), where row b is to get the `which[b]`-th token of the answer in `slots[b]`."""
+        """Sample ids (B,) from logits (B, V); row b is for token number which[b] of the answer in slot slots[b]."""
         rows = self.rows.get(key := tuple(slots)) or self.tabulate(key)
         if rows.bias is not None:
             logits = logits + rows.bias
@@ -187,8 +187,8 @@ class Sampler:
         if rows.greedy:
             return best
         probs, u = softmax(logits, rows.temperature), self.uniform(slots, which)
-        # A random number chooses one token of a sorted vocabulary and another of one that is not. Which of them a row
-        # gets depends on its own settings alone.
+        # The same random number samples another token from sorted probabilities than from unsorted ones. So whether a
+        # row's are sorted depends on its own settings alone, not on those of other rows.
         chosen = best
         if not all(rows.excluding):
             chosen = torch.where(rows.sampled & ~rows.filtered, sample(probs, u), chosen)
@@ -217,7 +217,7 @@ class Sampler:
             for to, row in zip(bias, params, strict=True):
                 to[list(row.logit_bias)] = torch.tensor([*row.logit_bias.values()]).to(bias)
         temperature, excluding = column("temperature"), [*map(excludes, params)]
-        if len(self.rows) > 16:  # as drafts of any length make many combinations of slots
+        if len(self.rows) > 16:  # drafts of different lengths make many combinations of slots
             self.rows.clear()
         self.rows[slots] = Rows(
             params,
@@ -235,16 +235,16 @@ class Sampler:
         return self.rows[slots]
 
     def candidates(self, logits: Tensor, probs: Tensor, rows: Rows) -> tuple[Tensor, list[int]]:
-        """Ids (B, M) in descending order of logits, as high temperatures round different logits to equal probabilities;
-        ties in the order of ids. M suffices for the settings of all rows but those in the list, for `nucleus`."""
+        """The ids (B, M) of the M largest logits, in descending order; ties by id. (Not of probabilities: at high
+        temperatures different logits round to equal ones.) M suffices for all rows but those listed, for `nucleus`."""
         V, M = logits.shape[-1], max(FEW, 64 + max(row.top_k for row in rows.params))
         if V <= FEW or logits.device.type == "cuda":  # where comparing with what suffices would wait for the GPU
             return logits.sort(dim=-1, descending=True, stable=True).indices, []
         top_k, top_p, min_p = rows.filters
         few, ids = logits.topk(min(M, V))
         p = probs.gather(-1, ids)
-        # Tokens equal to the last one may be missing, so the ones above it must be enough.
-        reached = (p * (few > few[:, FEW - 1 : FEW]))[:, :FEW].sum(-1)  # whatever M is, as others decide that
+        # Ties with the last candidate may be missing, so the candidates above it must suffice.
+        reached = (p * (few > few[:, FEW - 1 : FEW]))[:, :FEW].sum(-1)  # of FEW, not of M, which depends on other rows
         wide = rows.by_top_p & (reached <= top_p[:, 0] + 1e-4)
         if logits.device.type != "cpu":  # MPS has no double precision
             wide = torch.zeros_like(wide)
@@ -259,7 +259,7 @@ class Sampler:
         return ids, wide.nonzero()[:, 0].tolist()
 
     def uniform(self, slots: Sequence[int], which: Sequence[int]) -> Tensor:
-        """The `which[b]`-th random number of each slot's own sequence (B, 1)."""
+        """Random number which[b] of the sequence of each slot (B, 1)."""
         u = []
         for slot, n in zip(slots, which, strict=True):
             while len(self.random[slot]) <= n:
@@ -268,17 +268,17 @@ class Sampler:
         numbers = torch.tensor(u, dtype=torch.float32)
         return numbers.to(self.device, non_blocking=True).clamp(max=1 - 2**-24)
 
-    def count(self, ids: Tensor, slots: Sequence[int], which: Tensor | None = None) -> None:
-        """Count ids (B,) as part of the answers in `slots`, where `which` (B,) is true."""
+    def count(self, ids: Tensor, slots: Sequence[int], valid: Tensor | None = None) -> None:
+        """Count ids (B,) as tokens of the answers in `slots`, where `valid` (B,) is true."""
         rows = self.rows[tuple(slots)]
         if rows.penalties is not None:
-            ones = torch.ones_like(ids, dtype=self.counts.dtype) if which is None else which.to(self.counts.dtype)
+            ones = torch.ones_like(ids, dtype=self.counts.dtype) if valid is None else valid.to(self.counts.dtype)
             self.counts.index_put_((rows.slots, ids), ones, accumulate=True)
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """The ids (B,) of the largest of logits (B, V). Of blocks first where there are many logits: PyTorch's amax uses a
-    CPU's vectors, its argmax does not."""
+    """The argmax (B,) of logits (B, V). Where there are many, that of blocks' maxima, then within a block: on CPUs
+    PyTorch's amax is vectorized, its argmax is not."""
     B, V = logits.shape
     width = math.gcd(V, 128)
     if width < 64 or logits.device.type != "cpu" or logits.numel() < 2**17:
