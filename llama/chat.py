@@ -28,29 +28,29 @@ REFUSAL = f"Error: a message may not contain the tags {' '.join(TAGS)}."
 
 
 class ChatFormat:
-    """How a dialog becomes ids, and what it may hold. Subclasses define `check`, `render` and `_encode`."""
+    """How a dialog becomes ids, and which dialogs are allowed. Subclasses define `render` and `_encode`."""
 
     name = ""
     note = ""  # logged when a dialog is first encoded
 
     def check(self, dialog: Dialog, name: str = "the dialog", answered: bool = False) -> None:
-        """ValueError for a dialog that has no place in the format, or does not ask for an answer, or is not `answered`
-        where that is what is wanted."""
+        """ValueError for a dialog that the format does not allow. Its last message must be the assistant's if
+        `answered`, and must not be otherwise."""
         check_messages(dialog, name, ROLES, answered)
 
     def refusal(self, dialog: Dialog) -> str | None:
-        """The answer in place of the model's to a dialog in which a message could pass text off as another role's."""
+        """What to answer, without asking the model, to a dialog with a message that could pass for another role's."""
         return None
 
     def cleaned(self, answer: str) -> str:
-        """An answer as a message of the dialog may hold it."""
+        """An answer without what no message of a dialog may contain."""
         return answer
 
     def encode(
         self, tokenizer: Tokenizer, dialog: Dialog, answered: bool = False, unfinished: bool = False
     ) -> list[int]:
-        """The ids of a dialog that asks for an answer; or of one that is `answered`, up to the end of the assistant's
-        message, or of its text if it is `unfinished`. ValueError for a malformed one."""
+        """The ids of a dialog, with the header of the answer to come; or of an `answered` dialog, to the end of the
+        assistant's message, or only of its text if `unfinished`. ValueError for a malformed one."""
         self.check(dialog, answered=answered)
         if self.note:
             log.warning(self.note)
@@ -58,7 +58,7 @@ class ChatFormat:
         return self._encode(tokenizer, dialog, unfinished)
 
     def render(self, dialog: Dialog) -> str:
-        """What `encode` encodes, for people to look at."""
+        """The text that `encode` encodes, for people to read."""
         raise NotImplementedError
 
     def _encode(self, tokenizer: Tokenizer, dialog: Dialog, unfinished: bool) -> list[int]:
@@ -66,8 +66,8 @@ class ChatFormat:
 
 
 def check_messages(dialog: Dialog, name: str, roles: Sequence[str], answered: bool = False) -> None:
-    """ValueError unless all messages are a role, one of these, and a text, and the last is the assistant's if and only
-    if the dialog is to be `answered`."""
+    """ValueError unless each message has one of the `roles` and a text, and the last is the assistant's if and only if
+    `answered`."""
     if isinstance(dialog, (str, bytes)) or not isinstance(dialog, Sequence) or not dialog:
         raise ValueError(f"{name} is {dialog!r}; it must be a list of messages")
     for i, message in enumerate(dialog):
@@ -93,8 +93,8 @@ class Llama2Format(ChatFormat):
 
         BOS "[INST] u1 [/INST] a1 " EOS  BOS "[INST] u2 [/INST]"
 
-    where a system message stands inside the first of the user's, u1 = "<<SYS>>\\n" system "\\n<</SYS>>\\n\\n" u1. Text
-    that spells BOS or EOS stays text; the other tags are text, so that no message may contain them."""
+    where a system message is part of the user's first one, u1 = "<<SYS>>\\n" system "\\n<</SYS>>\\n\\n" u1. Text that
+    spells BOS or EOS stays text. The tags are plain text to the tokenizer, so no message may contain them."""
 
     name = "llama2"
 
@@ -115,7 +115,7 @@ class Llama2Format(ChatFormat):
         return REFUSAL if has_tags(dialog) else None
 
     def cleaned(self, answer: str) -> str:
-        while any(tag in answer for tag in TAGS):  # the model may say what no message may contain
+        while any(tag in answer for tag in TAGS):  # again, as removing a tag may join the parts of another
             for tag in TAGS:
                 answer = answer.replace(tag, "")
         return answer
@@ -130,7 +130,7 @@ class Llama2Format(ChatFormat):
         return "\n".join(f"<s>{text}{'</s>' * ended}" for text, ended in self._turns(dialog))
 
     def _turns(self, dialog: Dialog) -> list[tuple[str, bool]]:
-        """The text of each pair of messages, and whether it is over."""
+        """The text of each pair of messages, and whether EOS follows."""
         if has_tags(dialog):
             raise ValueError(REFUSAL)
         contents = [message["content"].strip() for message in dialog]
@@ -143,11 +143,11 @@ class Llama2Format(ChatFormat):
 
 
 class Llama3Format(ChatFormat):
-    """BOS, and each message behind a header that names its role; roles may follow each other in any order:
+    """BOS, and each message after a header that names its role; roles may follow each other in any order:
 
         <|start_header_id|> role <|end_header_id|> "\\n\\n" content <|eot_id|>
 
-    and last the assistant's header. Text never becomes a special token, so that a message may contain any text."""
+    and last the assistant's header. Text never becomes a special token, so a message may contain any text."""
 
     name = "llama3"
 
@@ -205,6 +205,6 @@ def encode_dialog(tokenizer: Tokenizer, dialog: Dialog, chat_format: str | ChatF
 
 
 def render_dialog(dialog: Dialog, chat_format: str = "llama2") -> str:
-    """What `encode_dialog` encodes, for people to look at; in Llama 2's format "<s>" and "</s>" stand for BOS and EOS,
-    and each pair of messages has a line."""
+    """The text that `encode_dialog` encodes, for people to read. In Llama 2's format "<s>" and "</s>" stand for BOS and
+    EOS, and each pair of messages has a line."""
     return get_chat_format(None, chat_format).render(dialog)

@@ -17,9 +17,8 @@ PRIVATE_USE = range(0xF0000, 0xFFFFE)  # Unicode's Supplementary Private Use Are
 
 
 class TemplateFormat(ChatFormat):
-    """A chat template. Special tokens come from the template alone: where a message spells one, it stays text, unless
-    the template changes the message. ValueError where the package jinja2 is missing, and for a template that it cannot
-    read."""
+    """A chat template. Special tokens come from the template alone: a message's text that spells one stays text, unless
+    the template changes the message. ValueError if the package jinja2 is missing, or cannot read the template."""
 
     name = "template"
 
@@ -32,7 +31,7 @@ class TemplateFormat(ChatFormat):
             raise ValueError("the folder's chat template needs the package jinja2: pip install jinja2") from error
 
         class Generation(Extension):
-            """{% generation %}, which marks what the assistant says, for training."""
+            """{% generation %}, which marks the assistant's text for training."""
 
             tags = {"generation"}  # noqa: RUF012, as the library wants it
 
@@ -92,7 +91,7 @@ class TemplateFormat(ChatFormat):
             if part in self.special:
                 ids.append(self.special[part])
                 continue
-            for name, character in hidden.items():  # cut within, so that no rule of the tokenizer finds it
+            for name, character in hidden.items():  # in two pieces, so that the tokenizer finds no special token
                 part = part.replace(character, name[:1] + cut + name[1:])
             for piece in filter(None, part.split(cut)):
                 ids += tokenizer.encode(piece, bos=False, eos=False)
@@ -100,8 +99,8 @@ class TemplateFormat(ChatFormat):
 
 
 def cut_behind(text: str, marked: str, mark: str) -> str:
-    """A rendered dialog up to the end of its last message, with the spaces behind it if the template keeps them.
-    `marked` is the same dialog, rendered with `mark` at the end of that message: the template may repeat its words."""
+    """A rendered dialog cut after its last message, with the spaces that end it if the template keeps them. `marked` is
+    the dialog rendered with `mark` at the end of that message, whose words may occur elsewhere too."""
     begin, found, end = marked.rpartition(mark)
     shown = text[: len(text) - len(end)]
     if not found or not text.endswith(end) or shown.rstrip() != begin.rstrip():
@@ -110,8 +109,8 @@ def cut_behind(text: str, marked: str, mark: str) -> str:
 
 
 def choose_format(folder: Path, tokenizer: Tokenizer, chat_format: str | None) -> ChatFormat:
-    """The chat format of a folder, or the one that is named. A Hugging Face folder without a template is usually that
-    of a base model; a warning is logged at first use. ValueError for an unknown format."""
+    """The chat format of a folder, or the one named. A Hugging Face folder without a template usually has a base model:
+    a warning is logged at the first use. ValueError for an unknown format."""
     source = template_of(folder)
     if chat_format == "template" and source is None:
         raise ValueError(f"{folder} has no chat template; chat_format may be {' or '.join(FORMATS)}")
@@ -131,8 +130,7 @@ def choose_format(folder: Path, tokenizer: Tokenizer, chat_format: str | None) -
 
 
 def template_of(folder: Path) -> str | None:
-    """The template of a folder of Hugging Face's: a file, or an entry of tokenizer_config.json, the default of
-    several; or that in a GGUF file."""
+    """The template in a Hugging Face folder (a file, or the default entry of tokenizer_config.json) or a GGUF file."""
     if is_gguf(folder):
         found = read_gguf(folder).keys.get("tokenizer.chat_template")
         return found if isinstance(found, str) and found else None

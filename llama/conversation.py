@@ -16,11 +16,11 @@ from .stream import Event, Stream, pop_filters
 
 
 class Chat:
-    """A dialog with a Llama. A turn prefills only what is new, as the engine's cache holds the rest.
+    """A dialog with a Llama. Each turn prefills only what is new, as the engine's cache holds the rest.
 
-    `system` or a whole `dialog` may begin it; options are those of `Llama.chat_completion`. When a dialog outgrows
-    max_seq_len, its oldest turns go, and the system message stays; `dropped` counts the messages that went. Answers are
-    those that the whole dialog would get. Under torchrun all ranks make the same calls, and rank 0's arguments count.
+    It may begin with a `system` message or a whole `dialog`; options are those of `Llama.chat_completion`. When it
+    outgrows max_seq_len, its oldest turns are dropped, but not the system message; `dropped` counts these messages.
+    Answers are those to the whole dialog. Under torchrun all ranks make the same calls, and rank 0's arguments count.
     """
 
     @plain_arguments
@@ -33,7 +33,7 @@ class Chat:
             raise ValueError(f"dialog is {dialog!r}; it must be a list of messages")
         self.dialog: list[Message] = [*dialog]
         self.dropped = 0
-        self._open: Callable[[], Stream | None] = lambda: None  # the last turn's stream, if it is still there
+        self._open: Callable[[], Stream | None] = lambda: None  # the last turn's stream, if it still exists
         if system is not None:
             self.dialog.insert(0, {"role": "system", "content": system})
         llama.chat_format.check([*self.dialog, {"role": "user", "content": ""}])
@@ -46,7 +46,7 @@ class Chat:
                 )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chat:
-        """The same conversation, to go on in another way, with the same model."""
+        """A copy of the conversation that may continue differently, with the same model."""
         twin = copy(self)
         twin.dialog, twin.options = deepcopy(self.dialog, memo), {**self.options}
         twin._open = lambda: None
@@ -55,10 +55,10 @@ class Chat:
     @parallel.as_first_rank
     @plain_arguments
     def set(self, **options: Any) -> None:
-        """Change options; ValueError or TypeError, and no change, for what is none."""
+        """Change options. ValueError or TypeError, and no change, where one is not valid."""
         changed = {**self.options, **options}
         input_filter, output_filter = pop_filters(changed)
-        state = self.llama.inputs.generator.get_state()  # to check seeds is to draw some
+        state = self.llama.inputs.generator.get_state()  # `settings` draws seeds
         try:
             [settings] = self.llama.inputs.settings(1, changed)
         finally:
@@ -67,14 +67,14 @@ class Chat:
         self.most = settings.max_new
 
     def say(self, text: str) -> str:
-        """The answer to what the user says."""
+        """The answer to a message of the user."""
         return self.stream(text).drain()[0].text
 
     @plain_arguments
     def stream(self, text: str) -> Stream:
-        """The answer as it happens. Once this has ended or is closed, the dialog has what was said on both sides; but
-        not what was refused. A turn that is still open, as after an interrupt, is closed. ValueError for a text that
-        does not fit even alone."""
+        """The answer as it is generated. When the stream ends or is closed, the user's message and the answer are added
+        to the dialog, unless it was refused. An earlier stream that is still open is closed first. ValueError for a
+        text that does not fit even alone."""
         text = parallel.broadcast_object(text)
         if not isinstance(text, str):
             raise ValueError(f"the user's text is {text!r}, which is not a str")
@@ -96,7 +96,7 @@ class Chat:
                     said += "".join(event.text for event in step)
                     reason = next((event.finish_reason for event in step if event.finish_reason), reason)
                     yield step
-        except GeneratorExit:  # what was said until now was said
+        except GeneratorExit:  # closed: the dialog keeps the part that has been generated
             self._remember(dialog, said, reason)
             raise
         except BaseException:
@@ -110,7 +110,7 @@ class Chat:
 
     def fitting(self, dialog: Sequence[Message]) -> list[Message]:
         """Drop the oldest turns of a dialog that leaves no space for an answer, until half of the context is free, so
-        that the next turns drop none and reuse the cache. Raises ValueError if the last turn alone leaves no space."""
+        that the next turns drop none and reuse the cache. ValueError if even the last message alone leaves no space."""
         space = self.llama.model.params.max_seq_len
         answer = min(self.most, space // 4 if self.options["max_gen_len"] is None else space // 2)
         encode, first = self.llama.chat_format.encode, int(dialog[0]["role"] == "system")
@@ -118,6 +118,6 @@ class Chat:
         while (count := len(encode(self.llama.tokenizer, kept))) > limit and len(kept) > first + 1:
             later = (i for i in range(first + 1, len(kept)) if kept[i]["role"] == "user")
             kept, limit = kept[:first] + kept[next(later, len(kept) - 1) :], min(limit, space // 2)
-        if count == space and answer:  # where there are more, generation says so
+        if count == space and answer:  # for more than that, generation raises an error
             raise ValueError(f"the text takes all of max_seq_len {space}, which leaves no token for an answer")
         return kept

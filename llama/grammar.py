@@ -20,12 +20,12 @@ from .tokenizer import Tokenizer
 
 # As json.dumps writes: small models repeat white space without end where it is free.
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-ESCAPE = re.compile(r"\\?[/\n]|\\.")  # what cannot stand between slashes as it is, and escaped characters, which can
-MARK = "\x02"  # what a word is encoded behind, so that no space goes before it
+ESCAPE = re.compile(r"\\?[/\n]|\\.")  # slashes and newlines, which need an escape between slashes, and other escapes
+MARK = "\x02"  # a text is encoded after it, so that the tokenizer adds no space before the text
 
 
 def to_grammar(json_schema: str | Mapping[str, Any] | None, regex: str | None) -> str:
-    """The grammar of one request, empty if there is none; ValueError for a value of another type, or for both."""
+    """The grammar of one request, empty for neither; ValueError for a value of another type, or for both."""
     if json_schema is not None and regex is not None:
         raise ValueError("json_schema and regex are given; an answer can follow one of them")
     if regex is not None:
@@ -60,8 +60,8 @@ class Grammars:
         return Matcher(self.compile(grammar, begins).deep_copy(), self.vocab_size)
 
     def _compile(self, grammar: str, begins: bool) -> Any:
-        """ValueError where llguidance is missing or refuses the grammar. Where an answer `begins` a text, decoding may
-        drop a space of its first token, which the grammar then allows."""
+        """A matcher to copy. ValueError if llguidance is missing or refuses the grammar. If an answer `begins` a text,
+        decoding may drop a space before its first token, so the grammar allows one."""
         name = "regex" if grammar.startswith("body: /") else "json_schema"
         try:
             from llguidance import LLMatcher
@@ -85,7 +85,7 @@ class Grammars:
 
 
 class Tokens:
-    """A tokenizer as llguidance wants it."""
+    """A tokenizer with the interface that llguidance expects."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -93,7 +93,7 @@ class Tokens:
         self.eos_token_id = tokenizer.eos_id
         self.special_token_ids = sorted({*tokenizer.special.values()})
         pieces = map(tokenizer.vocabulary.id_to_piece, range(tokenizer.n_words))
-        # Where a first space is dropped, one that is a byte is not, so that it cannot be used.
+        # Decoding may drop a first "▁" but never a space that is a byte token, so that token is left out.
         unused = b" " if tokenizer.vocabulary.drops else None
         self.tokens = [
             b"" if piece == unused else piece if isinstance(piece, bytes) else piece.replace("▁", " ").encode()
@@ -101,7 +101,7 @@ class Tokens:
         ]
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text inside of another."""
+        """The ids of a text that continues another."""
         if not self.tokenizer.vocabulary.drops:
             return self.tokenizer.encode(text, bos=False, eos=False)
         before, both = (self.tokenizer.encode(t, bos=False, eos=False) for t in (MARK, MARK + text))
@@ -109,13 +109,13 @@ class Tokens:
 
 
 class Matcher:
-    """How far one request's answer is in its grammar."""
+    """The state of one request's answer in its grammar."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self.matcher, self.vocab_size = matcher, vocab_size
 
     def mask(self, without: Sequence[int] = ()) -> Tensor:
-        """The tokens that may come next, bool (V,), on the CPU; `without` some, unless only these may come."""
+        """Bool (V,) on the CPU, true for tokens that may come next; not those in `without`, unless only they may."""
         bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         mask = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).view(-1)[: self.vocab_size].bool()
         other = mask.clone()
@@ -123,8 +123,8 @@ class Matcher:
         return other if other.any() else mask
 
     def take(self, id: int) -> bool:
-        """Take the token that was chosen; whether the answer is complete. ValueError for one that the mask excludes, as
-        other options may have excluded all the rest."""
+        """Take the token that was sampled; whether the answer is complete. ValueError for one that the mask excludes,
+        which is sampled where other options exclude all the rest."""
         if not self.matcher.consume_token(id):
             raise ValueError(f"the answer cannot follow its grammar: {self.matcher.get_error().splitlines()[0]}")
         stopped: bool = self.matcher.is_stopped()

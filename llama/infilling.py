@@ -21,7 +21,7 @@ def infilling_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_firs
     if len(ids) < len(NAMES) or (model and model.unk_id() in ids):
         raise ValueError("the tokenizer has no infilling tokens; use a Code Llama model that supports infilling")
     pre, suf, mid = ids
-    mark = "☺"  # merged with nothing, so that what follows begins no word
+    mark = "☺"  # merges with nothing, and what follows it gets no space of a first word
     behind = len(tokenizer.encode(mark, bos=False, eos=False))
     end, begin = tokenizer.encode(mark + suffix, bos=False, eos=False)[behind:], tokenizer.encode(prefix, False, False)
     if suffix_first:
