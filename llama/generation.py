@@ -19,12 +19,11 @@ from .grammar import Grammars
 from .loading import load_model
 from .model import Transformer
 from .options import Options, plain_arguments
-from .processor import InputProcessor, check_texts
+from .processor import InputProcessor
 from .request import Event
 from .sampling import SamplingParams
 from .scoring import Scores, classify, embed, exp, score
 from .stream import InputFilter, OutputFilter, Stream, check_verdict, drains, filtered, pop_filters
-from .text import border
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -245,21 +244,13 @@ class Llama:
         A continuation's tokens are those of prompt + continuation from the first that is not wholly the prompt's, whose
         white space at the end counts as the continuation's. The perplexity of an empty text is NaN. Raises ValueError
         for a prompt that is longer than max_seq_len, and for a continuation that adds nothing to its prompt."""
-        check_texts(prompts, "prompts")
         if type(top_logprobs) is not int or not 0 <= top_logprobs <= self.model.vocab_size:
             raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to {self.model.vocab_size}")
-        texts, begins = prompts, [1] * len(prompts)
-        if continuations is not None:
-            check_texts(continuations, "continuations")
-            if len(continuations) != len(prompts):
-                raise ValueError(f"there are {len(continuations)} continuations for {len(prompts)} prompts")
-            texts = [prompt + more for prompt, more in zip(prompts, continuations, strict=True)]
-        rows = self.inputs.encode(texts)
-        for i, (prompt, more) in enumerate(zip(prompts, continuations or (), strict=False)):
-            begins[i] = border(self.tokenizer, prompt.rstrip(), rows[i])
-            if begins[i] == len(rows[i]) or not more:
-                names = f"continuation {i}, {shorten(more)}, adds nothing to prompt {i}, {shorten(prompt)}"
-                raise ValueError(f"{names}; there is nothing to score")
+        if continuations is None:
+            rows = self.inputs.encode(prompts)
+            begins = [1] * len(rows)
+        else:
+            rows, begins = self.inputs.encode_continuations(prompts, continuations)
         for i, row in enumerate(rows):
             self.inputs.check_length(row, f"prompt {i}")
         return [self._scored(scores) for scores in score(self.engine, rows, begins, top_logprobs)]

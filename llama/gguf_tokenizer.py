@@ -56,7 +56,7 @@ def sentencepiece_model(keys: Mapping[str, Any], pieces: Sequence[str], types: S
     if not isinstance(scores, list) or len(scores) != len(pieces) or not {*map(type, scores)} <= {int, float}:
         raise ValueError(f"tokenizer.ggml.scores must be a number for each of {len(pieces)} tokens")
     parts = [
-        field(1, field(1, piece.encode()) + number_field(2, score) + field(3, kind))
+        field(1, field(1, piece.encode()) + field(2, float(score)) + field(3, kind))
         for piece, score, kind in zip(pieces, scores, types, strict=True)
     ]
     trainer = field(3, 2) + field(4, len(pieces)) + field(35, int(BYTE in types))  # BPE, and whether bytes are pieces
@@ -68,15 +68,13 @@ def sentencepiece_model(keys: Mapping[str, Any], pieces: Sequence[str], types: S
     return b"".join(parts) + field(2, trainer) + field(3, normalizer)
 
 
-def field(number: int, value: int | bytes) -> bytes:
-    """A field of a protobuf message: an int, or the bytes of a string or of a message."""
+def field(number: int, value: int | float | bytes) -> bytes:
+    """A field of a protobuf message: an int, a float, or the bytes of a string or of a message."""
     if isinstance(value, int):
         return varint(number << 3) + varint(value % 2**64)
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
     return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def number_field(number: int, value: float) -> bytes:
-    return varint(number << 3 | 5) + struct.pack("<f", value)
 
 
 def varint(value: int) -> bytes:

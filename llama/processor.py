@@ -15,7 +15,7 @@ from .model import ModelArgs
 from .options import Settings, spread_options
 from .request import Request
 from .scoring import Scores
-from .text import Text
+from .text import Text, border
 from .tokenizer import Tokenizer
 
 
@@ -33,6 +33,23 @@ class InputProcessor:
         """The ids of each text, with BOS before it."""
         check_texts(texts, name)
         return [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
+
+    def encode_continuations(self, prompts: Any, continuations: Any) -> tuple[list[list[int]], list[int]]:
+        """The ids of BOS + prompt + continuation, and the index of the first token of each continuation."""
+        check_texts(prompts, "prompts")
+        check_texts(continuations, "continuations")
+        if len(continuations) != len(prompts):
+            raise ValueError(f"there are {len(continuations)} continuations for {len(prompts)} prompts")
+        rows, begins = [], []
+        for i, (prompt, more) in enumerate(zip(prompts, continuations, strict=True)):
+            ids = self.tokenizer.encode(prompt + more, bos=True, eos=False)
+            begin = border(self.tokenizer, prompt.rstrip(), ids)
+            if begin == len(ids) or not more:
+                names = f"continuation {i}, {shorten(more)}, adds nothing to prompt {i}, {shorten(prompt)}"
+                raise ValueError(f"{names}; there is nothing to score")
+            rows.append(ids)
+            begins.append(begin)
+        return rows, begins
 
     def encode_dialog(self, dialog: Dialog, name: str, answered: bool = False, unfinished: bool = False) -> list[int]:
         """The ids of a dialog in the chat format. An `answered` one ends with the assistant's message, which is left
