@@ -21,7 +21,7 @@ ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<
 
 
 def tokens_of(keys: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    """The tokens and their types. ValueError for what is none."""
+    """The tokens and their types. ValueError where they are missing or damaged."""
     tokens, given = keys.get("tokenizer.ggml.tokens"), keys.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise ValueError("it has no tokens under tokenizer.ggml.tokens")
@@ -29,7 +29,7 @@ def tokens_of(keys: Mapping[str, Any]) -> tuple[list[str], list[int]]:
         given = [BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL for token in tokens]
     if not isinstance(given, list) or len(given) != len(tokens) or not {*given} <= {*range(1, 7)}:
         raise ValueError(f"tokenizer.ggml.token_type must be a type from 1 to 6 of each of {len(tokens)} tokens")
-    # Converters disagree on the type of markers. Text must not become one.
+    # Converters disagree on the type of markers, which text must never become: they are control tokens here.
     roles = {id_of(keys, role) for role in ROLES}
     types = [
         CONTROL if id in roles or kind == UNKNOWN or (kind == USER_DEFINED and MARKER.fullmatch(token)) else kind
@@ -41,7 +41,7 @@ def tokens_of(keys: Mapping[str, Any]) -> tuple[list[str], list[int]]:
 
 
 def id_of(keys: Mapping[str, Any], role: str) -> int:
-    """The id of a special token such as bos; -1 if there is none. ValueError for one that is no token."""
+    """The id of a special token such as bos; -1 if there is none. ValueError for an id outside the vocabulary."""
     key, count = f"tokenizer.ggml.{role}_token_id", len(keys["tokenizer.ggml.tokens"])
     usual = USUAL_IDS if keys.get("tokenizer.ggml.model") == "llama" else {}
     id = keys.get(key, usual.get(role, -1))
@@ -51,7 +51,7 @@ def id_of(keys: Mapping[str, Any], role: str) -> int:
 
 
 def sentencepiece_model(keys: Mapping[str, Any], pieces: Sequence[str], types: Sequence[int]) -> bytes:
-    """A SentencePiece model, as protobuf has it, of pieces with scores."""
+    """A SentencePiece model file (a protobuf message) of pieces, their types, and the scores in `keys`."""
     scores = keys.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(pieces) or not {*map(type, scores)} <= {int, float}:
         raise ValueError(f"tokenizer.ggml.scores must be a number for each of {len(pieces)} tokens")
@@ -86,8 +86,7 @@ def varint(value: int) -> bytes:
 
 
 def byte_pair_tokenizer(keys: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
-    """The content of tokenizer.json, of byte pairs in GPT-2's spelling and their merges. ValueError for a pre-tokenizer
-    that is not known."""
+    """The content of a tokenizer.json of byte pairs in GPT-2's spelling. ValueError for an unknown pre-tokenizer."""
     bos = id_of(keys, "bos")
     pre, merges = keys.get("tokenizer.ggml.pre"), keys.get("tokenizer.ggml.merges")
     if pre is None:
@@ -116,14 +115,14 @@ def byte_pair_tokenizer(keys: Mapping[str, Any], tokens: Sequence[str], types: S
 
 
 def adds_bos(keys: Mapping[str, Any]) -> bool:
-    """Whether BOS goes before a text; where no key says so, as in llama.cpp."""
+    """Whether BOS goes before a text; without a key that says so, llama.cpp's default."""
     llama2, pre = keys.get("tokenizer.ggml.model") == "llama", keys.get("tokenizer.ggml.pre", "")
     return bool(keys.get("tokenizer.ggml.add_bos_token", llama2 or PRE_TOKENIZERS.get(pre) is LLAMA3))
 
 
 def sentencepiece_keys(pieces: Sequence[tuple[str, float, int]], space: bool) -> dict[str, Any]:
-    """The keys of a SentencePiece model: texts, scores and types of its pieces, and whether it adds a space before a
-    text."""
+    """The GGUF keys of a SentencePiece model, from the text, score and type of each piece, and whether it adds a space
+    before a text."""
     texts, scores, types = ([*part] for part in zip(*pieces, strict=True))
     return {
         "tokenizer.ggml.model": "llama",
@@ -136,7 +135,7 @@ def sentencepiece_keys(pieces: Sequence[tuple[str, float, int]], space: bool) ->
 
 
 def byte_pair_keys(content: Mapping[str, Any], n_words: int) -> dict[str, Any]:
-    """The keys of a tokenizer.json. ValueError for one that GGUF has no name for."""
+    """The GGUF keys of a tokenizer.json. ValueError for one that GGUF cannot describe."""
     model, steps = content["model"], content.get("pre_tokenizer") or {}
     steps = [plain(step) for step in steps.get("pretokenizers") or [steps]]
     names = [name for name, known in PRE_TOKENIZERS.items() if steps == [plain(step) for step in known]]
@@ -166,5 +165,5 @@ def byte_pair_keys(content: Mapping[str, Any], n_words: int) -> dict[str, Any]:
 
 
 def plain(step: Mapping[str, Any]) -> dict[str, Any]:
-    """A step of pre-tokenization, without what changes no tokens."""
+    """A step of pre-tokenization without trim_offsets, which does not change tokens."""
     return {key: value for key, value in step.items() if key != "trim_offsets"}

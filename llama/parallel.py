@@ -1,4 +1,4 @@
-"""Ranks: which processes share a model, and what they must agree on.
+"""Ranks: the processes that share a model (tensor parallelism), and how they exchange tensors and errors.
 
 One process needs no launcher, no environment variables and no network. Several are started by torchrun; the global rank
 chooses the shard of the weights, the local rank chooses the GPU.
@@ -23,17 +23,17 @@ T = TypeVar("T")
 P = ParamSpec("P")
 Exchange = Callable[[torch.Tensor], torch.Tensor]
 
-open_streams: WeakSet[Any] = WeakSet()  # to be closed at exit, while the ranks still hear each other
+open_streams: WeakSet[Any] = WeakSet()  # closed at exit, before the ranks leave their group
 _store: dist.Store | None = None  # see `store`
-_joined: Any = None  # the default group, if it was not the caller who made it
+_joined: Any = None  # the default group, if this module made it and not the caller
 
 
 class Ranks(NamedTuple):
     """The processes that share a model."""
 
     size: int = 1
-    rank: int = 0  # this process's place among them
-    first: int = 0  # the global rank of their first
+    rank: int = 0  # of this process, among them
+    first: int = 0  # the global rank of rank 0
     group: Any = None  # their process group; None for one process
     world: Any = None  # the default group that `group` is a part of
 
@@ -43,10 +43,10 @@ _ranks = UNKNOWN
 
 
 def init_model_parallel(model_parallel_size: int | None = None) -> None:
-    """Find the ranks that share a model: all that torchrun has started, or `model_parallel_size` neighbours of them.
-    Several join the default process group, unless the caller has, and get a group of their own within it; one rank
-    takes no part in torch.distributed. Raises ValueError when the ranks do not fit `model_parallel_size`. Calling it
-    again is free."""
+    """Find the ranks that share a model: all that torchrun has started, or `model_parallel_size` consecutive ones.
+    Several get a process group of their own; the default group is created unless the caller has one. A single rank does
+    not use torch.distributed. ValueError if `model_parallel_size` does not divide the ranks. Calling it again is free.
+    """
     global _ranks, _joined
     if _ranks.group and _ranks.world is not dist.group.WORLD:
         _ranks = UNKNOWN  # whoever made the default group has destroyed it
@@ -79,18 +79,18 @@ def init_model_parallel(model_parallel_size: int | None = None) -> None:
 def _leave() -> None:
     global _ranks, _joined
     for stream in [*open_streams]:
-        with suppress(ValueError, RuntimeError):  # one that another thread is reading, or whose ranks have left
+        with suppress(ValueError, RuntimeError):  # another thread is reading it, or its ranks have left
             stream.close()
-    # A gloo thread that still holds a tensor when Python has gone aborts the process: one exit in five, measured with a
-    # broadcast just before it. After an error the other ranks may not answer, and leaving NCCL's groups waits for them.
+    # A gloo thread that still holds a tensor after Python's end aborts the process: measured, one exit in five with a
+    # broadcast just before it. After an error the other ranks may not answer, and destroying NCCL's groups would wait.
     if _ranks.group and not hasattr(sys, "last_value"):
         if _ranks.world is dist.group.WORLD:
             dist.destroy_process_group(None if _joined is _ranks.world else _ranks.group)
-        _ranks, _joined = UNKNOWN, None  # what is referred to is not ended
+        _ranks, _joined = UNKNOWN, None  # a group ends only when nothing refers to it
 
 
 def _forked() -> None:
-    """In a child of os.fork, which must not speak for its parent."""
+    """In a child of os.fork, which must not use its parent's group."""
     global _ranks
     open_streams.clear()
     if _ranks.group:
@@ -102,12 +102,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def processes() -> int:
-    """The number of processes that compute together, whether or not they share a model."""
+    """The number of processes of the job, whether or not they share a model."""
     return dist.get_world_size() if dist.is_initialized() else launched()
 
 
 def launched() -> int:
-    """The number of processes that torchrun, or whoever sets its variables, started together; 1 without them."""
+    """The number of processes that torchrun has started, by its environment variables; 1 without them."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 1
     rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
@@ -122,18 +122,18 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """This process's place among the ranks that share the model: the index of its shard."""
+    """This process's rank among those that share the model: the index of its shard."""
     return _ranks.rank
 
 
 def replica() -> tuple[int, int]:
-    """The number of this process's replica of the model, and how many replicas there are."""
+    """The index of this process's replica of the model, and the number of replicas."""
     this = dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"]) if launched() > 1 else 0
     return this // world_size(), processes() // world_size()
 
 
 def store() -> dist.Store:
-    """Keys and values that all processes share, whether or not they share a model; new ones for a single process."""
+    """A key-value store of all processes, whether or not they share a model; a new one for a single process."""
     global _store
     if launched() == 1:
         return dist.HashStore()
@@ -142,32 +142,32 @@ def store() -> dist.Store:
 
 
 def divide(value: int, name: str) -> int:
-    """`value` split evenly over the ranks; ValueError names what does not divide."""
+    """`value` / world_size(). ValueError, with `name`, if that is not an integer."""
     if value % world_size():
         raise ValueError(f"{name} {value} cannot be divided among {world_size()} ranks")
     return value // world_size()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the ranks tell each other
+# Communication of ranks
 
 
 def _group() -> Any:
-    """What the ranks speak through. RuntimeError if it is gone."""
+    """The process group of the model's ranks. RuntimeError if it was destroyed."""
     if _ranks.world is not dist.group.WORLD:
         raise RuntimeError("the ranks' process group was destroyed, or is that of the process this one was forked from")
     return _ranks.group
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` of the model's first rank, on all of its ranks, in place."""
+    """Broadcast a tensor from the model's first rank, in place."""
     if world_size() > 1:
         dist.broadcast(tensor, _ranks.first, group=_group())
     return tensor
 
 
 def broadcast_object(value: T) -> T:
-    """`value` of the model's first rank, on all of its ranks."""
+    """Broadcast a value from the model's first rank."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box, _ranks.first, group=_group())
@@ -175,7 +175,7 @@ def broadcast_object(value: T) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """The `value` of every rank of the model, in the order of ranks, on all of them."""
+    """The values of all ranks of the model, in the order of ranks."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value, group=_group())
@@ -183,7 +183,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 class _Exchange(torch.autograd.Function):
-    """What `forward` makes of a tensor, whose gradient is what `backward` makes of the result's."""
+    """forward(tensor), whose gradient is backward(gradient)."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, forward: Exchange, backward: Exchange) -> torch.Tensor:
@@ -220,7 +220,7 @@ def _gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of the ranks' tensors, on all of them."""
+    """The sum of the ranks' tensors."""
     return _exchange(tensor, _sum, _same)
 
 
@@ -230,13 +230,13 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def replicated(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that all ranks have, each of which computes something else from it: their gradients are added."""
+    """The same tensor, whose gradients on the ranks are summed: each rank computes something else from it."""
     return _exchange(tensor, _same, _sum)
 
 
 def as_first_rank(method: Callable[P, T]) -> Callable[P, T]:
-    """`method`, called on every rank with the arguments of the model's first rank, so that all of them do the same.
-    Arguments that are functions, which must be named, stay where they are: see `ask_first_rank`."""
+    """Decorate a method to be called on every rank with the arguments of the model's first rank, so that all do the
+    same. Functions, which must be keyword arguments, are not sent: see `ask_first_rank`."""
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -251,15 +251,15 @@ def as_first_rank(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def ask_first_rank(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What the model's first rank gets from a function, on all of its ranks. If that is an exception, or nothing that
-    can be sent, the others get a RankError."""
+    """Call a function on the model's first rank, and return its result on all ranks. If it raises, or its result cannot
+    be pickled, the other ranks raise RankError."""
     if world_size() == 1:
         return function(*args, **kwargs)
     answer, error = b"", None
     if rank() == 0:
         try:
             answer = pickle.dumps(function(*args, **kwargs))
-        except BaseException as raised:  # whatever it is, the others wait for a word
+        except BaseException as raised:  # of any kind, as the others wait for a message
             error = raised
     answer, message = broadcast_object((answer, error and f"rank 0: {type(error).__name__}: {error}"))
     if error:
@@ -276,8 +276,8 @@ class RankError(RuntimeError):
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """Run a block that one rank alone may fail in, such as reading its own file: if any rank fails, all of them raise,
-    so that none waits for a message that never comes."""
+    """Run a block that may fail on one rank alone, such as reading its own file: if it fails on any rank, all raise, so
+    that none waits for a message that never comes."""
     error: Exception | None = None
     try:
         yield
@@ -292,9 +292,9 @@ def all_or_none() -> Iterator[None]:
 
 
 def first_to_fail() -> bool:
-    """Whether no rank has called this before. For a script of several ranks: the others fail because of the first, so
-    it alone should speak."""
-    with _silent_stderr():  # PyTorch writes a page where whoever kept the store is gone, and could not speak
+    """Whether no rank has called this before. In a job of several ranks, the others fail because of the first, so only
+    the first should print its error."""
+    with _silent_stderr():  # PyTorch writes a page to stderr if the process with the store has ended
         try:
             return store().add("llama/failed", 1) == 1
         except (RuntimeError, ValueError):
@@ -303,7 +303,7 @@ def first_to_fail() -> bool:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Nothing that this process writes to file descriptor 2 is seen."""
+    """Discard all that this process writes to file descriptor 2, from C++ too."""
     before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import IO, Any
 
-# Beginnings (patterns) of files that were saved in place of the expected one: what such a file is, and what to do.
+# Patterns of the first bytes of files that are often saved instead of the expected one: what they are, what to do.
 MISTAKEN = {
     b"version https://git-lfs": ("it is a git-lfs pointer", "run git lfs pull where it was cloned"),
     rb"<[!?a-zA-Z]": ("it is a web page", "download it again"),
@@ -19,15 +19,15 @@ MISTAKEN = {
 
 
 def mistaken(path: Path) -> tuple[str, str] | None:
-    """What a file is, and what to do, if it is not the expected one by how it begins; else None."""
+    """If a file's first bytes are those of another kind of file: what it is, and what to do. Else None."""
     with path.open("rb") as file:
         start = file.read(200).removeprefix(codecs.BOM_UTF8).lstrip()
     return next((found for pattern, found in MISTAKEN.items() if re.match(pattern, start)), None)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, as any program may have saved it: in UTF-8, or in UTF-16 with its byte order mark, and with
-    lines that end in \\r\\n. ValueError names a file of another encoding."""
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark; \\r\\n becomes \\n. ValueError names a file of
+    another encoding."""
     content = path.read_bytes()
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
@@ -37,8 +37,8 @@ def read_text(path: Path) -> str:
 
 
 def read_json_lines(path: Path) -> list[tuple[str, Any]]:
-    """The value of each line of JSON that is not blank, with its place for error messages, as "FILE, line 3".
-    ValueError names the place of a line that is not JSON."""
+    """For each line of JSON that is not blank: where it is, such as "FILE, line 3" for error messages, and its value.
+    ValueError names a line that is not JSON."""
     found = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
@@ -50,7 +50,7 @@ def read_json_lines(path: Path) -> list[tuple[str, Any]]:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The JSON object in a file, or with `kind` list a list. ValueError names a file that holds none."""
+    """The JSON object in a file, or with kind=list the list. ValueError names a file that does not hold one."""
     try:
         content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -64,8 +64,8 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def lock(file: IO[Any], wait: bool = False) -> bool:
-    """Lock an open file until it is closed or this process ends, however it does. False if another process has locked
-    it, unless this one is to `wait`; always true on Windows, which has no such locks."""
+    """Lock an open file until it is closed or this process ends. If another process has locked it, return False, or
+    with `wait` wait for it. Always true on Windows, which has no such locks."""
     try:
         import fcntl
     except ImportError:

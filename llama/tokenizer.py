@@ -16,9 +16,9 @@ class Tokenizer:
     """The tokenizer of any Llama: tokenizer.model of Llama 1 and 2 (SentencePiece) or 3 (tiktoken), or tokenizer.json.
     Any text can be encoded, and nothing is normalized away.
 
-    Attributes: n_words, the size of the vocabulary; bos_id, eos_id; eos_ids, which all end an answer; special, the ids
-    of special tokens by name, which text never becomes; pad_id, which is -1 where there
-    is no padding token. Raises FileNotFoundError without a file at model_path and ValueError for one of another kind.
+    Attributes: n_words, the size of the vocabulary; bos_id, eos_id; eos_ids, all ids that end an answer; pad_id, -1 if
+    there is no padding token; special, the ids by name of special tokens, which text never becomes. Raises
+    FileNotFoundError without a file at model_path and ValueError for one of another kind.
     """
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
@@ -36,8 +36,8 @@ class Tokenizer:
         return getattr(self.vocabulary, "model", None)
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of a text, with BOS before it if asked for and if the model knows texts so, and EOS after it if asked
-        for; text that spells them stays text."""
+        """The ids of a text, with EOS after it if `eos`, and BOS before it if `bos` and the model was trained with BOS.
+        Text that spells them stays text."""
         if not isinstance(s, str):
             raise ValueError(f"only a str can be encoded, not {s!r}")
         s.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
@@ -45,8 +45,8 @@ class Tokenizer:
         return before + self.vocabulary.encode(s) + [self.eos_id] * eos
 
     def encode_special(self, s: str) -> list[int] | None:
-        """The ids of a text in which special tokens are spelled out, by a tokenizer.json, which has rules for the text
-        behind such a token; None where the text between them is encoded alone."""
+        """The ids of a text with special tokens spelled out. Only a tokenizer.json does this, as it may have rules for
+        the text after such a token; None for others, where each text between special tokens is encoded alone."""
         return self.vocabulary.encode_special(s)
 
     def decode(self, t: Sequence[int]) -> str:
@@ -55,13 +55,13 @@ class Tokenizer:
         return "".join(self.decode_pieces(t))
 
     def piece(self, id: int) -> str:
-        """The text of one id inside of a text; U+FFFD for a byte."""
+        """The text of one id that is not the first of a text; U+FFFD for a byte."""
         decoder = Decoder(self)
         decoder.empty = False
         return decoder.push(id) + decoder.flush()
 
     def decode_pieces(self, t: Sequence[int], before: Sequence[int] = ()) -> list[str]:
-        """What each id adds to the text of those `before`; joined, exactly `decode(t)` where there are none. A
+        """The text that each id adds after the ids `before`; joined it is decode(before + t) without decode(before). A
         character comes with the last of its bytes."""
         decoder = Decoder(self, before)
         pieces = [decoder.push(index(i)) for i in t]
@@ -69,15 +69,15 @@ class Tokenizer:
 
 
 class Decoder:
-    """Ids -> text, piece by piece, as it becomes final: all that `push` and a last `flush` give, joined, is exactly
-    what `Tokenizer.decode` makes of all ids. Bytes wait until they are a character or can be none. The text continues
-    that of the ids `before`, if there are any: decode(before) + text = decode(before + ids)."""
+    """Incremental decoding: all that `push` and a last `flush` return, joined, is `Tokenizer.decode` of all ids. Bytes
+    are held back until they are a character or cannot become one. The text continues that of the ids `before`, if any:
+    decode(before) + text = decode(before + ids)."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self.vocabulary = tokenizer.vocabulary
         self.bytes = codecs.getincrementaldecoder("utf-8")(self.vocabulary.errors)
-        self.empty = True  # nothing yet, so that a space is dropped
-        for ids in (before[-4:], before):  # four hold any unfinished character, and mostly some text
+        self.empty = True  # no text yet, so that a leading space is dropped
+        for ids in (before[-4:], before):  # the last four have any unfinished character, and usually some text
             if self.empty:
                 self.bytes.reset()
                 for id in ids:
@@ -96,5 +96,5 @@ class Decoder:
         return text
 
     def flush(self) -> str:
-        """What is left when no more ids come: bytes that wait are no character."""
+        """The text of bytes that were held back, when no more ids come."""
         return self.bytes.decode(b"", final=True)

@@ -1,4 +1,4 @@
-"""What is in a tokenizer's file: text -> token ids, and what each id stands for."""
+"""The contents of tokenizer files: how text becomes token ids, and the text of each id."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .textfile import read_json
 EACH = "llama.each"  # U+FFFD for each byte, as SentencePiece has it; "replace" has one for several
 codecs.register_error(EACH, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
 
-# The special tokens of Llama 3.1 to 3.3, from the number of ranks on; 3 has reserved ones in place of three of them.
+# The special tokens of Llama 3.1 to 3.3, whose ids follow the ranks; Llama 3 has three of them reserved.
 NAMED = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id"}
 NAMED |= {8: "eom_id", 9: "eot_id", 10: "python_tag"}
 RESERVED = count()
 LLAMA3_SPECIAL = [f"<|{NAMED.get(i) or f'reserved_special_token_{next(RESERVED)}'}|>" for i in range(256)]
-EOS_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # of a text, a message that awaits a tool's result, a turn
-INFILLING_END = "▁<EOT>"  # Code Llama's, of what it fills in
-BLOCK, RUN = 400_000, 25_000  # limits, in characters, of one call of the regular expression, and of one run of a kind
+EOS_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # end a text, a message before a tool's result, a turn
+INFILLING_END = "▁<EOT>"  # ends Code Llama's infilling
+BLOCK, RUN = 400_000, 25_000  # most characters of one call of the regular expression, and of one run of a kind
 
 
 class Vocabulary:
@@ -43,8 +43,8 @@ class Vocabulary:
     eos_ids: set[int]  # all that end an answer
     adds_bos = True  # whether BOS goes before a text
     special: dict[str, int]  # tokens that no text is encoded to
-    added: Mapping[int, str] = MappingProxyType({})  # others that are found in a text before anything else
-    errors = "replace"  # how bytes are shown that are no UTF-8
+    added: Mapping[int, str] = MappingProxyType({})  # other tokens that text is split at before it is encoded
+    errors = "replace"  # error handler for bytes that are not UTF-8
     drops = 0  # leading spaces that decoding removes: 0 none, 1 one, 2 all
 
     def encode(self, text: str) -> list[int]:
@@ -52,11 +52,11 @@ class Vocabulary:
         raise NotImplementedError
 
     def encode_special(self, text: str) -> list[int] | None:
-        """The ids of a text with special tokens spelled out; None where the text between them is encoded alone."""
+        """See `Tokenizer.encode_special`."""
         return None
 
     def id_to_piece(self, id: int) -> str | bytes:
-        """Text, in which ▁ is a space, or bytes, which are text together with those around them."""
+        """Text, in which ▁ is a space; or bytes, which may be part of a character."""
         raise NotImplementedError
 
 
@@ -73,7 +73,7 @@ class SentencePieceVocabulary(Vocabulary):
         self.eos_ids = {self.eos_id} if end == model.unk_id() else {self.eos_id, end}
         special = [id for id in range(self.n_words) if model.is_control(id) or model.is_unknown(id)]
         self.special = {model.id_to_piece(id): id for id in special}
-        # How the model decodes, which its interface does not expose: the text of <unk>, and how many of two leading
+        # SentencePiece does not expose how it decodes, so it is tried: the text of <unk>, and how many of two leading
         # spaces are dropped. 1: the space that encoding adds to a first word; 2: all; 0: none.
         self.unknown: str = model.decode([model.unk_id()])
         ids, piece = [model.piece_to_id("▁"), *range(self.n_words)], model.id_to_piece
@@ -102,7 +102,7 @@ class SentencePieceVocabulary(Vocabulary):
 
 
 class TiktokenVocabulary(Vocabulary):
-    """Llama 3's tokenizer: BPE of bytes, whose merges have the order of the ids."""
+    """Llama 3's tokenizer: BPE of bytes, which merges in the order of ids."""
 
     def __init__(
         self, ranks: Mapping[bytes, int], special: Mapping[str, int], names: Mapping[str, str] | None = None
@@ -114,7 +114,7 @@ class TiktokenVocabulary(Vocabulary):
             "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special
         )
         self.n_words = len(self.ranks) + len(self.special)
-        bos, eos = ((names or {}).get(role, "") for role in ("bos_token", "eos_token"))  # as a folder names them
+        bos, eos = ((names or {}).get(role, "") for role in ("bos_token", "eos_token"))  # named by the folder's files
         self.bos_id = self.special.get(bos, self.special["<|begin_of_text|>"])
         self.eos_id = self.special.get(eos, self.special["<|end_of_text|>"])
         self.eos_ids = {self.eos_id, *(self.special[name] for name in EOS_TOKENS if name in self.special)}
@@ -145,7 +145,7 @@ class TiktokenVocabulary(Vocabulary):
 
 
 def parts(text: str) -> Iterator[str]:
-    """A text in parts that are encoded alone, as Meta does: the regular expression fails on very long runs."""
+    """Split a text into parts that are encoded alone, as Meta does: the regular expression fails on very long runs."""
     for begin in range(0, len(text), BLOCK):
         block, start = text[begin : begin + BLOCK], 0
         for run in re.finditer(rf"\s{{{RUN + 1},}}|\S{{{RUN + 1},}}", block):
@@ -156,16 +156,16 @@ def parts(text: str) -> Iterator[str]:
 
 
 def unicode_to_bytes() -> dict[str, int]:
-    """The character that GPT-2's files write for each byte: itself if it can be seen, else one from U+0100 on."""
+    """The characters that stand for bytes in GPT-2's files: a printable byte's own, else one from U+0100 on."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def tokenizer_json(path: Path, content: Mapping[str, Any], names: Mapping[str, str]) -> Vocabulary:
-    """The content of a tokenizer.json: Llama 3's needs no further package, as the ids of its tokens are their ranks;
-    for any other Hugging Face's package tokenizers encodes. `names` has the tokens that are bos_token and eos_token.
-    ValueError names a file that is no tokenizer."""
+    """The vocabulary of a tokenizer.json's content. Llama 3's is read as tiktoken's, since the ids of its tokens are
+    their ranks; any other needs Hugging Face's package tokenizers. `names` is from `special_names`. ValueError names a
+    file that is no tokenizer."""
     try:
         vocab, added = content["model"]["vocab"], content.get("added_tokens") or []
         special = {token["content"]: token["id"] for token in added}
@@ -183,7 +183,7 @@ def tokenizer_json(path: Path, content: Mapping[str, Any], names: Mapping[str, s
 
 
 def llama3_ranks(content: Mapping[str, Any], vocab: Mapping[str, int]) -> dict[bytes, int] | None:
-    """The ranks of a tokenizer.json of Llama 3's form; None for another."""
+    """The ranks in a tokenizer.json of Llama 3's form; None for any other."""
     steps = (content.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
     level = {key: steps[-1].get(key) for key in ("type", "add_prefix_space", "use_regex")}
     if steps[:-1] != [SPLIT] or level != {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
@@ -201,8 +201,7 @@ def are_complete(ranks: Mapping[bytes, int]) -> bool:
 
 
 class TokenizersVocabulary(Vocabulary):
-    """Any other tokenizer.json, encoded by the package tokenizers. What ids stand for is read from the file, so that
-    text can be decoded piece by piece."""
+    """Any other tokenizer.json, encoded by the package tokenizers. Ids are decoded by this class, piece by piece."""
 
     def __init__(self, path: Path, content: Mapping[str, Any], names: Mapping[str, str]) -> None:
         try:
@@ -213,7 +212,7 @@ class TokenizersVocabulary(Vocabulary):
             self.tokenizer, self.parsing = (tokenizers.Tokenizer.from_str(json.dumps(content)) for _ in range(2))
         except Exception as error:  # the package raises no other type
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
-        for each in (self.tokenizer, self.parsing):  # what was set for training
+        for each in (self.tokenizer, self.parsing):  # set for training, and saved in the file
             each.no_truncation()
             each.no_padding()
         self.tokenizer.encode_special_tokens = True  # text that spells <s> stays text
@@ -261,7 +260,7 @@ class TokenizersVocabulary(Vocabulary):
 
 
 def special_names(folder: Path) -> dict[str, str]:
-    """bos_token and eos_token, as the files beside tokenizer.json name them, and whether BOS goes before a text."""
+    """bos_token, eos_token and add_bos_token ("True" or "False"), where the files beside tokenizer.json have them."""
     found = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -297,7 +296,7 @@ def gguf_vocabulary(path: Path) -> Vocabulary:
     found.bos_id, found.eos_id, found.adds_bos = ids["bos"], ids["eos"], gguf_tokenizer.adds_bos(keys)
     named = {found.special[name] for name in gguf_tokenizer.ENDS if name in found.special}
     found.eos_ids = (named | {ids["eos"], ids["eot"], ids["eom"]}) - {-1}
-    if kind == "llama":  # which SentencePiece itself does not tell
+    if kind == "llama":  # SentencePiece does not expose them
         found.added = {id: token for id, token in enumerate(tokens) if types[id] == gguf_tokenizer.USER_DEFINED}
     return found
 
