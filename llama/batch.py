@@ -1,4 +1,4 @@
-"""A packed batch: tokens of any number of sequences, one behind the other without padding, and where each belongs.
+"""A packed batch: tokens of any number of sequences, one after the other without padding, and where each belongs.
 
 Take two sequences in slots 0 and 3 of the cache. The first has 5 tokens there already and decodes one more, the second
 begins with a prompt of 3:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Span(NamedTuple):
-    """Neighbouring tokens of one sequence."""
+    """Consecutive tokens of one sequence."""
 
     slot: int  # of the KV cache
     start: int  # position of the first token
@@ -39,24 +39,24 @@ class Batch(NamedTuple):
 
     @staticmethod
     def of(parts: Iterable[tuple[int, int, Sequence[int]]], device: torch.device | str = "cpu") -> Batch:
-        """A batch of (slot, start, ids) of each sequence."""
+        """A batch of sequences, each (slot, start, ids)."""
         parts = list(parts)
         tokens = torch.tensor([id for _, _, ids in parts for id in ids], device=device)
         return Batch.arrange(tokens, [Span(slot, start, len(ids)) for slot, start, ids in parts])
 
     @staticmethod
     def arrange(tokens: Tensor, sequences: Sequence[Span]) -> Batch:
-        """A batch of tokens (N,), which the host need not know yet, that belong to `sequences`."""
+        """A batch of tokens (N,) of `sequences`. The tokens may still be in computation on a GPU."""
         positions = torch.tensor([s.start + i for s in sequences for i in range(s.length)], device="cpu")
         slots = torch.tensor([s.slot for s in sequences for _ in range(s.length)], device="cpu")
-        # Without waiting for a GPU.
+        # This does not wait for a GPU.
         positions, slots = (part.to(tokens.device, non_blocking=True) for part in (positions, slots))
         return Batch(tokens, positions, slots, tuple(sequences))
 
     @staticmethod
     def rows(tokens: Tensor, start_pos: int | Sequence[int] | Tensor, params: ModelArgs) -> Batch:
-        """A batch of the rows of tokens (B, T), which take the slots from 0 on. A row begins at `start_pos`, one number
-        for all or one for each. ValueError for what does not fit in the cache."""
+        """A batch of tokens (B, T), whose rows are in slots 0 to B - 1 from position `start_pos` on, one number for all
+        or one for each. ValueError for what does not fit in the cache."""
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}, not ids (batch, seqlen)")
         starts = torch.as_tensor(start_pos, device="cpu").reshape(-1)
@@ -89,8 +89,8 @@ def check(sequences: Sequence[Span], params: ModelArgs) -> None:
 
 
 class Group(NamedTuple):
-    """Neighbouring sequences of a batch that are equally long, begin at one position and lie in neighbouring slots, so
-    that one operation attends for all of them."""
+    """Consecutive sequences of a batch with the same length and start and in consecutive slots, so that one operation
+    attends for all of them."""
 
     tokens: slice  # of the batch
     slots: slice

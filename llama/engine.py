@@ -276,13 +276,12 @@ class Engine:
             if index:
                 ids = choose(logits, [row for row in rows if row.samples], self.sampler)
                 sums = logits.sum(-1)
-        message = [ids.float(), sums, *prompt_sums]
-        if world_size() > 1:
-            more = torch.tensor([len(self.cancelled) > 0 or not self.outbox.empty()])
-            message = [broadcast(torch.cat((*message, more.to(hidden.device, non_blocking=True))))]
-            ids = message[0][: len(index)].long()
-        if index and any(row.request.logprobs for row in rows):
-            with backends.single_threaded(self.backend):
+            message = [ids.float(), sums, *prompt_sums]
+            if world_size() > 1:
+                more = torch.tensor([len(self.cancelled) > 0 or not self.outbox.empty()])
+                message = [broadcast(torch.cat((*message, more.to(hidden.device, non_blocking=True))))]
+                ids = message[0][: len(index)].long()
+            if index and any(row.request.logprobs for row in rows):
                 logprobs = to_host(top_logprobs(logits, ids, max(row.request.top_logprobs for row in rows)))
         return Pass(rows, ids, to_host(*message), logprobs, failed)
 

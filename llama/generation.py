@@ -1,4 +1,4 @@
-"""Llama: a loaded model and its tokenizer, and what they generate."""
+"""Llama: a loaded model with its tokenizer, and its methods that generate, score, embed and classify."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ class ChatPrediction(_Tokens):
 
 
 class Scored(TypedDict):
-    """Of each token that was scored; log probabilities are natural."""
+    """Scores of a text, token by token. Log probabilities are natural."""
 
-    tokens: list[str]  # the text that each adds
+    tokens: list[str]  # the text that each token adds
     token_ids: list[int]
     logprobs: list[float]
-    top_logprobs: list[list[tuple[str, float]]]  # the most probable in its place
+    top_logprobs: list[list[tuple[str, float]]]  # of the most probable tokens at each position
     sum: float
     perplexity: float  # exp of the mean negative log probability
 
 
 class Llama:
-    """Text and chat completion, of any number of prompts: those beyond max_batch_size wait for a slot of the cache.
+    """Text and chat completion for any number of prompts: those beyond max_batch_size wait for a slot of the cache.
 
-    Threads may call concurrently, and streams may be open beside other calls: all share the passes of one engine. Under
+    Threads may call concurrently, and streams may be open during other calls: all share the passes of one engine. Under
     torchrun all ranks make the same calls in the same order, and the arguments of rank 0 count.
 
-    copy.deepcopy makes one with a cache and weights of its own; quantized matrices, which nothing writes to, are
-    shared. A Llama is not pickled: another process calls `build`, which shares the pages of the files, or is forked
-    from this one and goes on with its weights, on one thread.
+    copy.deepcopy copies the weights and makes a new cache; quantized matrices, which nothing writes to, are shared. A
+    Llama cannot be pickled. Another process calls `build`, which shares the pages of the files; or it is forked from
+    this one, uses the same weights, and computes on one thread.
     """
 
     @plain_arguments
@@ -71,10 +71,10 @@ class Llama:
         self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, chat_format: str | ChatFormat | None = None
     ) -> None:
         SamplingParams(seed=seed)  # ValueError for a bad seed
-        self.engine = Engine.of(model)  # the first attribute, so that pickling fails with the engine's message
+        self.engine = Engine.of(model)  # first, so that pickling raises the engine's error
         self.model = model
         self.labels = [f"LABEL_{i}" for i in range(model.params.n_labels)]
-        self.pad_id: int | None = None  # of padding, which `classify` skips
+        self.pad_id: int | None = None  # the padding token, which `classify` skips
         chat_format = get_chat_format(tokenizer, chat_format)
         generator, grammars = torch.Generator().manual_seed(seed), Grammars(tokenizer, model.vocab_size)
         self.inputs = InputProcessor(model.params, tokenizer, chat_format, generator, grammars)
@@ -117,18 +117,18 @@ class Llama:
         GGUF file.
 
         `max_seq_len` counts the tokens of prompt and answer together; with `max_batch_size` it sizes the cache.
-        `tokenizer_path` defaults to tokenizer.model or tokenizer.json in the folder, or tokenizer.model one up;
-        `device` to CUDA, then MPS, then CPU; `dtype` to the checkpoint's, or float32 where PyTorch would be slower in
-        it. `quantize` rounds the matrices to int8 or int4, in groups of `group_size` columns (int4: 32; int8: 128, or
-        rows, 0, on GPUs and CPUs with AMX); one that was saved so needs none. `chat_format` is llama2, llama3 or
-        template, the folder's own, which is the default where there is one; else the tokenizer decides. `lora` is the
-        folder of a LoRA adapter of PEFT, which is merged into the weights, or a list of folders or of pairs (folder,
-        weight).
-        On a CPU, models of more than 50 MB are computed by C++ that is compiled once, in about ten seconds: `compile`
-        says whether, for any model.
-        Raises ValueError, FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank,
-        and MemoryError before anything is allocated when weights, cache and activations will not fit;
-        `check_memory=False` tries.
+        `tokenizer_path` defaults to tokenizer.model or tokenizer.json in the folder, or tokenizer.model in its parent;
+        `device` to CUDA, then MPS, then CPU; `dtype` to the checkpoint's, or float32 where that is faster in PyTorch.
+        `quantize` rounds the matrices to int8 or int4, in groups of `group_size` columns (int4: 32; int8: 128, or whole
+        rows, 0, on GPUs and CPUs with AMX); a checkpoint that is quantized already needs neither. `chat_format` is
+        llama2, llama3 or template: the folder's own, which is the default if there is one; else the tokenizer decides.
+        `lora` is the folder of a PEFT LoRA adapter, which is merged into the weights, or a list of folders or of pairs
+        (folder, weight).
+        On a CPU, models of more than 50 MB are computed by C++ that is compiled once, in about ten seconds; `compile`
+        is whether to do so for a model of any size.
+        Raises ValueError, FileNotFoundError or RuntimeError naming the file and what is wrong with it, on every rank.
+        Raises MemoryError before anything is allocated if weights, cache and activations will not fit, unless
+        `check_memory` is False.
         """
         SamplingParams(seed=seed)  # ValueError for a bad seed, before anything is loaded
         parallel.init_model_parallel(model_parallel_size)
@@ -152,14 +152,15 @@ class Llama:
         echo: bool = False,
         **options: Unpack[Options],
     ) -> Stream:
-        """`generate` as it happens. The first pass is done when this returns; closing the stream ends it."""
+        """`generate` as a stream. It has made its first pass when this returns, and ends when it is closed."""
         return self._stream(
             prompt_tokens, logprobs, echo, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, **options
         )
 
     @drains(generate_stream)
     def generate(self, stream: Stream) -> tuple[list[list[int]], list[list[float]] | None]:
-        """The ids that follow each prompt, up to `max_gen_len` of them and before EOS, and their log probabilities.
+        """The ids that follow each prompt, up to `max_gen_len` or EOS, which is not included; and with `logprobs` their
+        log probabilities, else None.
 
         `temperature` 0 takes the argmax; otherwise a token is sampled from the nucleus of probability `top_p`. With
         `echo` a result begins with its prompt, whose first token has log probability 0. Log probabilities are natural
@@ -181,7 +182,7 @@ class Llama:
         echo: bool = False,
         **options: Unpack[Options],
     ) -> Stream:
-        """`text_completion` as it happens; see `generate_stream`."""
+        """`text_completion` as a stream; see `generate_stream`."""
         prompt_tokens = self.inputs.encode(prompts)
         return self._stream(
             prompt_tokens, logprobs, echo, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, **options
@@ -189,9 +190,9 @@ class Llama:
 
     @drains(text_stream)
     def text_completion(self, stream: Stream) -> list[CompletionPrediction]:
-        """The text that continues each prompt, with the space that follows it; with `logprobs` also the text and log
-        probability of each token. `max_gen_len` defaults to all that max_seq_len leaves. See `generate` and `Options`
-        for the rest."""
+        """The text that continues each prompt, with a leading space if there is one; with `logprobs` also the text and
+        log probability of each token. `max_gen_len` defaults to all that max_seq_len leaves. See `generate` and
+        `Options` for the rest."""
         return [{"generation": row.text, **self._tokens(row, stream)} for row in stream.drain()]
 
     @parallel.as_first_rank
@@ -208,8 +209,8 @@ class Llama:
         output_filter: OutputFilter | None = None,
         **options: Unpack[Options],
     ) -> Stream:
-        """`chat_completion` as it happens; see `generate_stream`. With `output_filter` an answer comes as a whole, when
-        it has been filtered."""
+        """`chat_completion` as a stream; see `generate_stream`. With `output_filter` each answer is a single event, and
+        comes once it has been filtered."""
         steps = self._chat(
             dialogs,
             logprobs,
@@ -224,10 +225,10 @@ class Llama:
 
     @drains(chat_stream)
     def chat_completion(self, stream: Stream) -> list[ChatPrediction]:
-        """The assistant's answer to each dialog. A dialog whose messages hold a tag of the chat format is answered with
-        an error text and never reaches the model; so is one for which `input_filter` returns a text rather than None,
-        which is then the answer. What `output_filter` returns, if not None, takes the place of an answer. Raises
-        ValueError for a dialog whose roles are out of order. See `Options` for the rest."""
+        """The assistant's answer to each dialog. A dialog with a tag of the chat format in a message is answered with
+        an error text, and one for which `input_filter` returns a text with that text; neither reaches the model. A text
+        that `output_filter` returns replaces the answer. Filters return None to change nothing. Raises ValueError for a
+        dialog whose roles are out of order. See `Options` for the rest."""
         return [
             {"generation": {"role": "assistant", "content": row.text}, **self._tokens(row, stream)}
             for row in stream.drain()
@@ -238,7 +239,7 @@ class Llama:
     def score(
         self, prompts: Sequence[str], continuations: Sequence[str] | None = None, top_logprobs: int = 0
     ) -> list[Scored]:
-        """How likely each prompt is, token by token after BOS; or, given its prompt, each continuation. With
+        """The log probability of each token of each prompt, after BOS; or of each continuation, given its prompt. With
         `top_logprobs` = k also the texts and log probabilities of the k most probable tokens at each position.
 
         A continuation's tokens are those of prompt + continuation from the first that is not wholly the prompt's, whose
@@ -269,8 +270,8 @@ class Llama:
     @parallel.as_first_rank
     @plain_arguments
     def embed(self, texts: Sequence[str], pooling: Literal["mean", "last"] = "mean") -> Tensor:
-        """The last hidden states of each text with BOS before it, normalized as before the output layer: their mean, or
-        the last token's; float32 (len(texts), dim)."""
+        """The last hidden states of each text, with BOS before it, after the final norm: their mean, or the last
+        token's; float32 (len(texts), dim)."""
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling is {pooling!r}; it must be 'mean' or 'last'")
         rows = self.inputs.encode(texts, "texts")
@@ -281,10 +282,10 @@ class Llama:
     @parallel.as_first_rank
     @plain_arguments
     def classify(self, inputs: Sequence[str] | Sequence[Dialog]) -> Tensor:
-        """The score head's logits for each text with BOS before it, or for each dialog, which ends with the assistant's
-        message, in the chat format: float32 (len(inputs), n_labels), in the order of `labels`. As in transformers they
-        are those of the last token that is not padding. Raises ValueError for a model without a score head, and for
-        an input that is longer than max_seq_len."""
+        """The score head's logits, float32 (len(inputs), n_labels) in the order of `labels`: for each text, with BOS
+        before it; or for each dialog, in the chat format, which must end with the assistant's message. As in
+        transformers they are those of the last token that is not padding. Raises ValueError for a model without a score
+        head, and for an input that is longer than max_seq_len."""
         if not self.model.params.n_labels:
             raise ValueError("the model has no score head, as LlamaForSequenceClassification has; classify needs one")
         if isinstance(inputs, list) and inputs and not any(isinstance(item, str) for item in inputs):
@@ -328,7 +329,7 @@ class Llama:
         if stream.logprobs:
             pieces, left = self.tokenizer.decode_pieces(row.tokens, stream.before[row.row]), len(row.text)
             scored["tokens"], scored["logprobs"] = [], row.logprobs
-            for piece in pieces:  # of a text that was cut before a stop string
+            for piece in pieces:  # cut like the text, which ends before a stop string
                 scored["tokens"].append(piece[:left])
                 left -= len(scored["tokens"][-1])
         return scored

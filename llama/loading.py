@@ -20,7 +20,7 @@ class Loaded(NamedTuple):
     model: Transformer  # this rank's part, ready to compute
     tokenizer: Tokenizer
     chat_format: ChatFormat
-    native: bool  # native.cpp computes it
+    native: bool  # whether native.cpp computes it
     labels: list[str]  # of a score head
     pad_id: int | None
 
@@ -66,7 +66,7 @@ def load_model(
         labels, pad_id = checkpoint.labels(), checkpoint.pad_id(tokenizer.n_words)
         if args.n_labels:
             plan |= {"labels": labels, "pad_token_id": pad_id}
-        if ranks > 1:  # nodes may have copies of their own
+        if ranks > 1:  # nodes may have different files
             plan |= checkpoint.fingerprint(args, tokenizer_file)
             plan["lora"] = [adapter.fingerprint() for adapter in adapters]
     check_same(plan)
