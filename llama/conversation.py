@@ -64,7 +64,7 @@ class Chat:
         finally:
             self.llama.inputs.generator.set_state(state)
         self.options = {**changed, "input_filter": input_filter, "output_filter": output_filter}
-        self.most = settings.max_new
+        self.max_new = settings.max_new
 
     def say(self, text: str) -> str:
         """The answer to a message of the user."""
@@ -112,7 +112,7 @@ class Chat:
         """Drop the oldest turns of a dialog that leaves no space for an answer, until half of the context is free, so
         that the next turns drop none and reuse the cache. ValueError if even the last message alone leaves no space."""
         space = self.llama.model.params.max_seq_len
-        answer = min(self.most, space // 4 if self.options["max_gen_len"] is None else space // 2)
+        answer = min(self.max_new, space // 4 if self.options["max_gen_len"] is None else space // 2)
         encode, first = self.llama.chat_format.encode, int(dialog[0]["role"] == "system")
         kept, limit = list(dialog), space - answer
         while (count := len(encode(self.llama.tokenizer, kept))) > limit and len(kept) > first + 1:

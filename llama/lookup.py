@@ -6,16 +6,16 @@ NGRAM = 3  # length of the match that a draft continues
 
 
 class PromptLookup:
-    """Drafts up to `most` tokens: those that followed the last NGRAM tokens of the text where these occurred before."""
+    """Drafts up to `max_draft` tokens: those that followed the last NGRAM tokens where the text had them before."""
 
-    def __init__(self, most: int) -> None:
-        self.most = self.width = most
+    def __init__(self, max_draft: int) -> None:
+        self.max_draft = self.width = max_draft
         self.index: dict[tuple[int, ...], int] = {}  # NGRAM tokens -> position after them
         self.indexed = NGRAM
         self.drafted = 0
 
     def draft(self, text: list[int]) -> list[int]:
-        if not self.most:
+        if not self.max_draft:
             return []
         for end in range(self.indexed, len(text)):
             self.index[tuple(text[end - NGRAM : end])] = end
@@ -28,4 +28,4 @@ class PromptLookup:
     def accepted(self, count: int) -> None:
         """Say how many tokens of the last draft were right. After a wrong one the next draft is shorter."""
         if self.drafted:
-            self.width = min(self.most, 2 * min(count, self.drafted) + 1)
+            self.width = min(self.max_draft, 2 * min(count, self.drafted) + 1)

@@ -131,8 +131,8 @@ def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
     """Sample tokens (M,) from logits (M, V): `samples` of each row, row by row. Sample t > 0 of a row follows draft
     token t - 1, and is valid only where all draft tokens before it were sampled too."""
     if all(row.samples == 1 for row in rows):
-        which, slots = [row.answered for row in rows], [row.request.slot for row in rows]
-        ids = sampler(forbid(logits, [row.request for row in rows], which), slots, which)
+        indices, slots = [row.answered for row in rows], [row.request.slot for row in rows]
+        ids = sampler(forbid(logits, [row.request for row in rows], indices), slots, indices)
         sampler.count(ids, slots)
         return ids
     starts = [0, *itertools.accumulate(row.samples for row in rows)]
@@ -141,22 +141,22 @@ def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
     for t in range(max(row.samples for row in rows)):
         some = [i for i, row in enumerate(rows) if row.samples > t]
         at, slots = [starts[i] + t for i in some], [rows[i].request.slot for i in some]
-        which = [rows[i].answered + t for i in some]
+        indices = [rows[i].answered + t for i in some]
         if t:
             drafted = torch.tensor([rows[i].draft[t - 1] for i in some], device=logits.device)
             right[some] &= found[[n - 1 for n in at]] == drafted
-        ids = sampler(forbid(logits[at], [rows[i].request for i in some], which), slots, which)
+        ids = sampler(forbid(logits[at], [rows[i].request for i in some], indices), slots, indices)
         sampler.count(ids, slots, right[some] if t else None)
         found[at] = ids
     return found
 
 
-def forbid(logits: Tensor, requests: Sequence[Request], which: Sequence[int]) -> Tensor:
-    """Logits (B, V) with -inf for tokens that matchers exclude, and for EOS and stop ids where the answer has only
-    `which[b]` tokens so far, fewer than `min_new`."""
+def forbid(logits: Tensor, requests: Sequence[Request], indices: Sequence[int]) -> Tensor:
+    """Logits (B, V) with -inf for tokens that matchers exclude, and for EOS and stop ids where the answer has
+    only indices[b] tokens so far, fewer than `min_new`."""
     early: list[tuple[int, int]] = []
     for i, request in enumerate(requests):
-        ends = (*request.eos_ids, *request.stop_ids) if which[i] < request.min_new else ()
+        ends = (*request.eos_ids, *request.stop_ids) if indices[i] < request.min_new else ()
         if request.matcher:
             excluded = ~request.matcher.mask(ends).to(logits.device, non_blocking=True)
             logits = logits.index_put((torch.tensor(i),), logits[i].masked_fill(excluded, -math.inf))

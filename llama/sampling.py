@@ -176,8 +176,8 @@ class Sampler:
             self.prompt[slot], self.counts[slot] = False, 0
             self.prompt[slot, list({*prompt})] = True
 
-    def __call__(self, logits: Tensor, slots: Sequence[int], which: Sequence[int]) -> Tensor:
-        """Sample ids (B,) from logits (B, V); row b is for token number which[b] of the answer in slot slots[b]."""
+    def __call__(self, logits: Tensor, slots: Sequence[int], indices: Sequence[int]) -> Tensor:
+        """Sample ids (B,) from logits (B, V); row b is for token indices[b] of the answer in slot slots[b]."""
         rows = self.rows.get(key := tuple(slots)) or self.tabulate(key)
         if rows.bias is not None:
             logits = logits + rows.bias
@@ -186,7 +186,7 @@ class Sampler:
         best = argmax(logits)
         if rows.greedy:
             return best
-        probs, u = softmax(logits, rows.temperature), self.uniform(slots, which)
+        probs, u = softmax(logits, rows.temperature), self.uniform(slots, indices)
         # The same random number samples another token from sorted probabilities than from unsorted ones. So whether a
         # row's are sorted depends on its own settings alone, not on those of other rows.
         chosen = best
@@ -258,10 +258,10 @@ class Sampler:
             ids = logits.sort(dim=-1, descending=True, stable=True).indices
         return ids, wide.nonzero()[:, 0].tolist()
 
-    def uniform(self, slots: Sequence[int], which: Sequence[int]) -> Tensor:
-        """Random number which[b] of the sequence of each slot (B, 1)."""
+    def uniform(self, slots: Sequence[int], indices: Sequence[int]) -> Tensor:
+        """Random number indices[b] of the sequence of slot slots[b] (B, 1)."""
         u = []
-        for slot, n in zip(slots, which, strict=True):
+        for slot, n in zip(slots, indices, strict=True):
             while len(self.random[slot]) <= n:
                 self.random[slot] += torch.rand(64, generator=self.generators[slot], dtype=torch.float64).tolist()
             u.append([self.random[slot][n]])
