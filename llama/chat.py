@@ -32,11 +32,28 @@ class ChatFormat:
 
     name = ""
     note = ""  # logged when a dialog is first encoded
+    roles = ROLES  # that messages may have
 
     def check(self, dialog: Dialog, name: str = "the dialog", answered: bool = False) -> None:
         """ValueError for a dialog that the format does not allow. Its last message must be the assistant's if
         `answered`, and must not be otherwise."""
-        check_messages(dialog, name, ROLES, answered)
+        if isinstance(dialog, (str, bytes)) or not isinstance(dialog, Sequence) or not dialog:
+            raise ValueError(f"{name} is {dialog!r}; it must be a list of messages")
+        for i, message in enumerate(dialog):
+            if not isinstance(message, dict) or set(message) != {"role", "content"}:
+                raise ValueError(f'message {i} of {name} is {message!r}; it must be {{"role": ..., "content": ...}}')
+            role, content = message["role"], message["content"]
+            if role not in self.roles:
+                raise ValueError(f"message {i} of {name} has the role {role!r}; roles are {', '.join(self.roles)}")
+            if not isinstance(content, str):
+                raise ValueError(f"message {i} of {name} has the content {content!r}, which is not a str")
+            content.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
+        if is_answered(dialog) and not answered:
+            raise ValueError(f"{name} ends with the role assistant; there is nothing to answer")
+        if answered and not is_answered(dialog):
+            raise ValueError(
+                f"{name} ends with the role {dialog[-1]['role']}; its last message must be the assistant's"
+            )
 
     def refusal(self, dialog: Dialog) -> str | None:
         """What to answer, without asking the model, to a dialog with a message that could pass for another role's."""
@@ -65,25 +82,6 @@ class ChatFormat:
         raise NotImplementedError
 
 
-def check_messages(dialog: Dialog, name: str, roles: Sequence[str], answered: bool = False) -> None:
-    """ValueError unless each message has one of the `roles` and a text, and the last is the assistant's if and only if
-    `answered`."""
-    if isinstance(dialog, (str, bytes)) or not isinstance(dialog, Sequence) or not dialog:
-        raise ValueError(f"{name} is {dialog!r}; it must be a list of messages")
-    for i, message in enumerate(dialog):
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise ValueError(f'message {i} of {name} is {message!r}; it must be {{"role": ..., "content": ...}}')
-        if message["role"] not in roles:
-            raise ValueError(f"message {i} of {name} has the role {message['role']!r}; roles are {', '.join(roles)}")
-        if not isinstance(message["content"], str):
-            raise ValueError(f"message {i} of {name} has the content {message['content']!r}, which is not a str")
-        message["content"].encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
-    if is_answered(dialog) and not answered:
-        raise ValueError(f"{name} ends with the role assistant; there is nothing to answer")
-    if answered and not is_answered(dialog):
-        raise ValueError(f"{name} ends with the role {dialog[-1]['role']}; its last message must be the assistant's")
-
-
 def is_answered(dialog: Dialog) -> bool:
     return dialog[-1]["role"] == "assistant"
 
@@ -97,6 +95,7 @@ class Llama2Format(ChatFormat):
     spells BOS or EOS stays text. The tags are plain text to the tokenizer, so no message may contain them."""
 
     name = "llama2"
+    roles = ("system", "user", "assistant")
 
     def check(self, dialog: Dialog, name: str = "the dialog", answered: bool = False) -> None:
         """User and assistant alternate after an optional system message, the user first, and last unless `answered`."""
@@ -109,7 +108,7 @@ class Llama2Format(ChatFormat):
                     f"{name} has the roles {roles}; an optional system message must be followed by user and "
                     f"assistant in turn, beginning with user and ending with {'assistant' if answered else 'user'}"
                 )
-        check_messages(dialog, name, ("system", "user", "assistant"), answered)
+        super().check(dialog, name, answered)
 
     def refusal(self, dialog: Dialog) -> str | None:
         return REFUSAL if has_tags(dialog) else None
