@@ -131,13 +131,14 @@ def choose_format(folder: Path, tokenizer: Tokenizer, chat_format: str | None) -
 
 def template_of(folder: Path) -> str | None:
     """The template in a Hugging Face folder (a file, or the default entry of tokenizer_config.json) or a GGUF file."""
+    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    found: Any = None
     if is_gguf(folder):
         found = read_gguf(folder).keys.get("tokenizer.chat_template")
-        return found if isinstance(found, str) and found else None
-    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if alone.is_file():
-        return read_text(alone) or None
-    found = read_json(config).get("chat_template") if config.is_file() else None
+    elif alone.is_file():
+        found = read_text(alone)
+    elif config.is_file():
+        found = read_json(config).get("chat_template")
     if isinstance(found, list):
         entries = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
         found = entries[0].get("template") if entries else None

@@ -304,7 +304,7 @@ class Llama:
         return Stream(self.engine.run(requests), len(prompts), logprobs, before)
 
     def _chat(self, dialogs: Any, logprobs: bool, /, **options: Any) -> Generator[list[Event], None, None]:
-        if isinstance(dialogs, (str, bytes)) or not isinstance(dialogs, Sequence):
+        if not isinstance(dialogs, list):
             raise ValueError(f"dialogs is {shorten(dialogs)}; it must be a list of dialogs")
         for i, dialog in enumerate(dialogs):
             self.chat_format.check(dialog, f"dialog {i}")
