@@ -96,10 +96,11 @@ class Checkpoint:
         self.scheme = gguf.schemes(files)  # of the output matrix too, if it is tied
 
     def _hold(self, files: Sequence[File], tied: bool, positions: object) -> None:
-        """Files of whole weights. Where no file has the output matrix, it may be `tied` to the embeddings."""
+        """Take files of whole weights. If `tied` and no file has the output matrix, it is the embeddings."""
         if tied and not any("output.weight" in file.tensors for file in files):
             for file in files:
-                file.tie()
+                if embeddings := file.tensors.get("tok_embeddings.weight"):
+                    file.tensors["output.weight"] = embeddings
         self.files, self.holders = files, {name: [file] for file in files for name in file.tensors}
         self.positions = positions if type(positions) is int and positions > 0 else None
 
