@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,10 @@ class Quantized(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return len(self.q), self.q.shape[1] * (8 // self.bits)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Quantized:
+        """The matrix with each of its tensors changed."""
+        return Quantized(change(self.q), change(self.scale), None if self.min is None else change(self.min))
+
 
 def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Quantized:
     """Round a matrix (out, in) to the nearest numbers that `scheme` has. The extremes of a group decide on its scale
@@ -241,14 +245,18 @@ def in_8_bits(weight: Quantized, groups: int) -> Quantized:
 # Matmuls
 
 
-class Kernel(Protocol):
-    """A matrix in the layout of what multiplies by it."""
+class Kernel:
+    """A matrix (out, in) in the layout that its matmul reads."""
 
     shape: tuple[int, int]
     nbytes: int
 
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # nothing writes to it
+
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of x."""
+        raise NotImplementedError
 
 
 def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Kernel:
@@ -257,7 +265,7 @@ def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Ker
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         return Cuda(weight, device)
     if device.type == "cpu" and native and weight.shape[1] % 16 == 0:
-        with suppress(ImportError):  # a copy of this package may do without it
+        with suppress(ImportError):  # backends/cpu.py may have been removed
             from . import cpu
 
             if cpu.library() is not None:
@@ -265,24 +273,21 @@ def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Ker
     return Dequantized(weight, device)
 
 
-class Dequantized:
-    """Dequantizes the matrix each time: slow, and right on every device."""
+class Dequantized(Kernel):
+    """Dequantizes the matrix in each call: slow, but correct on every device."""
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
-        self.weight = Quantized(*(None if part is None else part.to(device) for part in weight))  # type: ignore[arg-type]
+        self.weight = weight.map(lambda part: part.to(device))
         self.shape = weight.shape
         self.nbytes = sum(part.nbytes for part in weight if part is not None)
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self  # nothing writes to it
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, dequantize(self.weight).type_as(x))
 
 
-class Packed:
-    """Tiles that native.cpp multiplies by. Rows of x are rounded to 127ths of the largest number in each 32 columns, so
-    that a row's result does not depend on the others."""
+class Packed(Kernel):
+    """The matrix in tiles, for native.cpp. It quantizes each row of x to 8 bits in groups of 32 columns, so that a
+    row's result does not depend on the others."""
 
     def __init__(self, weight: Quantized) -> None:
         from . import cpu
@@ -303,9 +308,6 @@ class Packed:
         pointers = [part.data_ptr() for part in self.parts]
         kind, zero = (4, 8 if least is None else 0) if weight.bits == 4 else (3, 0)
         self.native = cpu.CMatrix(kind, out, columns, columns // groups, zero, *pointers)
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self  # nothing writes to it
 
     def __call__(self, x: Tensor) -> Tensor:
         from .cpu import matmul
@@ -348,8 +350,8 @@ class Tiles(Packed):
         return coarse.add_(fine, alpha=1 / 254).mul_(step).type_as(x)
 
 
-class Rows:
-    """Some rows of a matrix that several layers share."""
+class Rows(Kernel):
+    """Rows `begin` to `end` of a matrix that several layers share."""
 
     def __init__(self, whole: Kernel, begin: int, end: int) -> None:
         self.whole, self.begin, self.end = whole, begin, end

@@ -110,8 +110,7 @@ CODECS = {
 
 def from_blocks(kind: str, blocks: Tensor) -> Quantized:
     """Blocks (rows, blocks, bytes) of a type -> a matrix."""
-    q, scale, least = CODECS[kind].parts(blocks)
-    return Quantized(q.flatten(1), scale.flatten(1), None if least is None else least.flatten(1))
+    return Quantized(*CODECS[kind].parts(blocks)).map(lambda part: part.flatten(1))
 
 
 def to_blocks(weight: Quantized) -> Tensor:

@@ -120,7 +120,7 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
     hessian, upper, order = factor(hessian)
     ratios = upper / upper.diagonal()
     found = [round_rows(rows, hessian, ratios, order, scheme) for rows in weight.to(hessian).split(ROWS)]
-    return Quantized(*(None if part is None else part.cpu() for part in stack(found)))  # type: ignore[arg-type]
+    return stack(found).map(Tensor.cpu)
 
 
 def factor(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -161,13 +161,10 @@ class GgufFile(File):
         blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=kind.size(shape))
         blocks = blocks.view(rows, columns // kind.values, kind.nbytes)
         for part in (blocks[begin:end] if dim == 0 else blocks).split(max(1, AT_ONCE // columns)):
-            q, scale, least = found = from_blocks(kind.name, part)
-            if dim == 0:
-                yield found
-                continue
-            per, (first, last) = 8 // found.bits, (begin // group, end // group)
-            least = None if least is None else least[:, first:last]
-            yield Quantized(q[:, begin // per : end // per], scale[:, first:last], least)
+            matrix = from_blocks(kind.name, part)
+            if dim == 1:  # the same fraction of q's, of the scales' and of the minima's columns
+                matrix = matrix.map(lambda p: p[:, p.shape[1] * begin // columns : p.shape[1] * end // columns])
+            yield matrix
 
     def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
         """Rows or columns of a quantized matrix."""
