@@ -85,8 +85,8 @@ def scales(b: Tensor) -> tuple[Tensor, Tensor]:
     d, s = float16(b[..., :4]).float(), b[..., 4:]
     first, second, third = s[..., :4], s[..., 4:8], s[..., 8:]
     scale = torch.cat((first & 63, third & 15 | first >> 6 << 4), -1)
-    least = torch.cat((second & 63, third >> 4 | second >> 6 << 4), -1)
-    return (d[..., :1] * scale).half(), (d[..., 1:] * least).neg_().half()
+    minimum = torch.cat((second & 63, third >> 4 | second >> 6 << 4), -1)
+    return (d[..., :1] * scale).half(), (d[..., 1:] * minimum).neg_().half()
 
 
 class Codec(NamedTuple):
