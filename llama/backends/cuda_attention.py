@@ -23,7 +23,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def joined(partial, sums, first, parts, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The softmax over all parts of a head, which begin at the `first`: sums of values, and of weights."""
+    """Combine the softmaxes of a head's parts, from `first` on: the weighted sum of values, and the sum of weights."""
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     top = tl.full([BLOCK_G], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -97,11 +97,11 @@ def attend_kernel(
 
 
 class Scratch(NamedTuple):
-    """What the programs of `attend` tell each other."""
+    """Buffers in which the programs of `attend` leave partial results for each other."""
 
     partial: Tensor
     sums: Tensor
-    arrived: Tensor  # programs of each head, zero between passes
+    arrived: Tensor  # number of programs of each head that have stored theirs; zero between passes
     splits: int
 
 

@@ -257,7 +257,8 @@ class Checkpoint:
 
     def fingerprint(self, args: ModelArgs, tokenizer: Path) -> dict[str, str]:
         """What is equal for two folders of the same model, in any layout and number of shards: the parameters, and
-        digests of the tokenizer's file and of the weights (their dtype, the norms and a row of each layer)."""
+        digests of the tokenizer (its file, or a GGUF file's keys) and of the weights (their dtype, the norms and a row
+        of each layer)."""
         names = ["dim", "n_layers", "n_heads", "kv_heads", "head_dim", "ffn_hidden", "vocab_size", "norm_eps"]
         names += ["rope_theta", "rope_scaling", "n_labels"]
         dtype, digest = self.dtype(), hashlib.md5(f"{self.dtype()} {self.scheme}".encode(), usedforsecurity=False)
@@ -267,9 +268,10 @@ class Checkpoint:
                 part = self.read(name, shape, 0, shape[0] if whole else 1, dtype).contiguous()
                 digest.update(ctypes.string_at(part.data_ptr(), part.nbytes))
         self.release()
+        content = repr(read_gguf(tokenizer).keys).encode() if is_gguf(tokenizer) else tokenizer.read_bytes()
         return {
             "params": str({name: getattr(args, name) for name in names}),
-            "tokenizer": hashlib.md5(content_of(tokenizer), usedforsecurity=False).hexdigest(),
+            "tokenizer": hashlib.md5(content, usedforsecurity=False).hexdigest(),
             "weights": digest.hexdigest(),
         }
 
@@ -324,17 +326,10 @@ class Checkpoint:
         final = parts[0].dtype == dtype and (out is None or out.device.type == "cpu")
         if len(parts) == 1 and final and parts[0].is_contiguous():
             return parts[0]
-        lengths = [part.shape[dim] for part in parts]
         if out is None:
-            whole = [sum(lengths) if i == dim else size for i, size in enumerate(parts[0].shape)]
-            out = torch.empty(whole, dtype=dtype)
-        for target, part in zip(out.split(lengths, dim), parts, strict=True):
+            out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype)
+        for target, part in zip(out.split([part.shape[dim] for part in parts], dim), parts, strict=True):
             target.copy_(part)
         for file in files:
             file.release()
         return out
-
-
-def content_of(tokenizer: Path) -> bytes:
-    """The bytes of a tokenizer's file; of a GGUF file, only its keys."""
-    return repr(read_gguf(tokenizer).keys).encode() if is_gguf(tokenizer) else tokenizer.read_bytes()
