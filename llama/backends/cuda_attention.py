@@ -119,14 +119,14 @@ def attend_scratch(M: int, n_heads: int, kv_heads: int, D: int, device: torch.de
     )
 
 
-def attend(q: Tensor, rope: Rope, scratch: Scratch, block: int = 64) -> Tensor:
+def attend(q: Tensor, rope: Rope, scratch: Scratch) -> Tensor:
     """Softmax attention of one query of each sequence, q (M, H D), over the cache up to its position -> (M, H D)."""
     (M, _), (_, both, S, D), H = q.shape, rope.cache.shape, rope.n_heads
     kv_heads, out = both // 2, torch.empty_like(q)
     attend_kernel[(M, kv_heads, scratch.splits)](
         q, out, scratch.partial, scratch.sums, scratch.arrived, rope.positions, rope.slots, rope.cache,
         LOG2_E * D**-0.5, S, kv_heads, H // kv_heads, D=D, BLOCK_G=scratch.partial.shape[1],
-        BLOCK_D=scratch.partial.shape[2], BLOCK_S=block, SPLITS=scratch.splits, PDL=PDL, num_warps=4, num_stages=2,
+        BLOCK_D=scratch.partial.shape[2], BLOCK_S=64, SPLITS=scratch.splits, PDL=PDL, num_warps=4, num_stages=2,
         launch_pdl=PDL,
     )  # fmt: skip
     return out

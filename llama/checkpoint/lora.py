@@ -147,7 +147,7 @@ class Adapter:
     """One PEFT adapter: a folder with its config and its file. `keys` maps a weight (Meta's name) and a part of its
     change (a value of `PARTS`) to the key in the file."""
 
-    def __init__(self, folder: Path, factor: float, args: ModelArgs, saved_words: int = -1) -> None:
+    def __init__(self, folder: Path, factor: float, args: ModelArgs, saved_words: int) -> None:
         self.folder, self.factor, self.head_dim, self.shapes = folder, factor, args.head_dim, shapes(args)
         self.config = read_config(folder / "adapter_config.json")
         self.file = open_file(weights_file(folder))
