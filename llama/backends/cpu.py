@@ -277,8 +277,8 @@ class Native:
         y, begin = torch.empty(min(len(x), PASS), x.shape[1], dtype=torch.float32), 0
         for spans in passes(batch.sequences, PASS):
             rows = sum(length for _, _, length in spans)
-            places = (ctypes.c_int64 * (3 * len(spans)))(*(number for span in spans for number in span))
-            self.layers(x[begin : begin + rows], y[:rows], places, len(spans))
+            c_spans = (ctypes.c_int64 * (3 * len(spans)))(*(number for span in spans for number in span))
+            self.layers(x[begin : begin + rows], y[:rows], c_spans, len(spans))
             begin += rows
         return x
 

@@ -145,15 +145,16 @@ def round_rows(weight: Tensor, hessian: Tensor, ratios: Tensor, order: Tensor, s
     def by_column(part: Tensor) -> Tensor:  # (out, groups, 1 or columns) -> (in, out), in order
         return part.expand_as(shaped).flatten(1).t()[order]
 
-    exact, step, low = by_column(shaped), by_column(scale), None if minimum is None else by_column(minimum)
+    exact, step = by_column(shaped), by_column(scale)
+    low = [None] * columns if minimum is None else by_column(minimum)
     error, q = torch.zeros_like(exact), torch.empty_like(exact)
     for begin in range(0, columns, BLOCK):
         end = min(begin + BLOCK, columns)
         wanted = exact[begin:end] + ratios[:begin, begin:end].t() @ error[:begin]
         for j in range(begin, end):
             column = wanted[j - begin] + ratios[begin:j, j] @ error[begin:j]
-            q[j] = nearest_q(column, step[j], None if low is None else low[j], scheme)
-            error[j] = exact[j] - values(q[j], step[j], None if low is None else low[j])
+            q[j] = nearest_q(column, step[j], low[j], scheme)
+            error[j] = exact[j] - values(q[j], step[j], low[j])
     found = assemble(q[order.argsort()].t().unflatten(1, shaped.shape[1:]), scale, minimum, scheme)
     nearest = quantize(weight, scheme)
     worse = loss(found, weight, hessian) > loss(nearest, weight, hessian)

@@ -108,15 +108,15 @@ def fitted(frequencies: Tensor, divisors: Tensor) -> RopeScaling:
     """Llama 3's scaling with other than the usual bands, fitted to the divisors. Between the bands the weight of the
     unscaled frequency f is (original f / 2 pi - low) / (high - low), linear in f. Only ratios count, so low is 1."""
     f, factor = frequencies.double(), divisors.double().max()
-    share = (1 / divisors.double() - 1 / factor) / (1 - 1 / factor)
-    slow, fast, between = share < 1e-3, share > 1 - 1e-3, (share >= 1e-3) & (share <= 1 - 1e-3)
+    weight = (1 / divisors.double() - 1 / factor) / (1 - 1 / factor)
+    slow, fast, between = weight < 1e-3, weight > 1 - 1e-3, (weight >= 1e-3) & (weight <= 1 - 1e-3)
     original, high = 8192.0, 4.0
     if between.any():
-        f, share = f[between], share[between]
+        f, weight = f[between], weight[between]
         if len(f) > 1:
-            slope = ((f - f.mean()) * (share - share.mean())).sum() / (f - f.mean()).square().sum()
-            high = float(1 - 1 / (share.mean() - slope * f.mean()))
-        original = float(2 * math.pi * ((share * (high - 1) + 1) / f).mean())
+            slope = ((f - f.mean()) * (weight - weight.mean())).sum() / (f - f.mean()).square().sum()
+            high = float(1 - 1 / (weight.mean() - slope * f.mean()))
+        original = float(2 * math.pi * ((weight * (high - 1) + 1) / f).mean())
     elif slow.any() and fast.any():
         original, high = 2 * math.pi / float(f[slow].max()) - 0.5, min(high, float(f[fast].min() / f[slow].max()))
     return RopeScaling(rounded(factor), 1.0, rounded(high), max(1, round(original)))
