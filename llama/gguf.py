@@ -1,5 +1,5 @@
-"""GGUF files, as llama.cpp has them: the header, with keys and where each tensor lies, read and written. Every length
-in a header is checked before anything is read or allocated by it.
+"""Headers of GGUF files, llama.cpp's format: the keys, and where each tensor is. Every length in a header is checked
+before anything is read or allocated by it.
 
 Numbers are little-endian. A file is: "GGUF", a version, the numbers of tensors and keys; the keys, each a name, a type
 and a value; a description of each tensor; and, from the next multiple of general.alignment on, the tensors' data.
@@ -20,11 +20,11 @@ from .textfile import mistaken
 
 
 class BlockType(NamedTuple):
-    """A type of tensors, whose rows are made of blocks."""
+    """A type of tensors, whose rows consist of blocks."""
 
     name: str
-    values: int  # of a block
-    nbytes: int
+    values: int  # in a block
+    nbytes: int  # of a block
 
     def size(self, shape: Sequence[int]) -> int:
         """The bytes of a tensor."""
@@ -75,13 +75,13 @@ def read_gguf(path: Path) -> Gguf:
             return Header(data).read()
     except (ValueError, struct.error) as error:  # struct: the file ends inside of a number
         reason = str(error) if isinstance(error, ValueError) else "its header is cut"
-        if found := mistaken(path) if size else None:
-            reason = "; ".join(found) if not found[0].startswith("it is a GGUF") else reason
+        if (found := mistaken(path)) and found[0] != "it is a GGUF file":
+            reason = "; ".join(found)
         raise ValueError(f"{path} ({size:,} bytes) is not a GGUF file that can be read: {reason}") from error
 
 
 class Header:
-    """Reads a header from the start of a file's content."""
+    """A reader of a file's header."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
@@ -185,7 +185,7 @@ def split_files(path: Path) -> list[Path]:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is that of a GGUF file, rather than of a folder or of any other file."""
+    """Whether a path is a GGUF file, by its name or its first bytes."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -193,7 +193,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def header_bytes(keys: Mapping[str, Any], tensors: Mapping[str, tuple[BlockType, Sequence[int]]]) -> bytes:
-    """A header of version 3, up to where the data begins: tensors in their order, each from a multiple of 32 on."""
+    """A header of version 3, up to where the data begins. Tensors follow in order, aligned to 32 bytes."""
     numbers = {kind: number for number, kind in TYPES.items()}
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(keys))]
     for name, value in keys.items():
@@ -217,7 +217,7 @@ def string_bytes(text: str) -> bytes:
 
 
 def value_bytes(value: Any) -> bytes:
-    """The type and the value of a key: a bool, int (unsigned), float, str, or a list of these (of signed ints)."""
+    """The type and the value of a key: a bool, unsigned int, float or str, or a list of signed ints, floats or str."""
     if isinstance(value, str):
         return struct.pack("<I", STRING) + string_bytes(value)
     if isinstance(value, list):

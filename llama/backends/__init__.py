@@ -1,4 +1,4 @@
-"""How a forward pass is computed: by the model itself (plain), or by something faster that must equal it."""
+"""How a forward pass is computed: by the model itself, the plain backend, or by a faster one that must equal it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from ..model import Attention, FeedForward, KVCache, RMSNorm, Transformer, Trans
 
 
 class Backend(Protocol):
-    """The model itself is one: the plain backend, on any device, with all hooks and modules that a user gave it."""
+    """What the engine calls. The model itself is one: the plain backend, on any device, with the user's hooks."""
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The last layer's output (N, dim), before the final norm, for a packed batch, whose keys and values are stored
-        in its slots of the model's cache. The next call may overwrite it."""
+        """The last layer's output (N, dim), before the final norm, for a packed batch. Stores its keys and values in
+        its slots of the model's cache. The next call may overwrite the result."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits (N, V), of a score head (N, n_labels), of rows (N, dim) of what `hidden` returned. The next
-        call may overwrite them."""
+        """Float32 logits (N, V), or with a score head (N, n_labels), of rows (N, dim) that `hidden` returned. The next
+        call may overwrite the result."""
 
 
 def copy_slot(model: Transformer, source: int, target: int, length: int) -> None:
-    """Give slot `target` of the cache the keys and values of the first `length` positions of slot `source`."""
+    """Copy the keys and values of the first `length` positions from slot `source` of the cache to slot `target`."""
     for cache in caches(model):
         cache.kv[target, :, :length] = cache.kv[source, :, :length]
 
 
-class Called:
-    """A Transformer whose own `forward` has hooks or is a user's. It is called with tokens (B, T), as a user calls it,
-    and sees their rows in slots from 0 on. `hidden` returns hidden states and logits side by side (N, dim + V)."""
+class ForwardBackend:
+    """For a Transformer with hooks of its own, or a user's `forward`: calls it with tokens (B, T), as a user would, and
+    with a cache of B slots. `hidden` returns hidden states and logits side by side (N, dim + V)."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -64,13 +64,13 @@ class Called:
 log = logging.getLogger(__name__)
 OURS: set[type[nn.Module]] = {Transformer, TransformerBlock, Attention, FeedForward, KVCache, RMSNorm, nn.ModuleList}
 OURS |= {layers.ColumnParallelLinear, layers.RowParallelLinear, layers.ReplicatedLinear, layers.ParallelEmbedding}
-FORWARD = {module: module.forward for module in OURS}  # a user may replace it in the class
-LARGE = 50e6  # bytes of weights above which a CPU's model is compiled by default
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+FORWARD = {module: module.forward for module in OURS}  # as imported: a user may assign another to the class
+LARGE = 50e6  # bytes of weights above which native.cpp computes by default
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # attributes of a module
 
 
 def modules(model: nn.Module) -> list[nn.Module]:
-    """All modules, in a fifth of the time that model.modules() takes, as an engine asks before each call."""
+    """model.modules() as a list, five times as fast: an engine asks for it before each call."""
     found = [model]
     for module in found:
         found.extend(filter(None, vars(module)["_modules"].values()))
@@ -78,19 +78,20 @@ def modules(model: nn.Module) -> list[nn.Module]:
 
 
 def caches(model: nn.Module) -> list[KVCache]:
-    """The caches, which are not all buffers: a user's modules may have some of their own."""
+    """All KV caches of a model."""
     return [module for module in modules(model) if isinstance(module, KVCache)]
 
 
 def changed(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
-    """Whether calling a module does more than our module of this kind, by default its own, would: it has hooks, or its
-    `forward` is a user's."""
+    """Whether calling a module may do more than the library's class `kind` (by default the module's class) does: it has
+    hooks, or another `forward`."""
     has, forward = vars(module), FORWARD.get(kind or type(module))
     return type(module).forward is not forward or "forward" in has or bool(has[HOOKS[0]] or has[HOOKS[1]])
 
 
 def customized(model: Transformer) -> bool:
-    """Whether the model computes more than its weights say. A backend that reads weights alone would skip that."""
+    """Whether a user's hooks or modules change what the model computes. A backend that only reads weights would skip
+    them."""
     everywhere = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
     return bool(everywhere) or any(map(changed, modules(model)))
 
@@ -110,12 +111,11 @@ def native(
 
 
 def choose(model: Transformer, compile: bool = False) -> Backend:
-    """The fastest backend for a model as it is: by its device, and by what this machine has. `compile` allows one that
-    takes a C++ compiler, for CPUs."""
+    """The fastest backend for a model on its device. `compile` allows the one for CPUs, which needs a C++ compiler."""
     if customized(model) or not model.params.max_batch_size:
-        return Called(model) if changed(model, Transformer) else model
+        return ForwardBackend(model) if changed(model, Transformer) else model
     device = model.norm.weight.device.type
-    try:  # a copy of this package may do without them, and Triton may be missing
+    try:  # these modules may have been removed, and Triton may be missing
         if device == "cuda":
             from . import cuda
 
@@ -130,14 +130,14 @@ def choose(model: Transformer, compile: bool = False) -> Backend:
 
 
 def single_threaded(backend: Backend) -> AbstractContextManager[None]:
-    """PyTorch's operations in one thread, where a backend has threads of its own: those of OpenMP spin for milliseconds
-    before they sleep, on the cores that the next pass needs."""
+    """Run PyTorch's operations in one thread if the backend has threads of its own: OpenMP's threads spin for
+    milliseconds before they sleep, on the cores that the next pass needs."""
     return devices.single_threaded() if getattr(backend, "own_threads", False) else nullcontext()
 
 
 def fingerprint(model: Transformer) -> object:
-    """What changes when a backend must be chosen anew, or the cache no longer holds what this model would compute:
-    modules, hooks, tensors that were replaced or written to, and `forward` calls, which write to the cache."""
+    """A value that changes when the backend must be chosen anew, or the cache no longer holds what the model would
+    compute: it covers modules, hooks, replaced or modified tensors, and `forward` calls, which write to the cache."""
     found: list[object] = [model.direct_calls, *hooks._global_forward_hooks, *hooks._global_forward_pre_hooks]
     for module in modules(model):
         has, kind = vars(module), type(module)
@@ -151,7 +151,7 @@ def fingerprint(model: Transformer) -> object:
 
 
 def not_finite(model: Transformer, batch: Batch) -> FloatingPointError:
-    """The error that names the first layer that gives NaN or infinity when a batch is computed again."""
+    """Compute a batch again; the error names the first layer whose output is not finite."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:

@@ -1,8 +1,8 @@
 """The CPU backend: native.cpp, compiled for this machine when a large enough model is first loaded.
 
-Between two matmuls of a small model the caches of a CPU are empty, and each operation of PyTorch's takes ten times what
-it does in a loop: so a pass is one call. Activations are float32, whatever the weights' dtype; matmuls round them to
-bfloat16 or 8 bits where the weights are bfloat16, and the CPU multiplies it, or quantized.
+A pass is one call: between two matmuls the CPU's caches hold nothing but weights, so that each small PyTorch operation
+takes ten times as long as in a loop. Activations are float32, whatever the weights' dtype. Matmuls round them to
+bfloat16 where the weights are and the CPU has instructions for it, and to 8 bits where the weights are quantized.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("native.cpp")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
 FLAGS = ["-std=c++17", "-O3", "-pthread", "-fPIC", "-shared"]
-PASS = 512  # tokens of a pass, whose activations stay in the last-level cache
-FEW = 16  # tokens of a pass up to which this backend is faster than oneDNN with AMX
+PASS = 512  # tokens that are computed at a time, so that their activations stay in the last-level cache
+FEW = 16  # tokens up to which this backend is faster than oneDNN with AMX
 AMX = {torch.bfloat16: ("amx_bf16",), torch.float16: ("amx_fp16",)}
 
 
@@ -50,7 +50,7 @@ AMX = {torch.bfloat16: ("amx_bf16",), torch.float16: ("amx_fp16",)}
 
 @cache
 def library() -> Any:
-    """native.cpp as a loaded library, compiled if need be; None where that is impossible, which is logged."""
+    """native.cpp, compiled if necessary and loaded; None if that fails, which is logged."""
     try:
         return load(cached())
     except (RuntimeError, OSError) as error:
@@ -59,7 +59,7 @@ def library() -> Any:
 
 
 def load(made: Path) -> Any:
-    """A library with the types of its functions."""
+    """Load a compiled library and declare the types of its functions."""
     lib, pointer, i64 = ctypes.CDLL(str(made)), ctypes.c_void_p, ctypes.c_int64
     lib.llama_instructions.restype = ctypes.c_char_p
     lib.llama_embed.argtypes, lib.llama_embed.restype = (pointer, pointer, pointer, i64), i64
@@ -84,14 +84,14 @@ def command() -> list[str]:
 
 
 def has_compiler() -> bool:
-    """Whether there is a compiler, if not that it succeeds."""
+    """Whether a compiler is installed. It may still fail."""
     with suppress(RuntimeError):
         return bool(command())
     return False
 
 
 def cpu_name() -> str:
-    """What tells this CPU, with its instruction sets, from others that may share a home directory."""
+    """The CPU's model and instruction sets, as machines of several kinds may share a home directory."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         keys = ("model name", "flags", "Features", "CPU part")
@@ -106,13 +106,13 @@ def cached() -> Path:
     state = [source.read_text(encoding="utf-8") for source in (SOURCE, *HEADERS)], parts, version, cpu_name()
     name = f"native-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.so"
     made = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-reference" / name
-    if whole(made):
+    if intact(made):
         return made
     try:
         made.parent.mkdir(parents=True, exist_ok=True)
         with (made.parent / "lock").open("wb") as file:
             lock(file, wait=True)  # of several processes one compiles
-            return made if whole(made) else compiled(parts, made)
+            return made if intact(made) else compiled(parts, made)
     except OSError:  # a home that cannot be written to
         return compiled(parts, Path(tempfile.mkdtemp(prefix="llama-")) / name)
 
@@ -138,15 +138,15 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def whole(made: Path) -> bool:
-    """Whether a library is there as it was written: to load a damaged one may end the process."""
+def intact(made: Path) -> bool:
+    """Whether a library exists and is undamaged: loading a damaged one can crash the process."""
     sums = made.with_suffix(".sha256")
     return made.exists() and sums.exists() and sums.read_text(encoding="utf-8") == digest(made)
 
 
 @cache
 def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
-    """A container's share of the CPUs, as a number of them."""
+    """The number of CPUs that the container's quota amounts to; infinite without one."""
     with suppress(OSError, ValueError):
         limit, period = path.read_text(encoding="utf-8").split()
         return int(limit) / int(period)
@@ -154,7 +154,7 @@ def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
 
 
 def threads() -> int:
-    """As many as PyTorch uses, but no more than a container's share of the CPUs."""
+    """The number of threads: PyTorch's, but no more than the container's CPU quota."""
     most = torch.get_num_threads()
     return most if cpu_quota() >= most else max(1, math.ceil(cpu_quota()))
 
@@ -163,6 +163,8 @@ def threads() -> int:
 # Matrices
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+MATRICES = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]  # of a layer
+MATRICES += [f"feed_forward.{name}" for name in ("w1", "w3", "w2")]
 
 
 class CMatrix(ctypes.Structure):
@@ -219,21 +221,19 @@ class CModel(ctypes.Structure):
 
 
 def fits(args: ModelArgs) -> bool:
-    """Whether all sizes are whole vectors."""
+    """Whether all sizes are multiples of a vector's 16 elements."""
     sizes = args.head_dim, args.dim, args.dim // world_size(), args.ffn_hidden // world_size()
     return not any(size % 16 for size in sizes)
 
 
 def backend(model: Transformer) -> Backend:
-    """native.cpp for the whole model; the model itself where that cannot compute a part."""
+    """native.cpp, if it can compute the whole model; otherwise the model itself."""
     if not fits(model.params) or model.norm.weight.dtype not in KINDS or library() is None:
         return model
     blocks: Any = model.layers
-    heads = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
-    names = [*heads, *(f"feed_forward.{name}" for name in ("w1", "w3", "w2"))]
-    matrices = [c_matrix(block.get_submodule(name).weight) for block in blocks for name in names]
+    matrices = [[c_matrix(block.get_submodule(name).weight) for name in MATRICES] for block in blocks]
     output = c_matrix((model.score if model.params.n_labels else model.output).weight)
-    return Native(model, matrices, output) if output and all(matrices) else model
+    return Native(model, matrices, output) if output and all(map(all, matrices)) else model
 
 
 class Native:
@@ -241,14 +241,13 @@ class Native:
 
     own_threads = True
 
-    def __init__(self, model: Transformer, matrices: Sequence[Any], output: CMatrix) -> None:
+    def __init__(self, model: Transformer, matrices: Sequence[Sequence[Any]], output: CMatrix) -> None:
         self.model, self.lib, p = model, library(), model.params
-        self.kept: list[Tensor] = []  # that only the structures point to
+        self.kept: list[Tensor] = []  # tensors that only pointers in the structures refer to
         layers = (CLayer * model.n_layers)()
         blocks: Any = model.layers
-        for i, (layer, block) in enumerate(zip(layers, blocks, strict=True)):
-            own = matrices[7 * i : 7 * i + 7]
-            layer.qkv[:], layer.wo, layer.w13[:], layer.w2 = own[:3], own[3], own[4:6], own[6]
+        for layer, block, (wq, wk, wv, wo, w1, w3, w2) in zip(layers, blocks, matrices, strict=True):
+            layer.qkv[:], layer.wo, layer.w13[:], layer.w2 = (wq, wk, wv), wo, (w1, w3), w2
             layer.attention_norm = self.floats(block.attention_norm.weight)
             layer.ffn_norm = self.floats(block.ffn_norm.weight)
             layer.cache = block.attention.cache.kv.data_ptr()
@@ -261,25 +260,25 @@ class Native:
             *(p.norm_eps, self.embeddings.data_ptr(), self.floats(cos_sin), self.floats(weight), output, layers),
         )
         sample: Any = (blocks[0].feed_forward.w2 if p.n_labels else model.output).weight  # a score head stays in floats
-        whole = isinstance(sample, Tensor) and cpu_has(*AMX.get(weight.dtype, ()))
-        self.most = FEW if whole else getattr(sample, "native_rows", 2**63)
+        amx = isinstance(sample, Tensor) and cpu_has(*AMX.get(weight.dtype, ()))
+        self.most = FEW if amx else getattr(sample, "native_rows", 2**63)  # tokens; more are the plain model's
 
     def floats(self, tensor: Tensor) -> int:
-        """The address of a tensor's numbers in float32."""
+        """The address of the tensor in float32, which is kept alive."""
         self.kept.append(tensor.detach().float().contiguous())
         return self.kept[-1].data_ptr()
 
     def hidden(self, batch: Batch) -> Tensor:
         if len(batch.tokens) > self.most:
             return self.model.hidden(batch)
-        check(batch.sequences, self.model.params)  # what C++ does not
+        check(batch.sequences, self.model.params)  # C++ does not check bounds
         self.lib.llama_threads(threads())
         x = self.embed(batch.tokens)
         y, begin = torch.empty(min(len(x), PASS), x.shape[1], dtype=torch.float32), 0
         for spans in passes(batch.sequences, PASS):
             rows = sum(length for _, _, length in spans)
-            places = (ctypes.c_int64 * (3 * len(spans)))(*(number for span in spans for number in span))
-            self.layers(x[begin : begin + rows], y[:rows], places, len(spans))
+            c_spans = (ctypes.c_int64 * (3 * len(spans)))(*(number for span in spans for number in span))
+            self.layers(x[begin : begin + rows], y[:rows], c_spans, len(spans))
             begin += rows
         return x
 
@@ -294,7 +293,7 @@ class Native:
         return x
 
     def layers(self, x: Tensor, y: Tensor, spans: Any, count: int) -> None:
-        """All layers, in place."""
+        """All layers, on x (N, dim) in place; `y` is scratch of the same shape."""
         at, to, rows = x.data_ptr(), y.data_ptr(), len(x)
         if world_size() == 1:
             self.lib.llama_layers(ctypes.byref(self.c), at, to, spans, count, rows)
@@ -315,7 +314,7 @@ class Native:
 
 
 def passes(sequences: Sequence[Span], most: int) -> list[list[Span]]:
-    """The sequences of a batch in passes about equally long, of up to `most` tokens."""
+    """The sequences of a batch, cut into passes of up to `most` tokens and about equal length."""
     total = sum(length for _, _, length in sequences)
     size = -(-total // -(-total // most))
     found: list[list[Span]] = [[]]

@@ -1,8 +1,8 @@
 """Forward passes on a GPU.
 
-A pass with one token of each sequence, a decode step, is a CUDA graph of five Triton kernels a layer, which read every
-weight once. Other passes, prefills and what mixes them with decoding, run eagerly: cuBLAS for the
-matmuls, flash attention for the prompts. The plain path that both must equal is `Transformer.hidden`.
+A decode step, a pass with one token of each sequence, is a CUDA graph of five Triton kernels a layer, which read every
+weight once. Other passes, with prompts, run eagerly: cuBLAS for the matmuls, flash attention for the prompts. The plain
+path that both must equal is `Transformer.hidden`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .cuda_attention import attend, attend_scratch
 from .cuda_kernels import RESIDUAL, ROPE, SWIGLU, Matrix, Rope
 
 log = logging.getLogger(__name__)
-# Without cuDNN's attention, which makes a plan for every length of a prompt: that takes longer than the prompt.
+# Without cuDNN's attention, which compiles a plan for each prompt length, in more time than the prompt takes.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Tokens, by bits of a weight, for which Triton's matmul is faster than cuBLAS's.
 FEW = {16: 16, 8: kernels.MOST, 4: kernels.MOST}

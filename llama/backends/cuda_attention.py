@@ -23,7 +23,7 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def joined(partial, sums, first, parts, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The softmax over all parts of a head, which begin at the `first`: sums of values, and of weights."""
+    """Combine the softmaxes of a head's parts, from `first` on: the weighted sum of values, and the sum of weights."""
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     top = tl.full([BLOCK_G], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -97,11 +97,11 @@ def attend_kernel(
 
 
 class Scratch(NamedTuple):
-    """What the programs of `attend` tell each other."""
+    """Buffers in which the programs of `attend` leave partial results for each other."""
 
     partial: Tensor
     sums: Tensor
-    arrived: Tensor  # programs of each head, zero between passes
+    arrived: Tensor  # number of programs of each head that have stored theirs; zero between passes
     splits: int
 
 
@@ -119,14 +119,14 @@ def attend_scratch(M: int, n_heads: int, kv_heads: int, D: int, device: torch.de
     )
 
 
-def attend(q: Tensor, rope: Rope, scratch: Scratch, block: int = 64) -> Tensor:
+def attend(q: Tensor, rope: Rope, scratch: Scratch) -> Tensor:
     """Softmax attention of one query of each sequence, q (M, H D), over the cache up to its position -> (M, H D)."""
     (M, _), (_, both, S, D), H = q.shape, rope.cache.shape, rope.n_heads
     kv_heads, out = both // 2, torch.empty_like(q)
     attend_kernel[(M, kv_heads, scratch.splits)](
         q, out, scratch.partial, scratch.sums, scratch.arrived, rope.positions, rope.slots, rope.cache,
         LOG2_E * D**-0.5, S, kv_heads, H // kv_heads, D=D, BLOCK_G=scratch.partial.shape[1],
-        BLOCK_D=scratch.partial.shape[2], BLOCK_S=block, SPLITS=scratch.splits, PDL=PDL, num_warps=4, num_stages=2,
+        BLOCK_D=scratch.partial.shape[2], BLOCK_S=64, SPLITS=scratch.splits, PDL=PDL, num_warps=4, num_stages=2,
         launch_pdl=PDL,
     )  # fmt: skip
     return out

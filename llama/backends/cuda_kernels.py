@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 PLAIN, RESIDUAL, SWIGLU, ROPE = (tl.constexpr(i) for i in range(4))  # what `linear` does with the result of the matmul
 
-UNSPECIALIZED = ["M", "HEADS", "KV_HEADS", "GROUP_SIZE"]  # numbers of which no single one is worth a kernel of its own
+UNSPECIALIZED = ["M", "HEADS", "KV_HEADS", "GROUP_SIZE"]  # arguments for whose values Triton compiles no extra kernels
 
 
 class Matrix(NamedTuple):
@@ -30,7 +30,7 @@ class Matrix(NamedTuple):
     scale: Tensor | None = None  # (N, K / group), or (N, 1)
     minimum: Tensor | None = None  # (N, K / group)
     bits: int = 16
-    group: int = 0  # columns that have a scale together; 0: a row
+    group: int = 0  # columns that share a scale; 0: a whole row
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,7 +38,7 @@ class Matrix(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """Where the keys and values of a pass go: positions and slots (M,), negative positions are not stored."""
+    """Where the keys and values of a pass go: positions and slots (M,). Those at negative positions are not stored."""
 
     cos_sin: Tensor  # (max_seq_len, D / 2, 2) float32
     positions: Tensor

@@ -1,22 +1,22 @@
-"""Matrices of whole numbers of 8 or 4 bits with scales, and what multiplies by them.
+"""Quantized matrices, of 8 or 4 bits with scales, and their matmuls.
 
     w = scale * q + min      q of 8 bits from -127 to 127, or of 4 bits from 0 to 15
     w = scale * q            symmetric: without min, q of 4 bits from -8 to 7
 
-with one scale and one min, both float16, for each row, or for each group of 16, 32, 64 or 128 columns of a row. So
--0.25 to 0.5 in 15 steps of 0.05 has scale 0.05 and min -0.25, and 0.12 is q = 7, which means 0.1.
+with one scale and one min, both float16, for each row, or for each group of 16, 32, 64 or 128 columns of a row. For
+example, weights from -0.25 to 0.5 in 4 bits have scale 0.05 and min -0.25; 0.12 becomes q = 7, which stands for 0.1.
 
-`dequantize` defines the values. `kernel` finds the fastest matmul here, equal to it up to rounding: compiled code for
-CPUs rounds the activations of each token and group to 8 bits too, which makes it several times faster.
+`dequantize` defines the values. `kernel` returns the device's fastest matmul, equal to it up to rounding: compiled code
+for CPUs also quantizes the activations of each token and group to 8 bits, which makes it several times faster.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ class Scheme(NamedTuple):
     """How matrices are quantized."""
 
     bits: int
-    group: int = 0  # columns that have a scale together; fewer where they do not divide a row; 0: a row
+    group: int = 0  # columns that share a scale, or fewer if that does not divide a row; 0: a whole row
     symmetric: bool = True
 
     def __str__(self) -> str:
@@ -44,12 +44,12 @@ class Scheme(NamedTuple):
         return f"int{self.bits}{groups}{', symmetric' if self.symmetric and self.bits == 4 else ''}"
 
     def params(self) -> dict[str, Any]:
-        """What params.json says of it."""
+        """The value of `quantization` in params.json."""
         return {"bits": self.bits, "group_size": self.group, "symmetric": self.symmetric}
 
     def of(self, name: str) -> Scheme | None:
-        """The scheme of the weight `name`: None for what stays in floats. The output matrix keeps 8 bits, as its errors
-        go straight to the logits."""
+        """The scheme of the weight `name`; None if it stays in floats. The output matrix has at least 8 bits, as its
+        errors go straight to the logits."""
         if name.split(".")[-2] not in MATRICES:
             return None
         return Scheme(8) if name == "output.weight" and self.bits == 4 else self
@@ -66,7 +66,7 @@ class Scheme(NamedTuple):
         return fit[-1]
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Names, shapes and dtypes of the tensors that the weight `name`, of this shape and scheme, is stored as."""
+        """The tensors that store the weight `name`, of this shape and scheme: their names, shapes and dtypes."""
         (rows, columns), stem = shape, name.removesuffix(".weight")
         groups, many = (rows, columns // self.columns(columns)), "s" if self.group else ""
         q = ((rows, columns // 2), torch.uint8) if self.bits == 4 else (shape, torch.int8)
@@ -78,9 +78,9 @@ class Scheme(NamedTuple):
 
 
 class Schemes(NamedTuple):
-    """How the matrices of a file are quantized. Each may have a scheme of its own."""
+    """How the matrices of a GGUF file are quantized, each in a scheme of its own."""
 
-    matrices: Mapping[str, Scheme]  # the others are in floats
+    matrices: Mapping[str, Scheme]  # by name; others are in floats
     name: str
 
     def of(self, name: str) -> Scheme | None:
@@ -96,11 +96,12 @@ Quantization = Scheme | Schemes | None
 def scheme(
     quantize: str | None, group_size: int | None = None, symmetric: bool = False, device: torch.device | None = None
 ) -> Scheme | None:
-    """The scheme that a caller names, for weights that are loaded to `device`, or for a file. ValueError for another.
+    """The scheme that the arguments name, for weights that are loaded to `device`, or for a file without one.
+    ValueError for arguments that name none.
 
-    Without a group size int4 has groups of 32 columns. int8, which is always symmetric, has a scale for each row, so
-    that any number of ranks can divide a file, and as GPUs and AMX have faster kernels for that. On other CPUs groups
-    of 128 are as fast, and halve the error.
+    The default group size of int4 is 32 columns. int8, which is always symmetric, has a scale for each row by default,
+    for which GPUs and AMX have faster kernels, and which any number of ranks can divide. On other CPUs the default is
+    128 columns, which is as fast and halves the error.
     """
     if quantize not in (None, "int8", "int4"):
         raise ValueError(f"quantize is {quantize!r}; it must be int8 or int4")
@@ -118,7 +119,7 @@ def scheme(
 class Quantized(NamedTuple):
     """A matrix (out, in)."""
 
-    q: Tensor  # (out, in) int8; or (out, in / 2) uint8, the even columns in the low halves, 8 more than q if symmetric
+    q: Tensor  # (out, in) int8; or (out, in / 2) uint8 of q, plus 8 if symmetric, with even columns in the low 4 bits
     scale: Tensor  # (out, groups) float16
     min: Tensor | None = None  # (out, groups) float16
 
@@ -130,45 +131,50 @@ class Quantized(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return len(self.q), self.q.shape[1] * (8 // self.bits)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Quantized:
+        """The matrix with `change` applied to each of its tensors."""
+        return Quantized(change(self.q), change(self.scale), None if self.min is None else change(self.min))
+
 
 def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Quantized:
-    """Round a matrix (out, in) to the nearest numbers that `scheme` has. The extremes of a group decide on its scale
-    and min; or, with the importance (in,) of each column, a search for the least squared error, weighted by it."""
+    """Round a matrix (out, in) to the nearest values of `scheme`. A group's scale and min come from its extremes; or,
+    with the importance (in,) of each column, from a search for the least squared error, weighted by it."""
     groups = weight.float().unflatten(1, (-1, scheme.columns(weight.shape[1])))  # (out, groups, columns)
-    found = extremes(groups, scheme) if importance is None else search(groups, scheme, importance)
-    return assign(numbers(groups, *found, scheme), *found, scheme)
+    found = min_max(groups, scheme) if importance is None else search(groups, scheme, importance)
+    return assemble(nearest_q(groups, *found, scheme), *found, scheme)
 
 
-def extremes(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Scale and min (out, groups, 1) of weights (out, groups, columns), so that the numbers reach both ends."""
+def min_max(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scale and min (out, groups, 1) with which q covers exactly the range of weights (out, groups, columns)."""
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     if not scheme.symmetric:
         return ((high - low) / (2**scheme.bits - 1)).half(), low.half()
-    # Of 4 bits there is one more negative number, which the largest weight takes: the scale may be negative.
+    # 4 bits have one more negative number, -8, which the largest weight gets: the scale may be negative.
     most = torch.where(high > -low, high, low)
     return (most / -8 if scheme.bits == 4 else most.abs() / 127).half(), None
 
 
 def search(groups: Tensor, scheme: Scheme, importance: Tensor) -> tuple[Tensor, Tensor | None]:
-    """As `extremes`, with less weighted squared error, or as much: from several ranges, round and fit in turn."""
+    """As `min_max`, with at most its weighted squared error: starting from several ranges, alternate between rounding
+    and `fit`."""
     h = importance.float().view(groups.shape[1:])
-    best = scale, least = extremes(groups, scheme)
+    best = scale, minimum = min_max(groups, scheme)
     lowest = torch.full_like(scale, torch.inf, dtype=torch.float32)
-    for share in (1.0, 1.1, 0.9, 0.8, 0.7):
-        scale, least = extremes(groups * share, scheme)
+    for shrink in (1.0, 1.1, 0.9, 0.8, 0.7):
+        scale, minimum = min_max(groups * shrink, scheme)
         for _ in range(4):
-            q = numbers(groups, scale, least, scheme)
-            error = ((values(q, scale, least) - groups).square_() * h).sum(-1, keepdim=True)
+            q = nearest_q(groups, scale, minimum, scheme)
+            error = ((values(q, scale, minimum) - groups).square_() * h).sum(-1, keepdim=True)
             better = error < lowest  # false for a scale that is infinite or NaN
             lowest = torch.where(better, error, lowest)
             kept = torch.where(better, scale, best[0])
-            best = kept, None if least is None or best[1] is None else torch.where(better, least, best[1])
-            scale, least = fit(groups, q, h, least is None)
+            best = kept, None if minimum is None or best[1] is None else torch.where(better, minimum, best[1])
+            scale, minimum = fit(groups, q, h, minimum is None)
     return best
 
 
 def fit(groups: Tensor, q: Tensor, h: Tensor, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """The scale and min of least weighted squared error, given the numbers: weighted linear regression."""
+    """The scale and min with the least weighted squared error for given q: weighted linear regression."""
     total = h.sum(-1, keepdim=True).clamp_(min=1e-30)
     center = 0 if symmetric else (h * q).sum(-1, keepdim=True) / total
     slope = h * (q - center)
@@ -176,29 +182,29 @@ def fit(groups: Tensor, q: Tensor, h: Tensor, symmetric: bool) -> tuple[Tensor, 
     return scale, None if symmetric else ((h * groups).sum(-1, keepdim=True) / total - scale.float() * center).half()
 
 
-def numbers(weight: Tensor, scale: Tensor, least: Tensor | None, scheme: Scheme) -> Tensor:
-    """q in float32, the nearest to weights, given scale and min of a shape that spreads over theirs."""
+def nearest_q(weight: Tensor, scale: Tensor, minimum: Tensor | None, scheme: Scheme) -> Tensor:
+    """q, in float32, for the values nearest to weights; scale and min broadcast over them."""
     step = torch.where(scale == 0, 1.0, scale.float())
-    low, high = (-127, 127) if scheme.bits == 8 else (-8, 7) if least is None else (0, 15)
-    return ((weight if least is None else weight - least.float()) / step).round_().clamp_(low, high)
+    low, high = (-127, 127) if scheme.bits == 8 else (-8, 7) if minimum is None else (0, 15)
+    return ((weight if minimum is None else weight - minimum.float()) / step).round_().clamp_(low, high)
 
 
-def values(q: Tensor, scale: Tensor, least: Tensor | None) -> Tensor:
-    """What q stands for, in float32."""
+def values(q: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
+    """The values (float32) that q stands for."""
     found = q.float() * scale.float()
-    return found if least is None else found.add_(least.float())
+    return found if minimum is None else found.add_(minimum.float())
 
 
-def assign(q: Tensor, scale: Tensor, least: Tensor | None, scheme: Scheme) -> Quantized:
-    """A matrix of numbers (out, groups, columns), with scale and min (out, groups, 1)."""
-    scale, least = scale[..., 0], None if least is None else least[..., 0]
+def assemble(q: Tensor, scale: Tensor, minimum: Tensor | None, scheme: Scheme) -> Quantized:
+    """A matrix from q (out, groups, columns) in floats, with scale and min (out, groups, 1)."""
+    scale, minimum = scale[..., 0], None if minimum is None else minimum[..., 0]
     if scheme.bits == 8:
-        return Quantized(q.to(torch.int8).flatten(1), scale, least)
-    return Quantized(pack((q + 8 if least is None else q).to(torch.uint8).flatten(1)), scale, least)
+        return Quantized(q.to(torch.int8).flatten(1), scale, minimum)
+    return Quantized(pack((q + 8 if minimum is None else q).to(torch.uint8).flatten(1)), scale, minimum)
 
 
 def pack(q: Tensor) -> Tensor:
-    """Numbers from 0 to 15 (out, in) two to a byte."""
+    """Numbers from 0 to 15 (out, in), packed two to a byte."""
     return q[:, 0::2] | q[:, 1::2] << 4
 
 
@@ -213,7 +219,7 @@ def dequantize(weight: Quantized) -> Tensor:
 
 
 def in_bytes(weight: Quantized) -> Tensor:
-    """q (out, in) in int8, whatever its bits."""
+    """q (out, in) as int8, also where it has 4 bits."""
     if weight.bits == 8:
         return weight.q
     q = unpack(weight.q).to(torch.int8)
@@ -221,43 +227,47 @@ def in_bytes(weight: Quantized) -> Tensor:
 
 
 def stack(weights: Sequence[Quantized]) -> Quantized:
-    """Matrices of as many columns, one below the other. If they differ in their schemes, the same numbers in 8 bits, in
-    groups that divide all of theirs, with a minimum."""
+    """Matrices with equally many columns, concatenated along dimension 0. If their schemes differ, the result has 8
+    bits, the smallest of their groups, and a minimum: the same values."""
     if len({(w.bits, w.shape[1] // w.scale.shape[1], w.min is None) for w in weights}) > 1:
         groups = max(w.scale.shape[1] for w in weights)
         weights = [in_8_bits(w, groups) for w in weights]
-    q, scale, least = ([part for part in parts if part is not None] for parts in zip(*weights, strict=True))
-    return Quantized(torch.cat(q), torch.cat(scale), torch.cat(least) if least else None)
+    q, scale, minimum = ([part for part in parts if part is not None] for parts in zip(*weights, strict=True))
+    return Quantized(torch.cat(q), torch.cat(scale), torch.cat(minimum) if minimum else None)
 
 
 def in_8_bits(weight: Quantized, groups: int) -> Quantized:
-    """The same matrix with q of 8 bits, in more groups of columns, with a minimum."""
+    """The same values with 8 bits, more groups and a minimum."""
     scale, times = weight.scale, groups // weight.scale.shape[1]
-    least = torch.zeros_like(scale) if weight.min is None else weight.min
-    return Quantized(in_bytes(weight), scale.repeat_interleave(times, 1), least.repeat_interleave(times, 1))
+    minimum = torch.zeros_like(scale) if weight.min is None else weight.min
+    return Quantized(in_bytes(weight), scale.repeat_interleave(times, 1), minimum.repeat_interleave(times, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Matmuls
 
 
-class Kernel(Protocol):
-    """A matrix in the layout of what multiplies by it."""
+class Kernel:
+    """A matrix (out, in) in the layout that its matmul reads."""
 
     shape: tuple[int, int]
     nbytes: int
 
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # nothing writes to it
+
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of x."""
+        raise NotImplementedError
 
 
 def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Kernel:
-    """The fastest matmul that this device has for a matrix; `native` allows what takes a C++ compiler."""
+    """The fastest matmul for a matrix on this device; `native` allows those that need a C++ compiler."""
     by_row = weight.bits == 8 and weight.scale.shape[1] == 1 and weight.min is None
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         return Cuda(weight, device)
     if device.type == "cpu" and native and weight.shape[1] % 16 == 0:
-        with suppress(ImportError):  # a copy of this package may do without it
+        with suppress(ImportError):  # backends/cpu.py may have been removed
             from . import cpu
 
             if cpu.library() is not None:
@@ -265,24 +275,21 @@ def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Ker
     return Dequantized(weight, device)
 
 
-class Dequantized:
-    """Dequantizes the matrix each time: slow, and right on every device."""
+class Dequantized(Kernel):
+    """Dequantizes the matrix in each call: slow, but correct on every device."""
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
-        self.weight = Quantized(*(None if part is None else part.to(device) for part in weight))  # type: ignore[arg-type]
+        self.weight = weight.map(lambda part: part.to(device))
         self.shape = weight.shape
         self.nbytes = sum(part.nbytes for part in weight if part is not None)
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self  # nothing writes to it
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, dequantize(self.weight).type_as(x))
 
 
-class Packed:
-    """Tiles that native.cpp multiplies by. Rows of x are rounded to 127ths of the largest number in each 32 columns, so
-    that a row's result does not depend on the others."""
+class Packed(Kernel):
+    """The matrix in tiles, for native.cpp. It quantizes each row of x to 8 bits in groups of 32 columns, so that a
+    row's result does not depend on the others."""
 
     def __init__(self, weight: Quantized) -> None:
         from . import cpu
@@ -297,15 +304,12 @@ class Packed:
         q, stored = zeros((tiles * tile * columns * weight.bits // 8,), torch.uint8), weight.q.contiguous()
         lib.llama_threads(cpu.threads())
         lib.llama_pack(weight.bits, stored.data_ptr(), q.data_ptr(), out, columns, columns // groups)
-        scale, least = tiled(weight.scale), None if weight.min is None else tiled(weight.min)
-        self.parts = [part for part in (q, scale, least) if part is not None]
+        scale, minimum = tiled(weight.scale), None if weight.min is None else tiled(weight.min)
+        self.parts = [part for part in (q, scale, minimum) if part is not None]
         self.nbytes = sum(part.nbytes for part in self.parts)
         pointers = [part.data_ptr() for part in self.parts]
-        kind, zero = (4, 8 if least is None else 0) if weight.bits == 4 else (3, 0)
+        kind, zero = (4, 8 if minimum is None else 0) if weight.bits == 4 else (3, 0)
         self.native = cpu.CMatrix(kind, out, columns, columns // groups, zero, *pointers)
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self  # nothing writes to it
 
     def __call__(self, x: Tensor) -> Tensor:
         from .cpu import matmul
@@ -314,11 +318,11 @@ class Packed:
 
 
 class Tiles(Packed):
-    """The same on CPUs that multiply whole matrices of 8 bits (AMX): many rows by oneDNN, from the same memory. It
-    takes unsigned bytes, around 128, and one scale for a whole row of x. So each activation becomes two bytes, the
-    second with a 254th of the first's step."""
+    """The same for CPUs with AMX for 8 bits: oneDNN multiplies many rows of x, from the same memory. It takes
+    unsigned bytes with zero point 128, and one scale for a whole row of x, which is coarse. So each activation becomes
+    two bytes, the second one in steps of a 254th of the first's."""
 
-    native_rows = 12  # up to which native.cpp is faster
+    native_rows = 12  # rows up to which native.cpp is faster
 
     def __init__(self, weight: Quantized) -> None:
         super().__init__(weight)
@@ -327,7 +331,7 @@ class Tiles(Packed):
         ops, size = torch.ops.mkldnn, weight.q.numel()
         memory = (ctypes.c_uint8 * ops._nbytes(self.packed)).from_address(ops.data_ptr(self.packed))
         tiles = torch.frombuffer(memory, dtype=torch.uint8, count=size)
-        if torch.equal(tiles, self.parts[0]):  # or oneDNN has packed in another way, and there are two copies
+        if torch.equal(tiles, self.parts[0]):  # otherwise oneDNN's layout is another, and two copies remain
             self.parts[0] = tiles
             self.native.weight = tiles.data_ptr()
 
@@ -336,10 +340,10 @@ class Tiles(Packed):
         return super().__call__(x) if few else in_few_shapes(self.rounded, x)
 
     def rounded(self, x: Tensor) -> Tensor:
-        step = x.float().abs().amax(-1, keepdim=True) / 127  # 0 in a row of zeros, which become nonsense, times 0
-        numbers = x / step
-        coarse = numbers.round()
-        fine = numbers.sub_(coarse).mul_(254).round_()
+        step = x.float().abs().amax(-1, keepdim=True) / 127  # a row of zeros has step 0, and 0 * anything in the end
+        nearest_q = x / step
+        coarse = nearest_q.round()
+        fine = nearest_q.sub_(coarse).mul_(254).round_()
         q = torch.cat((coarse, fine)).add_(128).to(torch.uint8)
         y = torch.ops.onednn.qlinear_pointwise(
             q, 1.0, 128, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
@@ -348,8 +352,8 @@ class Tiles(Packed):
         return coarse.add_(fine, alpha=1 / 254).mul_(step).type_as(x)
 
 
-class Rows:
-    """Some rows of a matrix that several layers share."""
+class Rows(Kernel):
+    """Rows `begin` to `end` of a matrix that several layers share."""
 
     def __init__(self, whole: Kernel, begin: int, end: int) -> None:
         self.whole, self.begin, self.end = whole, begin, end
@@ -361,18 +365,18 @@ class Rows:
 
 
 class Cuda(Dequantized):
-    """A few rows by a kernel that dequantizes what it reads; more by cuBLAS, of the matrix in floats."""
+    """A few rows are multiplied by a kernel that dequantizes as it reads; more by cuBLAS, after dequantizing."""
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
         from .cuda_kernels import Matrix
 
         super().__init__(weight, device)
-        q, scale, least = self.weight
-        if least is None and weight.bits == 4:
-            least = -8 * scale
-        by_row = weight.bits == 8 and scale.shape[1] == 1 and least is None
+        q, scale, minimum = self.weight
+        if minimum is None and weight.bits == 4:
+            minimum = -8 * scale
+        by_row = weight.bits == 8 and scale.shape[1] == 1 and minimum is None
         group = 0 if by_row else self.shape[1] // scale.shape[1]
-        self.matrix = Matrix(q.contiguous(), scale.contiguous(), least, weight.bits, group)
+        self.matrix = Matrix(q.contiguous(), scale.contiguous(), minimum, weight.bits, group)
         del self.weight
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""GGUF's blocks <-> the quantized format. No number changes, except that the scales of the types with a K, which are
-products of two numbers, are rounded to float16.
+"""GGUF's blocks <-> the quantized format. The values are the same, except that scales and minima of Q4_K, Q5_K and
+Q6_K, which are products of two numbers, are rounded to float16.
 
 A block is 32 or 256 values of a row with one scale d, or a scale d and a minimum m, in float16. Blocks of 256 values
 have scales of their own, of 6 or 8 bits, for each 32 or 16 of them. Layouts: ggml's specification.
@@ -59,19 +59,20 @@ def q6_k(b: Tensor) -> Parts:
 
 
 def halves(b: Tensor) -> Tensor:
-    """Bytes (.., n) -> numbers (.., 2 n): first the low halves, then the high ones."""
+    """Bytes (.., n) -> numbers (.., 2 n) of 4 bits: first the low halves, then the high ones."""
     return torch.cat((b & 15, b >> 4), -1)
 
 
 def pairs(b: Tensor) -> Tensor:
-    """Bytes (.., n) of numbers in the order of `halves` -> the same in that of `pack`: two neighbours to a byte."""
+    """Bytes (.., n) of numbers in the order of `halves` -> bytes in the order of `quantized.pack`: two neighbours in
+    each byte."""
     two = b.view(torch.int16)
     low, high = (two & 15) | (two >> 4 & 240), (two >> 4 & 15) | (two >> 8 & 240)
     return torch.cat((low, high), -1).to(torch.uint8)
 
 
 def fifth(high: Tensor, low: Tensor) -> Tensor:
-    """Numbers (.., 32) of 5 bits, from 32 highest bits in 4 bytes and the others in 16."""
+    """Numbers (.., 32) of 5 bits: the highest bits in 4 bytes, the low four in 16."""
     bits = high[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
     return halves(low) | bits.flatten(-2) << 4
 
@@ -81,19 +82,19 @@ def float16(b: Tensor) -> Tensor:
 
 
 def scales(b: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and min (.., 8) of 8 groups, from d, the d of minima, and 12 bytes with 8 pairs of 6 bits."""
+    """Scale and min (.., 8) of 8 groups, from d, the minima's d, and 12 bytes with 8 pairs of 6-bit numbers."""
     d, s = float16(b[..., :4]).float(), b[..., 4:]
     first, second, third = s[..., :4], s[..., 4:8], s[..., 8:]
     scale = torch.cat((first & 63, third & 15 | first >> 6 << 4), -1)
-    least = torch.cat((second & 63, third >> 4 | second >> 6 << 4), -1)
-    return (d[..., :1] * scale).half(), (d[..., 1:] * least).neg_().half()
+    minimum = torch.cat((second & 63, third >> 4 | second >> 6 << 4), -1)
+    return (d[..., :1] * scale).half(), (d[..., 1:] * minimum).neg_().half()
 
 
 class Codec(NamedTuple):
-    """A type of blocks: the scheme that holds them, and how they are unpacked (rows, blocks, bytes)."""
+    """A type of blocks."""
 
-    scheme: Scheme
-    parts: Callable[[Tensor], Parts]
+    scheme: Scheme  # of the matrix that holds the same values
+    parts: Callable[[Tensor], Parts]  # of blocks (rows, blocks, bytes)
 
 
 CODECS = {
@@ -109,9 +110,8 @@ CODECS = {
 
 
 def from_blocks(kind: str, blocks: Tensor) -> Quantized:
-    """Blocks (rows, blocks, bytes) of a type -> a matrix."""
-    q, scale, least = CODECS[kind].parts(blocks)
-    return Quantized(q.flatten(1), scale.flatten(1), None if least is None else least.flatten(1))
+    """Blocks (rows, blocks, bytes) of type `kind` -> a matrix."""
+    return Quantized(*CODECS[kind].parts(blocks)).map(lambda part: part.flatten(1))
 
 
 def to_blocks(weight: Quantized) -> Tensor:

@@ -1,4 +1,4 @@
-"""Llama 3's tokenizer as the files of either layout."""
+"""Llama 3's tokenizer -> the files of Meta's layout or Hugging Face's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .hf_tokenizer import difference
 
 
 def has_usual_names(vocabulary: TiktokenVocabulary) -> bool:
-    """Whether tokenizer.model says all of it, as its special tokens are Llama 3's or reserved ones."""
+    """Whether tokenizer.model suffices, which has no special tokens: they are Llama 3's or reserved ones."""
     usual = {len(vocabulary.ranks) + i: name for i, name in enumerate(LLAMA3_SPECIAL)}
     found = {id: name for name, id in vocabulary.special.items()}
     return usual.keys() == found.keys() and all(
@@ -27,7 +27,7 @@ def ranks_file(vocabulary: TiktokenVocabulary) -> bytes:
 
 
 def merges(vocabulary: TiktokenVocabulary) -> Iterator[tuple[bytes, bytes]]:
-    """All pairs of tokens that make a token, in the order in which they are merged."""
+    """All pairs of tokens that form a token, in the order in which they are merged."""
     ranks = vocabulary.ranks
     for _, token in sorted(vocabulary.bytes.items()):
         splits = ((token[:i], token[i:]) for i in range(1, len(token)))
@@ -36,8 +36,8 @@ def merges(vocabulary: TiktokenVocabulary) -> Iterator[tuple[bytes, bytes]]:
 
 
 def byte_pair_files(vocabulary: TiktokenVocabulary) -> dict[str, dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json, compared with the original on generated texts where the package
-    tokenizers is installed. ValueError names a text that tokenizer.json encodes to other ids."""
+    """tokenizer.json and tokenizer_config.json, compared with the original on generated texts if the package tokenizers
+    is installed. ValueError names a text that tokenizer.json encodes to other ids."""
     shown = {byte: character for character, byte in unicode_to_bytes().items()}
 
     def spell(token: bytes) -> str:

@@ -1,15 +1,15 @@
-"""Quantize a model's matrices so that their outputs change least, on a text that passes through it layer by layer.
+"""GPTQ: quantize a model's matrices so that their outputs on a text change least, layer by layer.
 
-GPTQ (Frantar et al. 2022, arXiv 2210.17323). For inputs X (tokens, in) of a matrix W (out, in), rounding that changes W
-by E changes its outputs by X Eᵀ, whose squares sum to the trace of E H Eᵀ with H = Xᵀ X, the Hessian. Columns are
-rounded one by one, the most important first, and the remaining ones compensate for the error so far. With H = U Uᵀ,
-U upper triangular, the sum is that of (E U)², and column j of it is 0 where
+Frantar et al. 2022, arXiv 2210.17323. For inputs X (tokens, in) of a matrix W (out, in), rounding that changes W by E
+changes its outputs by X Eᵀ, whose squares sum to the trace of E H Eᵀ with H = Xᵀ X, the Hessian. Columns are rounded
+one by one, the most important first, and the remaining ones compensate for the error so far. With H = U Uᵀ, U upper
+triangular, the sum is that of (E U)², and column j of it is 0 where
 
     E[:, j] = -sum over i < j of E[:, i] U[i, j] / U[j, j]
 
-so that this is what is added to column j of W before it is rounded. Scale and min of each group are fixed before, by
-`quantized.search` with H's diagonal as the importance of columns. A layer's inputs come from layers that are rounded
-already. One layer's weights are in memory at a time, in float32, and its activations.
+which is added to column j of W before it is rounded. Scale and min of each group are fixed before that, by
+`quantized.search` with H's diagonal as the importance of columns. A layer's inputs come from layers that are already
+rounded. One layer's weights, in float32, and its activations are in memory at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..args import ModelArgs
-from ..backends.quantized import Quantized, Scheme, assign, dequantize, numbers, quantize, search, stack, values
+from ..backends.quantized import Quantized, Scheme, assemble, dequantize, nearest_q, quantize, search, stack, values
 from ..batch import Batch
 from ..model import Layout, TransformerBlock
 from ..parallel import init_model_parallel
@@ -30,13 +30,13 @@ from .plan import shapes
 
 WINDOW = 256  # tokens of a text that attend to each other
 LEAST, MOST = 1024, 16384  # tokens of a text: fewer are too small a sample of a matrix's inputs; more are ignored
-TOGETHER = 4  # windows that are computed at a time
+TOGETHER = 4  # windows that pass through a layer at a time
 ROWS = 4096  # of a matrix that are rounded at a time
-BLOCK = 128  # columns whose errors are propagated one by one; to the columns behind them they are propagated together
+BLOCK = 128  # columns between which errors propagate one by one; to later columns they propagate in one matmul
 
 
 def windows(ids: Sequence[int], vocab_size: int) -> Tensor:
-    """A text, cut into rows (B, WINDOW). ValueError for one that is too short."""
+    """A text, cut into rows (B, WINDOW). ValueError if it is too short."""
     if len(ids) < LEAST:
         raise ValueError(f"the text to calibrate with has {len(ids):,} tokens; at least {LEAST:,} are needed")
     tokens = torch.tensor(ids[: min(len(ids), MOST) // WINDOW * WINDOW]).view(-1, WINDOW)
@@ -49,8 +49,8 @@ def windows(ids: Sequence[int], vocab_size: int) -> Tensor:
 def calibrated(
     weights: Weights, args: ModelArgs, scheme: Scheme, text: Tensor, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[str, Quantized]]:
-    """The name of each matrix, and the matrix rounded, from the first layer's on, by a text of `windows`.
-    FloatingPointError names a matrix whose inputs are not finite."""
+    """Names and rounded matrices, layer by layer, calibrated on a text from `windows`. FloatingPointError names a
+    matrix whose inputs are not finite."""
     init_model_parallel(1)
     layouts = [Layout.of(Batch.rows(part, 0, args), args) for part in text.to(device).split(TOGETHER)]
     table = read(weights, "tok_embeddings.weight", args)
@@ -61,12 +61,12 @@ def calibrated(
         prefix = f"layers.{i}."
         found = {name: read(weights, prefix + name, args).to(device) for name, _ in layer.named_parameters()}
         layer.load_state_dict(found, assign=True)
-        yield from through(layer, prefix, x, layouts, scheme)
+        yield from calibrate_layer(layer, prefix, x, layouts, scheme)
         weights.release()
     if args.n_labels:  # a score head stays in floats
         return
     norm = read(weights, "norm.weight", args).to(device)
-    hessian = moments("output.weight", (F.rms_norm(part, norm.shape, norm, args.norm_eps) for part in x))
+    hessian = hessian_of("output.weight", (F.rms_norm(part, norm.shape, norm, args.norm_eps) for part in x))
     yield "output.weight", gptq(read(weights, "output.weight", args), hessian, scheme.of("output.weight") or scheme)
 
 
@@ -74,14 +74,14 @@ def read(weights: Weights, name: str, args: ModelArgs) -> Tensor:
     return read_whole(weights, name, shapes(args)[name], torch.float32)
 
 
-def through(
+def calibrate_layer(
     layer: TransformerBlock, prefix: str, x: list[Tensor], layouts: Sequence[Layout], scheme: Scheme
 ) -> Iterator[tuple[str, Quantized]]:
-    """Round a layer's matrices in the order in which they are multiplied by, each with the inputs that those before it
-    give, and replace the inputs `x` of the layer by its outputs."""
+    """Round a layer's matrices in the order of their matmuls, each for the inputs that the rounded ones before it give.
+    Replaces the layer's inputs `x` by its outputs."""
 
     def fit(names: Sequence[str], inputs: Iterable[Tensor]) -> Iterator[tuple[str, Quantized]]:
-        hessian = moments(f"{prefix}{names[0]}.weight", inputs)
+        hessian = hessian_of(f"{prefix}{names[0]}.weight", inputs)
         for name in names:
             linear = layer.get_submodule(name)
             matrix = gptq(linear.weight, hessian, scheme)  # type: ignore[arg-type]
@@ -105,8 +105,8 @@ def through(
     x[:] = [part + w2(y) for part, y in zip(x, gated, strict=True)]
 
 
-def moments(name: str, inputs: Iterable[Tensor]) -> Tensor:
-    """The sum of X^T X (in, in) of inputs X (tokens, in) of the matrix `name`."""
+def hessian_of(name: str, inputs: Iterable[Tensor]) -> Tensor:
+    """H = Xᵀ X (in, in), summed over inputs X (tokens, in) of the matrix `name`."""
     total = sum(x.t() @ x for x in inputs)
     assert isinstance(total, Tensor)
     if not total.isfinite().all():
@@ -115,46 +115,47 @@ def moments(name: str, inputs: Iterable[Tensor]) -> Tensor:
 
 
 def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
-    """A matrix (out, in), on any device, rounded for inputs with this Hessian (in, in), on the CPU. The output
-    error of each row, for these inputs, is never above that of rounding to the nearest numbers."""
+    """A matrix (out, in), on any device, rounded for inputs with this Hessian (in, in); the result is on the CPU. No
+    output's error, for these inputs, is larger than with `quantize`."""
     hessian, upper, order = factor(hessian)
     ratios = upper / upper.diagonal()
     found = [round_rows(rows, hessian, ratios, order, scheme) for rows in weight.to(hessian).split(ROWS)]
-    return Quantized(*(None if part is None else part.cpu() for part in stack(found)))  # type: ignore[arg-type]
+    return stack(found).map(Tensor.cpu)
 
 
 def factor(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The Hessian, damped so that it can be divided by; the upper triangular U with U U^T = H in the order of columns;
-    and this order, by importance. A column whose inputs are 0 is left to itself."""
-    mean, share = hessian.diagonal().mean().clamp(min=1e-20), 0.01
+    """The Hessian, damped until it is positive definite; the upper triangular U with U Uᵀ = H[order][:, order]; and the
+    order of columns, the most important first. A column whose inputs are all 0 does not affect the others."""
+    mean, damping = hessian.diagonal().mean().clamp(min=1e-20), 0.01
     while True:
-        damped = hessian + torch.diag((mean * share).expand(len(hessian)))
+        damped = hessian + torch.diag((mean * damping).expand(len(hessian)))
         order = damped.diagonal().argsort(descending=True, stable=True)
         lower, failed = torch.linalg.cholesky_ex(damped[order][:, order].flip(0, 1))
         if not failed:
             return damped, lower.flip(0, 1), order
-        share *= 10
+        damping *= 10
 
 
 def round_rows(weight: Tensor, hessian: Tensor, ratios: Tensor, order: Tensor, scheme: Scheme) -> Quantized:
-    """Rows (out, in) of a matrix; `ratios` are U[i, j] / U[j, j]."""
+    """`gptq` for some rows (out, in) of a matrix; `ratios` are U[i, j] / U[j, j]."""
     columns = weight.shape[1]
     shaped = weight.unflatten(1, (-1, scheme.columns(columns)))  # (out, groups, columns)
-    scale, least = search(shaped, scheme, hessian.diagonal())
+    scale, minimum = search(shaped, scheme, hessian.diagonal())
 
     def by_column(part: Tensor) -> Tensor:  # (out, groups, 1 or columns) -> (in, out), in order
         return part.expand_as(shaped).flatten(1).t()[order]
 
-    exact, step, low = by_column(shaped), by_column(scale), None if least is None else by_column(least)
+    exact, step = by_column(shaped), by_column(scale)
+    low = [None] * columns if minimum is None else by_column(minimum)
     error, q = torch.zeros_like(exact), torch.empty_like(exact)
     for begin in range(0, columns, BLOCK):
         end = min(begin + BLOCK, columns)
         wanted = exact[begin:end] + ratios[:begin, begin:end].t() @ error[:begin]
         for j in range(begin, end):
             column = wanted[j - begin] + ratios[begin:j, j] @ error[begin:j]
-            q[j] = numbers(column, step[j], None if low is None else low[j], scheme)
-            error[j] = exact[j] - values(q[j], step[j], None if low is None else low[j])
-    found = assign(q[order.argsort()].t().unflatten(1, shaped.shape[1:]), scale, least, scheme)
+            q[j] = nearest_q(column, step[j], low[j], scheme)
+            error[j] = exact[j] - values(q[j], step[j], low[j])
+    found = assemble(q[order.argsort()].t().unflatten(1, shaped.shape[1:]), scale, minimum, scheme)
     nearest = quantize(weight, scheme)
     worse = loss(found, weight, hessian) > loss(nearest, weight, hessian)
     parts = ((a, b) for a, b in zip(found, nearest, strict=True) if a is not None and b is not None)
@@ -162,6 +163,6 @@ def round_rows(weight: Tensor, hessian: Tensor, ratios: Tensor, order: Tensor, s
 
 
 def loss(rounded: Quantized, weight: Tensor, hessian: Tensor) -> Tensor:
-    """The squared change (out, 1) of each output."""
+    """The squared error (out, 1) of each output."""
     error = dequantize(rounded) - weight
     return ((error @ hessian) * error).sum(-1, keepdim=True)

@@ -1,14 +1,13 @@
 """A checkpoint -> a new folder, in Meta's layout for any number of ranks, in Hugging Face's, or with a GGUF file.
 
-One tensor of the source is in memory at a time (one layer where a text calibrates), and of the target what one file of
-Hugging Face's holds (Meta's are written through a mapping), so that the largest model converts on a small machine.
+One tensor of the source is in memory at a time (one layer when calibrating), and of the target one Hugging Face file
+(Meta's are memory-mapped), so that the largest model converts on a small machine.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]  # names of tensors, the
 
 
 class Job(NamedTuple):
-    """What is converted, and to what."""
+    """A model, and the dtype and scheme to write it in."""
 
     checkpoint: Checkpoint
     weights: Weights  # the checkpoint's, or these with adapters
@@ -48,14 +47,10 @@ class Job(NamedTuple):
     dtype: torch.dtype
     scheme: Scheme | None = None
     search: bool = False
-    text: Tensor | None = None  # that calibrates, see `calibrate.windows`
-
-    def of(self, name: str) -> Scheme | None:
-        """The scheme that a weight is written in."""
-        return self.scheme.of(name) if self.scheme else None
+    text: Tensor | None = None  # to calibrate with, from `calibrate.windows`
 
     def score_head(self) -> dict[str, Any]:
-        """What config.json says of a score head; {} without one."""
+        """The keys of config.json that describe a score head; {} without one."""
         if not self.args.n_labels:
             return {}
         names, pad_id = self.checkpoint.labels(), self.checkpoint.pad_id(self.args.vocab_size)
@@ -63,10 +58,10 @@ class Job(NamedTuple):
         return {"architectures": [hf.SCORE_HEAD], "id2label": named, "label2id": numbers, "pad_token_id": pad_id}
 
     def stored(self) -> Stored:
-        """The tensors in Meta's layout."""
+        """The tensors of Meta's layout."""
         found: Stored = {}
         for name, shape in shapes(self.args).items():
-            own = self.of(name)
+            own = self.scheme and self.scheme.of(name)
             found |= own.stored(name, shape) if own else {name: (shape, self.dtype)}
         return found
 
@@ -91,7 +86,7 @@ def convert(
 ) -> None:
     """Write the checkpoint in `source`, with the adapters of `lora`, to a new folder: `to` is meta, for `mp` ranks, or
     gguf, the matrices quantized or not, or hf. They are rounded to the nearest numbers, or with a `search` for scales,
-    or calibrated with the ids that `text` returns, which is called after all other arguments have been checked.
+    or calibrated on the ids that `text` returns, which is called after all other arguments have been checked.
 
     Raises FileExistsError for a `target` that exists, OSError when the disk is too small and ValueError for a model
     that cannot be divided into `mp` shards or quantized so, and for a text that is too short.
@@ -120,7 +115,7 @@ def convert(
 
 
 def check_target(job: Job, to: str, mp: int, text: object) -> None:
-    """ValueError for what a layout has no place for."""
+    """ValueError for what a layout cannot hold."""
     if to == "meta":
         for key, (shape, _) in job.stored().items():
             check_divides(key, shape, mp)
@@ -144,7 +139,7 @@ def check_target(job: Job, to: str, mp: int, text: object) -> None:
 
 
 def write(job: Job, folder: Path, to: str, mp: int, tokenizer: Tokenizer, files: Mapping[str, Any]) -> None:
-    """All files of a layout: the tokenizer's `files`, the weights, and a list of sums."""
+    """Write all files of a layout: the tokenizer's `files`, the weights, and their md5 sums."""
     with tqdm(total=2 * job.size(), unit="B", unit_scale=True, disable=None) as bar:
         for name, content in files.items():
             if isinstance(content, bytes):
@@ -165,7 +160,7 @@ def write(job: Job, folder: Path, to: str, mp: int, tokenizer: Tokenizer, files:
 
 
 def files_of(tokenizer: Tokenizer, path: Path, source: Path, to: str) -> dict[str, Any]:
-    """The tokenizer's files in a layout: names, and bytes or JSON. ValueError if the layout has no place for it."""
+    """Names and contents (bytes or JSON) of the tokenizer's files in a layout. ValueError if it cannot hold them."""
     if to == "gguf":  # which holds the tokenizer itself
         return {}
     kind, template = tokenizer.vocabulary, template_of(source)
@@ -203,7 +198,7 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     write_json(folder / "params.json", job.checkpoint.params | words | scaled | quantization)
     if head := job.score_head():
         write_json(folder / "config.json", head)
-    # Even slices, also of key-value heads, where there may be more shards than heads.
+    # Slices are even, of key-value heads too, of which there may be fewer than shards.
     blank = {
         key: torch.empty(slice_shape(key, shape, 0, shape[shard_dim(key) or 0] // mp), dtype=dtype)
         for key, (shape, dtype) in job.stored().items()
@@ -218,20 +213,23 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
 
 
 def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
-    """Names of the tensors that are stored in Meta's layout, and each whole."""
+    """The names and values of the tensors of Meta's layout, each whole."""
     whole = shapes(job.args)
-    matrices = {name: own for name in whole if (own := job.of(name))}
-    for name in (name for name in whole if name not in matrices):
-        yield name, read_whole(job.weights, name, whole[name], job.dtype)
+    matrices = {name: own for name in whole if job.scheme and (own := job.scheme.of(name))}
+    for name, shape in whole.items():
+        if name not in matrices:
+            yield name, read_whole(job.weights, name, shape, job.dtype)
     if not job.scheme:
         return
     if job.text is not None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         rounded = calibrated(job.weights, job.args, job.scheme, job.text, device)
     else:
-        read = partial(read_quantized, job.weights, search=job.search)
-        sizes = {name: whole[name][shard_dim(name) or 0] for name in matrices}
-        rounded = ((name, read(name, whole[name], 0, sizes[name], scheme)) for name, scheme in matrices.items())
+        rounded = (
+            (name, read_quantized(job.weights, name, shape, 0, shape[shard_dim(name) or 0], matrices[name], job.search))
+            for name, shape in whole.items()
+            if name in matrices
+        )
     for name, matrix in rounded:
         keys = matrices[name].stored(name, whole[name])
         yield from zip(keys, (part for part in matrix if part is not None), strict=True)
@@ -278,7 +276,7 @@ def write_gguf(job: Job, folder: Path, tokenizer: Tokenizer, ends: Iterable[int]
 
 
 def in_files(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in their order, in groups of up to `limit` bytes; a larger one is alone."""
+    """The names in order, in groups of up to `limit` bytes. A larger tensor has a group of its own."""
     groups: list[list[str]] = [[]]
     free = limit
     for name, size in sizes.items():

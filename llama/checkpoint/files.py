@@ -26,14 +26,14 @@ from ..gguf import BlockType
 from ..textfile import mistaken
 from . import hf
 
-# Rotary frequencies, which older files carry and which follow from params.json.
+# RoPE frequencies in older files, which follow from params.json.
 IGNORED = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs|.*rotary_emb\.inv_freq")
 MAP_NORESERVE = {"linux": 0x4000, "darwin": 0x40}.get(sys.platform, 0)  # the module mmap has no name for it
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 READABLE = set(SAFETENSORS_DTYPES.values())
 STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32, "Double": torch.float64}
 STORAGES |= {"Char": torch.int8, "Byte": torch.uint8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}
-# The names that the pickle in a .pth file may ask for, and what each gives.
+# The globals that the pickle in a .pth file may import, and what stands in for each.
 RESOLVED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): lambda *parts: parts[:4],  # storage, offset, shape, stride
@@ -98,18 +98,16 @@ def read_pth_header(path: Path) -> dict[str, Entry] | None:
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """The tensors of one shard, mapped and not read where torch can. Nothing in the file is executed. ValueError if it
-    is no shard."""
+    """The tensors of a .pth file, read by torch, which executes nothing in it. ValueError for any other content."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=read_pth_header(path) is not None)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage shows in any of a dozen types
         raise unreadable(path, error) from error
-    plain = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    if not plain or not all(
-        isinstance(tensor, Tensor) and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
-        for tensor in state.values()
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_cpu
+        for name, tensor in state.items()
     ):
         raise ValueError(f"{path} holds something else than named tensors")
     return state
@@ -131,28 +129,23 @@ def unreadable(path: Path, error: Exception) -> Exception:
 
 
 def identity(found: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is replaced or written to."""
+    """Numbers of which at least one changes when a file is replaced or written to."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class File:
-    """A file of weights, mapped. Any slice of its tensors can be read."""
+    """A memory-mapped file of weights. Any slice of its tensors can be read."""
 
-    head_dim = 0  # of a file of Hugging Face's: rows of wq and wk are in another order, see `hf.to_pairs`
+    head_dim = 0  # set for a Hugging Face file, whose rows of wq and wk are in another order: see `hf.to_pairs`
 
     def __init__(self, path: Path, tensors: Mapping[str, Entry]) -> None:
         self.path, self.state_of_file = path, identity(path.stat())
         self.tensors = {name: entry for name, entry in tensors.items() if not IGNORED.fullmatch(name)}
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Let tensors have Meta's names, which `names` has with those in the file."""
+        """Give the tensors Meta's names. `names` maps these to the names in the file."""
         ours = {theirs: meta for meta, theirs in names.items()}
         self.tensors = {ours.get(name, name): entry for name, entry in self.tensors.items()}
-
-    def tie(self) -> None:
-        """Let the output matrix be the embeddings, if this file holds them."""
-        if "tok_embeddings.weight" in self.tensors:
-            self.tensors["output.weight"] = self.tensors["tok_embeddings.weight"]
 
     @functools.cached_property
     def pages(self) -> mmap.mmap:
@@ -165,9 +158,9 @@ class File:
             return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        """`length` rows or columns of a tensor, from `begin` on: a view of the file's pages, which all processes share,
-        or a copy where rows are in another order. Writing to it changes no file, and lasts until `release`. The file
-        must not be cut while the view lives."""
+        """`length` rows or columns of a tensor, from `begin` on: a view of the file's pages, which processes share, or
+        a copy where rows are in another order. Writing to it does not change the file, and is lost at `release`. The
+        file must not be truncated while the view is in use."""
         if not (self.head_dim and hf.is_permuted(name)):
             return self.view(name, dim, begin, length)
         first = begin - begin % self.head_dim  # rows are permuted within a head
@@ -177,7 +170,7 @@ class File:
         return pairs.narrow(0, begin - first, length)
 
     def view(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        """Rows or columns of a tensor as they are in the file."""
+        """`read`, with the rows in the order of the file."""
         _, shape, dtype, offset, _ = self.tensors[name]
         first, rows = (begin, length) if dim == 0 else (0, shape[0])
         row = math.prod(shape[1:])
@@ -188,13 +181,13 @@ class File:
         return part if dim == 0 else part.narrow(dim, begin, length)
 
     def release(self) -> None:
-        """Let what was read no longer count as memory of this process. Pages still in use are read again."""
+        """Drop the pages that were read from this process's resident memory. Those in use are read again."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self.pages.madvise(mmap.MADV_DONTNEED)
 
 
 class LoadedFile(File):
-    """A .pth file that cannot be mapped: torch has read it."""
+    """A .pth file that cannot be mapped, such as torch's format before 1.6. torch reads all of it."""
 
     def __init__(self, path: Path) -> None:
         self.state = read_shard(path)
@@ -209,7 +202,7 @@ class LoadedFile(File):
 
 
 def open_file(path: Path) -> File:
-    """A file of weights, by its name of safetensors or of torch. ValueError for one that cannot be read."""
+    """Open a .safetensors file, or else a .pth file. ValueError if it cannot be read."""
     if path.suffix == ".safetensors":
         return File(path, read_safetensors_header(path))
     tensors = read_pth_header(path)

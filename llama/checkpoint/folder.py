@@ -33,12 +33,12 @@ Stored = Mapping[str, tuple[tuple[int, ...], set[torch.dtype]]]  # tensors: whol
 
 class Checkpoint:
     """A folder or GGUF file of weights, saved for any number of ranks: `params`, by Meta's keys, and any slice of any
-    weight. Only headers are read at first. FileNotFoundError or ValueError names the file and what is wrong with it."""
+    weight. Opening it reads only headers. FileNotFoundError or ValueError names the file and what is wrong with it."""
 
     files: Sequence[File]
     holders: dict[str, Sequence[File]]  # the files that hold a weight, in the order of ranks
     scheme: Quantization  # of weights that were quantized before they were saved
-    positions: int | None = None  # the longest text, if the files have it
+    positions: int | None = None  # the longest context, if the files say
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -96,10 +96,11 @@ class Checkpoint:
         self.scheme = gguf.schemes(files)  # of the output matrix too, if it is tied
 
     def _hold(self, files: Sequence[File], tied: bool, positions: object) -> None:
-        """Files of whole weights. Where no file has the output matrix, it may be `tied` to the embeddings."""
+        """Take files of whole weights. If `tied` and no file has the output matrix, it is the embeddings."""
         if tied and not any("output.weight" in file.tensors for file in files):
             for file in files:
-                file.tie()
+                if embeddings := file.tensors.get("tok_embeddings.weight"):
+                    file.tensors["output.weight"] = embeddings
         self.files, self.holders = files, {name: [file] for file in files for name in file.tensors}
         self.positions = positions if type(positions) is int and positions > 0 else None
 
@@ -136,26 +137,25 @@ class Checkpoint:
     def eos_ids(self, n_words: int) -> set[int]:
         """The ids below `n_words` that end an answer by Hugging Face's files, besides the tokenizer's own."""
         found: set[int] = set()
-        for path in (self.folder / "config.json", self.folder / "generation_config.json"):
-            if path.is_file():
-                ids = read_json(path).get("eos_token_id")
-                ids = ids if isinstance(ids, list) else [ids]
-                found |= {id for id in ids if type(id) is int and 0 <= id < n_words}
+        for name in ("config.json", "generation_config.json"):
+            ids = self._json(name).get("eos_token_id")
+            ids = ids if isinstance(ids, list) else [ids]
+            found |= {id for id in ids if type(id) is int and 0 <= id < n_words}
         return found
 
     def labels(self) -> list[str]:
         """The names of a score head's labels; [] without such a head."""
         n_labels = self.params.get("n_labels", 0)
-        return hf.labels(self._config(), n_labels) if n_labels else []
+        return hf.labels(self._json("config.json"), n_labels) if n_labels else []
 
     def pad_id(self, n_words: int) -> int | None:
-        """The id of padding by config.json, if it is below `n_words`. A tokenizer's own does not count."""
-        id = self._config().get("pad_token_id")
+        """pad_token_id of config.json, if it is below `n_words`. The tokenizer's own does not count."""
+        id = self._json("config.json").get("pad_token_id")
         return id if type(id) is int and 0 <= id < n_words else None
 
-    def _config(self) -> dict[str, Any]:
-        """config.json, which `convert` also writes beside params.json where there is a score head."""
-        path = self.folder / "config.json"
+    def _json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder, {} without one. With a score head Meta's layout has a config.json too."""
+        path = self.folder / name
         return read_json(path) if path.is_file() else {}
 
     def tied(self) -> bool:
@@ -168,11 +168,11 @@ class Checkpoint:
         )
 
     def trim(self, n_words: int) -> int:
-        """Ignore rows of the vocabulary beyond the tokenizer's pieces: padding tokens, or rows that round their number
-        up. ValueError names added tokens other than padding."""
-        path = self.folder / "added_tokens.json"
-        added = read_json(path) if path.exists() else {}
-        if odd := [token for token, id in added.items() if id >= n_words and "pad" not in token.lower()]:
+        """Ignore rows of the vocabulary beyond the tokenizer's pieces, which are padding. Returns `n_words`. ValueError
+        names added tokens other than padding."""
+        added = self._json("added_tokens.json").items()
+        if odd := [token for token, id in added if id >= n_words and "pad" not in token.lower()]:
+            path = self.folder / "added_tokens.json"
             raise ValueError(f"{path} adds {listed(odd)} to the tokenizer's {n_words} pieces, which cannot be encoded")
         log.warning(
             "%s: the vocabulary has %d rows behind the tokenizer's %d tokens, which are left out",
@@ -186,7 +186,7 @@ class Checkpoint:
 
     def check(self, args: ModelArgs) -> None:
         """Compare the files with the model's shape. ValueError names every tensor of a file that is missing,
-        unexpected, misshapen, of a dtype that cannot be read, or not of one dtype in all shards."""
+        unexpected, misshapen, of an unreadable dtype, or of another dtype than in the first shard."""
         stored = self.stored(args)
         for file in self.files:
             problems = self._problems(file, stored)
@@ -205,9 +205,9 @@ class Checkpoint:
                     raise ValueError(f"{file.path} and {self.files[0].path.name} are the same shard")
 
     def _problems(self, file: File, stored: Stored) -> dict[str, list[str]]:
-        """The tensors of a file that do not fit, by what is wrong with them."""
+        """What is wrong with a file -> the names of the tensors concerned."""
         first = self.files[0]
-        # A shard has a slice of every weight; a file of Hugging Face's has those that are in no other.
+        # Each of Meta's shards has a slice of every weight. Each Hugging Face file has whole weights that no other has.
         expected = [name for name in stored if self.layout == "meta" or self.holders.get(name) == [file]]
         missing = [name for name in expected if name not in file.tensors]
         problems = defaultdict(list, {"missing": missing, "unexpected": []})  # are named first
@@ -224,29 +224,29 @@ class Checkpoint:
         return problems
 
     def stored(self, args: ModelArgs) -> Stored:
-        """The tensors that the files must hold: names, whole shapes, and the dtypes that they may have."""
+        """The tensors that the files must hold: names, whole shapes and allowed dtypes."""
         found: dict[str, tuple[tuple[int, ...], set[torch.dtype]]] = {}
         for name, shape in shapes(args).items():
             if isinstance(self.scheme, Scheme) and (own := self.scheme.of(name)):
                 found |= {key: (s, {dtype}) for key, (s, dtype) in own.stored(name, shape).items()}
-            else:  # GGUF's blocks are bytes, and norms are never in blocks
+            else:  # a GGUF file may have any matrix in blocks, which are bytes
                 found[name] = (shape, READABLE | ({torch.uint8} if self.layout == "gguf" and len(shape) > 1 else set()))
         return found
 
     def slice_shapes(self, name: str, whole: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """The shapes that a file's slice of a weight may have. Embeddings are split by columns in Llama 2's files and
-        by rows in Llama 3's."""
+        """The shapes that a file's slice of a weight may have. Embeddings are split by columns in Llama 2's files, by
+        rows in Llama 3's, and in the same way in all shards."""
         shards, dim = len(self.holders[name]), shard_dim(name)
         if dim is None:
             return [whole]
         dims = [d for d in ((1, 0) if "tok_embeddings" in name else (dim,)) if whole[d] % shards == 0] or [dim]
         fit = [tuple(size // shards if i == dim else size for i, size in enumerate(whole)) for dim in dims]
         first = self.holders[name][0].tensors.get(name)
-        return [first.shape] if first and first.shape in fit else fit  # all shards in the same way
+        return [first.shape] if first and first.shape in fit else fit
 
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype that holds every weight that is not quantized; of a GGUF file, whose norms are in float32
-        whatever the rest is in, every other one, and float16 where there is none."""
+        """The narrowest dtype that holds every weight that is not quantized; float16 if there is none. Norms of a GGUF
+        file do not count: they are always in float32."""
         found = {
             entry.dtype
             for file in self.files
@@ -256,8 +256,9 @@ class Checkpoint:
         return functools.reduce(torch.promote_types, found or {torch.float16})
 
     def fingerprint(self, args: ModelArgs, tokenizer: Path) -> dict[str, str]:
-        """What two folders of the same model have in common, in any layout and number of shards: the parameters, and
-        digests of the tokenizer's file and of the weights: their dtype, the norms and a row of each layer."""
+        """What is equal for two folders of the same model, in any layout and number of shards: the parameters, and
+        digests of the tokenizer (its file, or a GGUF file's keys) and of the weights (their dtype, the norms and a row
+        of each layer)."""
         names = ["dim", "n_layers", "n_heads", "kv_heads", "head_dim", "ffn_hidden", "vocab_size", "norm_eps"]
         names += ["rope_theta", "rope_scaling", "n_labels"]
         dtype, digest = self.dtype(), hashlib.md5(f"{self.dtype()} {self.scheme}".encode(), usedforsecurity=False)
@@ -267,9 +268,10 @@ class Checkpoint:
                 part = self.read(name, shape, 0, shape[0] if whole else 1, dtype).contiguous()
                 digest.update(ctypes.string_at(part.data_ptr(), part.nbytes))
         self.release()
+        content = repr(read_gguf(tokenizer).keys).encode() if is_gguf(tokenizer) else tokenizer.read_bytes()
         return {
             "params": str({name: getattr(args, name) for name in names}),
-            "tokenizer": hashlib.md5(content_of(tokenizer), usedforsecurity=False).hexdigest(),
+            "tokenizer": hashlib.md5(content, usedforsecurity=False).hexdigest(),
             "weights": digest.hexdigest(),
         }
 
@@ -280,8 +282,8 @@ class Checkpoint:
         symmetric: bool = False,
         device: torch.device | None = None,
     ) -> Quantization:
-        """The scheme to load in, or to convert to without a device: the one asked for, or the one that the weights were
-        saved in. ValueError if these differ."""
+        """The scheme to load to `device` in, or without one to convert to: the one asked for, or the one that the
+        weights were saved in. ValueError if these differ."""
         asked = scheme(quantize, group_size, symmetric, device)
         own = self.scheme
         if asked and own:
@@ -291,12 +293,12 @@ class Checkpoint:
         return own or asked
 
     def release(self) -> None:
-        """Let what was read no longer count as memory of this process; see `File.release`."""
+        """Drop what was read from this process's resident memory; see `File.release`."""
         for file in self.files:
             file.release()
 
     def quantized(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Quantized | None:
-        """A slice, as of `read`, of a matrix that was saved quantized; None for another."""
+        """A slice, as in `read`, of a matrix that was saved quantized; None for any other weight."""
         own = self.scheme.of(name) if self.scheme else None
         file = self.holders[name][0]
         if own and isinstance(file, GgufFile):
@@ -307,8 +309,8 @@ class Checkpoint:
         self, name: str, shape: Sequence[int], begin: int, end: int, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
         """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a weight whose whole shape is `shape`.
-        A slice that lies in one file in this dtype stays a view of the file and is not copied, unless `out` is on a
-        GPU; any other is copied to `out`, or to a new tensor."""
+        A slice that is contiguous in one file, in this dtype, is returned as a view of the file, unless `out` is on a
+        GPU. Any other is copied to `out`, or to a new tensor."""
         files, dim = self.holders[name], shard_dim(name)
         if isinstance(file := files[0], GgufFile) and file.tensors[name].blocks:
             if out is None:
@@ -324,17 +326,10 @@ class Checkpoint:
         final = parts[0].dtype == dtype and (out is None or out.device.type == "cpu")
         if len(parts) == 1 and final and parts[0].is_contiguous():
             return parts[0]
-        lengths = [part.shape[dim] for part in parts]
         if out is None:
-            whole = [sum(lengths) if i == dim else size for i, size in enumerate(parts[0].shape)]
-            out = torch.empty(whole, dtype=dtype)
-        for target, part in zip(out.split(lengths, dim), parts, strict=True):
+            out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype)
+        for target, part in zip(out.split([part.shape[dim] for part in parts], dim), parts, strict=True):
             target.copy_(part)
         for file in files:
             file.release()
         return out
-
-
-def content_of(tokenizer: Path) -> bytes:
-    """What ranks compare of a tokenizer's file: of a GGUF file, the keys alone."""
-    return repr(read_gguf(tokenizer).keys).encode() if is_gguf(tokenizer) else tokenizer.read_bytes()

@@ -37,7 +37,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Keys that change what is computed, and the values that are supported.
 SUPPORTED = {"expert_count": 0, "attention.causal": True, "rope.scaling.attn_factor": 1.0, "attention.clamp_kqv": 0.0}
 DIVISORS = "rope_freqs.weight"  # of RoPE's frequencies: Llama 3's scaling, as numbers
-AT_ONCE = 2**20  # values that are unpacked at a time
+AT_ONCE = 2**20  # values that are dequantized at a time
 
 
 def names(n_layers: int) -> dict[str, str]:
@@ -78,7 +78,7 @@ def params(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decimal(keys: Mapping[str, Any], key: str, default: float) -> float:
-    """A number of float32, as the shortest decimal that it may have been."""
+    """A float32 key as the short decimal that it was rounded from, such as 1e-05."""
     value = keys.get(f"llama.{key}", default)
     if type(value) is not float or not 0 < value < math.inf:
         raise ValueError(f"llama.{key} is {shorten(value)}, not a positive number")
@@ -105,18 +105,18 @@ def rope_scaling(keys: Mapping[str, Any], found: Mapping[str, Any], divisors: Te
 
 
 def fitted(frequencies: Tensor, divisors: Tensor) -> RopeScaling:
-    """Llama 3's scaling with other bands than usual: of the pairs between these, the share of the unscaled frequency is
-    (original f / 2 pi - low) / (high - low), a line over f. Only ratios count, so that low is 1."""
+    """Llama 3's scaling with other than the usual bands, fitted to the divisors. Between the bands the weight of the
+    unscaled frequency f is (original f / 2 pi - low) / (high - low), linear in f. Only ratios count, so low is 1."""
     f, factor = frequencies.double(), divisors.double().max()
-    share = (1 / divisors.double() - 1 / factor) / (1 - 1 / factor)
-    slow, fast, between = share < 1e-3, share > 1 - 1e-3, (share >= 1e-3) & (share <= 1 - 1e-3)
+    weight = (1 / divisors.double() - 1 / factor) / (1 - 1 / factor)
+    slow, fast, between = weight < 1e-3, weight > 1 - 1e-3, (weight >= 1e-3) & (weight <= 1 - 1e-3)
     original, high = 8192.0, 4.0
     if between.any():
-        f, share = f[between], share[between]
+        f, weight = f[between], weight[between]
         if len(f) > 1:
-            slope = ((f - f.mean()) * (share - share.mean())).sum() / (f - f.mean()).square().sum()
-            high = float(1 - 1 / (share.mean() - slope * f.mean()))
-        original = float(2 * math.pi * ((share * (high - 1) + 1) / f).mean())
+            slope = ((f - f.mean()) * (weight - weight.mean())).sum() / (f - f.mean()).square().sum()
+            high = float(1 - 1 / (weight.mean() - slope * f.mean()))
+        original = float(2 * math.pi * ((weight * (high - 1) + 1) / f).mean())
     elif slow.any() and fast.any():
         original, high = 2 * math.pi / float(f[slow].max()) - 0.5, min(high, float(f[fast].min() / f[slow].max()))
     return RopeScaling(rounded(factor), 1.0, rounded(high), max(1, round(original)))
@@ -127,7 +127,7 @@ def rounded(value: Tensor | float) -> float:
 
 
 def divisors(files: Sequence[GgufFile]) -> Tensor | None:
-    """The tensor of divisors of RoPE's frequencies, taken out of the files, if one has it."""
+    """The divisors of RoPE's frequencies, removed from the tensors of the file that has them; None without them."""
     for file in files:
         if entry := file.tensors.get(DIVISORS):
             if entry.dtype != torch.float32 or len(entry.shape) != 1:
@@ -140,7 +140,7 @@ def divisors(files: Sequence[GgufFile]) -> Tensor | None:
 
 
 class GgufFile(File):
-    """One file of a GGUF model. Its tensors have Meta's names here."""
+    """One file of a GGUF model, its tensors by Meta's names."""
 
     def __init__(self, path: Path, header: Gguf, names: Mapping[str, str]) -> None:
         tensors = {}
@@ -151,7 +151,7 @@ class GgufFile(File):
         self.rename(names)
 
     def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized]:
-        """Rows or columns of a quantized tensor, some rows at a time. ValueError for columns within a group."""
+        """Rows or columns of a tensor in blocks, some rows at a time. ValueError for columns that divide a group."""
         _, shape, _, offset, kind = self.tensors[name]
         assert kind is not None
         rows, columns = shape
@@ -161,20 +161,17 @@ class GgufFile(File):
         blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=kind.size(shape))
         blocks = blocks.view(rows, columns // kind.values, kind.nbytes)
         for part in (blocks[begin:end] if dim == 0 else blocks).split(max(1, AT_ONCE // columns)):
-            q, scale, least = found = from_blocks(kind.name, part)
-            if dim == 0:
-                yield found
-                continue
-            per, (first, last) = 8 // found.bits, (begin // group, end // group)
-            least = None if least is None else least[:, first:last]
-            yield Quantized(q[:, begin // per : end // per], scale[:, first:last], least)
+            matrix = from_blocks(kind.name, part)
+            if dim == 1:  # the same fraction of q's, of the scales' and of the minima's columns
+                matrix = matrix.map(lambda p: p[:, p.shape[1] * begin // columns : p.shape[1] * end // columns])
+            yield matrix
 
     def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
-        """Rows or columns of a quantized matrix."""
+        """Rows or columns `begin` to `end` of a tensor in blocks, along `dim`."""
         return stack([*self.unpacked(name, dim, begin, end)])
 
     def dequantized(self, name: str, dim: int, begin: int, end: int, out: Tensor) -> Tensor:
-        """The same as floats, written to `out`."""
+        """The same in floats, written to `out`."""
         rows = max(1, AT_ONCE // self.tensors[name].shape[1])
         for target, part in zip(out.split(rows), self.unpacked(name, dim, begin, end), strict=True):
             target.copy_(dequantize(part))
@@ -182,7 +179,7 @@ class GgufFile(File):
 
 
 def schemes(files: Sequence[GgufFile]) -> Schemes | None:
-    """How the matrices of a model's files are quantized; None if none is."""
+    """The schemes of a model's matrices; None if none is quantized."""
     kinds = {
         name: entry.blocks.name
         for file in files

@@ -61,8 +61,8 @@ def keys_of(args: ModelArgs, kind: BlockType, positions: int | None, name: str) 
 
 
 def tokenizer_keys(tokenizer: Tokenizer, ends: Iterable[int]) -> dict[str, Any]:
-    """The keys of a tokenizer. `ends` are the ids that end an answer. ValueError for a tokenizer that GGUF cannot
-    express."""
+    """The keys of a tokenizer. `ends` are the ids that end an answer. ValueError for a tokenizer that a GGUF file
+    cannot hold."""
     kind, special = tokenizer.vocabulary, tokenizer.special
     if isinstance(kind, SentencePieceVocabulary):
         model = Model.of(kind.model.serialized_model_proto())
@@ -83,7 +83,7 @@ def tokenizer_keys(tokenizer: Tokenizer, ends: Iterable[int]) -> dict[str, Any]:
 
 
 def check_model(model: Model) -> None:
-    """ValueError names a setting of a SentencePiece model that a GGUF file has no place for."""
+    """ValueError names a setting of a SentencePiece model that a GGUF file cannot hold."""
     problems = {
         "it is not of type BPE": model.trainer.get(MODEL_TYPE, 1) != TYPE_BPE,
         "treat_whitespace_as_suffix is set": model.trainer.get(SUFFIX),
@@ -95,8 +95,8 @@ def check_model(model: Model) -> None:
 
 
 def kinds_of(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, BlockType]:
-    """The type of each weight, by Meta's name: norms are in float32, and with 4 bits the embeddings and the output
-    matrix in 8. ValueError for a matrix that does not divide into blocks."""
+    """The type of each weight, by Meta's name: norms are in float32. If the others are quantized, the embeddings and
+    the output matrix have 8 bits. ValueError for a matrix that does not divide into blocks."""
     found = {}
     for name, shape in shapes(args).items():
         matrix = WRITTEN[scheme] if scheme else OF_DTYPE[dtype]
@@ -110,7 +110,7 @@ def kinds_of(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> dict
 
 
 def divisors(args: ModelArgs) -> Tensor | None:
-    """The divisors (D / 2,) of RoPE's frequencies by Llama 3's scaling."""
+    """The divisors (D / 2,) of RoPE's frequencies for Llama 3's scaling; None without it."""
     if args.rope_scaling is None or args.rope_scaling.rope_type != "llama3":
         return None
     frequencies = unscaled_rope_frequencies(args.head_dim, args.rope_theta)
@@ -126,7 +126,7 @@ def write_gguf(
     search: bool,
     progress: Callable[[int], object],
 ) -> None:
-    """Write a file; `search` is that of `read_quantized`."""
+    """Write the file. `search` is as in `read_quantized`; `progress` is called with the size of each part."""
     whole, theirs, scaling = shapes(args), names(args.n_layers), divisors(args)
     tensors = {theirs[name]: (kind, whole[name]) for name, kind in kinds.items()}
     first = {} if scaling is None else {DIVISORS: (BY_NAME["F32"], tuple(scaling.shape))}
@@ -151,12 +151,8 @@ def write_gguf(
 
 
 def parts(weights: Weights, name: str, shape: tuple[int, ...], kind: BlockType, search: bool) -> Iterator[Tensor]:
-    """A weight as it is written, some rows at a time."""
-    dtype = DTYPES.get(kind.name, torch.float32)
-    read = weights.dtype() if kind.name in CODECS else dtype
-    for rows in read_whole(weights, name, shape, read).split(max(1, AT_ONCE // shape[-1])):
-        if kind.name not in CODECS:
-            yield rows
-            continue
-        importance = torch.ones(shape[1]) if search and name.split(".")[-2] in MATRICES else None
-        yield to_blocks(quantize(rows, CODECS[kind.name].scheme, importance))
+    """A weight's data in the file, some rows at a time."""
+    dtype, codec = DTYPES.get(kind.name, weights.dtype()), CODECS.get(kind.name)
+    importance = torch.ones(shape[-1]) if search and name.split(".")[-2] in MATRICES else None
+    for rows in read_whole(weights, name, shape, dtype).split(max(1, AT_ONCE // shape[-1])):
+        yield to_blocks(quantize(rows, codec.scheme, importance)) if codec else rows

@@ -34,20 +34,19 @@ SUPPORTED = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
 }
-# Parameters of a RoPE scaling that change nothing by themselves, and the scalings that change nothing at factor 1.
+# Keys of a RoPE scaling that are ignored where its type does not need them.
 UNSCALED = {
     *("rope_theta", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 }
 SCORE_HEAD = "LlamaForSequenceClassification"
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
-BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
+BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")  # types of RoPE scaling that change nothing if their factor is 1
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: safetensors before torch's format; of each an index that names only what is
-    there, one file, or numbered parts that are all there; last variants, if there is one. FileNotFoundError names what
-    is missing."""
+    """The files that hold the weights. safetensors files are preferred to torch's; of each, files that an index names,
+    then a single file, then numbered parts, then a variant. FileNotFoundError names what is missing."""
     for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
         for files in weight_file_sets(folder, stem, kind):
             if files and all((folder / file).is_file() for file in files):
@@ -60,7 +59,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_file_sets(folder: Path, stem: str, kind: str) -> Iterator[list[str]]:
-    """The sets of files that may hold all weights, by their names."""
+    """The names of files that may together hold all weights, in order of preference."""
     yield files_in_index(folder / f"{stem}.{kind}.index.json")
     yield [f"{stem}.{kind}"]
     present = sorted(path.name for path in folder.glob(f"{stem}[.-]*.{kind}"))
@@ -79,7 +78,7 @@ def weight_file_sets(folder: Path, stem: str, kind: str) -> Iterator[list[str]]:
 
 
 def files_in_index(index: Path) -> list[str]:
-    """The files that an index names; none if there is no index."""
+    """The files that an index names; [] without an index."""
     if not index.is_file():
         return []
     found = read_json(index).get("weight_map")
@@ -98,13 +97,13 @@ def names(n_layers: int, n_labels: int = 0) -> dict[str, str]:
 
 
 def is_permuted(name: str) -> bool:
-    """Whether the rows of a weight (by Meta's name) are in another order there: RoPE rotates its output."""
+    """Whether a weight (by Meta's name) has its rows in another order in Hugging Face's layout: wq and wk, for RoPE."""
     return name.split(".")[-2] in ("wq", "wk")
 
 
 def to_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of whole heads of q_proj or k_proj -> wq's or wk's. RoPE pairs element i with i + D/2 there and 2i with
-    2i + 1 here: for D = 6, rows 0 1 2 3 4 5 are theirs in the order 0 3 1 4 2 5."""
+    """Rows of whole heads of q_proj or k_proj, in the order of wq and wk. RoPE rotates elements i and i + D/2 together
+    there, 2i and 2i + 1 here: for D = 6, the result has rows 0 3 1 4 2 5."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -140,7 +139,7 @@ def params(config: Mapping[str, Any]) -> dict[str, Any]:
 def params_of(
     dim: int, layers: int, heads: int, kv_heads: int, head_dim: Any, hidden: int, eps: float, theta: float
 ) -> dict[str, Any]:
-    """The content of params.json, without what goes without saying."""
+    """The content of params.json, without keys that have their default."""
     check_layers(layers)
     result = {"dim": dim, "n_layers": layers, "n_heads": heads, **ffn_params(dim, hidden), "norm_eps": eps}
     result |= {} if head_dim in (None, dim / heads) else {"head_dim": head_dim}
@@ -149,8 +148,8 @@ def params_of(
 
 
 def labels(config: Mapping[str, Any], count: int = 2) -> list[str]:
-    """The names of a score head's labels, in order. Like transformers, which saves none for two labels, it makes up
-    names where config.json has none. ValueError for labels that are not numbered from 0."""
+    """The names of a score head's labels, in order; LABEL_0 and so on where config.json has none, as in transformers.
+    ValueError for labels that are not numbered from 0."""
     named, count = config.get("id2label"), config.get("num_labels", count)
     if named is None and type(count) is int and count > 0:
         return [f"LABEL_{i}" for i in range(count)]
@@ -160,8 +159,7 @@ def labels(config: Mapping[str, Any], count: int = 2) -> list[str]:
 
 
 def rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """The base of RoPE's frequencies, and their scaling, in whatever spelling. ValueError names one that is not
-    supported."""
+    """RoPE's theta and scaling, in any of the spellings of config.json. ValueError names what is not supported."""
     theta, scaling = None, None
     nested = {key: config.get(key) or {} for key in ("rope_parameters", "rope_scaling")}
     flat = {
@@ -184,7 +182,7 @@ def rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
 
 
 def scaling_of(found: Mapping[str, Any], kind: str, place: str) -> dict[str, Any]:
-    """A scaling by RopeScaling's names. ValueError for one that is missing."""
+    """A scaling as the fields of RopeScaling. ValueError names a missing one."""
     names = RopeScaling._fields[:4] if kind == "llama3" else ("factor",)
     if missing := [name for name in names if found.get(name) is None]:
         raise ValueError(f"{place}: {kind} scaling of RoPE lacks {listed(missing)}")
@@ -196,8 +194,8 @@ PUBLISHED = ((256, None), (4096, 1.3), (1024, 1.3), (4096, 1.2), (256, 1.5))
 
 
 def ffn_params(dim: int, hidden: int) -> dict[str, Any]:
-    """multiple_of and ffn_dim_multiplier that make a feed-forward layer of `hidden` units: those of a published model
-    if one fits."""
+    """multiple_of and ffn_dim_multiplier that give the feed-forward layer `hidden` units: those of a published model,
+    if they fit."""
     base = int(2 * 4 * dim / 3)
     for multiple, factor in (*PUBLISHED, (hidden, None), (hidden, hidden / base)):
         width = base if factor is None else int(factor * base)
@@ -207,7 +205,7 @@ def ffn_params(dim: int, hidden: int) -> dict[str, Any]:
 
 
 def config(args: ModelArgs, dtype: str, positions: int | None = None) -> dict[str, Any]:
-    """config.json. `positions` is the longest text, if the source has it."""
+    """The content of config.json. `positions` is max_position_embeddings, if the source has it."""
     shown = None if args.rope_scaling is None else args.rope_scaling._asdict()
     if shown and shown["rope_type"] == "linear":
         shown = {"rope_type": "linear", "factor": shown["factor"]}

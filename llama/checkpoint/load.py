@@ -18,7 +18,7 @@ from .plan import fused_groups, rank_range, shapes, shard_dim, slice_shape
 
 
 class Weights(Protocol):
-    """What `load` reads from: a Checkpoint, or a stand-in for one."""
+    """What `load` reads from: a Checkpoint, one with LoRA adapters, or random weights."""
 
     def dtype(self) -> torch.dtype: ...
 
@@ -27,14 +27,14 @@ class Weights(Protocol):
     def read(
         self, name: str, shape: Sequence[int], begin: int, end: int, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """A slice of a weight in a dtype, on the CPU: written to `out` and returned, or a view of the file."""
+        """A slice of a weight in a dtype: written to `out` and returned, or a view of the file on the CPU."""
 
     def quantized(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Quantized | None:
-        """A slice of a matrix that was saved quantized; None for another."""
+        """A slice of a matrix that was saved quantized; None for any other weight."""
 
 
 def read_whole(weights: Weights, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A whole weight, on the CPU: a view of its file where that is possible."""
+    """A whole weight, on the CPU: a view of its file if possible."""
     return weights.read(name, shape, 0, shape[shard_dim(name) or 0], dtype)
 
 
@@ -55,12 +55,13 @@ def load(
     local = {name: weight.shape for name, weight in model.named_parameters()}
     ranges = {name: rank_range(name, whole[name][shard_dim(name) or 0], args, rank(), world_size()) for name in local}
     total = sum(shape.numel() for shape in local.values())
-    hidden = None if rank() == replica()[0] == 0 else True  # None: a bar on a terminal only
+    hidden = None if rank() == replica()[0] == 0 else True  # None: no bar if stderr is not a terminal
     schemes = {name: own for name in local if scheme and (own := scheme.of(name))}
     groups = fused_groups(local)
-    if scheme:  # the largest first, as a matrix is in memory several times while it is quantized
-        if device.type != "cuda":  # whose kernels take several matrices at once
+    if scheme:
+        if device.type != "cuda":  # only its kernels multiply by several quantized matrices at once
             groups = [[name] for name in local]
+        # The largest first, as several copies of a matrix are in memory while it is quantized.
         groups.sort(key=lambda names: -local[names[0]].numel())
     with tqdm(desc="loading", total=total, unit="weights", unit_scale=True, disable=hidden, leave=False) as bar:
         for count, names in enumerate(groups):
@@ -87,7 +88,7 @@ def load(
 
 
 def check_same(values: Mapping[str, object]) -> None:
-    """ValueError names those of the values in which the ranks differ: their slices would be of different models."""
+    """ValueError names the values that differ between ranks, whose slices would be of different models."""
     ranks = gather_objects(values)
     differ = [key for key in values if any(other[key] != values[key] for other in ranks)]
     if differ:
@@ -105,11 +106,11 @@ def read_quantized(
     search: bool = False,
 ) -> Quantized:
     """Rows or columns `begin` to `end`, counted along its `shard_dim`, of a matrix whose whole shape is `shape`: as it
-    was saved, or quantized here to its `scheme`, a few rows at a time, to the nearest numbers or by a search."""
+    was saved, or else quantized to its `scheme` by `quantize`, with a `search` for scales or without."""
     if (saved := weights.quantized(name, shape, begin, end)) is not None:
         return saved
     dim = shard_dim(name) or 0
-    # A row's scale is the same on however many ranks the row lies.
+    # A row's scale must not depend on the number of ranks that the row is split over.
     first, last = (0, shape[1]) if dim == 1 and not scheme.group else (begin, end)
     dtype, part = weights.dtype(), slice_shape(name, shape, first, last)
     matrix = weights.read(name, shape, first, last, dtype, torch.empty(part, dtype=dtype))
@@ -119,7 +120,7 @@ def read_quantized(
 
 
 def read_parts(weights: Weights, name: str, shape: tuple[int, ...], begin: int, end: int, scheme: Scheme) -> Quantized:
-    """The slice of `read_quantized` of a matrix that was saved in `scheme`, in tensors of Meta's layout."""
+    """The slice, as in `read_quantized`, of a matrix that was saved in `scheme` in Meta's layout."""
     dim, found = shard_dim(name) or 0, []
     for key, (stored, dtype) in scheme.stored(name, shape).items():
         first, last = (0, stored[0]) if shard_dim(key) is None else (n * stored[dim] / shape[dim] for n in (begin, end))

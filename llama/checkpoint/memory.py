@@ -18,7 +18,7 @@ from ..backends.quantized import Quantization
 from ..textfile import read_text
 from .plan import rank_range, shapes, shard_dim, slice_shape
 
-# The files of a cgroup with its limit, what it uses, and the rest; the fields of the last that are page cache.
+# A cgroup's files: its limit, what it uses, and statistics; then the fields of the statistics that are page cache.
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file", "total_active_file")
 V2 = ("memory.max", "memory.current", "memory.stat", "inactive_file", "active_file")
 
@@ -28,7 +28,7 @@ class Footprint(NamedTuple):
 
     weights: int
     cache: int
-    activations: int  # about; of prefilling max_batch_size prompts that fill max_seq_len
+    activations: int  # estimated, for a prefill of max_batch_size prompts of max_seq_len tokens
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in self._asdict().items())
@@ -36,8 +36,8 @@ class Footprint(NamedTuple):
 
 
 def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Quantization = None) -> Footprint:
-    """What one of `world_size` ranks holds of a model in `dtype`, its matrices in a scheme. 7B in bfloat16 on one rank:
-    13.48 GB of weights, and for each position of the KV cache 2 tensors * 32 layers * 4096 * 2 bytes = 0.52 MB."""
+    """The memory of one of `world_size` ranks for a model in `dtype`, with its matrices in a scheme. 7B in bfloat16 on
+    one rank: 13.48 GB of weights, and for each position of the KV cache 2 * 32 layers * 4096 * 2 bytes = 0.52 MB."""
     weights, shared = 0, args.tie_word_embeddings and world_size == 1
     for name, shape in shapes(args).items():
         part = slice_shape(name, shape, *rank_range(name, shape[shard_dim(name) or 0], args, 0, world_size))
@@ -57,7 +57,7 @@ def footprint(args: ModelArgs, world_size: int, dtype: torch.dtype, scheme: Quan
 def available(device: torch.device, root: Path = Path("/")) -> int:
     """Free bytes of a device for this rank: of a GPU's memory, or of main memory divided by the ranks on this node.
     Page cache counts as free. 2**63 where the system does not report it."""
-    if device.type == "cuda":  # blocks that torch keeps for its next tensors are free to this process
+    if device.type == "cuda":  # memory that torch's allocator has cached is free to this process
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "mps":
@@ -67,7 +67,7 @@ def available(device: torch.device, root: Path = Path("/")) -> int:
 
 
 def linux_memory(root: Path) -> int:
-    """Bytes of main memory that are free or hold page cache."""
+    """Bytes of main memory that are free or page cache."""
     if not (meminfo := root / "proc/meminfo").exists():
         return 2**63
     fields = {name: int(value.split()[0]) for name, value in re.findall(r"(\S+):(.+)", read_text(meminfo))}
@@ -76,8 +76,8 @@ def linux_memory(root: Path) -> int:
 
 
 def mac_memory() -> int:
-    """The same on macOS: free and inactive pages, as psutil counts them. vm_stat prints speculative ones, which are
-    free, apart."""
+    """The same on macOS: free and inactive pages, as psutil counts them. vm_stat lists speculative pages, which are
+    free, separately."""
     try:
         text = subprocess.run(["vm_stat"], capture_output=True, encoding="utf-8", check=True).stdout
         pages = {name: int(count) for name, count in re.findall(r"Pages (\w+): +(\d+)", text)}
@@ -89,8 +89,8 @@ def mac_memory() -> int:
 
 
 def cgroup_memory(root: Path) -> Iterator[int]:
-    """Bytes below each limit on this process: of its cgroup and of those around it, in version 1 or 2. Page cache is
-    not counted as used: the kernel drops it before it ends a process."""
+    """Bytes left below each memory limit of this process: of its cgroup and the enclosing ones, in version 1 or 2. Page
+    cache does not count as used: the kernel drops it before it kills a process."""
     groups = root / "proc/self/cgroup"
     for line in read_text(groups).splitlines() if groups.exists() else []:
         _, controllers, path = line.split(":", 2)
@@ -108,14 +108,14 @@ def cgroup_memory(root: Path) -> Iterator[int]:
 def check_fits(
     args: ModelArgs, world_size: int, device: torch.device, dtype: torch.dtype, scheme: Quantization = None
 ) -> None:
-    """MemoryError for a model that does not fit in what is free."""
+    """MemoryError if a model does not fit in the free memory."""
     needed = footprint(args, world_size, dtype, scheme)
     if problem := shortage(needed, available(device), device, world_size):
         raise MemoryError(problem)
 
 
 def shortage(needed: Footprint, free: int, device: torch.device, world_size: int) -> str | None:
-    """Why a model does not fit and which arguments change that; None when it fits."""
+    """Why a model does not fit, and which arguments change that; None if it fits."""
     if sum(needed) <= free:
         return None
     return (

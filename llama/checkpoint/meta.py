@@ -13,11 +13,11 @@ from ..textfile import read_json
 from .paths import NO_CONFIG, advice, listed
 
 REQUIRED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
-APART = ("max_batch_size", "max_seq_len", "tie_word_embeddings")  # not in params.json: the caller or the files say
+APART = ("max_batch_size", "max_seq_len", "tie_word_embeddings")  # not in params.json: from the caller or the weights
 KNOWN = [field.name for field in dataclasses.fields(ModelArgs) if field.name not in APART]
 KNOWN.append("quantization")  # {"bits": 4, "group_size": 32, "symmetric": false}, as `convert` writes it
 
-REFUSED = {  # how keys of models that are not supported begin: what each belongs to
+REFUSED = {  # prefix of a key: the kind of unsupported model that has it
     "quantization_args": "weights that SpinQuant or QLoRA quantized",
     "lora_args": "weights with LoRA adapters",
     "moe_args": "a mixture of experts",
@@ -46,8 +46,8 @@ def read_params(path: Path) -> dict[str, Any]:
 
 
 def rope_scaling(params: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """The scaling of RoPE, taken out of the content of params.json. Meta's files only have a flag; the
-    factor is 32 for 3.2 1B and 3B, and else 8. `convert` writes all of it."""
+    """The scaling of RoPE, whose keys are removed from `params`. Meta's files only have a flag: the factor is 32 for
+    Llama 3.2 1B and 3B, and otherwise 8. `convert` writes all fields."""
     scaled, factor = params.pop("use_scaled_rope", False), params.pop("rope_scaling_factor", None)
     explicit = params.pop("rope_scaling", None)
     if explicit is not None:
@@ -61,7 +61,7 @@ def rope_scaling(params: dict[str, Any], path: Path) -> dict[str, Any] | None:
 
 
 def read_scheme(quantization: Any, path: Path) -> Scheme | None:
-    """The scheme of weights that were quantized before they were saved, from the key `quantization` of params.json."""
+    """The scheme of weights that were saved quantized, from `quantization` in params.json; None for floats."""
     if quantization is None:
         return None
     found = quantization if isinstance(quantization, dict) else {}

@@ -1,4 +1,4 @@
-"""Paths that a caller gives, checked, and named when something is wrong."""
+"""Checks of paths that a caller gives, and error messages that say what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..textfile import mistaken, read_json
 
 ROLES = ["<unk>", "<s>", "</s>"]  # tokens that every tokenizer.model of Llama 2's kind has
 ROLES += ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]  # and Code Llama's
-# What a folder without weights, or without a description of them, may hold: a pattern of names, and what to do.
+# For a folder that lacks its config or its weights: a pattern of files that it may have instead, and what to do.
 FOREIGN = {
     "adapter_config.json": "it is the folder of a LoRA adapter: give the folder of its model, and this one as lora",
     "*.gguf": "give the path of one of the GGUF files: {}",
@@ -34,7 +34,7 @@ NO_WEIGHTS = {
 
 
 def advice(folder: Path, cases: Mapping[str, str], otherwise: str) -> str:
-    """What to do about a folder that lacks something, by the first of the `cases` that it is."""
+    """What to do about an incomplete folder: by the first pattern of `cases` that matches a file in it."""
     for pattern, words in cases.items():
         if found := sorted(folder.glob(pattern)):
             names = [str(path.parent) if "/" in pattern else path.name for path in found]
@@ -79,7 +79,7 @@ def find_tokenizer(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str] | None
 
 
 def added_tokens(folder: Path) -> list[str]:
-    """Tokens, other than padding, that a folder of Hugging Face's adds to those of its tokenizer.model."""
+    """Tokens, other than padding, that a Hugging Face folder adds to those of its tokenizer.model."""
     path, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
     found = list(read_json(path)) if path.is_file() else []
     if config.is_file() and isinstance(tokens := read_json(config).get("added_tokens_decoder"), dict):
@@ -88,5 +88,5 @@ def added_tokens(folder: Path) -> list[str]:
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names for an error message."""
+    """Names, separated by commas, for an error message."""
     return ", ".join(map(str, names))

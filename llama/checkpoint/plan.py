@@ -51,8 +51,8 @@ def shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 
 def rank_range(name: str, size: int, args: ModelArgs, rank: int, world_size: int) -> tuple[int, int]:
-    """(begin, end) of a rank's slice of the `size` rows or columns of a weight; the whole where it is not split. With
-    more ranks than key-value heads, neighbouring ranks hold the same head: 2 heads on 4 ranks lie as 0 0 1 1."""
+    """(begin, end) of a rank's slice of the `size` rows or columns of a weight; all of them if it is not split. With
+    more ranks than key-value heads, neighbouring ranks hold the same head: 4 ranks hold heads 0, 0, 1 and 1 of 2."""
     if shard_dim(name) is None:
         return 0, size
     if name.split(".")[-2] in ("wk", "wv") and world_size > args.kv_heads:

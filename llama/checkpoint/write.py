@@ -1,4 +1,4 @@
-"""Writing a checkpoint: files and a folder that get their names when they are complete, and md5 sums."""
+"""Writing checkpoints: files and folders that get their names only when they are complete, and md5 sums."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .files import open_file
 from .plan import check_divides, shard_dim
 
 LOCK = ".lock"  # a file in a folder that is being written, locked by the process that writes it
-
-FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # a disk, a file system's file, a quota
+# Errors of a full disk, a file above the file system's limit, and a used-up quota.
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def split(state: Mapping[str, Tensor], mp: int) -> list[dict[str, Tensor]]:
@@ -50,7 +50,7 @@ def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: 
     names = ["params.json"]
     for i, part in enumerate(parts):
         names.append(f"consolidated.{i:02d}.pth")
-        # clone: a view would take its whole storage with it into the file.
+        # clone: torch.save writes the whole storage of a view
         copies = {name: tensor.clone().contiguous() for name, tensor in part.items()}
         with writing(folder / names[-1], nbytes(copies)) as new:
             torch.save(copies, new)
@@ -58,13 +58,13 @@ def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: 
 
 
 def write_checklist(path: Path, files: Iterable[Path], progress: Callable[[int], object] = lambda size: None) -> None:
-    """The md5 sums of files in the same folder, in the format of md5sum; `progress` as for `digest`."""
+    """Write the md5 sums of files in the same folder, in md5sum's format; `progress` is as in `digest`."""
     lines = [f"{digest(file, 'md5', progress)}  {file.name}\n" for file in files]
     write_file(path, "".join(lines).encode())
 
 
 def digest(path: Path, kind: str, progress: Callable[[int], object] = lambda size: None) -> str:
-    """The md5 or sha256 sum of a file, read in blocks; `progress` is called with the size of each."""
+    """The md5 or sha256 sum of a file, read in blocks. `progress` is called with the size of each block."""
     sum = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -78,7 +78,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """A file with this content, or an OSError that names it."""
+    """Write a file. OSError names it."""
     with writing(path, len(content)) as new:
         new.write_bytes(content)
 
@@ -89,9 +89,9 @@ def nbytes(tensors: Mapping[str, Tensor]) -> int:
 
 @contextmanager
 def writing(path: Path, size: int) -> Iterator[Path]:
-    """A new file of about `size` bytes, to be written in the block, which gets the name `path` at its end: a block that
-    fails leaves what was there. A model that is in use may be a view of that. A full disk, which every library reports
-    in its own way, is an OSError that names the path and its size."""
+    """A new file of about `size` bytes, to be written in the block, which is renamed to `path` at its end. If the block
+    fails, an old file at `path` stays; a running model may be a view of it. A full disk, which every library reports in
+    its own way, raises an OSError that names the path and its size."""
     path = path.resolve()
     device = path.exists() and not path.is_file()  # such as /dev/null
     new = path if device else path.with_name(f".{path.name}.partial")
@@ -113,12 +113,12 @@ def writing(path: Path, size: int) -> Iterator[Path]:
 
 
 def blank_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """A new file of tensors with these shapes and dtypes, whose values are not read, and its tensors, mapped: writing
-    to them writes to the disk."""
+    """Create a .pth file of tensors with these shapes and dtypes, without values. Returns its tensors, memory-mapped:
+    writing to them writes to the file."""
     with writing(path, nbytes(tensors)) as new:
         with torch.serialization.skip_data():
             torch.save(dict(tensors), new)
-        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would end the process in the middle of a copy
+        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process during a copy
             with new.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
     stored = open_file(path).tensors
@@ -138,9 +138,9 @@ def check_new(target: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A folder for `size` bytes that gets the name `target` at the end of the block, and is removed when the block
-    fails. Until then it is `.NAME.partial` beside it. What a killed run left there is removed; a folder that is not of
-    a conversion, or that another process fills, is not touched."""
+    """A folder for `size` bytes, `.NAME.partial` beside `target`, that is renamed to `target` at the end of the block,
+    and removed if the block fails. What a killed run left there is removed first. A folder that no conversion created,
+    or that another process writes, is an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target.parent).free) < size:
         raise OSError(f"{target} needs {size:,} bytes and its disk has {free:,} free")
@@ -152,10 +152,10 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
     with marker.open("wb") as file:
         if not lock(file):
             raise FileExistsError(f"{target} is being written by another process")
-        if os.name == "nt":  # which removes no file, and renames no folder with one, that a process has open
+        if os.name == "nt":  # Windows neither removes an open file nor renames its folder
             file.close()
         try:
-            check_new(target)  # another process may have finished it just now
+            check_new(target)  # another process may have created it meanwhile
             for old in folder.iterdir():
                 if old != marker:
                     old.unlink()
