@@ -70,9 +70,9 @@ class TemplateFormat(ChatFormat):
         return self._render(dialog)
 
     def _render(self, dialog: Dialog) -> str:
-        prompt = not is_answered(dialog)
+        given = {**self.tokens, "messages": dialog, "add_generation_prompt": not is_answered(dialog)}
         try:
-            return self.template.render(messages=dialog, add_generation_prompt=prompt, tools=None, **self.tokens)
+            return self.template.render(given, tools=None, documents=None)
         except Exception as error:  # a template is a program
             raise ValueError(f"the chat template refuses the dialog: {error}") from error
 

@@ -121,6 +121,9 @@ TEMPLATES = {
     "loop controls": FOR + "{% if loop.index > 2 %}{% break %}{% endif %}{{ message.content }};{% endfor %}",
     "generation": FOR + "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{{ eos_token }}"
     "{% endgeneration %}{% else %}[{{ message.content }}]{% endif %}{% endfor %}",
+    "tools and documents": "{% if tools is not none or documents is not none %}{{ raise_exception('none') }}{% endif %}"
+    + FOR
+    + "{{ message.content }}{% endfor %}",
     "namespace": "{% set ns = namespace(system='') %}" + FOR + "{% if message.role == 'system' %}"
     "{% set ns.system = message.content %}{% else %}{{ ns.system ~ '|' ~ message.content | upper }}{% endif %}"
     "{% endfor %}",
