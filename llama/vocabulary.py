@@ -225,9 +225,10 @@ class TokenizersVocabulary(Vocabulary):
         self.characters = unicode_to_bytes() if '"ByteLevel"' in decoder else None
         self.errors = EACH if '"ByteFallback"' in decoder else "replace"
         self.drops = int('"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder))
-        added = {token["content"]: token for token in tokens}
-        self.special = {name: token["id"] for name, token in added.items() if token["special"]}
-        self.added = {token["id"]: name for name, token in added.items() if not token["special"]}
+        # Where the file leaves ids out, the package numbers the tokens behind them anew.
+        added = [(t["content"], self._id(t["content"]), t["special"]) for t in tokens]
+        self.special = {name: id for name, id, special in added if special}
+        self.added = {id: name for name, id, special in added if not special}
         self.bos_id = self._id(names.get("bos_token"), "<s>", "<|begin_of_text|>")
         self.eos_id = self._id(names.get("eos_token"), "</s>", "<|end_of_text|>", "<|endoftext|>")
         ends = {self.special[name] for name in (*EOS_TOKENS, INFILLING_END) if name in self.special}
