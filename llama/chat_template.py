@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from .chat import FORMATS, ChatFormat, Dialog, Message, get_chat_format, is_answered
 from .gguf import is_gguf, read_gguf
 from .textfile import read_json, read_text
 from .tokenizer import Tokenizer
+from .vocabulary import special_names
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # Unicode's Supplementary Private Use Area-A: code points without a meaning
 
 
 class TemplateFormat(ChatFormat):
-    """A chat template. Special tokens come from the template alone: a message's text that spells one stays text, unless
-    the template changes the message. ValueError if the package jinja2 is missing, or cannot read the template."""
+    """A chat template. `named` maps unk_token and pad_token to tokens, for the template. Special tokens come from the
+    template alone: a message's text that spells one stays text, unless the template changes the message. ValueError if
+    the package jinja2 is missing, or cannot read the template."""
 
     name = "template"
 
-    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, source: str, tokenizer: Tokenizer, named: Mapping[str, str] = MappingProxyType({})) -> None:
         try:
             from jinja2 import TemplateError
             from jinja2.ext import Extension, loopcontrols
@@ -56,7 +60,8 @@ class TemplateFormat(ChatFormat):
             raise ValueError(f"the folder's chat template cannot be read: {error}") from error
         self.special = tokenizer.special
         names = {id: name for name, id in self.special.items()}
-        self.tokens = {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(tokenizer.eos_id, "")}
+        self.tokens = {role: named[role] for role in ("unk_token", "pad_token") if role in named}
+        self.tokens |= {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(tokenizer.eos_id, "")}
         by_length = sorted([*self.special, *tokenizer.vocabulary.added.values()], key=len, reverse=True)
         self.names = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
 
@@ -65,9 +70,9 @@ class TemplateFormat(ChatFormat):
         return self._render(dialog)
 
     def _render(self, dialog: Dialog) -> str:
-        prompt = not is_answered(dialog)
+        given = {**self.tokens, "messages": dialog, "add_generation_prompt": not is_answered(dialog)}
         try:
-            return self.template.render(messages=dialog, add_generation_prompt=prompt, tools=None, **self.tokens)
+            return self.template.render(given, tools=None, documents=None)
         except Exception as error:  # a template is a program
             raise ValueError(f"the chat template refuses the dialog: {error}") from error
 
@@ -116,7 +121,7 @@ def choose_format(folder: Path, tokenizer: Tokenizer, chat_format: str | None) -
         raise ValueError(f"{folder} has no chat template; chat_format may be {' or '.join(FORMATS)}")
     if source is not None and chat_format in (None, "template"):
         try:
-            return TemplateFormat(source, tokenizer)
+            return TemplateFormat(source, tokenizer, {} if is_gguf(folder) else special_names(folder))
         except ValueError as error:
             if chat_format is not None:
                 raise

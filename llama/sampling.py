@@ -54,7 +54,7 @@ _NUMBER: Any = (int, float)
 LIMITS: dict[str, tuple[Any, Any, str]] = {
     "temperature": (lambda v: v >= 0 and _finite(v), _NUMBER, "a number from 0 (greedy) to 1e30"),
     "top_p": (lambda v: 0 <= v <= 1, _NUMBER, "a number from 0 (greedy) to 1 (no cut)"),
-    "top_k": (lambda v: 0 <= v < 2**63, int, "an int of at least 0 (0: no cut)"),
+    "top_k": (lambda v: 0 <= v < 2**63, int, "an int from 0 (no cut) to 2^63 - 1"),
     "min_p": (lambda v: 0 <= v <= 1, _NUMBER, "a number from 0 (no cut) to 1"),
     "repetition_penalty": (lambda v: 1 / LARGEST <= v <= LARGEST, _NUMBER, "a number from 1e-30 to 1e30 (1: none)"),
     "frequency_penalty": (_finite, _NUMBER, "a number from -1e30 to 1e30 (0: none)"),

@@ -208,6 +208,9 @@ class TokenizersVocabulary(Vocabulary):
             import tokenizers
         except ImportError as error:
             raise ValueError(f"{path} needs the package tokenizers: pip install tokenizers") from error
+        roles = {names.get("bos_token"), names.get("eos_token")}  # are special, whatever the file says
+        tokens = [t | {"special": t["special"] or t["content"] in roles} for t in content.get("added_tokens") or []]
+        content = {**content, "added_tokens": tokens}
         try:  # two, as threads may encode a text and a template at once
             self.tokenizer, self.parsing = (tokenizers.Tokenizer.from_str(json.dumps(content)) for _ in range(2))
         except Exception as error:  # the package raises no other type
@@ -221,9 +224,10 @@ class TokenizersVocabulary(Vocabulary):
         self.characters = unicode_to_bytes() if '"ByteLevel"' in decoder else None
         self.errors = EACH if '"ByteFallback"' in decoder else "replace"
         self.drops = int('"Strip"' in decoder or ('"Metaspace"' in decoder and '"never"' not in decoder))
-        added = {token["content"]: token for token in content.get("added_tokens") or []}
-        self.special = {name: token["id"] for name, token in added.items() if token["special"]}
-        self.added = {token["id"]: name for name, token in added.items() if not token["special"]}
+        # Where the file leaves ids out, the package numbers the tokens behind them anew.
+        added = [(t["content"], self._id(t["content"]), t["special"]) for t in tokens]
+        self.special = {name: id for name, id, special in added if special}
+        self.added = {id: name for name, id, special in added if not special}
         self.bos_id = self._id(names.get("bos_token"), "<s>", "<|begin_of_text|>")
         self.eos_id = self._id(names.get("eos_token"), "</s>", "<|end_of_text|>", "<|endoftext|>")
         ends = {self.special[name] for name in (*EOS_TOKENS, INFILLING_END) if name in self.special}
@@ -260,12 +264,13 @@ class TokenizersVocabulary(Vocabulary):
 
 
 def special_names(folder: Path) -> dict[str, str]:
-    """bos_token, eos_token and add_bos_token ("True" or "False"), where the files beside tokenizer.json have them."""
+    """bos_token, eos_token, unk_token, pad_token and add_bos_token ("True" or "False"), where the files beside
+    tokenizer.json have them."""
     found = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             content = read_json(folder / name)
-            for role in ("bos_token", "eos_token"):
+            for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
                 token = content.get(role)
                 token = token.get("content") if isinstance(token, dict) else token
                 if isinstance(token, str) and token:

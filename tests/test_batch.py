@@ -1,5 +1,6 @@
 """python -m llama batch: each line is answered exactly once, as the library or the server would answer it."""
 
+import os
 import struct
 import subprocess
 import sys
@@ -210,6 +211,9 @@ def test_files_that_are_none_of_a_batch(tmp_path):
     (tmp_path / "link").symlink_to(source)
     with pytest.raises(ValueError, match="is infile too"):
         Files(source, tmp_path / "link")
+    os.mkfifo(tmp_path / "pipe")  # from which what was answered would be read, without an end
+    with pytest.raises(ValueError, match="pipe is not a file"):
+        Files(source, tmp_path / "pipe")
     twice = write(tmp_path / "twice", [{"id": "a", "prompt": "a"}, {"prompt": "b"}, openai("a", {})])
     with pytest.raises(ValueError, match="twice: lines 1 and 3 have the same id, 'a'"):
         Files(twice, tmp_path / "out")

@@ -292,6 +292,8 @@ def test_a_path_of_the_other_kind_is_named(tmp_path):
         Llama.build(tmp_path / "params.json", TOKENIZER)
     with pytest.raises(FileNotFoundError, match="tokenizer_path .* is not an existing file but a folder"):
         Llama.build(tmp_path, tmp_path)
+    with pytest.raises(FileNotFoundError, match="tokenizer_path .* is not an existing file but a pipe or device"):
+        Llama.build(tmp_path, os.devnull)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json: KeyError\('model'\)"):
         Llama.build(tmp_path, tmp_path / "tokenizer.json")

@@ -123,6 +123,14 @@ def test_a_pipe_has_a_prompt_in_each_line(command):
     assert len(found.stdout.splitlines()) == 2
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_a_stream_that_is_closed_is_no_error(closed):
+    """stdin is an empty one; what would go to stdout is lost. Both ended with a traceback."""
+    command = ["bash", "-c", f'echo Hello | {{ "$@" {closed}; }}', "bash", *CHAT, *MODEL]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
 def test_perplexity(tmp_path, tokenizer):
     save_random(tmp_path)
     text = tmp_path / "text"

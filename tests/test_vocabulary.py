@@ -356,6 +356,15 @@ def test_a_damaged_tokenizer_json_is_named(llama3, tmp_path, damage):
         Tokenizer(write_json(tmp_path, content))
 
 
+def test_ids_that_a_tokenizer_json_leaves_out(tmp_path):
+    """An added token had the id of the file, and text that spells it another one."""
+    content = llama2_json()
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 1030, "content": "<|end|>"})
+    ours, theirs = Tokenizer(write_json(tmp_path, content)), tokenizers.Tokenizer.from_str(json.dumps(content))
+    assert ours.special["<|end|>"] == theirs.token_to_id("<|end|>") == ours.n_words - 1
+    assert ours.encode_special("<|end|>") == [ours.special["<|end|>"]]
+
+
 @pytest.mark.parametrize("content", [[], "x", {"bos_token": 5}, {"eos_token": {"content": 5}}, {"bos_token": ["<s>"]}])
 def test_odd_files_beside_it(tmp_path, content):
     write_json(tmp_path, llama2_json())

@@ -56,7 +56,8 @@ def check_path(value: Any, name: str, kind: Literal["file", "folder"]) -> Path:
             f"{name} is {str(value)!r}, which looks like a flag and not like the path of a {kind}; "
             "remove the backslashes of a command that was pasted on one line"
         )
-    other = f" but a {'folder' if kind == 'file' else 'file'}" if path.exists() else ""
+    found = "folder" if path.is_dir() else "file" if path.is_file() else "pipe or device"
+    other = f" but a {found}" if path.exists() else ""
     raise FileNotFoundError(f"{name} {path} is not an existing {kind}{other}")
 
 

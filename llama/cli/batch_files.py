@@ -22,6 +22,8 @@ class Files:
     def __init__(self, source: Path, target: Path) -> None:
         if target.exists() and target.samefile(source):
             raise ValueError(f"outfile {target} is infile too")
+        if target.exists() and not target.is_file():  # what it has is read
+            raise ValueError(f"outfile {target} is not a file; answers cannot go to a folder, pipe or device")
         self.source, self.target = source, target
         seen: dict[Key, int] = {}
         for number, content in numbered(source):

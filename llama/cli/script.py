@@ -31,6 +31,8 @@ LONGEST = 2000  # characters of an error's line
 def run(command: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
     """Call a function, or the one of several that the command line names, with its flags, within `readable_errors`."""
     keep_memory()
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - the caller has closed it
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     with readable_errors():
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
