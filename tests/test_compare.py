@@ -11,6 +11,7 @@ import pytest
 from small import MODELS, in_process
 
 from llama import Llama
+from llama.checkpoint.convert import convert
 from llama.cli.compare import compare as command
 from llama.evaluation import compare, comparison, report
 from llama.evaluation.tasks import read_tasks
@@ -193,6 +194,20 @@ def test_the_command_fails_where_no_model_is_loaded():
     done = in_process(command, "nowhere:int3", "--device", "cpu")
     assert done.returncode == 1 and "nowhere:int3 is not an existing folder" in done.stdout
     assert done.stderr.endswith("error: none of the models could be loaded\n")
+
+
+def test_an_unknown_precision_names_the_known_ones():
+    """The error was that there is no such folder."""
+    done = in_process(command, f"{CHAT}:int3", "--device", "cpu")
+    assert "is one of :int8, :int4, :float32, :bfloat16, :float16\n" in done.stdout
+
+
+def test_a_quantized_file_in_another_precision_says_what_to_give(tmp_path):
+    """The error said why not, but not what else to do."""
+    convert(MODELS / "small-chat", tmp_path / "to", "gguf", 1, None, quantize="int4")
+    [found] = compare([f"{tmp_path / 'to'}:int8"], TASKS[:1], **CPU)["models"]
+    assert "is quantized already, to Q4_0" in found["error"]
+    assert found["error"].endswith(": load it as it is, without int8, or give the original weights")
 
 
 def test_a_missing_file_of_tasks_is_named():

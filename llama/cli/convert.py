@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import devices
-from ..checkpoint import check_path, find_folder, find_tokenizer
+from ..checkpoint import Checkpoint, check_path, find_folder, find_tokenizer
 from ..checkpoint import convert as checkpoint_convert
 from ..checkpoint.calibrate import LEAST, WINDOW
 from ..engine import Engine
@@ -73,7 +73,12 @@ def convert(
 
     searched = quantize == "int4" if search is None else search
     given = (asked, tokenizer, quantize, group_size, symmetric, searched, text if calibrate else None, lora)
-    checkpoint_convert.convert(folder, Path(dst), to, mp, *given)
+    target = Path(dst).expanduser()
+    checkpoint_convert.convert(folder, target, to, mp, *given)
+    written = Checkpoint(find_folder(target, "dst"))
+    size = sum(file.stat().st_size for file in target.iterdir())
+    precision = written.scheme or devices.dtype_name(written.dtype())
+    print(f"written to {target}: {to} in {precision}, {size / 1e6:,.1f} MB")
 
 
 def own_text(engine: Engine, bos: int, ends: Collection[int], count: int) -> list[int]:
