@@ -14,12 +14,10 @@ import json
 import random
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import fire
 import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import free_port, running
 
 from llama import Llama
 from llama.server.schema import OF_CHAT, OF_TEXT
@@ -196,31 +195,6 @@ def raw(url: str, count: int, chance: random.Random) -> None:
             )
 
 
-@contextmanager
-def server() -> Iterator[tuple[str, int]]:
-    """The URL and the process id of one."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    flags = [f"--{name}={value}" for name, value in {**SIZES, "port": port, "max_waiting": 1000}.items()]
-    command = [sys.executable, "-m", "llama", "serve", str(MODEL), "--device=cpu", "--dtype=float32", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            try:
-                httpx.get(f"{url}/health").raise_for_status()
-                break
-            except httpx.HTTPError:
-                if process.poll() is not None:
-                    raise RuntimeError("the server has ended") from None
-                time.sleep(0.1)
-        yield url, process.pid
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def megabytes(pid: int) -> float:
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     return int(found[1]) / 1024 if found else 0.0
@@ -235,8 +209,11 @@ def main(requests: int = 2000, at_once: int = 64, fuzz_count: int = 10_000, seed
         fuzz_count: bodies at random
         seed: of the choice of requests
     """
-    chance = random.Random(seed)
-    with server() as (url, pid):
+    chance, port = random.Random(seed), free_port()
+    url = f"http://127.0.0.1:{port}"
+    flags = [f"--{name}={value}" for name, value in {**SIZES, "port": port, "max_waiting": 1000}.items()]
+    command = [sys.executable, "-m", "llama", "serve", str(MODEL), "--device=cpu", "--dtype=float32", *flags]
+    with running(*command, port=port) as pid:
         soak = Soak(url, chance)
         asyncio.run(soak.run(requests // 4, at_once))
         before, began = megabytes(pid), time.monotonic()
