@@ -64,7 +64,7 @@ def perplexity(found: Iterator[Tensor], exact: list[Tensor], data: Data) -> tupl
 
 def model(source: Checkpoint, args: ModelArgs, matrices: Matrices = {}, computed: bool = False) -> Transformer:  # noqa: B006
     """In float32, with matrices in place of its own."""
-    found = measure.loaded(source, args, CPU, torch.float32)
+    found = measure.loaded(measure.Source(source, args, CPU, torch.float32))
     for name, matrix in matrices.items():
         layer = found.get_submodule(name.removesuffix(".weight"))
         del layer.weight
@@ -118,7 +118,8 @@ def main(model: str | None = None, text: str | None = None, calibrate: str | Non
 
 def own(source: Checkpoint, args: ModelArgs, bos: int, eos: int) -> Callable[[], list[int]]:
     sized = ModelArgs(**{**vars(args), "max_batch_size": AT_ONCE, "max_seq_len": WINDOW})
-    return cache(lambda: own_text(Engine.of(measure.loaded(source, sized, CPU, torch.float32)), bos, {eos}, OWN))
+    whole = measure.Source(source, sized, CPU, torch.float32)
+    return cache(lambda: own_text(Engine.of(measure.loaded(whole)), bos, {eos}, OWN))
 
 
 def report_other(folder: Path, text: str | None, calibrate: str | None, tokens: int) -> None:
