@@ -70,10 +70,8 @@ async def in_thread(function: Callable[[Any], Any], value: object) -> Any:
             return
         try:
             found.set_result(function(value))
-        except Exception as error:
-            found.set_exception(error)
         except BaseException as error:  # SystemExit would end the server
-            found.set_exception(RuntimeError(repr(error)))
+            found.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
     threading.Thread(target=call, name="filter", daemon=True).start()
     return await asyncio.wrap_future(found)
