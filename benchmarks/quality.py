@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -117,7 +118,7 @@ def main(model: str | None = None, text: str | None = None, calibrate: str | Non
 
 
 def own(source: Checkpoint, args: ModelArgs, bos: int, eos: int) -> Callable[[], list[int]]:
-    sized = ModelArgs(**{**vars(args), "max_batch_size": AT_ONCE, "max_seq_len": WINDOW})
+    sized = replace(args, max_batch_size=AT_ONCE, max_seq_len=WINDOW)
     whole = measure.Source(source, sized, CPU, torch.float32)
     return cache(lambda: own_text(Engine.of(measure.loaded(whole)), bos, {eos}, OWN))
 

@@ -34,8 +34,9 @@ import fire
 import torch
 from processes import free_port, running
 
-from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
+from llama import Llama, ModelArgs, checkpoint
 from llama.checkpoint.convert import convert
+from llama.cli.measure import SHAPES
 
 ROOT = Path(__file__).parent.parent
 CLIENTS, CONTEXT, THREADS = 32, 1024, 2
@@ -60,10 +61,9 @@ def write_random(folder: Path, dtype: torch.dtype) -> Path:
     lines = [b"%s %d\n" % (base64.b64encode(word), i) for i, word in enumerate(ranks)]
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
     torch.manual_seed(0)
-    parallel.init_model_parallel()
-    state = Transformer(ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000)).state_dict()
-    state = {name: torch.randn_like(w) * 0.02 if w.dim() > 1 else torch.ones_like(w) for name, w in state.items()}
-    params = {"dim": 768, "n_layers": 12, "n_heads": 12, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000}
+    params = {**SHAPES["110M"], "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000}
+    shapes = checkpoint.shapes(ModelArgs(**params))
+    state = {name: torch.randn(shape) * 0.02 if len(shape) > 1 else torch.ones(shape) for name, shape in shapes.items()}
     checkpoint.save({name: weight.to(dtype) for name, weight in state.items()}, folder, params)
     return folder
 

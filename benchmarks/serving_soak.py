@@ -52,17 +52,16 @@ def choose_body(chance: random.Random) -> tuple[str, dict[str, Any]]:
     return "completions", {**body, "prompt": prompts}
 
 
-def answers(llama: Llama, path: str, body: dict[str, Any]) -> list[Answer]:
+def answers(llama: Llama, body: dict[str, Any]) -> list[Answer]:
     """Texts and finish reasons, by the library."""
     prompts, n = body.get("prompt", [body.get("messages")]), body["n"]
-    options: dict[str, Any] = {"max_gen_len": body["max_tokens"], "temperature": body["temperature"], "top_p": 1}
+    options: dict[str, Any] = {"max_gen_len": body["max_tokens"], "temperature": body["temperature"]}
     options |= {"stop": body.get("stop"), "top_p": body.get("top_p", 1)}
     if "seed" in body:
         options["seed"] = [body["seed"] + i for _ in prompts for i in range(n)]
     rows = [prompt for prompt in prompts for _ in range(n)]
-    results: list[Any] = (
-        [*llama.chat_completion(rows, **options)] if path[:4] == "chat" else [*llama.text_completion(rows, **options)]
-    )
+    complete: Any = llama.chat_completion if "messages" in body else llama.text_completion
+    results = complete(rows, **options)
     texts = [result["generation"] for result in results]
     said = [text["content"] if isinstance(text, dict) else text for text in texts]
     reasons = ["length" if result["finish_reason"] == "length" else "stop" for result in results]
@@ -83,7 +82,7 @@ class Soak:
     async def run(self, count: int, at_once: int) -> None:
         limit, asked = asyncio.Semaphore(at_once), [choose_body(self.chance) for _ in range(count)]
         for path, body in asked:
-            self.known[key(path, body)] = self.known.get(key(path, body)) or answers(self.llama, path, body)
+            self.known[key(path, body)] = self.known.get(key(path, body)) or answers(self.llama, body)
         async with httpx.AsyncClient(base_url=f"{self.url}/v1/", timeout=300, limits=httpx.Limits()) as client:
 
             async def one(kind: float, path: str, body: dict[str, Any]) -> None:
@@ -104,9 +103,8 @@ class Soak:
             self.counts["cancelled"] += 1
             long = {**body, "max_tokens": 200, "min_tokens": 100, "stop": None}
             if kind < 0.1:
-                with_timeout = client.post(path, json=long, timeout=self.chance.random() / 2)
                 with suppress(httpx.TimeoutException):
-                    await with_timeout
+                    await client.post(path, json=long, timeout=self.chance.random() / 2)
                 return
             async with client.stream("POST", path, json={**long, "stream": True}) as stream:
                 lines = stream.aiter_lines()
@@ -115,7 +113,8 @@ class Soak:
         else:
             self.counts["whole"] += 1
             found = await (self.streamed if kind < 0.6 else self.whole)(client, path, body)
-            self.compare(path, body, found)
+            if found != (expected := self.known[key(path, body)]):
+                self.wrong.append(f"{key(path, body)}\n  server  {found}\n  library {expected}")
 
     async def whole(self, client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> list[Answer]:
         reply = (await client.post(path, json=body)).raise_for_status().json()
@@ -140,11 +139,6 @@ class Soak:
                     reasons.update({i: choice["finish_reason"]} if choice["finish_reason"] else {})
         self.counts["choices"] += len(texts)
         return [(texts[i], reasons.get(i)) for i in sorted(texts)]
-
-    def compare(self, path: str, body: dict[str, Any], found: list[Answer]) -> None:
-        expected = self.known[key(path, body)]
-        if found != expected:
-            self.wrong.append(f"{key(path, body)}\n  server  {found}\n  library {expected}")
 
     def metric(self, name: str) -> float:
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()

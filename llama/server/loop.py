@@ -95,14 +95,13 @@ class Ticket(Job):
         """When the first token came, of any request; 0 before."""
         return min((times.first for times in self.times if times.first), default=0.0)
 
-    async def events(self, patience: float) -> AsyncIterator[list[Event]]:
-        """What steps bring, until all requests have ended; an empty list where that takes longer than `patience`
-        seconds."""
+    async def events(self, timeout: float) -> AsyncIterator[list[Event]]:
+        """The events of each step, until all requests have ended; an empty list after `timeout` seconds without one."""
         left = len(self.work.prompts)
         while left:
             events: list[Event] = []
             with suppress(asyncio.TimeoutError):
-                events = await asyncio.wait_for(self.updates.get(), patience)
+                events = await asyncio.wait_for(self.updates.get(), timeout)
             left -= sum(event.finish_reason is not None for event in events)
             yield events
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import uvicorn
 
-from .. import parallel
 from ..generation import Llama
 from .app import Config, Service
 from .loop import Loop
@@ -32,7 +31,7 @@ class Server:
             self.socket = socket.create_server((host, port), **(v6 if ":" in host else {}))
         except OSError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-        self.host, self.port = host, self.socket.getsockname()[1]
+        self.port = self.socket.getsockname()[1]
         self.service = Service(config)
         self.http = uvicorn.Server(
             uvicorn.Config(
@@ -92,5 +91,5 @@ def serve_rank(llama: Llama, server: Server | None) -> None:
         signal.signal(number, on_signal)
     if server:
         server.serve(llama)
-    elif parallel.rank():
+    else:
         Loop(llama, Metrics("")).run()
