@@ -4,11 +4,14 @@ import gc
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 import weakref
 from html.parser import HTMLParser
 
 import pytest
-from small import MODELS, in_process
+from small import MODELS, ROOT, in_process
 
 from llama import Llama
 from llama.checkpoint.convert import convert
@@ -194,6 +197,16 @@ def test_the_command_fails_where_no_model_is_loaded():
     done = in_process(command, "nowhere:int3", "--device", "cpu")
     assert done.returncode == 1 and "nowhere:int3 is not an existing folder" in done.stdout
     assert done.stderr.endswith("error: none of the models could be loaded\n")
+
+
+def test_rank_0_alone_says_what_is_loaded(tmp_path):
+    """Each rank printed the name of the first model, as none knew its rank yet."""
+    flags = ["nowhere:int8", "nowhere", "--device", "cpu"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*run, "-m", "llama", "compare", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=100)
+    assert [line for line in done.stderr.splitlines() if line.endswith(" ...")] == ["nowhere ...", "nowhere:int8 ..."]
 
 
 def test_an_unknown_precision_names_the_known_ones():
