@@ -2,8 +2,8 @@
 
 MBU, model bandwidth utilization, of decoding: a step reads every weight and the KV cache; bytes / seconds / bandwidth.
 MFU, model FLOPs utilization, of prefill: each token is multiplied by every weight; operations / seconds / the rate of a
-large matmul. Both limits are measured in turn with what they limit, because others use the machine too; the fraction of
-the limit that was measured at the start is printed beside it.
+large matmul. Both limits are measured again beside each case, because other processes use the machine too; the fraction
+of the limit that was measured at the start is printed beside it.
 """
 
 from __future__ import annotations

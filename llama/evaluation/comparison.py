@@ -158,7 +158,7 @@ def load(name: str, about: Model, options: dict[str, Any]) -> Llama:
 
 
 def free() -> None:
-    """Give the memory of a model back that nothing refers to."""
+    """Free the memory of models that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A comparison as text for a terminal, and as one HTML file without scripts or anything that is loaded."""
+"""A comparison as text for a terminal, and as one HTML file without scripts or external resources."""
 
 from __future__ import annotations
 

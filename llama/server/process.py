@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import threading
-from typing import Any
 
 import uvicorn
 
@@ -26,9 +25,10 @@ class Server:
     that cannot be used."""
 
     def __init__(self, config: Config, host: str = "127.0.0.1", port: int = 0) -> None:
-        v6: dict[str, Any] = {"family": socket.AF_INET6, "dualstack_ipv6": socket.has_dualstack_ipv6()}
+        v6 = ":" in host
+        family, both = (socket.AF_INET6, socket.has_dualstack_ipv6()) if v6 else (socket.AF_INET, False)
         try:
-            self.socket = socket.create_server((host, port), **(v6 if ":" in host else {}))
+            self.socket = socket.create_server((host, port), family=family, dualstack_ipv6=both)
         except OSError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
         self.port = self.socket.getsockname()[1]
