@@ -25,7 +25,6 @@ import torch
 
 from llama import Chat, Llama, ModelArgs, engine, parallel
 from llama.cli import measure as bench
-from llama.cli.measure import times
 from llama.engine import Engine
 from llama.request import Request
 from llama.sampling import Sampler, SamplingParams
@@ -68,7 +67,7 @@ def sampler(repeats: int) -> None:
                 choose, slots = Sampler(B, words, CPU), range(B)
                 for slot, prompt in enumerate(prompts):
                     choose.admit(slot, settings, prompt)
-                taken = times(lambda: choose.count(choose(logits, slots, [0] * B), slots), CPU, 5 * repeats)  # noqa: B023
+                taken = bench.times(lambda: choose.count(choose(logits, slots, [0] * B), slots), CPU, 5 * repeats)  # noqa: B023
                 share = statistics.median(taken) / step
                 print(f"  {'peaked' if peak else 'flat'}, {summary(name, taken)}: {share:.1%} of the step")
 
@@ -88,7 +87,7 @@ def prefix(repeats: int) -> None:
     for _ in range(repeats + 1):
         for name, least in (("shared", 32), ("apart", 10**9)):
             with mock.patch.object(engine, "WORTH_SHARING", least):
-                taken[name] += times(prefill, CPU, 1)
+                taken[name] += bench.times(prefill, CPU, 1)
     ratio = statistics.median(b / a for a, b in zip(taken["shared"][1:], taken["apart"][1:], strict=True))
     print(f"prefix: {'; '.join(summary(name, runs[1:]) for name, runs in taken.items())}; ratio {ratio:.2f}")
 

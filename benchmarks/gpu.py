@@ -228,8 +228,7 @@ def peers(tokenizer: str) -> Facts:
     short, long = (seconds(partial(run, n), 5) for n in (8, 200))
     facts["gpt-fast's way"] = 192 / (long - short)
     print(json.dumps(facts), file=sys.stderr, flush=True)
-    weights = RandomWeights(DEVICE)
-    theirs = transformers_model(Source(weights, llama.model.params, DEVICE, torch.bfloat16))
+    theirs = transformers_model(Source(RandomWeights(DEVICE), llama.model.params, DEVICE, torch.bfloat16))
     ids = torch.tensor([prompt(160)], device=DEVICE)
 
     def generate(n: int) -> object:

@@ -74,10 +74,10 @@ def model(source: Checkpoint, args: ModelArgs, matrices: Matrices = {}, computed
 
 
 def rounded(source: Checkpoint, args: ModelArgs, scheme: Scheme, search: bool) -> Matrices:
-    whole = {name: (shape, own) for name, shape in shapes(args).items() if (own := scheme.of(name))}
     return {
         name: read_quantized(source, name, shape, 0, shape[shard_dim(name) or 0], own, search)
-        for name, (shape, own) in whole.items()
+        for name, shape in shapes(args).items()
+        if (own := scheme.of(name))
     }
 
 

@@ -179,9 +179,8 @@ def fuzz(url: str, count: int) -> Counter[int]:
     return statuses
 
 
-def raw(url: str, count: int, chance: random.Random) -> None:
+def raw(port: int, count: int, chance: random.Random) -> None:
     """Bytes that are no HTTP."""
-    port = int(url.rpartition(":")[2])
     for _ in range(count):
         with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
             connection.sendall(
@@ -231,7 +230,7 @@ def main(requests: int = 2000, at_once: int = 64, fuzz_count: int = 10_000, seed
         if soak.wrong or after - before > GROWTH:
             raise SystemExit("wrong answers, or memory grows")
         if fuzz_count:
-            raw(url, fuzz_count // 20, chance)
+            raw(port, fuzz_count // 20, chance)
             print(f"statuses of {fuzz_count} bodies at random: {dict(fuzz(url, fuzz_count))}")
             httpx.get(f"{url}/health").raise_for_status()
             print(f"memory {megabytes(pid):.0f} MB")

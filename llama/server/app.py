@@ -59,22 +59,22 @@ class Service:
         self.created = int(time.time())
 
     def app(self) -> Starlette:
-        routes: dict[str, tuple[str, Callable[[HttpRequest], Any]]] = {
-            "/": ("GET", page),
-            "/health": ("GET", self.get_health),
-            "/metrics": ("GET", self.get_metrics),
-            "/v1/models": ("GET", self.get_models),
-            "/v1/models/{name:path}": ("GET", self.get_models),
-            "/v1/completions": ("POST", partial(self.generate, read=schema.read_completion)),
-            "/v1/chat/completions": ("POST", partial(self.generate, read=schema.read_chat)),
-            "/v1/embeddings": ("POST", self.embed),
-            "/tokenize": ("POST", self.tokenize),
-            "/detokenize": ("POST", self.detokenize),
-        }
+        routes = [
+            Route("/", page),
+            Route("/health", self.get_health),
+            Route("/metrics", self.get_metrics),
+            Route("/v1/models", self.get_models),
+            Route("/v1/models/{name:path}", self.get_models),
+            Route("/v1/completions", partial(self.generate, read=schema.read_completion), methods=["POST"]),
+            Route("/v1/chat/completions", partial(self.generate, read=schema.read_chat), methods=["POST"]),
+            Route("/v1/embeddings", self.embed, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+        ]
         origins = [*self.config.allow_origins]
         cors = [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])]
         app = Starlette(
-            routes=[Route(path, endpoint, methods=[method]) for path, (method, endpoint) in routes.items()],
+            routes=routes,
             middleware=[*(cors if origins else []), Middleware(Guard, keys=self.config.keys)],
             exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), on_error),
         )
