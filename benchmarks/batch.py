@@ -119,7 +119,7 @@ def throughput(folder: Path, prompts: int, repeats: int, slots: int) -> None:
     tokenizer = Tokenizer(ROOT / "models" / "tokenizer.model")
     args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=tokenizer.n_words)
     args.max_batch_size, args.max_seq_len = slots, 512
-    model = measure.loaded(*measure.Source(measure.RandomWeights(CPU), args, CPU, torch.float32))
+    model = measure.loaded(measure.Source(measure.RandomWeights(CPU), args, CPU, torch.float32))
     llama = Llama(model, tokenizer)
     llama.engine.compile = True
     texts = [" ".join(chance.choices(WORDS, k=chance.randint(4, 60))) for _ in range(prompts)]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.backends.cuda_kernels import PLAIN, RESIDUAL, SWIGLU, Matrix, linear
+from llama.cli.bench import numbers
 
 Config = tuple[int, int, int, int]  # BLOCK_N, BLOCK_K, warps, stages
 SHAPES = {"qkv": (12288, 4096), "wo": (4096, 4096), "w13": (22016, 4096), "w2": (4096, 11008)}
@@ -90,8 +91,9 @@ def measure(M: int, bits: int, name: str) -> dict[tuple[int, ...], float]:
     return found
 
 
-def main(rows: str = "1,9", bits: str = "16,8,4") -> None:
-    for M, width in itertools.product(numbers(rows), numbers(bits)):
+def main(rows: int | tuple[int, ...] = (1, 9), bits: int | tuple[int, ...] = (16, 8, 4)) -> None:
+    sizes = numbers(rows=rows, bits=bits)
+    for M, width in itertools.product(sizes["rows"], sizes["bits"]):
         layer: dict[tuple[int, ...], float] = {}
         for name, (N, K) in SHAPES.items():
             found = measure(M, width, name)
@@ -103,10 +105,6 @@ def main(rows: str = "1,9", bits: str = "16,8,4") -> None:
             for config, t in found.items():
                 layer[config] = layer.get(config, 0) + t
         print(f"{M} tokens, {width} bits: the best of a layer is {min((t, c) for c, t in layer.items() if c)[1]}")
-
-
-def numbers(text: object) -> list[int]:
-    return [int(n) for n in str(text).strip("()").split(",") if n.strip()]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,16 +37,7 @@ def shaped(name: str, B: int, S: int, seed: int = 0, words: int = 32000) -> benc
     torch.manual_seed(seed)
     parallel.init_model_parallel()
     args = ModelArgs(**bench.SHAPES[name], vocab_size=words, max_batch_size=B, max_seq_len=S)
-    return bench.loaded(bench.RandomWeights(CPU), args, CPU, torch.float32)
-
-
-def seconds(work: Callable[[], object], repeats: int) -> list[float]:
-    taken = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - began)
-    return taken[1:]
+    return bench.loaded(bench.Source(bench.RandomWeights(CPU), args, CPU, torch.float32))
 
 
 def summary(name: str, taken: list[float]) -> str:
@@ -64,20 +54,20 @@ def sampler(repeats: int) -> None:
     for shape, words, B in (("1.1B", 32000, 1), ("1.1B", 32000, 8), ("110M", 128256, 1), ("110M", 128256, 8)):
         model = shaped(shape, B, 64, words=words)
         prompts = torch.randint(3, words, (B, 16)).tolist()
-        times = []
+        steps = []
         for _ in (run := Engine.of(model).run([Request(prompt, 16 + 3 * repeats) for prompt in prompts])):
             began = time.perf_counter()
             next(run, None)
-            times.append(time.perf_counter() - began)
-        step = statistics.median(times[1:-1])
-        print(f"sampler, {shape}, {words} words, batch {B}: {summary('a decode step takes', times[1:-1])}")
+            steps.append(time.perf_counter() - began)
+        step = statistics.median(steps[1:-1])
+        print(f"sampler, {shape}, {words} words, batch {B}: {summary('a decode step takes', steps[1:-1])}")
         for peak in (0.0, 8.0):  # as flat as random weights make it, and as peaked as trained ones do
             logits = torch.randn(B, words) + peak * (torch.rand(B, words) < 0.001)
             for name, settings in kinds.items():
                 choose, slots = Sampler(B, words, CPU), range(B)
                 for slot, prompt in enumerate(prompts):
                     choose.admit(slot, settings, prompt)
-                taken = seconds(lambda: choose.count(choose(logits, slots, [0] * B), slots), 5 * repeats)  # noqa: B023
+                taken = bench.times(lambda: choose.count(choose(logits, slots, [0] * B), slots), CPU, 5 * repeats)  # noqa: B023
                 share = statistics.median(taken) / step
                 print(f"  {'peaked' if peak else 'flat'}, {summary(name, taken)}: {share:.1%} of the step")
 
@@ -97,9 +87,9 @@ def prefix(repeats: int) -> None:
     for _ in range(repeats + 1):
         for name, least in (("shared", 32), ("apart", 10**9)):
             with mock.patch.object(engine, "WORTH_SHARING", least):
-                taken[name] += seconds(prefill, 1)
+                taken[name] += bench.times(prefill, CPU, 1)
     ratio = statistics.median(b / a for a, b in zip(taken["shared"][1:], taken["apart"][1:], strict=True))
-    print(f"prefix: {'; '.join(summary(name, times[1:]) for name, times in taken.items())}; ratio {ratio:.2f}")
+    print(f"prefix: {'; '.join(summary(name, runs[1:]) for name, runs in taken.items())}; ratio {ratio:.2f}")
 
 
 def lookup(repeats: int) -> None:

@@ -28,7 +28,8 @@ from peers import transformers_model
 from llama import Llama, ModelArgs, Tokenizer, parallel
 from llama.backends.quantized import scheme
 from llama.checkpoint import footprint
-from llama.cli.measure import SHAPES, RandomWeights, Source, loaded, synchronize, times
+from llama.cli import measure
+from llama.cli.measure import SHAPES, RandomWeights, Source, best_time, loaded, synchronize, times
 
 Facts = dict[str, Any]
 DEVICE = torch.device("cuda")
@@ -42,15 +43,23 @@ def build(
     args = ModelArgs(**{**SHAPES[shape], **more}, vocab_size=words.n_words, max_seq_len=length, max_batch_size=batch)
     rounding = scheme(quantize, device=DEVICE)
     began = time.perf_counter()
-    model = loaded(RandomWeights(DEVICE, rounding), args, DEVICE, torch.bfloat16, rounding)
+    model = loaded(Source(RandomWeights(DEVICE, rounding), args, DEVICE, torch.bfloat16, rounding))
     synchronize(DEVICE)
     llama = Llama(model, words)
     llama.load_s = time.perf_counter() - began  # type: ignore[attr-defined]
     return llama
 
 
-def seconds(work: Callable[[], object], repeats: int = 2) -> list[float]:
-    return times(work, DEVICE, repeats)
+def seconds(work: Callable[[], object], repeats: int = 2) -> float:
+    return statistics.median(times(work, DEVICE, repeats))
+
+
+def profiled(work: Callable[[], object]) -> list[Any]:
+    """The profiler's rows of what runs on the device, the longest first."""
+    activity = getattr(torch.profiler.ProfilerActivity, DEVICE.type.upper())
+    with torch.profiler.profile(activities=[activity]) as profile:
+        work()
+    return sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -71,9 +80,7 @@ def step_seconds(
     """A step, by the difference of two lengths of answers, in `generate`."""
     prompts = [prompt(context - tokens // 2, seed) for seed in range(batch)]
     llama.tokenizer.eos_id = -1  # random weights may choose it
-    long, short = (
-        statistics.median(seconds(partial(llama.generate, prompts, n, temperature, **options))) for n in (tokens + 8, 8)
-    )
+    long, short = (seconds(partial(llama.generate, prompts, n, temperature, **options)) for n in (tokens + 8, 8))
     return (long - short) / tokens
 
 
@@ -83,29 +90,26 @@ def step_seconds(
 
 def limits(tokenizer: str) -> Facts:
     a = torch.empty(2**32, dtype=torch.uint8, device=DEVICE)
-    b, values = torch.empty_like(a), torch.ones(2**30, device=DEVICE)
-    x, y = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    b = torch.empty_like(a)
     return {
-        "copy TB/s": 2 * len(a) / seconds(lambda: b.copy_(a), 5)[0] / 1e12,
-        "read TB/s": values.nbytes / seconds(values.sum, 5)[0] / 1e12,
-        "TFLOP/s": 2 * 8192**3 / seconds(lambda: x @ y, 5)[0] / 1e12,
+        "copy TB/s": 2 * len(a) / best_time(lambda: b.copy_(a), DEVICE, 5) / 1e12,
+        "read TB/s": measure.bandwidth(DEVICE)(5) / 1e12,
+        "TFLOP/s": measure.matrix_rate(DEVICE, torch.bfloat16)(5) / 1e12,
     }
 
 
-def decode(tokenizer: str, quantize: str | None = None, shape: str = "7B") -> Facts:
+def decode(tokenizer: str) -> Facts:
     """Batch 1 through text_completion, short context."""
-    llama = build(shape, quantize, length=1024, tokenizer=tokenizer)
+    llama = build(tokenizer=tokenizer)
     llama.tokenizer.eos_id = -1
     text = llama.tokenizer.decode(prompt(100))
 
     def answers(n: int) -> float:
-        return statistics.median(seconds(lambda: llama.text_completion([text], temperature=0, max_gen_len=n)))
+        return seconds(lambda: llama.text_completion([text], temperature=0, max_gen_len=n))
 
     short, long = answers(8), answers(264)
     facts = {"tokens/s": 256 / (long - short), "with prefill": 264 / long, "load s": llama.load_s}  # type: ignore[attr-defined]
-    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, DEVICE.type.upper())]) as profile:
-        llama.text_completion([text], temperature=0, max_gen_len=5)
-    rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)[:12]
+    rows = profiled(lambda: llama.text_completion([text], temperature=0, max_gen_len=5))[:12]
     facts["kernels"] = [
         (row.key[:60], row.count, round(row.self_device_time_total / max(1, row.count), 1)) for row in rows
     ]
@@ -118,7 +122,7 @@ def contexts(tokenizer: str) -> Facts:
     facts: Facts = {"4096": 1 / step_seconds(llama, 1, 4096)}
     facts["batch 8"] = 8 / step_seconds(llama, 8, 512)
     facts["top_p costs"] = step_seconds(llama, 1, 256, temperature=0.8, top_p=0.9) / step_seconds(llama, 1, 256) - 1
-    facts["prefill 2048 ms"] = 1e3 * statistics.median(seconds(lambda: llama.generate([fresh(2048)], 1, 0), 7))
+    facts["prefill 2048 ms"] = 1e3 * seconds(lambda: llama.generate([fresh(2048)], 1, 0), 7)
     return facts
 
 
@@ -149,14 +153,14 @@ def serving(tokenizer: str) -> Facts:
     return {"tokens/s": sum(answers) / taken, "seconds": taken, "roofline s": least, "of the roofline": least / taken}
 
 
-def quantized(tokenizer: str, quantize: str = "int8") -> Facts:
+def quantized(tokenizer: str, quantize: str) -> Facts:
     llama = build(length=2176, batch=16, tokenizer=tokenizer, quantize=quantize)
     facts: Facts = {f"batch {n}": n / step_seconds(llama, n, 256) for n in (1, 8, 16)}
-    facts["prefill 2048 ms"] = 1e3 * statistics.median(seconds(lambda: llama.generate([fresh(2048)], 1, 0), 5))
+    facts["prefill 2048 ms"] = 1e3 * seconds(lambda: llama.generate([fresh(2048)], 1, 0), 5)
     return facts
 
 
-def large(tokenizer: str, quantize: str = "int4") -> Facts:
+def large(tokenizer: str, quantize: str) -> Facts:
     llama = build("70B", quantize, length=512, tokenizer=tokenizer)
     return {"batch 1": 1 / step_seconds(llama, 1, 256, 32), "load s": llama.load_s}  # type: ignore[attr-defined]
 
@@ -221,11 +225,10 @@ def peers(tokenizer: str) -> Facts:
     run, began = gpt_fast(llama), time.perf_counter()
     run(4)
     facts["gpt-fast's way compiles s"] = time.perf_counter() - began
-    short, long = (statistics.median(seconds(partial(run, n), 5)) for n in (8, 200))
+    short, long = (seconds(partial(run, n), 5) for n in (8, 200))
     facts["gpt-fast's way"] = 192 / (long - short)
     print(json.dumps(facts), file=sys.stderr, flush=True)
-    weights = RandomWeights(DEVICE)
-    theirs = transformers_model(Source(weights, llama.model.params, DEVICE, torch.bfloat16))
+    theirs = transformers_model(Source(RandomWeights(DEVICE), llama.model.params, DEVICE, torch.bfloat16))
     ids = torch.tensor([prompt(160)], device=DEVICE)
 
     def generate(n: int) -> object:
@@ -235,7 +238,7 @@ def peers(tokenizer: str) -> Facts:
     began = time.perf_counter()
     generate(8)
     facts["transformers compiles s"] = time.perf_counter() - began
-    short, long = (statistics.median(seconds(partial(generate, n), 3)) for n in (8, 200))
+    short, long = (seconds(partial(generate, n), 3) for n in (8, 200))
     facts["transformers, static cache"] = 192 / (long - short)
     facts["ours again"] = 1 / step_seconds(llama, 1, 256, 192)
     facts["ratios"] = [facts["ours"] / facts[name] for name in ("gpt-fast's way", "transformers, static cache")]
@@ -246,12 +249,10 @@ def prefill(tokenizer: str) -> Facts:
     """Where the time of a prompt of 2,048 goes, and prompts of new lengths."""
     llama = build(length=2176, tokenizer=tokenizer)
     work = lambda: llama.generate([fresh(2048)], 1, 0)  # noqa: E731
-    facts: Facts = {"ms": 1e3 * statistics.median(seconds(work, 9))}
-    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, DEVICE.type.upper())]) as profile:
-        work()
-    rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)[:12]
-    facts["kernels ms"] = [(row.key[:50], row.count, round(row.self_device_time_total / 1e3, 2)) for row in rows]
-    facts["device ms"] = sum(row.self_device_time_total for row in profile.key_averages()) / 1e3
+    facts: Facts = {"ms": 1e3 * seconds(work, 9)}
+    rows = profiled(work)
+    facts["kernels ms"] = [(row.key[:50], row.count, round(row.self_device_time_total / 1e3, 2)) for row in rows[:12]]
+    facts["device ms"] = sum(row.self_device_time_total for row in rows) / 1e3
     ratios = []
     for length in (2047, 1900, 1777, 1601, 1234, 999, 801):
         taken = []
@@ -265,29 +266,28 @@ def prefill(tokenizer: str) -> Facts:
     return facts
 
 
-STAGES: dict[str, tuple[Callable[..., Facts], Facts]] = {
-    "limits": (limits, {}),
-    "decode": (decode, {}),
-    "contexts": (contexts, {}),
-    "prefill": (prefill, {}),
-    "batches": (batches, {}),
-    "serving": (serving, {}),
-    "int8": (quantized, {"quantize": "int8"}),
-    "int4": (quantized, {"quantize": "int4"}),
-    "70B-int4": (large, {"quantize": "int4"}),
-    "70B-int8": (large, {"quantize": "int8"}),
-    "memory": (memory, {}),
-    "peers": (peers, {}),
+STAGES: dict[str, Callable[[str], Facts]] = {
+    "limits": limits,
+    "decode": decode,
+    "contexts": contexts,
+    "prefill": prefill,
+    "batches": batches,
+    "serving": serving,
+    "int8": partial(quantized, quantize="int8"),
+    "int4": partial(quantized, quantize="int4"),
+    "70B-int4": partial(large, quantize="int4"),
+    "70B-int8": partial(large, quantize="int8"),
+    "memory": memory,
+    "peers": peers,
 }
 
 
 def run(names: list[str], tokenizer: str) -> None:
     """Some stages in this process."""
     for name in names:
-        work, options = STAGES[name]
         began = time.perf_counter()
         try:
-            facts = work(tokenizer, **options)
+            facts = STAGES[name](tokenizer)
         except Exception as error:
             facts = {"error": f"{type(error).__name__}: {error}"[:1000]}
         print(json.dumps({"stage": name, **facts, "took s": round(time.perf_counter() - began, 1)}), flush=True)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from llama import ModelArgs, Transformer, devices, parallel
 from llama.backends.quantized import scheme
 from llama.checkpoint import Checkpoint, gguf, gguf_write, load, save, shapes
 from llama.checkpoint.convert import Job, write_hf, write_meta
+from llama.cli.measure import SHAPES
 from llama.gguf import aligned, header_bytes
 
-PARAMS: dict[str, Any] = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256}
-PARAMS["norm_eps"] = 1e-5
+PARAMS: dict[str, Any] = {**SHAPES["1.1B"], "multiple_of": 256, "norm_eps": 1e-5}
 VOCAB = 32000
 PARAMETERS = 1_100_048_384
 BLOCKS = ("Q4_0", "Q4_K", "Q6_K", "Q8_0")
@@ -88,7 +89,7 @@ def one(who: str, folder: str, dtype: str) -> None:
         checkpoint = Checkpoint(Path(folder) / saved)
         args = checkpoint.args(VOCAB)
         with torch.device("meta"):
-            model = Transformer(ModelArgs(**{**args.__dict__, "max_batch_size": 0}))
+            model = Transformer(replace(args, max_batch_size=0))
         rounding = checkpoint.scheme if blocks else scheme(dtype) if quantized else None
         final = checkpoint.dtype() if blocks else final
         load(model, checkpoint, args, torch.device("cpu"), final, rounding, quantized)

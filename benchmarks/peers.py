@@ -18,9 +18,10 @@ from torch import Tensor
 
 from llama.backends.quantized import Scheme
 from llama.checkpoint import Checkpoint, hf, shapes, shard_dim
-from llama.checkpoint.gguf import names
+from llama.checkpoint.gguf import DTYPES, names
+from llama.checkpoint.gguf_write import BY_NAME, keys_of
 from llama.cli.measure import Run, Source
-from llama.gguf import is_gguf
+from llama.gguf import aligned, header_bytes, is_gguf
 
 
 def whole(source: Source, name: str) -> Tensor:
@@ -163,38 +164,21 @@ def llama_cpp(source: Source, narrow: str = "F16") -> Run:
 
 def write_gguf(source: Source, path: Path, narrow: str = "F16") -> Path:
     """llama.cpp's file of the model, in F32 or, of 16 bits, `narrow`. The texts of its vocabulary are numbers."""
-    import gguf
-
-    args = source.args
-    types = gguf.GGMLQuantizationType
-    dtype = types.F32 if source.dtype == torch.float32 and not source.scheme else types[narrow]
-    file = gguf.GGUFWriter(path, "llama")
-    file.add_context_length(4096)
-    file.add_embedding_length(args.dim)
-    file.add_block_count(args.n_layers)
-    file.add_feed_forward_length(args.ffn_hidden)
-    file.add_head_count(args.n_heads)
-    file.add_head_count_kv(args.kv_heads)
-    file.add_layer_norm_rms_eps(args.norm_eps)
-    file.add_rope_dimension_count(args.head_dim)
-    file.add_rope_freq_base(args.rope_theta)
-    file.add_vocab_size(args.vocab_size)
-    file.add_tokenizer_model("llama")
-    file.add_token_list([b"<unk>", b"<s>", b"</s>", *(str(i).encode() for i in range(3, args.vocab_size))])
-    file.add_token_scores([0.0] * args.vocab_size)
-    file.add_token_types([2, 3, 3] + [1] * (args.vocab_size - 3))
-    named = names(args.n_layers)
-    for name in shapes(args):
-        theirs = named[name]
-        values = whole(source, name).float().cpu().numpy()
-        if values.ndim == 1:
-            file.add_tensor(theirs, values)
-        else:
-            file.add_tensor(theirs, gguf.quants.quantize(values, dtype), raw_dtype=dtype)
-    file.write_header_to_file()
-    file.write_kv_data_to_file()
-    file.write_tensors_to_file()
-    file.close()
+    args, theirs = source.args, names(source.args.n_layers)
+    dtype = "F32" if source.dtype == torch.float32 and not source.scheme else narrow
+    types = {name: BY_NAME[dtype if len(shape) > 1 else "F32"] for name, shape in shapes(args).items()}
+    keys = keys_of(args, BY_NAME[dtype], None, "model") | {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *map(str, range(3, args.vocab_size))],
+        "tokenizer.ggml.scores": [0.0] * args.vocab_size,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [1] * (args.vocab_size - 3),
+    }
+    with path.open("wb") as file:
+        file.write(header_bytes(keys, {theirs[name]: (types[name], shape) for name, shape in shapes(args).items()}))
+        for name, kind in types.items():
+            file.seek(aligned(file.tell()))
+            file.write(whole(source, name).cpu().to(DTYPES[kind.name]).view(torch.uint8).numpy().tobytes())
+        file.truncate(aligned(file.tell()))
     return path
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -64,7 +65,7 @@ def perplexity(found: Iterator[Tensor], exact: list[Tensor], data: Data) -> tupl
 
 def model(source: Checkpoint, args: ModelArgs, matrices: Matrices = {}, computed: bool = False) -> Transformer:  # noqa: B006
     """In float32, with matrices in place of its own."""
-    found = measure.loaded(source, args, CPU, torch.float32)
+    found = measure.loaded(measure.Source(source, args, CPU, torch.float32))
     for name, matrix in matrices.items():
         layer = found.get_submodule(name.removesuffix(".weight"))
         del layer.weight
@@ -73,10 +74,10 @@ def model(source: Checkpoint, args: ModelArgs, matrices: Matrices = {}, computed
 
 
 def rounded(source: Checkpoint, args: ModelArgs, scheme: Scheme, search: bool) -> Matrices:
-    whole = {name: (shape, own) for name, shape in shapes(args).items() if (own := scheme.of(name))}
     return {
         name: read_quantized(source, name, shape, 0, shape[shard_dim(name) or 0], own, search)
-        for name, (shape, own) in whole.items()
+        for name, shape in shapes(args).items()
+        if (own := scheme.of(name))
     }
 
 
@@ -117,8 +118,9 @@ def main(model: str | None = None, text: str | None = None, calibrate: str | Non
 
 
 def own(source: Checkpoint, args: ModelArgs, bos: int, eos: int) -> Callable[[], list[int]]:
-    sized = ModelArgs(**{**vars(args), "max_batch_size": AT_ONCE, "max_seq_len": WINDOW})
-    return cache(lambda: own_text(Engine.of(measure.loaded(source, sized, CPU, torch.float32)), bos, {eos}, OWN))
+    sized = replace(args, max_batch_size=AT_ONCE, max_seq_len=WINDOW)
+    whole = measure.Source(source, sized, CPU, torch.float32)
+    return cache(lambda: own_text(Engine.of(measure.loaded(whole)), bos, {eos}, OWN))
 
 
 def report_other(folder: Path, text: str | None, calibrate: str | None, tokens: int) -> None:

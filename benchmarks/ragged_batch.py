@@ -37,7 +37,7 @@ def main(threads: int = 2, repeats: int = 5, compile: bool = True) -> None:
     parallel.init_model_parallel()
     args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, max_batch_size=4, max_seq_len=512)
     source = measure.Source(measure.RandomWeights(CPU), args, CPU, torch.float32)
-    model = measure.loaded(*source)
+    model = measure.loaded(source)
     engine = Engine.of(model, compile)
     theirs = hugging_face(args, model.state_dict())
     decode = llama_cpp_decoder(source)

@@ -18,7 +18,6 @@ import itertools
 import json
 import random
 import re
-import socket
 import statistics
 import string
 import subprocess
@@ -27,20 +26,22 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fire
 import torch
+from processes import free_port, running
 
-from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
+from llama import Llama, ModelArgs, checkpoint
 from llama.checkpoint.convert import convert
+from llama.cli.measure import SHAPES
 
 ROOT = Path(__file__).parent.parent
 CLIENTS, CONTEXT, THREADS = 32, 1024, 2
 Body = dict[str, Any]
+Clients = Callable[[int, Sequence[Body]], Coroutine[Any, Any, list["Timing"]]]
 
 
 class Timing(NamedTuple):
@@ -60,10 +61,9 @@ def write_random(folder: Path, dtype: torch.dtype) -> Path:
     lines = [b"%s %d\n" % (base64.b64encode(word), i) for i, word in enumerate(ranks)]
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
     torch.manual_seed(0)
-    parallel.init_model_parallel()
-    state = Transformer(ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000)).state_dict()
-    state = {name: torch.randn_like(w) * 0.02 if w.dim() > 1 else torch.ones_like(w) for name, w in state.items()}
-    params = {"dim": 768, "n_layers": 12, "n_heads": 12, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000}
+    params = {**SHAPES["110M"], "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000}
+    shapes = checkpoint.shapes(ModelArgs(**params))
+    state = {name: torch.randn(shape) * 0.02 if len(shape) > 1 else torch.ones(shape) for name, shape in shapes.items()}
     checkpoint.save({name: weight.to(dtype) for name, weight in state.items()}, folder, params)
     return folder
 
@@ -111,28 +111,12 @@ async def in_turn(port: int, rows: Sequence[Body]) -> list[Timing]:
     return [await ask(port, row) for row in rows]
 
 
-@contextmanager
-def running(*command: str, port: int) -> Iterator[None]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                break
-            except OSError:
-                assert process.poll() is None, f"{command[0]} has ended"
-                time.sleep(0.1)
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
+def rate(clients: Clients, port: int, seed: int) -> tuple[float, list[Timing]]:
+    """Tokens per second that all clients get together, and what each saw."""
+    asked = bodies(CLIENTS, seed)
+    began = time.perf_counter()
+    rows = asyncio.run(clients(port, asked))
+    return sum(row["max_tokens"] for row in asked) / (time.perf_counter() - began), rows
 
 
 def longest_gap(port: int) -> str:
@@ -144,17 +128,15 @@ def longest_gap(port: int) -> str:
     return next(bound for bound, count in found if count == found[-1][1])
 
 
-def report(name: str, seconds: list[float], rows: list[Timing], tokens: int) -> float:
+def report(name: str, speed: float, rows: list[Timing]) -> None:
     firsts = sorted(row.first for row in rows)
     gaps = sorted(gap for row in rows for gap in row.gaps)
-    speed = tokens / statistics.median(seconds)
     at = lambda values, share: values[min(len(values) - 1, int(share * len(values)))]  # noqa: E731
     print(
         f"{name:28} {speed:7.1f} tokens/s   first token p50 {at(firsts, 0.5):5.2f} p99 {at(firsts, 0.99):5.2f} s   "
         f"between tokens p50 {at(gaps, 0.5):5.3f} p99 {at(gaps, 0.99):5.3f} longest {gaps[-1]:5.3f} s",
         flush=True,
     )
-    return speed
 
 
 def load(
@@ -171,36 +153,19 @@ def load(
         flags += ["--dtype", dtype] if dtype else []
         commands = {"this server": [sys.executable, "-m", "llama", "serve", path, *flags]}
         if llama_server:
-            threads = ["-t", str(THREADS), "-tb", str(THREADS), "--port", str(port)]
-            commands["llama-server"] = [
-                llama_server,
-                "-m",
-                path,
-                "-np",
-                str(slots),
-                "-c",
-                str(slots * CONTEXT),
-                *threads,
-            ]
+            theirs = ["-m", path, "-np", str(slots), "-c", str(slots * CONTEXT), "--port", str(port)]
+            commands["llama-server"] = [llama_server, *theirs, "-t", str(THREADS), "-tb", str(THREADS)]
         found = {}
         for name, command in commands.items():
             with running(*command, port=port):
                 asyncio.run(all_at_once(port, bodies(4, seed=99)))  # to warm up
-                seconds: list[float] = []
-                rows: list[Timing] = []
-                for repeat in range(repeats):
-                    asked = bodies(CLIENTS, seed=repeat)
-                    began = time.perf_counter()
-                    rows += asyncio.run(all_at_once(port, asked))
-                    seconds.append((time.perf_counter() - began) / sum(row["max_tokens"] for row in asked))
+                speeds, timings = zip(*(rate(all_at_once, port, seed) for seed in range(repeats)), strict=True)
                 if name == "this server":
                     print(f"no two tokens of an answer are further apart than {longest_gap(port)} s")
-                found[name] = report(f"{name}, {CLIENTS} at once", seconds, rows, 1)
-                asked = bodies(CLIENTS, seed=repeats)
-                began = time.perf_counter()
-                rows = asyncio.run(in_turn(port, asked))
-                alone = [(time.perf_counter() - began) / sum(row["max_tokens"] for row in asked)]
-                found[f"{name}, in turn"] = report(f"{name}, in turn", alone, rows, 1)
+                found[name] = statistics.median(speeds)
+                report(f"{name}, {CLIENTS} at once", found[name], [row for rows in timings for row in rows])
+                found[f"{name}, in turn"], alone = rate(in_turn, port, repeats)
+                report(f"{name}, in turn", found[f"{name}, in turn"], alone)
         print(f"at once / in turn: {found['this server'] / found['this server, in turn']:.2f}")
         if llama_server:
             print(f"this server / llama-server: {found['this server'] / found['llama-server']:.2f}")

@@ -14,12 +14,10 @@ import json
 import random
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import fire
 import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import free_port, running
 
 from llama import Llama
 from llama.server.schema import OF_CHAT, OF_TEXT
@@ -53,17 +52,16 @@ def choose_body(chance: random.Random) -> tuple[str, dict[str, Any]]:
     return "completions", {**body, "prompt": prompts}
 
 
-def answers(llama: Llama, path: str, body: dict[str, Any]) -> list[Answer]:
+def answers(llama: Llama, body: dict[str, Any]) -> list[Answer]:
     """Texts and finish reasons, by the library."""
     prompts, n = body.get("prompt", [body.get("messages")]), body["n"]
-    options: dict[str, Any] = {"max_gen_len": body["max_tokens"], "temperature": body["temperature"], "top_p": 1}
+    options: dict[str, Any] = {"max_gen_len": body["max_tokens"], "temperature": body["temperature"]}
     options |= {"stop": body.get("stop"), "top_p": body.get("top_p", 1)}
     if "seed" in body:
         options["seed"] = [body["seed"] + i for _ in prompts for i in range(n)]
     rows = [prompt for prompt in prompts for _ in range(n)]
-    results: list[Any] = (
-        [*llama.chat_completion(rows, **options)] if path[:4] == "chat" else [*llama.text_completion(rows, **options)]
-    )
+    complete: Any = llama.chat_completion if "messages" in body else llama.text_completion
+    results = complete(rows, **options)
     texts = [result["generation"] for result in results]
     said = [text["content"] if isinstance(text, dict) else text for text in texts]
     reasons = ["length" if result["finish_reason"] == "length" else "stop" for result in results]
@@ -84,7 +82,7 @@ class Soak:
     async def run(self, count: int, at_once: int) -> None:
         limit, asked = asyncio.Semaphore(at_once), [choose_body(self.chance) for _ in range(count)]
         for path, body in asked:
-            self.known[key(path, body)] = self.known.get(key(path, body)) or answers(self.llama, path, body)
+            self.known[key(path, body)] = self.known.get(key(path, body)) or answers(self.llama, body)
         async with httpx.AsyncClient(base_url=f"{self.url}/v1/", timeout=300, limits=httpx.Limits()) as client:
 
             async def one(kind: float, path: str, body: dict[str, Any]) -> None:
@@ -105,9 +103,8 @@ class Soak:
             self.counts["cancelled"] += 1
             long = {**body, "max_tokens": 200, "min_tokens": 100, "stop": None}
             if kind < 0.1:
-                with_timeout = client.post(path, json=long, timeout=self.chance.random() / 2)
                 with suppress(httpx.TimeoutException):
-                    await with_timeout
+                    await client.post(path, json=long, timeout=self.chance.random() / 2)
                 return
             async with client.stream("POST", path, json={**long, "stream": True}) as stream:
                 lines = stream.aiter_lines()
@@ -116,7 +113,8 @@ class Soak:
         else:
             self.counts["whole"] += 1
             found = await (self.streamed if kind < 0.6 else self.whole)(client, path, body)
-            self.compare(path, body, found)
+            if found != (expected := self.known[key(path, body)]):
+                self.wrong.append(f"{key(path, body)}\n  server  {found}\n  library {expected}")
 
     async def whole(self, client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> list[Answer]:
         reply = (await client.post(path, json=body)).raise_for_status().json()
@@ -141,11 +139,6 @@ class Soak:
                     reasons.update({i: choice["finish_reason"]} if choice["finish_reason"] else {})
         self.counts["choices"] += len(texts)
         return [(texts[i], reasons.get(i)) for i in sorted(texts)]
-
-    def compare(self, path: str, body: dict[str, Any], found: list[Answer]) -> None:
-        expected = self.known[key(path, body)]
-        if found != expected:
-            self.wrong.append(f"{key(path, body)}\n  server  {found}\n  library {expected}")
 
     def metric(self, name: str) -> float:
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
@@ -186,39 +179,13 @@ def fuzz(url: str, count: int) -> Counter[int]:
     return statuses
 
 
-def raw(url: str, count: int, chance: random.Random) -> None:
+def raw(port: int, count: int, chance: random.Random) -> None:
     """Bytes that are no HTTP."""
-    port = int(url.rpartition(":")[2])
     for _ in range(count):
         with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
             connection.sendall(
                 chance.choice([b"", b"POST /v1/completions HTTP/1.1\r\n"]) + chance.randbytes(200) + b"\r\n\r\n"
             )
-
-
-@contextmanager
-def server() -> Iterator[tuple[str, int]]:
-    """The URL and the process id of one."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    flags = [f"--{name}={value}" for name, value in {**SIZES, "port": port, "max_waiting": 1000}.items()]
-    command = [sys.executable, "-m", "llama", "serve", str(MODEL), "--device=cpu", "--dtype=float32", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            try:
-                httpx.get(f"{url}/health").raise_for_status()
-                break
-            except httpx.HTTPError:
-                if process.poll() is not None:
-                    raise RuntimeError("the server has ended") from None
-                time.sleep(0.1)
-        yield url, process.pid
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def megabytes(pid: int) -> float:
@@ -235,8 +202,11 @@ def main(requests: int = 2000, at_once: int = 64, fuzz_count: int = 10_000, seed
         fuzz_count: bodies at random
         seed: of the choice of requests
     """
-    chance = random.Random(seed)
-    with server() as (url, pid):
+    chance, port = random.Random(seed), free_port()
+    url = f"http://127.0.0.1:{port}"
+    flags = [f"--{name}={value}" for name, value in {**SIZES, "port": port, "max_waiting": 1000}.items()]
+    command = [sys.executable, "-m", "llama", "serve", str(MODEL), "--device=cpu", "--dtype=float32", *flags]
+    with running(*command, port=port) as pid:
         soak = Soak(url, chance)
         asyncio.run(soak.run(requests // 4, at_once))
         before, began = megabytes(pid), time.monotonic()
@@ -260,7 +230,7 @@ def main(requests: int = 2000, at_once: int = 64, fuzz_count: int = 10_000, seed
         if soak.wrong or after - before > GROWTH:
             raise SystemExit("wrong answers, or memory grows")
         if fuzz_count:
-            raw(url, fuzz_count // 20, chance)
+            raw(port, fuzz_count // 20, chance)
             print(f"statuses of {fuzz_count} bodies at random: {dict(fuzz(url, fuzz_count))}")
             httpx.get(f"{url}/health").raise_for_status()
             print(f"memory {megabytes(pid):.0f} MB")

@@ -49,7 +49,7 @@ def test_a_peer_takes_the_same_steps(peer, kv_heads, monkeypatch):
     args = ModelArgs(**shape, vocab_size=128, max_batch_size=2, max_seq_len=32)
     source = measure.Source(measure.RandomWeights(CPU), args, CPU, torch.float32)
     ids = torch.randint(3, 128, (2, 5), generator=torch.Generator().manual_seed(0))
-    mine = [*measure.ours(measure.loaded(*source))(ids, 12)]
+    mine = [*measure.ours(measure.loaded(source))(ids, 12)]
     theirs = [torch.tensor(step).flatten().tolist() for step in peers.PEERS[peer](source)(ids, 12)]
     assert mine == theirs
     assert len(mine) == 12
@@ -57,7 +57,7 @@ def test_a_peer_takes_the_same_steps(peer, kv_heads, monkeypatch):
 
 def test_a_random_model_has_its_dtype_and_cache():
     args = ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=32, max_batch_size=2, max_seq_len=16)
-    model = measure.loaded(measure.RandomWeights(CPU), args, CPU, torch.bfloat16)
+    model = measure.loaded(measure.Source(measure.RandomWeights(CPU), args, CPU, torch.bfloat16))
     assert {t.dtype for t in [*model.parameters(), *model.buffers()]} == {torch.bfloat16}
     assert model.layers[0].attention.cache.kv.shape == (2, 8, 16, 16)
     assert model.layers[0].attention.wq.weight.float().std() == pytest.approx(0.02, rel=0.1)
@@ -111,7 +111,7 @@ def test_bad_flags_are_named(flags, message):
 
 
 def test_compare_measures_other_libraries(monkeypatch):
-    monkeypatch.setitem(peers.PEERS, "ours again", lambda source: measure.ours(measure.loaded(*source)))
+    monkeypatch.setitem(peers.PEERS, "ours again", lambda source: measure.ours(measure.loaded(source)))
     flags = ("--prompts", 16, "--batches", 1, "--repeats", 1, "--tokens", 3, "--device", "cpu", "--dtype", "float32")
     done = in_process(compare.main, "ours again", "--ckpt_dir", MODELS / "small", *flags)
     assert done.returncode == 0, done.stderr

@@ -4,13 +4,17 @@ import gc
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 import weakref
 from html.parser import HTMLParser
 
 import pytest
-from small import MODELS, in_process
+from small import MODELS, ROOT, in_process
 
 from llama import Llama
+from llama.checkpoint.convert import convert
 from llama.cli.compare import compare as command
 from llama.evaluation import compare, comparison, report
 from llama.evaluation.tasks import read_tasks
@@ -193,6 +197,30 @@ def test_the_command_fails_where_no_model_is_loaded():
     done = in_process(command, "nowhere:int3", "--device", "cpu")
     assert done.returncode == 1 and "nowhere:int3 is not an existing folder" in done.stdout
     assert done.stderr.endswith("error: none of the models could be loaded\n")
+
+
+def test_rank_0_alone_says_what_is_loaded(tmp_path):
+    """Each rank printed the name of the first model, as none knew its rank yet."""
+    flags = ["nowhere:int8", "nowhere", "--device", "cpu"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*run, "-m", "llama", "compare", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=100)
+    assert [line for line in done.stderr.splitlines() if line.endswith(" ...")] == ["nowhere ...", "nowhere:int8 ..."]
+
+
+def test_an_unknown_precision_names_the_known_ones():
+    """The error was that there is no such folder."""
+    done = in_process(command, f"{CHAT}:int3", "--device", "cpu")
+    assert "is one of :int8, :int4, :float32, :bfloat16, :float16\n" in done.stdout
+
+
+def test_a_quantized_file_in_another_precision_says_what_to_give(tmp_path):
+    """The error said why not, but not what else to do."""
+    convert(MODELS / "small-chat", tmp_path / "to", "gguf", 1, None, quantize="int4")
+    [found] = compare([f"{tmp_path / 'to'}:int8"], TASKS[:1], **CPU)["models"]
+    assert "is quantized already, to Q4_0" in found["error"]
+    assert found["error"].endswith(": load it as it is, without int8, or give the original weights")
 
 
 def test_a_missing_file_of_tasks_is_named():

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -15,11 +16,12 @@ import torch
 from ranks import context
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
-from small import GQA, MODELS, ROOT, SHAPES, TOKENIZER, cases, relative_error, save_random
+from small import GQA, MODELS, ROOT, SHAPES, TOKENIZER, cases, in_process, relative_error, save_random
 
 from llama import Llama, checkpoint
 from llama.checkpoint import Checkpoint, convert, write
 from llama.checkpoint.convert import convert as run
+from llama.cli.convert import convert as command
 
 TOKENS = torch.tensor([[5, 17, 99, 3, 64, 64, 127, 0, 1, 2, 30, 31]])
 
@@ -285,8 +287,24 @@ def test_killed_twenty_times_and_run_again(tmp_path):
 
 def test_the_command(tmp_path):
     """The name of the target is a number to those who parse flags."""
-    command = [sys.executable, "-m", "llama", "convert", str(MODELS / "small-chat"), "2024_01", "--to", "hf"]
+    line = [sys.executable, "-m", "llama", "convert", str(MODELS / "small-chat"), "2024_01", "--to", "hf"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "2024_01" / "model.safetensors").is_file()
+    size = sum(file.stat().st_size for file in (tmp_path / "2024_01").iterdir())
+    assert done.stdout == f"written to 2024_01: hf in bfloat16, {size / 1e6:,.1f} MB\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "written"),
+    [
+        (["--quantize", "int4"], "meta in int4 in groups of 32, "),
+        (["--to", "gguf", "--quantize", "int8"], "gguf in Q8_0, "),
+    ],
+)
+def test_the_command_says_what_it_has_written(tmp_path, flags, written):
+    """It printed nothing."""
+    done = in_process(command, MODELS / "small", tmp_path / "to", *flags)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(re.escape(f"written to {tmp_path / 'to'}: {written}") + r"\d+\.\d MB\n", done.stdout)

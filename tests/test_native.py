@@ -51,7 +51,7 @@ def loaded(shape=GQA, quantize=None, dtype=torch.float32, compile=True, **option
     args = ModelArgs(**{"vocab_size": 128, "max_batch_size": 12, "max_seq_len": 64, **shape, **options})
     parallel.init_model_parallel()
     rounding = quantized.scheme(quantize)
-    return bench.loaded(bench.RandomWeights(CPU, rounding), args, CPU, dtype, rounding, compile)
+    return bench.loaded(bench.Source(bench.RandomWeights(CPU, rounding), args, CPU, dtype, rounding), compile)
 
 
 WIDE = SHAPES["wide heads"]

@@ -289,7 +289,8 @@ class Checkpoint:
         if asked and own:
             asked_for = asked.bits, own[1] if group_size is None else group_size
             if not isinstance(own, Scheme) or asked_for != own[:2] or symmetric > own.symmetric:
-                raise ValueError(f"{self.folder} is quantized already, to {own}; it cannot become {asked}")
+                instead = f"load it as it is, without int{asked.bits}, or give the original weights"
+                raise ValueError(f"{self.folder} is quantized already, to {own}; it cannot become {asked}: {instead}")
         return own or asked
 
     def release(self) -> None:

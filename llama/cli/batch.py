@@ -21,7 +21,7 @@ from .batch_lines import Task, failed, parse_line
 from .flags import documented
 
 PART = 2**22  # bytes of a value: the store ends connections that send more than 8 MiB
-PAUSE = 0.05  # seconds between two looks for lines or answers, while nothing is to be computed
+PAUSE = 0.05  # seconds between two polls of the store while there is nothing to compute
 
 
 @documented
@@ -68,8 +68,8 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
     """Answer lines until there are no more, all slots busy. All ranks of a replica call it; its first has the lines,
     and the first of all has the files."""
     slots = len(llama.engine.slots)
-    room = slots + slots // 4 + 1  # some wait, as a slot passes over a request whose prefix another is just computing
-    share = Share(room, files) if parallel.rank() == 0 else None
+    capacity = slots + slots // 4 + 1  # some wait: a request does not run while another computes the same prefix
+    share = Share(capacity, files) if parallel.rank() == 0 else None
     running, tasks, more = dict[int, Job](), dict[int, Task](), True
 
     def take(count: int) -> tuple[list[tuple[int, Work]], bool]:
@@ -92,9 +92,9 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
     while more or running:
         if share:
             share.exchange()
-        waiting = room - sum(not request.finish for job in running.values() for request in job.requests)
-        if more and waiting > 0:
-            works, more = parallel.ask_first_rank(take, waiting)
+        free = capacity - sum(not request.finish for job in running.values() for request in job.requests)
+        if more and free > 0:
+            works, more = parallel.ask_first_rank(take, free)
             for number, work in works:
                 running[number] = tasks[number].job if share else Job(work)
                 running[number].submit(llama)
@@ -111,13 +111,13 @@ class Share:
     """A replica's share of the lines. Lines and answers go through torch's store: the first replica, which has the
     files, publishes lines a little ahead of what all have taken, and writes what all have answered."""
 
-    def __init__(self, room: int, files: Files | None) -> None:
+    def __init__(self, capacity: int, files: Files | None) -> None:
         self.files = files
         self.store: Any = dist.PrefixStore("llama/batch", parallel.store())
         self.replicas = parallel.replica()[1]
-        self.ahead = room * self.replicas
-        self.mine: int | None = None  # what this replica takes next, once it is published
-        self.out = False  # of lines
+        self.ahead = capacity * self.replicas
+        self.claimed: int | None = None  # the line that this replica takes next, once it is published
+        self.out_of_lines = False
         self.ended = False  # nothing is left to do but what this replica is computing
         if files:
             self.lines, self.exhausted, self.published, self.written = files.unanswered(), False, 0, 0
@@ -127,20 +127,20 @@ class Share:
     def take(self, count: int) -> list[tuple[int, bytes]]:
         """The numbers and contents of up to `count` lines, which no other replica takes."""
         found: list[tuple[int, bytes]] = []
-        while len(found) < count and not self.out:
-            if self.mine is None:
-                self.mine = self.store.add("taken", 1) - 1
+        while len(found) < count and not self.out_of_lines:
+            if self.claimed is None:
+                self.claimed = self.store.add("taken", 1) - 1
             end = self.store.check(["end"])  # asked before the line, which is published before the end is
-            if self.store.check([f"line {self.mine}"]):
-                number, content = self._pop(f"line {self.mine}").split(b" ", 1)
+            if self.store.check([f"line {self.claimed}"]):
+                number, content = self._pop(f"line {self.claimed}").split(b" ", 1)
                 found.append((int(number), content))
-                self.mine = None
+                self.claimed = None
             elif end:
-                self.out = True
+                self.out_of_lines = True
                 self.store.add("out", 1)
             else:
                 break
-        self.ended |= self.out and not self.files
+        self.ended |= self.out_of_lines and not self.files
         return found
 
     def put(self, answer: bytes, tokens: int, failed: bool) -> None:

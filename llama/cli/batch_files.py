@@ -12,12 +12,12 @@ from ..textfile import lock
 from .batch_lines import Key, parse_line
 
 START = b'{"id": '  # of every answer
-PATIENCE = 10  # seconds in which the processes of a killed job notice that it was
+PATIENCE = 10  # seconds that the processes of a killed job may take to end, and to release its lock
 
 
 class Files:
-    """However the process that writes answers ends, the file has whole lines, and at most one that was cut short behind
-    them. The next process drops that one. ValueError for files that are none of a batch, which are left as they are."""
+    """However the process that writes answers ends, the file has whole lines, and behind them at most one that was cut
+    short, which the next process removes. ValueError for a file that is not of a batch; it is left unchanged."""
 
     def __init__(self, source: Path, target: Path) -> None:
         if target.exists() and target.samefile(source):

@@ -1,5 +1,5 @@
-"""A line of a batch, and the line that answers it. It is OpenAI's, whose answer has the body that the server would
-send, or a plain one, with the library's names and defaults."""
+"""A line of a batch, and the line that answers it. A line in OpenAI's format is answered with the body that the server
+would send; a plain one has the library's names of options, and its defaults."""
 
 from __future__ import annotations
 

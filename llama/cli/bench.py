@@ -13,7 +13,6 @@ from .. import backends, devices, parallel
 from ..args import ModelArgs
 from ..backends.quantized import Quantization, scheme
 from ..checkpoint import Checkpoint, Weights, check_fits, find_folder, find_tokenizer, footprint, with_lora
-from ..model import Transformer
 from ..tokenizer import Tokenizer
 from . import measure
 from .flags import documented
@@ -99,7 +98,7 @@ class Job(NamedTuple):
     def run(self, peers: dict[str, measure.Run] | None = None) -> None:
         """Load the model, measure it, in turn with other libraries if any, and print the table."""
         began = time.perf_counter()
-        model: Transformer = measure.loaded(*self.source, compile=self.compile)
+        model = measure.loaded(self.source, self.compile)
         measure.synchronize(self.source.device)
         facts: dict[str, Any] = {
             "model": self.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from json import dumps
+from pathlib import Path
 from typing import Any
 
 from .. import parallel
@@ -44,23 +45,22 @@ def compare(
     """
     if not models:
         raise ValueError("give at least one model: python -m llama compare MODEL MODEL")
-    first = parallel.launched() == 1 or parallel.rank() == 0
+    parallel.init_model_parallel()
 
     def progress(name: str) -> None:
-        if first:
+        if parallel.rank() == 0:
             print(f"{name} ...", file=sys.stderr, flush=True)
 
     options: dict[str, Any] = {"max_seq_len": max_seq_len, "seed": seed, "device": device, "dtype": dtype}
     options |= {"compile": compile, "chat_format": chat_format}
-    given = tasks, judge, reference, max_tokens, temperature, progress
-    found = comparison.compare([*map(str, models)], *given, **options)
+    names = [*map(str, models)]
+    found = comparison.compare(names, tasks, judge, reference, max_tokens, temperature, progress, **options)
     if parallel.rank():
         return
     print(report.to_text(found, shutil.get_terminal_size().columns))
-    outputs = {html: lambda: report.to_html(found), json: lambda: dumps(found, indent=1, ensure_ascii=False)}
-    for path, content in outputs.items():
-        if path:
-            with open(path, "w", encoding="utf-8", errors="replace") as file:
-                file.write(content() + "\n" * (path == json))
+    if html:
+        Path(html).write_text(report.to_html(found), "utf-8", "replace")
+    if json:
+        Path(json).write_text(dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8", "replace")
     if all("error" in about for about in found["models"]):
         raise ValueError("none of the models could be loaded")

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import devices
-from ..checkpoint import check_path, find_folder, find_tokenizer
+from ..checkpoint import Checkpoint, check_path, find_folder, find_tokenizer
 from ..checkpoint import convert as checkpoint_convert
 from ..checkpoint.calibrate import LEAST, WINDOW
 from ..engine import Engine
@@ -57,9 +57,9 @@ def convert(
     named = {"symmetric": symmetric, "search": search, "calibrate": calibrate}
     if quantize is None and (alone := [name for name, value in named.items() if value]):
         raise ValueError(f"{alone[0]} needs --quantize int8 or int4")
-    for name, value in named.items():
-        if name != "calibrate" and value not in (None, True, False):
-            raise ValueError(f"{name} is {value!r}; it must be True or False")
+    for name in ("symmetric", "search"):
+        if named[name] not in (None, True, False):
+            raise ValueError(f"{name} is {named[name]!r}; it must be True or False")
     if calibrate not in (None, "auto"):
         calibrate = str(check_path(calibrate, "calibrate", "file"))
     tokenizer = find_tokenizer(folder, tokenizer_path)
@@ -72,8 +72,13 @@ def convert(
         return Tokenizer(tokenizer).encode(Path(str(calibrate)).read_text("utf-8"), bos=True, eos=False)
 
     searched = quantize == "int4" if search is None else search
-    given = (asked, tokenizer, quantize, group_size, symmetric, searched, text if calibrate else None, lora)
-    checkpoint_convert.convert(folder, Path(dst), to, mp, *given)
+    target, calibration = Path(dst).expanduser(), text if calibrate else None
+    rounding = (quantize, group_size, symmetric, searched, calibration)
+    checkpoint_convert.convert(folder, target, to, mp, asked, tokenizer, *rounding, lora)
+    written = Checkpoint(find_folder(target, "dst"))
+    size = sum(file.stat().st_size for file in target.iterdir())
+    precision = written.scheme or devices.dtype_name(written.dtype())
+    print(f"written to {target}: {to} in {precision}, {size / 1e6:,.1f} MB")
 
 
 def own_text(engine: Engine, bos: int, ends: Collection[int], count: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 MBU, model bandwidth utilization, of decoding: a step reads every weight and the KV cache; bytes / seconds / bandwidth.
 MFU, model FLOPs utilization, of prefill: each token is multiplied by every weight; operations / seconds / the rate of a
-large matmul. Both limits are measured in turn with what they limit, because others use the machine too; the fraction of
-the limit that was measured at the start is printed beside it.
+large matmul. Both limits are measured again beside each case, because other processes use the machine too; the fraction
+of the limit that was measured at the start is printed beside it.
 """
 
 from __future__ import annotations
@@ -114,18 +114,11 @@ class Source(NamedTuple):
     scheme: Quantization = None
 
 
-def loaded(
-    weights: Weights,
-    args: ModelArgs,
-    device: torch.device,
-    dtype: torch.dtype,
-    scheme: Quantization = None,
-    compile: bool = False,
-) -> Transformer:
+def loaded(source: Source, compile: bool = False) -> Transformer:
     with torch.device("meta"):
-        model = Transformer(replace(args, max_batch_size=0))
-    load(model, weights, args, device, dtype, scheme, compile)
-    model.params = args
+        model = Transformer(replace(source.args, max_batch_size=0))
+    load(model, *source, compile)
+    model.params = source.args
     model.allocate_cache()
     return model.eval().requires_grad_(False)
 
@@ -135,18 +128,18 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+def best_time(function: Callable[[], object], device: torch.device, repeats: int) -> float:
     """The least time of several runs after a warm-up: a limit is what the machine can do at its best."""
-    return times(work, device, repeats)[0]
+    return times(function, device, repeats)[0]
 
 
-def times(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+def times(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
     """Seconds of several runs after a warm-up, sorted."""
     taken = []
     for _ in range(repeats + 1):
         synchronize(device)
         began = time.perf_counter()
-        work()
+        function()
         synchronize(device)
         taken.append(time.perf_counter() - began)
     return sorted(taken[1:])
@@ -160,7 +153,7 @@ USE = {"bandwidth": "MBU", "matrix_rate": "MFU"}  # the limits, and the name of 
 def bandwidth(device: torch.device) -> Limit:
     """Bytes that this rank reads from memory: of a float32 tensor far larger than any cache, summed."""
     values = torch.ones(2**28 if device.type == "cpu" else 2**30, device=device)
-    return lambda repeats: values.nbytes / seconds(values.sum, device, repeats)
+    return lambda repeats: values.nbytes / best_time(values.sum, device, repeats)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> Limit:
@@ -168,27 +161,27 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> Limit:
     The size doubles until a matmul takes 20 ms, which is soon on a CPU without instructions for the dtype."""
     size, largest = 256, 2048 if device.type == "cpu" else 8192
     multiply = square_matmul(size, device, dtype)
-    while size < largest and seconds(multiply, device, 1) < 0.02:
+    while size < largest and best_time(multiply, device, 1) < 0.02:
         size *= 2
         multiply = square_matmul(size, device, dtype)
-    return lambda repeats: 2 * size**3 / seconds(multiply, device, repeats)
+    return lambda repeats: 2 * size**3 / best_time(multiply, device, repeats)
 
 
 def square_matmul(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     ways: list[Callable[[], Tensor]] = [lambda: a @ b, lambda: F.linear(a, b)]
-    return min(ways, key=lambda way: seconds(way, device, 1))
+    return min(ways, key=lambda way: best_time(way, device, 1))
 
 
 def clock(run: Run, case: Case, vocab_size: int, device: torch.device) -> float:
     """Seconds of prefill with the first token, or the median of the steps after it."""
     ids = torch.randint(3, vocab_size, (case.batch, case.prompt), generator=torch.Generator().manual_seed(0))
-    times, began = [], time.perf_counter()
+    steps, began = [], time.perf_counter()
     for _ in run(ids, case.tokens):
         synchronize(device)
-        times.append(time.perf_counter() - began)
+        steps.append(time.perf_counter() - began)
         began = time.perf_counter()
-    return times[0] if case.is_prefill else statistics.median(times[1:])
+    return steps[0] if case.is_prefill else statistics.median(steps[1:])
 
 
 def work(model: Transformer, case: Case) -> tuple[float, float]:

@@ -52,7 +52,12 @@ def terminal() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool], b
     raw[3] &= ~(termios.ISIG | termios.ICANON | termios.ECHO)
     cooked = termios.tcgetattr(fd)
     cooked[3] &= ~termios.ISIG
-    read = _line_editor() or _cooked(lambda: termios.tcsetattr(fd, termios.TCSANOW, cooked))
+
+    def plain_input(prompt: str) -> str:
+        termios.tcsetattr(fd, termios.TCSANOW, cooked)
+        return input(prompt)
+
+    read = _line_editor() or plain_input
 
     def interrupted() -> bool:
         termios.tcsetattr(fd, termios.TCSANOW, raw)
@@ -105,12 +110,5 @@ def _line_editor() -> Callable[[str], str] | None:
     except ImportError:
         return None
     session: Any = PromptSession()
-    return lambda prompt: str(session.prompt(prompt))
-
-
-def _cooked(set_terminal: Callable[[], None]) -> Callable[[str], str]:
-    def read(prompt: str) -> str:
-        set_terminal()
-        return input(prompt)
-
-    return read
+    prompt: Callable[[str], str] = session.prompt
+    return prompt

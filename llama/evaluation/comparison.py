@@ -128,10 +128,21 @@ def references(models: Sequence[str], reference: str | None = None) -> dict[str,
     return {name: None if other == name else other for name, other in chosen.items()}
 
 
-def load(name: str, about: Model, options: dict[str, Any]) -> Llama:
+def build(name: str, options: dict[str, Any]) -> Llama:
+    """The model of a name, with the precision behind it."""
     path, precision = parse(name)
+    try:
+        return Llama.build(path, **{**options, **precision})
+    except FileNotFoundError as error:
+        if ":" not in path:
+            raise
+        known = ", ".join(f":{suffix}" for suffix in SUFFIXES)
+        raise FileNotFoundError(f"{error}; the precision behind a model is one of {known}") from error
+
+
+def load(name: str, about: Model, options: dict[str, Any]) -> Llama:
     began = time.perf_counter()
-    llama = Llama.build(path, **{**options, **precision})
+    llama = build(name, options)
     about["load"] = time.perf_counter() - began
     model = llama.model
     parts = {id(part): part for part in model.parameters()}
@@ -139,14 +150,15 @@ def load(name: str, about: Model, options: dict[str, Any]) -> Llama:
     kernels = [weight for weight in weights if weight is not None and not isinstance(weight, torch.Tensor)]
     about["weights"] = sum(part.nbytes for part in parts.values()) + sum(kernel.nbytes for kernel in kernels)
     dtype = dtype_name(next(model.parameters()).dtype)
-    about["dtype"] = precision.get("quantize") or ("quantized" if kernels else dtype)  # "quantized": a file that is
+    # "quantized" is a file that is.
+    about["dtype"] = parse(name)[1].get("quantize") or ("quantized" if kernels else dtype)
     about["chat_format"] = llama.chat_format.name
     llama.generate([[llama.tokenizer.bos_id if llama.tokenizer.bos_id >= 0 else 0]], 2, temperature=0)  # first passes
     return llama
 
 
 def free() -> None:
-    """Give the memory of a model back that nothing refers to."""
+    """Free the memory of models that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

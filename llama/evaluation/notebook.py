@@ -8,7 +8,7 @@ from typing import Any
 
 from ..chat import Message
 from ..generation import Llama
-from .comparison import free, parse
+from .comparison import build, free
 
 DEFAULT = "chat"
 aliases: dict[str, str] = {DEFAULT: "smollm2"}  # names, of any case -> what compare takes as a model
@@ -25,16 +25,15 @@ def get(model: str) -> Llama:
     if name not in loaded:
         while len(loaded) >= max(most_loaded, 1):
             drop()
-        loaded[name] = build(name)
+        loaded[name] = load(name)
     loaded.move_to_end(name)
     return loaded[name]
 
 
-def build(name: str) -> Llama:
-    path, precision = parse(name)
+def load(name: str) -> Llama:
     while True:
         try:
-            return Llama.build(path, **{**options, **precision})
+            return build(name, options)
         except MemoryError:
             if not loaded:
                 raise

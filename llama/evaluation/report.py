@@ -1,4 +1,4 @@
-"""A comparison as text for a terminal, and as one HTML file without scripts or anything that is loaded."""
+"""A comparison as text for a terminal, and as one HTML file without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -171,6 +171,10 @@ def plot(found: Comparison) -> str:
         return ""
     most = max(own["speed"] for _, own in points) * 1.1
     parts, taken = [], list[tuple[float, float]]()
+    for value in (0, 0.5, 1):  # first, below dots and numbers
+        y = 190 - 160 * value
+        parts.append(f'<line x1="50" x2="450" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="42" y="{y + 4}" text-anchor="end">{value}</text>')
     for i, own in points:
         x, y = 50 + 400 * own["speed"] / most, 190 - 160 * own["score"]
         label = y - 8
@@ -180,18 +184,12 @@ def plot(found: Comparison) -> str:
         words = f"{own['name']}: {number(own['speed'], 1)} tokens/s, score {number(own['score'])}"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(words)}</title></circle>')
         parts.append(f'<text x="{x:.1f}" y="{label:.1f}" text-anchor="middle">{i}</text>')
-    lines = []  # below dots and numbers
-    for value in (0, 0.5, 1):
-        y = 190 - 160 * value
-        lines.append(
-            f'<line x1="50" x2="450" y1="{y}" y2="{y}"/><text x="42" y="{y + 4}" text-anchor="end">{value}</text>'
-        )
     for value in (0, most / 2, most):
         parts.append(f'<text x="{50 + 400 * value / most:.1f}" y="208" text-anchor="middle">{value:,.0f}</text>')
     parts.append('<text x="250" y="226" text-anchor="middle">tokens/s</text><text x="8" y="14">score</text>')
     label = "Speed against score; the numbers are those of the table of models"
     head = f'<h2>Speed and score</h2><svg viewBox="0 0 480 232" role="img" aria-label="{label}">'
-    return head + "".join(lines + parts) + "</svg>"
+    return head + "".join(parts) + "</svg>"
 
 
 def precision_table(found: Comparison) -> str:

@@ -31,7 +31,7 @@ from .protocol import BODY
 from .schema import ApiError, CompletionRequest, Work, encode_chat, parse, read_dialog, read_with
 
 T = TypeVar("T")
-POLL = 0.1  # seconds between two looks at whether a client that waits for a whole reply is still there
+POLL = 0.1  # seconds between two checks whether a client that waits for a whole reply has disconnected
 KEEPALIVE = 15.0  # seconds of silence after which a stream gets a comment, so that proxies keep it
 
 
@@ -59,22 +59,22 @@ class Service:
         self.created = int(time.time())
 
     def app(self) -> Starlette:
-        routes: dict[str, tuple[str, Callable[[HttpRequest], Any]]] = {
-            "/": ("GET", page),
-            "/health": ("GET", self.get_health),
-            "/metrics": ("GET", self.get_metrics),
-            "/v1/models": ("GET", self.get_models),
-            "/v1/models/{name:path}": ("GET", self.get_models),
-            "/v1/completions": ("POST", partial(self.generate, read=schema.read_completion)),
-            "/v1/chat/completions": ("POST", partial(self.generate, read=schema.read_chat)),
-            "/v1/embeddings": ("POST", self.embed),
-            "/tokenize": ("POST", self.tokenize),
-            "/detokenize": ("POST", self.detokenize),
-        }
+        routes = [
+            Route("/", page),
+            Route("/health", self.get_health),
+            Route("/metrics", self.get_metrics),
+            Route("/v1/models", self.get_models),
+            Route("/v1/models/{name:path}", self.get_models),
+            Route("/v1/completions", partial(self.generate, read=schema.read_completion), methods=["POST"]),
+            Route("/v1/chat/completions", partial(self.generate, read=schema.read_chat), methods=["POST"]),
+            Route("/v1/embeddings", self.embed, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+        ]
         origins = [*self.config.allow_origins]
         cors = [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])]
         app = Starlette(
-            routes=[Route(path, endpoint, methods=[method]) for path, (method, endpoint) in routes.items()],
+            routes=routes,
             middleware=[*(cors if origins else []), Middleware(Guard, keys=self.config.keys)],
             exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), on_error),
         )
@@ -124,7 +124,8 @@ class Service:
             return await asyncio.to_thread(read_with, read, llama, body)
 
     def submit(self, work: Work) -> Ticket:
-        loop, limit = self.ready(), len(self.ready().llama.engine.slots) + self.config.max_waiting
+        loop = self.ready()
+        limit = len(loop.llama.engine.slots) + self.config.max_waiting
         if loop.open and loop.open + len(work.prompts) > limit:
             raise ApiError(429, f"{loop.open} requests run or wait already; try again", retry_after=1)
         return loop.submit(work)
@@ -162,7 +163,7 @@ class Service:
             texts = await asyncio.to_thread(lambda: [*map(tokenizer.decode, prompts)])
             dialogs = [[{"role": "user", "content": text}] for text in texts]
         for dialog in dialogs:
-            if (text := await filters.of_dialog(dialog)) is not None:
+            if (text := await filters.filter_input(dialog)) is not None:
                 return text
         return None
 
@@ -170,7 +171,7 @@ class Service:
         for chunk in reply.first_chunks():
             yield data(chunk)
         try:
-            async for events in self.config.filters.answered(ticket.events(KEEPALIVE)):
+            async for events in self.config.filters.filter_outputs(ticket.events(KEEPALIVE)):
                 if not events:
                     yield ": keepalive\n\n"
                 for event in events:
@@ -188,7 +189,7 @@ class Service:
         """The events of a ticket, which is cancelled where the client has gone."""
         looked = time.monotonic()
         try:
-            async for events in self.config.filters.answered(ticket.events(POLL)):
+            async for events in self.config.filters.filter_outputs(ticket.events(POLL)):
                 for event in events:
                     check(ticket, event)
                     yield event
@@ -220,7 +221,7 @@ class Service:
     async def get_models(self, request: HttpRequest) -> Response:
         limit = self.ready().llama.model.params.max_seq_len
         card = {"id": self.config.model, "object": "model", "created": self.created, "owned_by": "llama"}
-        card |= {"max_model_len": limit}
+        card["max_model_len"] = limit
         if (name := request.path_params.get("name")) is None:
             return json_response({"object": "list", "data": [card]})
         self.check_model(name)

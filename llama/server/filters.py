@@ -20,9 +20,8 @@ from ..stream import InputFilter, OutputFilter, check_verdict, ended
 from .schema import ApiError
 
 log = logging.getLogger("llama.server")
-THREADS = 32  # in which filters run, so that a slow one holds up only what it looks at
-
-SECONDS = 60.0  # that a filter may take
+THREADS = 32  # filters that run at a time, each in a thread, so that a slow one delays its own request alone
+TIMEOUT = 60.0  # seconds that a filter may take
 
 
 class Filters:
@@ -32,27 +31,28 @@ class Filters:
         self.input_filters, self.output_filters = input_filters, output_filters
         self.threads = asyncio.Semaphore(THREADS)
 
-    async def of_dialog(self, dialog: Dialog) -> str | None:
-        return await self._first(self.input_filters, dialog)
+    async def filter_input(self, dialog: Dialog) -> str | None:
+        """What to say instead of an answer; None where the dialog may be answered."""
+        return await self._verdict(self.input_filters, dialog)
 
-    async def answered(self, events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
+    async def filter_outputs(self, events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
         """Events, each answer held back until it is whole where there are output filters."""
         held: dict[int, list[Event]] = {}
         async for some in events:
-            yield [await self._judged(answer) for answer in ended(held, some)] if self.output_filters else some
+            yield [await self._filtered(answer) for answer in ended(held, some)] if self.output_filters else some
 
-    async def _judged(self, answer: Event) -> Event:
+    async def _filtered(self, answer: Event) -> Event:
         if answer.finish_reason in ("error", "cancelled", "refused"):
             return answer
-        verdict = await self._first(self.output_filters, answer.text)
+        verdict = await self._verdict(self.output_filters, answer.text)
         return answer if verdict is None else answer._replace(text=verdict, finish_reason="refused")
 
-    async def _first(self, filters: Sequence[Callable[[Any], str | None]], value: object) -> str | None:
-        """What the first of several filters says that says something."""
+    async def _verdict(self, filters: Sequence[Callable[[Any], str | None]], value: object) -> str | None:
+        """The text that the first filter returns which returns one."""
         for function in filters:
             try:
                 async with self.threads:
-                    found = await asyncio.wait_for(in_thread(function, value), SECONDS)
+                    found = await asyncio.wait_for(in_thread(function, value), TIMEOUT)
                 if found is not None:
                     return check_verdict(found)
             except Exception as error:
@@ -70,10 +70,8 @@ async def in_thread(function: Callable[[Any], Any], value: object) -> Any:
             return
         try:
             found.set_result(function(value))
-        except Exception as error:
-            found.set_exception(error)
         except BaseException as error:  # SystemExit would end the server
-            found.set_exception(RuntimeError(repr(error)))
+            found.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
     threading.Thread(target=call, name="filter", daemon=True).start()
     return await asyncio.wrap_future(found)

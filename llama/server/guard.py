@@ -19,13 +19,13 @@ from .schema import ApiError
 
 log = logging.getLogger("llama.server")
 OPEN = {"/", "/health"}  # what needs no key
-POLLED = {"/health", "/metrics"}  # so often that the log has them at its level DEBUG alone
+POLLED = {"/health", "/metrics"}  # so often that they are logged at level DEBUG
 ID = re.compile(r"[\x21-\x7e]{1,128}")  # of a request, as clients may choose it
 
 
 class Guard:
-    """An application that answers those who have a key, if there are any, and logs each request. What routes note in
-    `request.state.fields` is a part of the line."""
+    """Middleware that checks the API key, if the server has any, gives each request an id and logs it. What routes put
+    into `request.state.fields` is a part of the line."""
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
         self.app, self.keys = app, [key.encode() for key in keys]

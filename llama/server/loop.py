@@ -29,8 +29,8 @@ from .metrics import Metrics
 from .schema import ApiError, Work
 
 log = logging.getLogger("llama.server")
-# Seconds after which waiting ranks hear that nothing has come, and the first finds out if another is gone. gloo itself
-# gives up after 30 minutes.
+# Seconds between messages to idle ranks, by which the first rank notices that another is gone. gloo's own timeout is 30
+# minutes.
 IDLE = 5.0
 # Finish reasons as the API and the metrics have them, where they are not the engine's.
 REASONS: dict[str | None, str] = {"eos": "stop", "cancelled": "abort", "refused": "content_filter"}
@@ -48,7 +48,7 @@ class Times:
 
 
 class Job:
-    """Work at the engine: an engine's request for each prompt."""
+    """What the engine does for a Work: one request for each prompt."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -77,8 +77,8 @@ class Job:
 
 
 class Ticket(Job):
-    """An HTTP request's place at the engine. Attributes belong to the event loop's thread, except where noted, and what
-    a job has, which the engine's thread sets."""
+    """The job of an HTTP request. The event loop's thread sets its attributes, except those of `Job` and those that are
+    noted, which the engine's thread sets."""
 
     def __init__(self, number: int, work: Work) -> None:
         super().__init__(work)
@@ -95,14 +95,13 @@ class Ticket(Job):
         """When the first token came, of any request; 0 before."""
         return min((times.first for times in self.times if times.first), default=0.0)
 
-    async def events(self, patience: float) -> AsyncIterator[list[Event]]:
-        """What steps bring, until all requests have ended; an empty list where that takes longer than `patience`
-        seconds."""
+    async def events(self, timeout: float) -> AsyncIterator[list[Event]]:
+        """The events of each step, until all requests have ended; an empty list after `timeout` seconds without one."""
         left = len(self.work.prompts)
         while left:
             events: list[Event] = []
             with suppress(asyncio.TimeoutError):
-                events = await asyncio.wait_for(self.updates.get(), patience)
+                events = await asyncio.wait_for(self.updates.get(), timeout)
             left -= sum(event.finish_reason is not None for event in events)
             yield events
 
@@ -140,7 +139,7 @@ class Loop:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """End what is left of a ticket. To cancel one that has ended is nothing."""
+        """End the requests of a ticket that still run or wait."""
         if ticket.open:
             self.inbox.put((ticket.number, None))
 

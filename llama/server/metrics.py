@@ -66,8 +66,8 @@ class Metrics:
 
     def __init__(self, model_name: str) -> None:
         self.labels = label("model_name", model_name)
-        plain = [name for name in COUNTERS if name != "request_success_total"]
-        self.counters: dict[str, Counter[str]] = {name: Counter({"": 0} if name in plain else {}) for name in COUNTERS}
+        self.counters: dict[str, Counter[str]] = {name: Counter({"": 0}) for name in COUNTERS}
+        self.counters["request_success_total"].clear()  # it has no value without a reason
         self.histograms = {name: Histogram(bounds) for name, (bounds, _) in HISTOGRAMS.items()}
 
     def add(self, name: str, value: int = 1, **labels: str) -> None:

@@ -7,11 +7,9 @@ import os
 import signal
 import socket
 import threading
-from typing import Any
 
 import uvicorn
 
-from .. import parallel
 from ..generation import Llama
 from .app import Config, Service
 from .loop import Loop
@@ -27,12 +25,13 @@ class Server:
     that cannot be used."""
 
     def __init__(self, config: Config, host: str = "127.0.0.1", port: int = 0) -> None:
-        v6: dict[str, Any] = {"family": socket.AF_INET6, "dualstack_ipv6": socket.has_dualstack_ipv6()}
+        v6 = ":" in host
+        family, both = (socket.AF_INET6, socket.has_dualstack_ipv6()) if v6 else (socket.AF_INET, False)
         try:
-            self.socket = socket.create_server((host, port), **(v6 if ":" in host else {}))
+            self.socket = socket.create_server((host, port), family=family, dualstack_ipv6=both)
         except OSError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-        self.host, self.port = host, self.socket.getsockname()[1]
+        self.port = self.socket.getsockname()[1]
         self.service = Service(config)
         self.http = uvicorn.Server(
             uvicorn.Config(
@@ -92,5 +91,5 @@ def serve_rank(llama: Llama, server: Server | None) -> None:
         signal.signal(number, on_signal)
     if server:
         server.serve(llama)
-    elif parallel.rank():
+    else:
         Loop(llama, Metrics("")).run()

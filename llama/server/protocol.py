@@ -10,7 +10,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 BODY = 60.0  # seconds for a body, then 408
 KEEP_ALIVE = 75  # seconds until the next request on a connection is there; longer than clients and proxies keep one
-# Seconds that a connection may take for the headers of a request, and for a body that nobody waits for.
+# Seconds that a connection may take for the headers of a request, and for a body that no route reads.
 SENDING = {h11.IDLE: float(KEEP_ALIVE), h11.SEND_BODY: BODY + 10}
 READING = 60.0  # seconds in which a client must take what was sent
 LARGEST_HEADERS = 2**15  # bytes

@@ -85,7 +85,7 @@ class Choice:
 
 
 class Reply:
-    """All of an answer but its events: ids, names and shapes."""
+    """The JSON of a reply, whole or in chunks, from the events of a job."""
 
     def __init__(self, tokenizer: Tokenizer, model: str, completion: CompletionRequest, job: Job) -> None:
         self.tokenizer, self.completion, self.job, self.model = tokenizer, completion, job, model

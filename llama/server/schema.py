@@ -101,7 +101,7 @@ FIELDS: dict[str, tuple[Test, str]] = {
 LOGPROBS = (lambda v: type(v) is int and 0 <= v <= 20), "an int from 0 to 20"
 OF_TEXT: dict[str, tuple[Test, str]] = {**FIELDS, "logprobs": LOGPROBS}
 OF_CHAT: dict[str, tuple[Test, str]] = {**FIELDS, "logprobs": BOOL, "top_logprobs": LOGPROBS}
-# Fields that ask for what this server cannot do, unless they have a value that asks for nothing.
+# Fields that this server does not support, and a test for the values that are allowed because they ask for nothing.
 REFUSED: dict[str, Test] = {
     **dict.fromkeys(("tools", "functions"), lambda v: v == []),
     **dict.fromkeys(("tool_choice", "function_call"), lambda v: v in ("none", "auto")),

@@ -103,7 +103,7 @@ def test_a_filter_that_fails_or_waits_stops_nobody_else(llama, module, caplog, m
         assert ask("Hello").status_code == 200
         assert waiting.is_alive()
         waiting.join()
-        monkeypatch.setattr(filters, "SECONDS", 0.1)
+        monkeypatch.setattr(filters, "TIMEOUT", 0.1)
         assert ask("wait").status_code == 500
     assert "no filter today" in caplog.text
     with serving(llama, filters=load_filters(["own_filters:Odd"])) as client:
