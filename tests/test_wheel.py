@@ -75,7 +75,8 @@ def test_the_commands_run(installed):
     python, folder = installed
     llama = [python, "-m", "llama"]
     assert "fits: yes" in run(*llama, "inspect", MODELS / "small-chat", "--device", "cpu", cwd=folder)
-    assert run(*llama, "convert", MODELS / "small-chat", "converted", "--to", "hf", cwd=folder) == ""
+    out = run(*llama, "convert", MODELS / "small-chat", "converted", "--to", "hf", cwd=folder)
+    assert out.startswith("written to converted: hf in bfloat16")
     flags = ["--ckpt_dir", "converted", *CHAT[2:]]
     assert run(*llama, "chat", *flags, cwd=folder, input="Hello\n") == "Hello! How can I help you?\n"
     sizes = ["--prompts", 16, "--batches", 1, "--repeats", 1, "--tokens", 2, "--device", "cpu"]
