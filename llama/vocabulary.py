@@ -6,6 +6,7 @@ import base64
 import binascii
 import codecs
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import count
@@ -162,12 +163,17 @@ def unicode_to_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-def tokenizer_json(path: Path, content: Mapping[str, Any], names: Mapping[str, str]) -> Vocabulary:
+def tokenizer_json(
+    path: Path, content: Mapping[str, Any], names: Mapping[str, str], vocab_size: float = math.inf
+) -> Vocabulary:
     """The vocabulary of a tokenizer.json's content. Llama 3's is read as tiktoken's, since the ids of its tokens are
-    their ranks; any other needs Hugging Face's package tokenizers. `names` is from `special_names`. ValueError names a
-    file that is no tokenizer."""
+    their ranks; any other needs Hugging Face's package tokenizers. `names` is from `special_names`. Padding tokens that
+    were added to a model of `vocab_size`, whose weights have no rows for them, are left out. ValueError names a file
+    that is no tokenizer."""
     try:
         vocab, added = content["model"]["vocab"], content.get("added_tokens") or []
+        added = [token for token in added if token["id"] < vocab_size or "pad" not in token["content"].lower()]
+        content = {**content, "added_tokens": added}
         special = {token["content"]: token["id"] for token in added}
         if not all(type(name) is str and type(id) is int for name, id in special.items()):
             raise TypeError("an added token without a text or an id")
@@ -281,6 +287,13 @@ def special_names(folder: Path) -> dict[str, str]:
     return found
 
 
+def model_vocab_size(folder: Path) -> float:
+    """vocab_size of the folder's config.json; infinite without one."""
+    config = folder / "config.json"
+    size = read_json(config).get("vocab_size") if config.is_file() else None
+    return size if type(size) is int else math.inf
+
+
 def gguf_vocabulary(path: Path) -> Vocabulary:
     """The tokenizer in a GGUF file. ValueError names what is missing or not supported."""
     keys = read_gguf(path).keys
@@ -313,7 +326,7 @@ def open_vocabulary(path: Path) -> Vocabulary:
     if start.startswith(b"GGUF"):
         return gguf_vocabulary(path)
     if start.startswith(b"{"):
-        return tokenizer_json(path, read_json(path), special_names(path.parent))
+        return tokenizer_json(path, read_json(path), special_names(path.parent), model_vocab_size(path.parent))
     tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", start)
     found = TiktokenVocabulary.from_file(path) if tiktoken else SentencePieceVocabulary.from_file(path)
     found.adds_bos = special_names(path.parent).get("add_bos_token") != "False"

@@ -10,6 +10,7 @@ from small import GQA, PUBLISHED, ROOT, SHAPES, TOKENIZER, hugging_face, random_
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
 from llama.checkpoint import Checkpoint, rank_range, shapes, slices
+from llama.checkpoint.convert import convert
 
 WIDE = {"dim": 128, "n_layers": 2, "n_heads": 8, "n_kv_heads": 8, "multiple_of": 32}
 TOKENS = torch.tensor([[5, 17, 99, 3, 64, 64, 127, 0, 1, 2, 30, 31]])
@@ -220,6 +221,22 @@ def test_rows_behind_the_tokenizers_are_padding(tmp_path, rows):
     (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 1024, "<|user|>": 1025}))
     with pytest.raises(ValueError, match=r"added_tokens.json adds <\|user\|> to the tokenizer's 1024 pieces"):
         _load(tmp_path, TOKENS)
+
+
+def test_padding_tokens_that_the_weights_have_no_rows_for(tmp_path):
+    """Of a fine-tune whose embeddings were not resized. transformers loads it too."""
+    convert(ROOT / "models" / "small-chat", tmp_path / "hf", "hf", 1, None)
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    path = tmp_path / "hf" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    added = {**content["added_tokens"][0], "id": 1024, "content": "<pad>"}
+    path.write_text(json.dumps({**content, "added_tokens": [*content["added_tokens"], added]}))
+    tokenizer = Llama.build(tmp_path / "hf", max_seq_len=32, device="cpu").tokenizer
+    assert tokenizer.n_words == 1024 and "<pad>" not in tokenizer.special
+    added["content"] = "<|user|>"
+    path.write_text(json.dumps({**content, "added_tokens": [*content["added_tokens"], added]}))
+    with pytest.raises(ValueError, match="vocab_size 1024 differs from the tokenizer's 1025 pieces"):
+        Llama.build(tmp_path / "hf", max_seq_len=32, device="cpu")
 
 
 @pytest.mark.parametrize(
