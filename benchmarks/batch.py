@@ -1,13 +1,13 @@
-"""`python -m llama batch`: a job killed at random, and its throughput.
+"""`python -m llama batch`: a job that is killed at random times, and the throughput.
 
     python benchmarks/batch.py [--lines 5000] [--kills 10] [--prompts 192] [--repeats 3]
 
-1. A file of prompts, dialogs and OpenAI's requests of mixed length, some of them malformed, is answered by the bundled
-   chat model, with one replica and with two. The job is killed with SIGKILL `kills` times, torchrun or one of its
-   workers; in the end each line must have one answer.
-2. On the 110M shape with random float32 weights and the bundled tokenizer, tokens per second of a batch, beside
-   `text_completion` with max_batch_size prompts at a time, which all end before the next begin. The two in turn;
-   lengths of answers are those of an exponential distribution, 4 to 128 tokens with a mean of about 32.
+1. The bundled chat model answers a file of prompts, dialogs and OpenAI requests of mixed lengths, some of them
+   malformed, with one replica and with two. torchrun or one of its workers is killed with SIGKILL `kills` times; in
+   the end each line must have exactly one answer.
+2. Tokens per second of a batch, compared with `text_completion` on fixed batches of max_batch_size prompts, which must
+   all end before the next batch begins. 110M shape with random float32 weights and the bundled tokenizer. The two are
+   measured in alternation. Answer lengths follow an exponential distribution, 4 to 128 tokens with a mean of about 32.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 
 def make_line(i: int, chance: random.Random) -> str:
-    """One line of the file; each fiftieth cannot be answered."""
+    """One line of the file; every fiftieth cannot be answered."""
     text = " ".join(chance.choices(WORDS, k=chance.randint(1, 60)))
     most = min(80, 1 + int(chance.expovariate(1 / 15)))
     body: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "max_tokens": most}
@@ -57,7 +57,8 @@ def make_line(i: int, chance: random.Random) -> str:
 
 
 def run_killed(source: Path, target: Path, replicas: int, stops: list[int], chance: random.Random) -> int:
-    """Run the job until it ends, and kill it when the file of answers has each number of lines; how often it was."""
+    """Run the job until it ends, and kill it each time the file of answers reaches one of the numbers of lines in
+    `stops`. Returns how often it was killed."""
     command = [sys.executable]
     if replicas > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(replicas)]
@@ -87,7 +88,7 @@ def count(path: Path) -> int:
 
 
 def read(path: Path) -> dict[Any, Any]:
-    """What each line was answered; each has one answer."""
+    """The answer to each line; each must have exactly one."""
     answers = [json.loads(line) for line in path.read_bytes().splitlines()]
     ids = [answer.get("custom_id", answer["id"]) or ("line", answer["line"]) for answer in answers]
     assert not (twice := [id for id, times in Counter(ids).items() if times > 1]), twice

@@ -1,4 +1,4 @@
-"""This library and others on the same weights, measured in turn.
+"""Compare the speed of this library and others on the same weights, measured in alternation.
 
     python benchmarks/compare.py transformers transformers-compiled llama.cpp --shape 110M --dtype float32
 
@@ -19,7 +19,7 @@ from llama.cli.bench import prepare
 
 
 def main(*peers: str, **flags: Any) -> None:
-    """Measure this library and PEERS; flags as of `python -m llama bench`."""
+    """Measure this library and PEERS; takes the flags of `python -m llama bench`."""
     if unknown := [peer for peer in peers if peer not in PEERS]:
         raise ValueError(f"there is no {', '.join(map(str, unknown))}; known are {', '.join(PEERS)}")
     known = signature(prepare).parameters

@@ -1,9 +1,9 @@
-"""How fast the matmuls of backends/cuda_kernels.py read weights, by their block sizes: where its constants come from.
+"""How fast the matmuls of backends/cuda_kernels.py read weights for each block size: the source of its constants.
 
     python benchmarks/cuda_kernels.py [--rows 1,9] [--bits 16,8,4]
 
-Shapes are 7B's. Weights are taken in turn, more of them than the L2 cache holds. GB/s are bytes of the weights over the
-time of one kernel in a CUDA graph of many; cuBLAS stands beside them for bfloat16.
+Shapes are 7B's. The kernels cycle through more weights than the L2 cache holds. GB/s are the bytes of the weights
+divided by the time of one kernel in a CUDA graph of many; for bfloat16, cuBLAS is shown for comparison.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def matrices(shape: tuple[int, int], bits: int, copies: int) -> list[Matrix]:
 
 
 def seconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Of one call, where the calls follow each other in a CUDA graph."""
+    """Seconds per call, with all calls in one CUDA graph."""
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -68,7 +68,7 @@ def seconds(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def measure(M: int, bits: int, name: str) -> dict[tuple[int, ...], float]:
-    """Seconds of a matmul of M tokens by configuration, and of cuBLAS's under ()."""
+    """Seconds of a matmul of M tokens for each configuration, with cuBLAS's under the key ()."""
     (N, K), dtype = SHAPES[name], torch.bfloat16
     weights = matrices((N, K), bits, max(3, -(-(300 << 20) // (N * K * bits // 8))))
     x = torch.randn(M, K, device="cuda", dtype=dtype)

@@ -1,10 +1,10 @@
-"""Multiple choice by lm-evaluation-harness: this library beside the harness's own model of transformers.
+"""Multiple choice with lm-evaluation-harness: this library compared with the harness's own transformers model.
 
     python benchmarks/evaluation.py [--questions 200] [--letters] [--batch 8]
 
-Questions with four choices behind the same five examples, about 800 tokens, on the 110M shape with random float32
-weights (dim 768, 12 layers, 12 heads, FFN 2048, vocabulary 32000); choices are texts of several tokens, or with
-`--letters` the letters A to D. The two in turn, once each; their results must agree. Needs the extras `eval`, `bench`.
+Questions with four choices after the same five examples, about 800 tokens, on the 110M shape with random float32
+weights (dim 768, 12 layers, 12 heads, FFN 2048, vocabulary 32000). Choices are texts of several tokens, or with
+`--letters` the letters A to D. Both are measured once; their results must agree. Needs the extras `eval` and `bench`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What generation costs beside the model, and what it saves.
+"""What generation costs in addition to the model, and what prefix sharing and prompt lookup save.
 
     python benchmarks/generation.py [--threads 2] [--repeats 5] [--only sampler,prefix,lookup,chat,memory]
         [--dtype float32]
 
-sampler  time of choosing tokens as a share of a decode step, 1.1B shape, bfloat16 or float32 as this CPU has it
+sampler  time of sampling as a fraction of a decode step, 1.1B shape, in bfloat16 or float32, whichever suits this CPU
 prefix   prefill of 8 prompts that share 400 tokens, 110M shape, with and without sharing
-lookup   110M shape, greedy, on a text that repeats and on one that does not, beside plain decoding
+lookup   prompt lookup compared with plain decoding, 110M shape, greedy, on a text that repeats and on one that does not
 chat     time to first token in 20 turns of a chat, with the bundled model
-memory   of the process after 50 and after 1,000 requests of random shapes, computed in `dtype`
+memory   memory of the process after 50 and after 1,000 requests of random shapes, computed in `dtype`
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def prefix(repeats: int) -> None:
 
 
 def lookup(repeats: int) -> None:
-    """Make the next token depend on the last one alone, in cycles that are short, so that a text repeats, or long."""
+    """Make the next token depend only on the last one, in short cycles, so that the text repeats, or in long ones."""
     model = shaped("110M", 1, 640)
     layers: Any = model.layers
     for layer in layers:

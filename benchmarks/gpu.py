@@ -1,10 +1,9 @@
-"""What one GPU reaches: decoding, prefill, sampling and memory, on random weights; nothing is downloaded.
+"""Performance on one GPU: decoding, prefill, sampling and memory, with random weights; nothing is downloaded.
 
     python benchmarks/gpu.py [--groups "a b+c ..."] [--out FILE] [--budget 420] --tokenizer_path TOKENIZER
 
-Each group of stages is a process of its own under a time limit; each stage writes one line of JSON.
-TOKENIZER's pieces are the vocabulary: 32,000 are Llama 2's; models/tokenizer.model has fewer, and so a smaller output
-matrix.
+Each group of stages runs in its own process with a time limit; each stage writes one line of JSON. TOKENIZER sets the
+vocabulary size: Llama 2's has 32,000 pieces; models/tokenizer.model has fewer, and so gives a smaller output matrix.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def seconds(work: Callable[[], object], repeats: int = 2) -> float:
 
 
 def profiled(work: Callable[[], object]) -> list[Any]:
-    """The profiler's rows of what runs on the device, the longest first."""
+    """The profiler's rows for what runs on the device, the longest first."""
     activity = getattr(torch.profiler.ProfilerActivity, DEVICE.type.upper())
     with torch.profiler.profile(activities=[activity]) as profile:
         work()
@@ -70,14 +69,14 @@ _seeds = itertools.count(10_000)
 
 
 def fresh(length: int) -> list[int]:
-    """A prompt that no slot holds a prefix of."""
+    """A prompt that shares no prefix with any slot."""
     return prompt(length, next(_seeds))
 
 
 def step_seconds(
     llama: Llama, batch: int, context: int, tokens: int = 64, temperature: float = 0, **options: Any
 ) -> float:
-    """A step, by the difference of two lengths of answers, in `generate`."""
+    """Seconds per step of `generate`, from the time difference between two answer lengths."""
     prompts = [prompt(context - tokens // 2, seed) for seed in range(batch)]
     llama.tokenizer.eos_id = -1  # random weights may choose it
     long, short = (seconds(partial(llama.generate, prompts, n, temperature, **options)) for n in (tokens + 8, 8))
@@ -166,7 +165,7 @@ def large(tokenizer: str, quantize: str) -> Facts:
 
 
 def memory(tokenizer: str) -> Facts:
-    """Peak of the device beside what `inspect` says."""
+    """Peak memory of the device, and what `inspect` predicts."""
     llama = build(length=2048, batch=4, tokenizer=tokenizer)
     params = llama.model.params
     llama.generate([prompt(2040, seed) for seed in range(4)], 8, 0)
@@ -177,7 +176,7 @@ def memory(tokenizer: str) -> Facts:
 
 
 def gpt_fast(llama: Llama) -> Callable[[int], object]:
-    """A step as gpt-fast compiles it: one function of all layers, a static cache, a mask over all of it."""
+    """A step compiled as in gpt-fast: one function for all layers, a static cache, and a mask over the whole cache."""
     model, p = llama.model, llama.model.params
     D, K, H, S = p.head_dim, p.kv_heads, p.n_heads, p.max_seq_len
     layers: Any = model.layers
@@ -219,7 +218,7 @@ def gpt_fast(llama: Llama) -> Callable[[int], object]:
 
 
 def peers(tokenizer: str) -> Facts:
-    """Others' steps beside ours on the same weights, of 2 layers, as they compile for minutes with 32."""
+    """Steps of other libraries and of ours on the same weights, with 2 layers, because 32 take minutes to compile."""
     llama = build(length=1024, tokenizer=tokenizer, n_layers=2)
     facts: Facts = {"ours": 1 / step_seconds(llama, 1, 256, 192)}
     run, began = gpt_fast(llama), time.perf_counter()
@@ -246,7 +245,7 @@ def peers(tokenizer: str) -> Facts:
 
 
 def prefill(tokenizer: str) -> Facts:
-    """Where the time of a prompt of 2,048 goes, and prompts of new lengths."""
+    """A profile of the prefill of 2,048 tokens, and prompts of new lengths."""
     llama = build(length=2176, tokenizer=tokenizer)
     work = lambda: llama.generate([fresh(2048)], 1, 0)  # noqa: E731
     facts: Facts = {"ms": 1e3 * seconds(work, 9)}
@@ -283,7 +282,7 @@ STAGES: dict[str, Callable[[str], Facts]] = {
 
 
 def run(names: list[str], tokenizer: str) -> None:
-    """Some stages in this process."""
+    """Run some stages in this process."""
     for name in names:
         began = time.perf_counter()
         try:

@@ -1,14 +1,14 @@
-"""Loading the 1.1B shape (dim 2048, 22 layers, 32 heads, 4 kv heads, FFN 5632) in bfloat16 from the page cache, beside
-Hugging Face's from_pretrained on the same weights: seconds, and the peak of memory in use of the whole process.
+"""Load the 1.1B shape (dim 2048, 22 layers, 32 heads, 4 kv heads, FFN 5632) in bfloat16 from the page cache, compared
+with Hugging Face's from_pretrained on the same weights: seconds, and the peak memory of the whole process.
 
     python benchmarks/loading.py [--repeats 3] [--folder SOMEWHERE_WITH_5_GB]
 
-Then the same weights in int8, which loading rounds, and from a checkpoint that was quantized to int4, the rest in
-float32, and GGUF files of blocks of one type, all as native.cpp multiplies by them.
+Then the same weights, quantized to int8 while loading, from a checkpoint quantized to int4 with the rest in float32,
+and from GGUF files with blocks of one type, all in the format that native.cpp uses.
 
-Every run is a process of its own, in turn, which first touches as much memory as the weights take, in small pages and
-in large ones, and gives it back: a virtual machine may wait seconds for memory from its host, and whoever comes second
-would not. Needs the extra `test` (transformers).
+Runs alternate, each in its own process. Each first touches as much memory as the weights take, in small and in huge
+pages, and frees it: a virtual machine may wait seconds for memory from its host, and the second run would not. Needs
+the extra `test` (transformers).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def prepare(folder: Path) -> None:
 
 
 def quantize(folder: Path) -> None:
-    """The same weights in int4, without a tokenizer: the plan of `convert`, which wants one."""
+    """The same weights in int4, written as `convert` does, which would need a tokenizer."""
     checkpoint = Checkpoint(folder / "meta")
     (folder / "int4").mkdir()
     job = Job(checkpoint, checkpoint, checkpoint.args(VOCAB), torch.bfloat16, scheme("int4"))
@@ -60,7 +60,7 @@ def quantize(folder: Path) -> None:
 
 
 def write_blocks(folder: Path, kind: str) -> None:
-    """A GGUF file with all matrices in blocks of one type, which all are the same."""
+    """A GGUF file with all matrices in blocks of one type; all blocks are equal."""
     args = ModelArgs(**PARAMS, vocab_size=VOCAB)
     keys = gguf_write.keys_of(args, gguf_write.BY_NAME["Q4_0"], None, kind)
     named = gguf.names(args.n_layers)
@@ -73,7 +73,7 @@ def write_blocks(folder: Path, kind: str) -> None:
 
 
 def one(who: str, folder: str, dtype: str) -> None:
-    """Load once and print time and memory."""
+    """Load once; print time and memory."""
     quantized, blocks = dtype in ROUNDED, dtype in BLOCKS
     if not quantized:
         from transformers import LlamaForCausalLM

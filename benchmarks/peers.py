@@ -1,7 +1,7 @@
 """Other libraries on the same weights, for compare.py: Hugging Face's transformers and llama.cpp.
 
-Each is a function of a model's source -> `Run`. With a quantization scheme, transformers still computes with the
-unquantized weights, and llama.cpp quantizes them itself, to q8_0 or q4_0. Needs the extra `bench`.
+Each is a function that takes the source of a model and returns a `Run`. With a quantization scheme, transformers still
+computes with the unquantized weights, and llama.cpp quantizes them itself, to q8_0 or q4_0. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def transformers_model(source: Source) -> Any:
 
 
 def transformers_eager(source: Source) -> Run:
-    """With the growing cache that `generate` uses by default."""
+    """Eager, with the growing cache that `generate` uses by default."""
     model = transformers_model(source)
 
     @torch.inference_mode()
@@ -63,7 +63,7 @@ def transformers_eager(source: Source) -> Run:
 
 
 def transformers_compiled(source: Source) -> Run:
-    """Compiled, with a static cache: once for each shape, in the warm-up."""
+    """Compiled once for each shape during warm-up, with a static cache."""
     import torch._dynamo.config
     from transformers import StaticCache
 
@@ -94,7 +94,7 @@ Rows = Mapping[int, tuple[int, list[int]]]
 
 @cache
 def silence() -> object:
-    """Let llama.cpp log nothing. It keeps the callback's address for good, so that the callback must stay."""
+    """Turn off llama.cpp's log. It keeps the address of the callback, so that the callback must stay alive."""
     import llama_cpp as lib
 
     quiet = lib.llama_log_callback(lambda *args: None)
@@ -103,8 +103,8 @@ def silence() -> object:
 
 
 def llama_cpp_decoder(source: Source, narrow: str = "F16") -> Callable[[Rows], list[int]]:
-    """llama.cpp, with as many threads, a cache of float16 and its own rounding: rows -> the argmax after each row's
-    last token. All rows are dropped when row 0 starts at position 0."""
+    """llama.cpp with the same number of threads, a float16 cache and its own quantization: rows -> the argmax after
+    each row's last token. The cache is cleared when row 0 starts at position 0."""
     import llama_cpp as lib
     import numpy as np
 
@@ -163,7 +163,7 @@ def llama_cpp(source: Source, narrow: str = "F16") -> Run:
 
 
 def write_gguf(source: Source, path: Path, narrow: str = "F16") -> Path:
-    """llama.cpp's file of the model, in F32 or, of 16 bits, `narrow`. The texts of its vocabulary are numbers."""
+    """Write the model as a GGUF file, in F32 or, for 16-bit weights, in `narrow`. Its tokens are numbers as text."""
     args, theirs = source.args, names(source.args.n_layers)
     dtype = "F32" if source.dtype == torch.float32 and not source.scheme else narrow
     types = {name: BY_NAME[dtype if len(shape) > 1 else "F32"] for name, shape in shapes(args).items()}

@@ -21,7 +21,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(*command: str, port: int) -> Iterator[int]:
-    """Run the command of a server, from when it has loaded its model; the id of its process."""
+    """Run a server's command and wait until it has loaded its model. Yields the id of its process."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     try:
         while True:

@@ -1,13 +1,13 @@
-"""What quantization costs: perplexity, and how far the next token's distribution diverges from the unquantized model's.
+"""Quality loss by quantization: perplexity, and the divergence of the next token's distribution from the original's.
 
-    python benchmarks/quality.py                      # of the bundled models
-    python benchmarks/quality.py --model FOLDER       # of any other, whose tokenizer transformers loads
+    python benchmarks/quality.py                      # the bundled models
+    python benchmarks/quality.py --model FOLDER       # any other model whose tokenizer transformers loads
 
-The bundled models read fresh documents of the generator that wrote their training text (seed 1000): `small` documents,
-`small-chat` the answers in conversations. Another model reads Python's own description of itself (`pydoc topics`), in
-windows of 400 tokens, or the text given. All is in float32, with the rounded weights; "as computed" is by the fastest
-product that this machine has, which may round activations too. What calibrates is what the model writes itself, or
-`--calibrate FILE`. The divergence is Kullback and Leibler's, the mean of all tokens.
+The bundled models are evaluated on new documents from the generator of their training text (seed 1000): `small` on
+documents, `small-chat` on the answers in conversations. Another model is evaluated on the given text, by default
+Python's `pydoc topics`, in windows of 400 tokens. Matmuls are in float32 with the quantized weights; "as computed" uses
+the fastest matmul on this machine, which may quantize activations too. Calibration uses text that the model generates,
+or `--calibrate FILE`. The divergence is the mean Kullback-Leibler divergence over all tokens.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ Matrices = Mapping[str, Quantized]
 
 @torch.inference_mode()
 def logprobs(model: Transformer, data: Data) -> Iterator[Tensor]:
-    """Of all tokens that count, (n, V) at a time."""
+    """Log probabilities at all tokens that are evaluated, in parts (n, V)."""
     for tokens, targets in data:
         for row, wanted in zip(tokens, targets, strict=True):
             yield model(row[None])[0, wanted >= 0].log_softmax(-1)
 
 
 def perplexity(found: Iterator[Tensor], exact: list[Tensor], data: Data) -> tuple[float, float]:
-    """And the divergence from `exact`."""
+    """The perplexity, and the divergence from `exact`."""
     rows = (wanted[wanted >= 0] for _, targets in data for wanted in targets)
     total = divergence = count = 0.0
     for ours, theirs, wanted in zip(found, exact, rows, strict=True):
@@ -64,7 +64,7 @@ def perplexity(found: Iterator[Tensor], exact: list[Tensor], data: Data) -> tupl
 
 
 def model(source: Checkpoint, args: ModelArgs, matrices: Matrices = {}, computed: bool = False) -> Transformer:  # noqa: B006
-    """In float32, with matrices in place of its own."""
+    """The model in float32, with the given matrices in place of its own."""
     found = measure.loaded(measure.Source(source, args, CPU, torch.float32))
     for name, matrix in matrices.items():
         layer = found.get_submodule(name.removesuffix(".weight"))

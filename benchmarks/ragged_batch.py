@@ -1,9 +1,9 @@
-"""Greedy generation for four prompts of 16, 64, 128 and 256 tokens, 32 new tokens each, beside Hugging Face's Llama and
-llama.cpp.
+"""Greedy generation for four prompts of 16, 64, 128 and 256 tokens, 32 new tokens each, compared with Hugging Face's
+Llama and llama.cpp.
 
     python benchmarks/ragged_batch.py [--threads 2] [--repeats 5] [--nocompile]
 
-110M shape (dim 768, 12 layers, 12 heads, FFN 2048, vocabulary 32000), the same random float32 weights, the two in turn.
+110M shape (dim 768, 12 layers, 12 heads, FFN 2048, vocabulary 32000), the same random float32 weights, in alternation.
 Needs the extras `test` and `bench`.
 """
 

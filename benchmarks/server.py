@@ -1,13 +1,13 @@
-"""The server under load, beside llama.cpp's, and what it costs on top of the engine.
+"""The server under load, compared with llama.cpp's, and its overhead over the engine.
 
     python benchmarks/server.py load [--llama_server PATH] [--quantize int8] [--dtype float32] [--slots 16]
     python benchmarks/server.py overhead
 
-`load`: 32 clients at once ask for 32 to 128 tokens behind prompts of 64 to 512, streamed, and one client asks for the
-same one after another. 110M shape (dim 768, 12 layers, FFN 2048, vocabulary 32000), random weights in one GGUF file of
-F16 or Q8_0 that both servers read; two threads each, 16 slots. `overhead`: CPU time per token of 8 streams of the
-bundled model, with the server and by the engine alone. Needs the extra `server`; llama.cpp's server is built from its
-sources.
+`load`: 32 concurrent clients stream answers of 32 to 128 tokens to prompts of 64 to 512 tokens; then one client sends
+the same requests one after another. 110M shape (dim 768, 12 layers, FFN 2048, vocabulary 32000), random weights in one
+GGUF file of F16 or Q8_0 that both servers read; two threads each, 16 slots. `overhead`: CPU time per token of 8 streams
+of the bundled model, with the server and with the engine alone. Needs the extra `server`; llama.cpp's server must be
+built from source.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Clients = Callable[[int, Sequence[Body]], Coroutine[Any, Any, list["Timing"]]]
 
 
 class Timing(NamedTuple):
-    """What one client saw, in seconds."""
+    """Times that one client measured, in seconds."""
 
     first: float  # from sending to the first token
     gaps: list[float]  # between one event and the next
@@ -53,7 +53,7 @@ class Timing(NamedTuple):
 
 
 def write_random(folder: Path, dtype: torch.dtype) -> Path:
-    """A folder of random weights, in Meta's layout. The words of its tokenizer are two or three letters."""
+    """A folder of random weights in Meta's layout. The tokens of its tokenizer are two or three characters."""
     letters = string.ascii_letters + string.digits + " "
     words = itertools.chain(itertools.product(letters, repeat=2), itertools.product(letters, repeat=3))
     ranks = [bytes([i]) for i in range(256)] + ["".join(w).encode() for w in itertools.islice(words, 32000 - 512)]
@@ -74,7 +74,7 @@ def write_gguf(folder: Path, scheme: str | None) -> Path:
 
 
 def bodies(count: int, seed: int = 0) -> list[Body]:
-    """Requests of other tokens for each seed, so that no prefix is known, and of the same lengths."""
+    """Requests of the same lengths, with different tokens for each seed, so that no prefix is cached."""
     lengths, chance = random.Random(0), random.Random(seed)
     rows = []
     for _ in range(count):
@@ -85,7 +85,8 @@ def bodies(count: int, seed: int = 0) -> list[Body]:
 
 
 async def ask(port: int, body: Body) -> Timing:
-    """One streamed completion. HTTP by hand, as a client of many layers would take a part of the two cores."""
+    """One streamed completion. The HTTP is written by hand, because a client library would use up part of the two
+    cores."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     content = json.dumps(body).encode()
     head = (
@@ -112,7 +113,7 @@ async def in_turn(port: int, rows: Sequence[Body]) -> list[Timing]:
 
 
 def rate(clients: Clients, port: int, seed: int) -> tuple[float, list[Timing]]:
-    """Tokens per second that all clients get together, and what each saw."""
+    """Tokens per second of all clients together, and the times of each."""
     asked = bodies(CLIENTS, seed)
     began = time.perf_counter()
     rows = asyncio.run(clients(port, asked))
@@ -120,8 +121,8 @@ def rate(clients: Clients, port: int, seed: int) -> tuple[float, list[Timing]]:
 
 
 def longest_gap(port: int) -> str:
-    """Seconds between two tokens of an answer, by the server's metrics, as the bound of a bucket: clients get no event
-    for a token without text."""
+    """The longest time between two tokens of an answer, in seconds: a bucket bound of the server's metrics, because
+    clients get no event for a token without text."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
         text = reply.read().decode()
     found = re.findall(r'inter_token_latency_seconds_bucket\{.*le="([^"]+)".*\} (\S+)', text)
@@ -172,7 +173,7 @@ def load(
 
 
 def overhead(tokens: int = 200, streams: int = 8, repeats: int = 5) -> None:
-    """CPU time of all threads of this process; clients have a process of their own."""
+    """CPU time of all threads of this process; clients run in another process."""
     from llama.server.app import Config
     from llama.server.process import Server
 

@@ -1,9 +1,9 @@
-"""A server under load: thousands of requests, some of which are cancelled or malformed, and bodies at random.
+"""A server under load: thousands of requests, some of them cancelled or malformed, and random bodies.
 
     python benchmarks/serving_soak.py [--requests 2000] [--at_once 64] [--fuzz_count 10000]
 
 It starts `python -m llama serve` on the bundled model in float32 and compares each answer with the library's own. It
-fails if an answer differs, if a slot leaks, if memory grows by more than 30 MB, if the metrics do not add up, and if a
+fails if an answer differs, if a slot leaks, if memory grows by more than 30 MB, if the metrics do not add up, or if a
 body is answered with anything but 2xx or 4xx. Needs httpx and hypothesis.
 """
 
@@ -40,7 +40,7 @@ Answer = tuple[str, str | None]  # text and finish reason
 
 
 def choose_body(chance: random.Random) -> tuple[str, dict[str, Any]]:
-    """A path, and a body that is answered the same each time."""
+    """A path, and a body whose answer is the same each time."""
     sampled = {"temperature": 1.1, "top_p": 0.9, "seed": chance.randrange(3)}
     sampling: dict[str, Any] = chance.choice([{"temperature": 0}, sampled])
     body: dict[str, Any] = {**sampling, "max_tokens": chance.choice([1, 8, 40]), "n": chance.choice([1, 1, 2])}
@@ -53,7 +53,7 @@ def choose_body(chance: random.Random) -> tuple[str, dict[str, Any]]:
 
 
 def answers(llama: Llama, body: dict[str, Any]) -> list[Answer]:
-    """Texts and finish reasons, by the library."""
+    """Texts and finish reasons from the library."""
     prompts, n = body.get("prompt", [body.get("messages")]), body["n"]
     options: dict[str, Any] = {"max_gen_len": body["max_tokens"], "temperature": body["temperature"]}
     options |= {"stop": body.get("stop"), "top_p": body.get("top_p", 1)}
@@ -146,7 +146,7 @@ class Soak:
 
 
 def fuzz(url: str, count: int) -> Counter[int]:
-    """Statuses of `count` bodies at random; an AssertionError for one that is the server's fault."""
+    """Count the statuses of `count` random bodies. Raises AssertionError for a status of 500 or more."""
     values = st.recursive(
         st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text(max_size=5) | st.just(2**70),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
@@ -180,7 +180,7 @@ def fuzz(url: str, count: int) -> Counter[int]:
 
 
 def raw(port: int, count: int, chance: random.Random) -> None:
-    """Bytes that are no HTTP."""
+    """Bytes that are not HTTP."""
     for _ in range(count):
         with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
             connection.sendall(
@@ -194,13 +194,13 @@ def megabytes(pid: int) -> float:
 
 
 def main(requests: int = 2000, at_once: int = 64, fuzz_count: int = 10_000, seed: int = 0) -> None:
-    """Run all of it.
+    """Run all checks.
 
     Args:
-        requests: whole, cancelled and malformed ones, after a quarter as many to warm up
-        at_once: requests that are open at a time
-        fuzz_count: bodies at random
-        seed: of the choice of requests
+        requests: number of complete, cancelled and malformed requests, after a quarter as many to warm up
+        at_once: number of concurrent requests
+        fuzz_count: number of random bodies
+        seed: seed of the random choice of requests
     """
     chance, port = random.Random(seed), free_port()
     url = f"http://127.0.0.1:{port}"

@@ -1,5 +1,5 @@
-"""Whole processes: what `import llama` adds to `import torch`, the text example on the bundled model, and `inspect` on
-the headers of published sizes (sparse files), with its peak memory.
+"""Time of whole processes: what `import llama` adds to `import torch`, the text example with the bundled model, and
+`inspect` on checkpoints of published sizes (sparse files), with its peak memory.
 
 python benchmarks/startup.py [--repeats 7]
 """
@@ -42,7 +42,7 @@ SIZES: dict[str, tuple[dict[str, Any], int, int]] = {  # params.json, vocabulary
 
 
 def write_headers(folder: Path, params: dict[str, Any], vocab_size: int, mp: int) -> None:
-    """A checkpoint whose files have every header and no data: sparse, so that 138 GB take no space."""
+    """A checkpoint whose files have all headers and no data. They are sparse, so that 138 GB take no disk space."""
     folder.mkdir()
     defaults = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}
     (folder / "params.json").write_text(json.dumps(defaults | params))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What one GPU cannot show: two ranks over NCCL answer as one does, record their decode steps as CUDA graphs, and end
-# while the graphs are alive. Prints one table; exits with 1 where a check fails.
+# Checks that need two GPUs: two ranks over NCCL give the same answers as one, capture their decode steps as CUDA
+# graphs, and exit cleanly while the graphs are alive. Prints a table; exits with 1 if a check fails.
 #
-#     benchmarks/two_gpus.sh [shape]        7B by default; DEVICE=cpu tries the script itself, with 110M
+#     benchmarks/two_gpus.sh [shape]        7B by default; DEVICE=cpu tests the script itself, with 110M
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda}
