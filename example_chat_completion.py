@@ -69,19 +69,19 @@ def main(
     Args:
         ckpt_dir: folder in Meta's or Hugging Face's layout, or a GGUF file; the bundled chat model by default
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
-        temperature: 0 for greedy decoding, higher is more varied
-        top_p: sample from the smallest set of tokens with this probability
-        max_seq_len: tokens of dialog and answer together, at most
-        max_batch_size: dialogs that are answered at a time
-        max_gen_len: tokens of an answer, at most; by default all that max_seq_len leaves
+        temperature: 0 for greedy decoding; higher values give more varied text
+        top_p: sample from the smallest set of tokens whose total probability reaches this
+        max_seq_len: maximum number of tokens of dialog and answer together
+        max_batch_size: number of dialogs that are answered at a time
+        max_gen_len: maximum number of tokens of an answer; by default as many as max_seq_len leaves
         prompts: a list of dialogs, or a JSON file with one; a dialog is a list of {"role": ..., "content": ...}
         seed: the same seed gives the same answers
-        device: cuda, mps or cpu; the first of them that there is by default
-        dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
-        quantize: int8 or int4, to round the weights when they are loaded
-        compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
+        device: cuda, mps or cpu; by default the first of them that is available
+        dtype: bfloat16, float16 or float32; by default the checkpoint's, or float32 on CPUs that are faster in it
+        quantize: int8 or int4, to quantize the weights while loading
+        compile: whether to use the C++ backend on a CPU; by default for more than 50 MB of weights
         chat_format: llama2, llama3 or template; by default the folder's template, else the tokenizer's format
-        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
+        lora: folder of a PEFT LoRA adapter to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     dialogs = read_dialogs(prompts, BUNDLED_DIALOGS if Path(ckpt_dir).expanduser().resolve() == BUNDLED else DIALOGS)
     llama = Llama.build(

@@ -60,18 +60,18 @@ def main(
     Args:
         ckpt_dir: folder in Meta's or Hugging Face's layout, or a GGUF file; the bundled model by default
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up
-        temperature: 0 for greedy decoding, higher is more varied
-        top_p: sample from the smallest set of tokens with this probability
-        max_seq_len: tokens of prompt and answer together, at most
-        max_gen_len: tokens of an answer, at most
-        max_batch_size: prompts that are answered at a time
-        prompts: a list, or a text file with one prompt a line
+        temperature: 0 for greedy decoding; higher values give more varied text
+        top_p: sample from the smallest set of tokens whose total probability reaches this
+        max_seq_len: maximum number of tokens of prompt and answer together
+        max_gen_len: maximum number of tokens of an answer
+        max_batch_size: number of prompts that are answered at a time
+        prompts: a list of prompts, or a text file with one prompt per line
         seed: the same seed gives the same texts
-        device: cuda, mps or cpu; the first of them that there is by default
-        dtype: bfloat16, float16 or float32; by default the checkpoint's, where the device is fast in it
-        quantize: int8 or int4, to round the weights when they are loaded
-        compile: whether a CPU computes by compiled C++; by default for more than 50 MB of weights
-        lora: folder of a LoRA adapter of PEFT, to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
+        device: cuda, mps or cpu; by default the first of them that is available
+        dtype: bfloat16, float16 or float32; by default the checkpoint's, or float32 on CPUs that are faster in it
+        quantize: int8 or int4, to quantize the weights while loading
+        compile: whether to use the C++ backend on a CPU; by default for more than 50 MB of weights
+        lora: folder of a PEFT LoRA adapter to merge; or a list such as '["A", "B"]' or '[("A", 0.5), ("B", 1)]'
     """
     texts = read_prompts(prompts, BUNDLED_PROMPTS if Path(ckpt_dir).expanduser().resolve() == BUNDLED else PROMPTS)
     llama = Llama.build(

@@ -1,9 +1,10 @@
-"""Answers to a data set with Ray Data: actors on the nodes of a cluster have a model each, and take batches of rows.
+"""Batch inference with Ray Data: actors on the nodes of a cluster each load a model, and process batches of rows.
 
     python examples/ray_batch.py IN OUT CKPT [--actors 2] [--gpus 1] [--max_gen_len 100] [--temperature 0]
 
-IN is a file or folder of JSON lines or Parquet, whose rows have a `prompt`, and may have a `seed`. OUT is a folder of
-Parquet files with the column `generation` more. Every node must have CKPT. Needs pip install 'llama-reference[ray]'.
+IN is a file or folder of JSON lines or Parquet whose rows have a `prompt` and optionally a `seed`. OUT is a folder of
+Parquet files with an additional column `generation`. Every node must have CKPT. Needs
+pip install 'llama-reference[ray]'.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from llama import Llama
 
 
 class Completions:
-    """What an actor runs: the model is built once."""
+    """The callable of an actor, which builds the model once."""
 
     def __init__(self, build: dict[str, Any], options: dict[str, Any]) -> None:
         self.llama, self.options = Llama.build(**build), options
