@@ -146,7 +146,7 @@ class Soak:
 
 
 def fuzz(url: str, count: int) -> Counter[int]:
-    """Count the statuses of `count` random bodies. Raises AssertionError for a status of 500 or more."""
+    """Count the statuses of `count` random bodies. Raises AssertionError for a server error."""
     values = st.recursive(
         st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text(max_size=5) | st.just(2**70),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
