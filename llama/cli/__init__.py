@@ -1,4 +1,4 @@
-"""python -m llama COMMAND: one file a command, and what the commands share."""
+"""python -m llama COMMAND: one file per command, and what the commands share."""
 
 from importlib import import_module
 
@@ -9,5 +9,5 @@ COMMANDS = ("batch", "bench", "build", "chat", "compare", "convert", "eval", "in
 
 
 def main() -> None:
-    """Run the command that the command line names; --help lists them."""
+    """Run the command given on the command line; --help lists all commands."""
     script.run({name: getattr(import_module(f"{__name__}.{name}"), name) for name in COMMANDS})

@@ -1,4 +1,4 @@
-"""python -m llama batch: answers to the lines of a file, by one or several replicas of the model."""
+"""python -m llama batch: answers the lines of a file, with one or several replicas of the model."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def batch(
     chat_format: str | None = None,
     lora: str | list | None = None,
 ) -> None:
-    """Answer each line of INFILE in OUTFILE. The same command resumes a job that was stopped; see docs/batch.md.
+    """Answer each line of INFILE in OUTFILE. The same command resumes an interrupted job; see docs/batch.md.
 
     Args:
-        infile: lines in OpenAI's batch format, or of {"prompt": ...} or {"messages": ...} with options
-        outfile: is appended to, in the order in which lines are done; lines that it has answers of are left out
-        max_batch_size: requests that a replica computes together
-        model_parallel_size: ranks that share a model; N ranks of torchrun are N / model_parallel_size replicas. By
-            default all share one
-        seed: of lines without one; each gets a seed of its own from this one and its number
+        infile: file of lines in OpenAI's batch format, or of {"prompt": ...} or {"messages": ...} with options
+        outfile: answers are appended in the order in which they are done; lines that have an answer there are skipped
+        max_batch_size: maximum number of requests that a replica runs at the same time
+        model_parallel_size: number of ranks that a model is split over; N ranks under torchrun form
+            N / model_parallel_size replicas. By default all ranks share one model
+        seed: lines without a seed get their own, derived from this one and the line's number
     """
     parallel.init_model_parallel(model_parallel_size)
     files = None
@@ -65,8 +65,8 @@ def batch(
 
 
 def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> None:
-    """Answer lines until there are no more, all slots busy. All ranks of a replica call it; its first has the lines,
-    and the first of all has the files."""
+    """Answer lines until there are no more, keeping all slots busy. All ranks of a replica call this; the first rank of
+    each replica has the lines, and rank 0 has the files."""
     slots = len(llama.engine.slots)
     capacity = slots + slots // 4 + 1  # some wait: a request does not run while another computes the same prefix
     share = Share(capacity, files) if parallel.rank() == 0 else None
@@ -109,7 +109,7 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
 
 class Share:
     """A replica's share of the lines. Lines and answers go through torch's store: the first replica, which has the
-    files, publishes lines a little ahead of what all have taken, and writes what all have answered."""
+    files, publishes a few more lines than all replicas have taken, and writes the answers of all."""
 
     def __init__(self, capacity: int, files: Files | None) -> None:
         self.files = files
@@ -125,7 +125,7 @@ class Share:
             self.bar = tqdm(total=files.count, initial=files.answered, unit="line", smoothing=0, disable=None)
 
     def take(self, count: int) -> list[tuple[int, bytes]]:
-        """The numbers and contents of up to `count` lines, which no other replica takes."""
+        """Take up to `count` lines, which no other replica will take. Returns their numbers and contents."""
         found: list[tuple[int, bytes]] = []
         while len(found) < count and not self.out_of_lines:
             if self.claimed is None:
@@ -144,11 +144,11 @@ class Share:
         return found
 
     def put(self, answer: bytes, tokens: int, failed: bool) -> None:
-        """Have an answer written."""
+        """Pass an answer to the first replica, which writes it."""
         self._set(f"answer {self.store.add('answered', 1) - 1}", b"%d %d %b" % (tokens, failed, answer))
 
     def exchange(self) -> None:
-        """What the first replica does for all: publish lines, and write answers."""
+        """Publish lines and write answers; only the first replica does."""
         if not self.files:
             return
         wanted = self.store.add("taken", 0) + self.ahead
@@ -187,7 +187,7 @@ class Share:
         self.store.set(key, b"%d %b" % (len(parts), parts[0]))  # last, as it is what others look for
 
     def _pop(self, key: str) -> bytes:
-        """A value, which is deleted."""
+        """Read a value and delete it."""
         count, first = self.store.get(key).split(b" ", 1)
         parts = [f"{key} {i}" for i in range(1, int(count))]
         value: bytes = first + b"".join(map(self.store.get, parts))

@@ -1,4 +1,4 @@
-"""The two files of a batch: lines to answer, and answers. One process reads the one and writes the other."""
+"""The input and output files of a batch. One process reads the input and writes the output."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ PATIENCE = 10  # seconds that the processes of a killed job may take to end, and
 
 
 class Files:
-    """However the process that writes answers ends, the file has whole lines, and behind them at most one that was cut
-    short, which the next process removes. ValueError for a file that is not of a batch; it is left unchanged."""
+    """The input file, and the output file to append to. However the writing process ends, the output has complete lines
+    and at most one incomplete line at the end, which the next process removes. Raises ValueError for an output file
+    that no batch has written, and leaves it unchanged."""
 
     def __init__(self, source: Path, target: Path) -> None:
         if target.exists() and target.samefile(source):
@@ -71,19 +72,20 @@ class Files:
                 yield number, content
 
     def write(self, answers: bytes) -> None:
-        """Append whole lines."""
+        """Append complete lines."""
         while answers:
             answers = answers[self.answers.write(answers) or 0 :]
 
 
 def numbered(source: Path) -> Iterator[tuple[int, bytes]]:
-    """The number, from 1, and the content of each line that is not blank."""
+    """The number, counted from 1, and the content of each line that is not blank."""
     with source.open("rb") as file:
         yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
 def lock_alone(file: BinaryIO) -> None:
-    """Keep other jobs from writing a file as long as this process lives. FileExistsError if one does."""
+    """Lock a file against other jobs as long as this process lives. Raises FileExistsError if another job has the
+    lock."""
     for _ in range(PATIENCE):
         if lock(file):
             return

@@ -1,5 +1,5 @@
-"""A line of a batch, and the line that answers it. A line in OpenAI's format is answered with the body that the server
-would send; a plain one has the library's names of options, and its defaults."""
+"""An input line of a batch, and its output line. A line in OpenAI's format is answered with the body that the server
+would send; a line in the plain format has the library's option names and defaults."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parse_line(number: int, content: bytes) -> Line:
 
 
 class Task:
-    """A line at the engine. ApiError, which names what is wrong, for one that cannot be answered."""
+    """A line submitted to the engine. Raises ApiError, which says what is wrong, if it cannot be answered."""
 
     def __init__(self, llama: Llama, line: Line, seed: int, model: str) -> None:
         self.line, self.llama = line, llama
@@ -111,7 +111,7 @@ def openai_body(line: Line) -> tuple[str, dict[str, Any]]:
 
 
 def plain_body(line: Line, most: int) -> tuple[str, dict[str, Any]]:
-    """The body that asks for the same, with the library's defaults."""
+    """The equivalent request body of a plain line, with the library's defaults."""
     body = {RENAMED.get(name, name): value for name, value in line.fields.items() if name != "id"}
     if ("prompt" in body) == ("messages" in body):
         raise ApiError(400, "a line needs either prompt or messages")
@@ -123,12 +123,12 @@ def plain_body(line: Line, most: int) -> tuple[str, dict[str, Any]]:
 
 
 def own_seed(seed: int, number: int) -> int:
-    """The seed of a line that has none."""
+    """The seed for a line that has none."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "big") >> 1
 
 
 def failed(line: Line, error: ApiError) -> bytes:
-    """The answer to a line that cannot be answered."""
+    """The output line, with an error, for a line that cannot be answered."""
     if line.openai:
         return openai_answer(line, error.status, error.body)
     return dump({"id": line.id, **unnamed(line), "error": str(error)})
@@ -141,7 +141,7 @@ def openai_answer(line: Line, status: int, body: Mapping[str, Any]) -> bytes:
 
 
 def unnamed(line: Line) -> dict[str, int]:
-    """What stands for the id of a line without one."""
+    """The field `line` that identifies a line without an id."""
     return {} if line.id is not None else {"line": line.number}
 
 

@@ -1,4 +1,4 @@
-"""python -m llama bench: tokens per second of this library, beside what the machine can do."""
+"""python -m llama bench: tokens per second of this library, compared with the limits of the machine."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def prepare(
     compile: bool | None = None,
     lora: str | list | None = None,
 ) -> Job:
-    """Measure tokens per second, and the fraction of what the machine can do.
+    """Measure tokens per second, and the fraction of the machine's limits that is reached (MBU and MFU).
 
     Args:
-        ckpt_dir: a checkpoint in either layout; by default random weights of `shape`
+        ckpt_dir: a checkpoint in any layout; by default random weights of `shape`
         shape: 110M, 1.1B, 7B, 13B or 70B
-        dtype: bfloat16, float16 or float32; by default as Llama.build chooses, for a shape of bfloat16 weights
-        batches: batch sizes to decode, one or several numbers
-        prompts: lengths of prompts to prefill, one or several numbers
-        context: length of the prompts behind which tokens are decoded
-        tokens: new tokens to decode
-        repeats: number of measurements of each
+        dtype: bfloat16, float16 or float32; by default as Llama.build chooses, for a shape as for bfloat16 weights
+        batches: batch sizes for decoding, one or several numbers
+        prompts: prompt lengths for prefill, one or several numbers
+        context: prompt length before decoding starts
+        tokens: number of tokens to decode
+        repeats: number of measurements of each case
     """
     sizes = numbers(batches=batches, prompts=prompts, context=context, tokens=tokens, repeats=repeats)
     if shape not in measure.SHAPES:
@@ -77,7 +77,7 @@ def prepare(
 
 
 def numbers(**given: int | tuple[int, ...]) -> dict[str, list[int]]:
-    """Each argument as a list. ValueError for what is not of whole numbers from 1 on; tokens are at least 2."""
+    """Each argument as a list. Raises ValueError for anything but positive integers; tokens must be at least 2."""
     sizes = {name: [value] if isinstance(value, int) else [*value] for name, value in given.items()}
     for name, values in sizes.items():
         least = 2 if name == "tokens" else 1
@@ -87,7 +87,7 @@ def numbers(**given: int | tuple[int, ...]) -> dict[str, list[int]]:
 
 
 class Job(NamedTuple):
-    """What is measured: a model from a source, in several cases."""
+    """A measurement: a model from a source, in several cases."""
 
     source: measure.Source
     compile: bool
@@ -96,7 +96,7 @@ class Job(NamedTuple):
     name: str
 
     def run(self, peers: dict[str, measure.Run] | None = None) -> None:
-        """Load the model, measure it, in turn with other libraries if any, and print the table."""
+        """Load the model, measure it, in alternation with other libraries if there are any, and print the table."""
         began = time.perf_counter()
         model = measure.loaded(self.source, self.compile)
         measure.synchronize(self.source.device)

@@ -20,12 +20,12 @@ from .terminal import next_line, terminal
 
 HELP = """\
 /reset              forget the conversation
-/system TEXT        begin anew with these instructions; without a text, with none
+/system TEXT        start a new conversation with this system message; without TEXT, with none
 /set NAME VALUE     set an option, such as /set temperature 0.2; without a name, show all
 /save FILE          write the conversation to a file
 /load FILE          continue a saved conversation
-/help               show this
-A line that ends with \\ goes on in the next one. Ctrl-C stops an answer, Ctrl-D ends."""
+/help               show this list
+A line that ends with \\ continues on the next one. Ctrl-C stops an answer, Ctrl-D quits."""
 
 
 @documented
@@ -47,16 +47,16 @@ def chat(
     chat_format: str | None = None,
     lora: str | list | None = None,
 ) -> None:
-    """Talk to a chat model in the terminal, or pipe one prompt a line into it; /help lists its commands.
+    """Chat with a model in the terminal, or pipe in prompts, one per line; /help lists the commands.
 
     Args:
-        system: instructions that begin the conversation
+        system: system message of the conversation
         temperature: 0 for greedy decoding
-        top_p: sample from the smallest set of tokens with this probability
-        max_gen_len: tokens of an answer, at most
-        max_seq_len: tokens of the conversation that the model sees, at most
-        seed: of the random numbers; the same seed gives the same answers
-        prompt_lookup: draft tokens a step from the conversation itself; faster where answers repeat it
+        top_p: sample from the smallest set of tokens whose total probability reaches this
+        max_gen_len: maximum number of tokens of an answer
+        max_seq_len: maximum number of tokens of the conversation that the model sees
+        seed: random seed; the same seed gives the same answers
+        prompt_lookup: number of draft tokens per step, taken from the conversation; faster where answers repeat it
     """
     options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
     options |= {"compile": compile, "chat_format": chat_format, "lora": lora}
@@ -66,7 +66,7 @@ def chat(
 
 
 def converse(llama: Llama, system: str | None, **options: Any) -> None:
-    """Answer each line that the user writes, until there are no more."""
+    """Answer each line that the user enters, until the input ends."""
     chat = Chat(llama, system, **options)
     with terminal() as (read, interrupted, tty):
         say("Ask something, or /help.\n" if tty else "")
@@ -100,8 +100,8 @@ def answer(chat: Chat, text: str, interrupted: Callable[[], bool]) -> None:
 
 
 def command(chat: Chat, line: str) -> Chat:
-    """Execute a line that begins with /, on every rank; rank 0 alone reads and writes files. Returns the conversation
-    that goes on."""
+    """Execute a line that begins with /, on every rank; only rank 0 reads and writes files. Returns the conversation to
+    continue."""
     name, _, rest = line.partition(" ")
     rest = rest.strip()
     if name == "/reset":

@@ -1,4 +1,4 @@
-"""python -m llama compare: the same prompts over several models."""
+"""python -m llama compare: gives the same prompts to several models."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def compare(
     compile: bool | None = None,
     chat_format: str | None = None,
 ) -> None:
-    """Give the same tasks to MODELS, one in memory at a time, and print their answers side by side.
+    """Give the same tasks to MODELS, loading one model at a time, and print their answers side by side.
 
     Args:
-        models: folders, GGUF files, hub ids or smollm2; :int8, :int4, :float32, ... behind one says its precision
-        tasks: a file of JSON lines, or a JSON list, of tasks; by default four of this package
-        html: where to write a report
-        json: where to write all numbers and answers as JSON
+        models: folders, GGUF files, hub ids or smollm2; a suffix :int8, :int4, :float32, ... sets the precision
+        tasks: a file of tasks, as JSON lines or a JSON list; by default four tasks of this package
+        html: file to write a report to
+        json: file to write all numbers and answers to, as JSON
         judge: a model that grades the answers
-        reference: the model that all others are compared with; by default each with its own that is not quantized
-        max_tokens: of an answer, at most, where the task does not say
+        reference: the model that all others are compared with; by default each is compared with its unquantized one
+        max_tokens: maximum number of tokens of an answer, for tasks that do not set it
         temperature: 0 for greedy decoding
-        seed: of the random numbers
+        seed: random seed
     """
     if not models:
         raise ValueError("give at least one model: python -m llama compare MODEL MODEL")

@@ -1,4 +1,4 @@
-"""python -m llama convert: a checkpoint in another layout, number of shards or dtype."""
+"""python -m llama convert: writes a checkpoint in another layout, number of shards or dtype."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def convert(
 
     Args:
         src: folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub
-        dst: the new folder; it gets its name when it is complete
-        to: meta or hf, the layout to write; or gguf, a folder with model.gguf
+        dst: the new folder; it gets this name once it is complete
+        to: layout to write: meta, hf, or gguf for a folder with model.gguf
         mp: number of shards, for meta
         dtype: bfloat16, float16 or float32; by default as in src
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in src or one folder up
-        quantize: int8 or int4, for meta and for gguf (Q8_0, Q4_0): the matrices are stored quantized
-        symmetric: int4 without a minimum of each group, half a bit less for each weight in groups of 32
-        search: search each group's scale for the least squared error; by default for int4
-        calibrate: a text file in UTF-8, or auto for text that the model generates: quantize by GPTQ, so that the
-            outputs of each layer on this text change least
+        quantize: int8 or int4, for meta and for gguf (Q8_0, Q4_0): store the matrices quantized
+        symmetric: int4 without a minimum per group, which saves half a bit per weight in groups of 32
+        search: search the scale of each group for the least squared error; by default for int4
+        calibrate: a text file in UTF-8, or auto for text that the model generates: quantize by GPTQ, which minimizes
+            the change of each layer's outputs on this text
     """
     folder = find_folder(src, "src")
     asked = None if dtype is None else devices.as_dtype(dtype)
@@ -82,7 +82,7 @@ def convert(
 
 
 def own_text(engine: Engine, bos: int, ends: Collection[int], count: int) -> list[int]:
-    """At least `count` ids that a model samples at temperature 1, in texts that begin with BOS."""
+    """At least `count` token ids that the model samples at temperature 1, in texts that begin with BOS."""
     ids: list[int] = []
     seed, limit = 0, min(WINDOW, engine.model.params.max_seq_len)
     with tqdm(desc="writing", total=count, unit="token", disable=None, leave=False) as bar:

@@ -23,8 +23,8 @@ OWN = {
 TEXTS = {
     **FLAGS,
     "max_seq_len": f"{FLAGS['max_seq_len']}; by default 2048",
-    "max_batch_size": "requests that are computed together; by default 8",
-    "lora": "folder of a LoRA adapter of PEFT, to merge",
+    "max_batch_size": "maximum number of requests that run at the same time; by default 8",
+    "lora": "folder of a PEFT LoRA adapter to merge",
 }
 
 
@@ -50,14 +50,14 @@ def eval(ckpt_dir: str, harness: Sequence[str] = (), card: bool = False, **optio
 
 
 def evaluate_card(build: Callable[[], Any], args: Sequence[str]) -> None:
-    """The table of the model card; `args` are its flags."""
+    """Compute the model card's table; `args` are the flags of --card."""
     from ..evaluation import card
 
     parser = argparse.ArgumentParser("python -m llama eval --card", allow_abbrev=False)
-    parser.add_argument("--limit", type=float, help="documents of a task, or a fraction of all")
+    parser.add_argument("--limit", type=float, help="documents per task, or a fraction of them")
     parser.add_argument("--published", help=f"the row to compare with: {', '.join(card.PUBLISHED)}")
     parser.add_argument("--include_path", help="folder of tasks that replace the harness's own")
-    parser.add_argument("--output_path", default="card", help="folder of card.json and card.md")
+    parser.add_argument("--output_path", default="card", help="folder to write card.json and card.md to")
     flags = vars(parser.parse_args(args))
     folder = Path(flags.pop("output_path")).expanduser()
     card.published_row(ModelArgs(), flags["published"])  # checked before the model is loaded
@@ -69,13 +69,13 @@ def evaluate_card(build: Callable[[], Any], args: Sequence[str]) -> None:
 
 
 def parse(args: Sequence[str]) -> Callable[[], None]:
-    """The call that a command line asks for."""
+    """Parse a command line into the call to make."""
     about = "Evaluate a model with lm-evaluation-harness, whose flags, such as --tasks and --limit, follow."
     parser = argparse.ArgumentParser("python -m llama eval", description=about, allow_abbrev=False)
     parser.add_argument("ckpt_dir", help=FLAGS["ckpt_dir"])
     for name, kind in OWN.items():
         parser.add_argument(f"--{name}", type=kind, help=TEXTS[name])
-    parser.add_argument("--card", action="store_true", help="the benchmarks of MODEL_CARD.md, beside the published row")
+    parser.add_argument("--card", action="store_true", help="run MODEL_CARD.md's benchmarks, next to the published row")
     found, harness = parser.parse_known_args(args)
     options = {name: value for name, value in vars(found).items() if value is not None}
     return partial(eval, harness=harness, **options)

@@ -1,4 +1,4 @@
-"""What --help says of flags that several commands have."""
+"""Help texts of the flags that several commands share."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ F = TypeVar("F", bound=Callable[..., object])
 FLAGS = {
     "ckpt_dir": "folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub",
     "tokenizer_path": "tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up",
-    "max_seq_len": "tokens of a prompt and its answer, at most",
+    "max_seq_len": "maximum number of tokens of a prompt and its answer",
     "device": "cuda, mps or cpu; by default the first of them that is available",
     "dtype": "bfloat16, float16 or float32; by default as Llama.build chooses",
-    "check_memory": "refuse a model that will not fit into memory",
-    "quantize": "int8 or int4",
-    "group_size": "columns that have a scale together: 16, 32, 64, 128, or with int8 0 for a whole row; by default 32 "
-    "for int4, and for int8 128 where a CPU without AMX loads the model, else 0",
-    "compile": "whether a CPU computes by compiled C++; by default for more than 50 MB of weights",
+    "check_memory": "refuse a model that does not fit into memory",
+    "quantize": "int8 or int4, to quantize the weights while loading",
+    "group_size": "columns that share a scale: 16, 32, 64, 128, or with int8 0 for a whole row; by default 32 "
+    "for int4, and for int8 128 when loading on a CPU without AMX, else 0",
+    "compile": "whether to use the C++ backend on a CPU; by default for more than 50 MB of weights",
     "chat_format": "llama2, llama3 or template; by default the folder's template, else the tokenizer's format",
-    "lora": "folder of a LoRA adapter of PEFT, to merge; or a list such as "
+    "lora": "folder of a PEFT LoRA adapter to merge; or a list such as "
     """'["A", "B"]' or '[("A", 0.5), ("B", 1)]'""",
 }
 
 
 def documented(command: F) -> F:
-    """Add the flags above to the docstring of a command that has them; fire reads the docstring."""
+    """Add the help texts above to the docstring of a command with these flags; fire reads the docstring."""
     doc = command.__doc__ or ""
     names = [name for name in signature(command).parameters if name in FLAGS and f"\n        {name}:" not in doc]
     command.__doc__ = "\n".join([doc.rstrip(), *(f"        {name}: {FLAGS[name]}" for name in names), "    "])

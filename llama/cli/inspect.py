@@ -1,4 +1,4 @@
-"""python -m llama inspect: what a checkpoint is, whether it fits here, and whether its files are sound."""
+"""python -m llama inspect: what a checkpoint contains, whether it fits here, and whether its files are intact."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def inspect(
     group_size: int | None = None,
     lora: str | list | None = None,
 ) -> None:
-    """Print what a checkpoint is, what it needs and how to run it, from headers alone.
+    """Print what a checkpoint contains, what it needs and how to run it, from the headers of its files.
 
     Args:
-        world_size: number of ranks; by default the fewest on which it fits
-        max_seq_len: tokens of prompt and answer together, at most
-        max_batch_size: prompts in a batch, at most
-        verify: read every file and compare it with the md5 or sha256 sums in the folder and beside the tokenizer
-        quantize: int8 or int4, to print what it needs when loaded so
+        world_size: number of ranks; by default the fewest on which the model fits
+        max_seq_len: maximum number of tokens of prompt and answer together
+        max_batch_size: maximum number of prompts in a batch
+        verify: read all files and check them against the md5 or sha256 sums in the folder and next to the tokenizer
+        quantize: int8 or int4, to print what the model needs when it is quantized while loading
     """
     folder = find_folder(ckpt_dir, "ckpt_dir")
     checkpoint = Checkpoint(folder)
@@ -86,7 +86,7 @@ def inspect(
 
 
 def command(ranks: object, folder: Path, tokenizer: Path | None, args: ModelArgs, lora: object) -> str:
-    """How to run a model."""
+    """The command that runs a model."""
     if args.n_labels:
         return f"Llama.build({str(folder)!r}).classify(texts), on {ranks} rank(s)"
     inside = tokenizer == folder  # a GGUF file
@@ -99,7 +99,7 @@ def command(ranks: object, folder: Path, tokenizer: Path | None, args: ModelArgs
 
 
 def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
-    """What the headers say of a checkpoint."""
+    """A description of a checkpoint, from its headers."""
     return {
         "layout": LAYOUTS[checkpoint.layout],
         "parameters": f"{sum(math.prod(shape) for shape in shapes(args).values()):,}",
@@ -113,8 +113,8 @@ def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
 def fit(
     args: ModelArgs, world_size: int | None, dtype: torch.dtype, scheme: Quantization, device: torch.device
 ) -> dict[str, object]:
-    """On how many ranks a model runs here, by default the fewest on which it fits, and what each needs. ValueError for
-    a `world_size` that does not divide the model."""
+    """The number of ranks for this machine, by default the fewest on which the model fits, and what each needs. Raises
+    ValueError for a `world_size` that does not divide the model."""
     possible = [n for n in (1, 2, 4, 8) if divides(args, n)]
     if world_size is not None:
         if type(world_size) is not int or world_size < 1 or not divides(args, world_size):
@@ -138,7 +138,7 @@ def fit(
 
 
 def computes(device: torch.device, native: bool) -> str:
-    """What computes a model on a device."""
+    """The backend that computes a model on a device."""
     if device.type == "cuda" and importlib.util.find_spec("triton"):
         return "Triton kernels and CUDA graphs"
     if native:
@@ -150,9 +150,9 @@ def computes(device: torch.device, native: bool) -> str:
 
 
 def verify_sums(folder: Path, tokenizer: Path | None, needed: Sequence[Path]) -> None:
-    """Compare the files that lists in a folder and beside the tokenizer name with their md5 or sha256 sums. ValueError
-    names the files that are missing, differ, or are `needed` and in no list, and a line that is of neither format;
-    FileNotFoundError, if there is no list."""
+    """Check files against the lists of md5 or sha256 sums in the folder and next to the tokenizer. Raises ValueError
+    that names files that are missing, that differ, or that are `needed` but in no list, or a line that is of neither
+    format; FileNotFoundError if there is no list."""
     lists = {file for pattern in SUMS for file in folder.glob(pattern)}
     lists |= {*(tokenizer or folder / "tokenizer.model").parent.glob("tokenizer_checklist.chk")}
     if not lists:

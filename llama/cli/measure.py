@@ -1,9 +1,9 @@
-"""Tokens per second, of this library and others, as a fraction of what the machine can do.
+"""Tokens per second of this library and others, as a fraction of the machine's limits.
 
-MBU, model bandwidth utilization, of decoding: a step reads every weight and the KV cache; bytes / seconds / bandwidth.
-MFU, model FLOPs utilization, of prefill: each token is multiplied by every weight; operations / seconds / the rate of a
-large matmul. Both limits are measured again beside each case, because other processes use the machine too; the fraction
-of the limit that was measured at the start is printed beside it.
+MBU, model bandwidth utilization, is for decoding: a step reads every weight and the KV cache; bytes / seconds /
+bandwidth. MFU, model FLOPs utilization, is for prefill: each token is multiplied by every weight; operations / seconds
+/ the rate of a large matmul. Both limits are measured again for each case, because other processes use the machine too.
+The fraction of the limit that was measured at the start is printed next to it.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class Case(NamedTuple):
 
 
 def fitting(args: ModelArgs, cases: list[Case]) -> ModelArgs:
-    """The same model with a cache for the largest of the cases."""
+    """The same model with a KV cache for the largest of the cases."""
     longest = max(case.prompt + case.tokens for case in cases)
     return replace(args, max_seq_len=longest, max_batch_size=max(case.batch for case in cases))
 
 
 class RandomWeights:
-    """A stand-in for a checkpoint: random numbers, made on the device, the same each time."""
+    """Random weights in place of a checkpoint, generated on the device and the same each time."""
 
     def __init__(self, device: torch.device, scheme: Scheme | None = None) -> None:
         self.device, self.scheme = device, scheme
@@ -105,7 +105,7 @@ class RandomWeights:
 
 
 class Source(NamedTuple):
-    """What a model is loaded from, and as what."""
+    """What a model is loaded from, with which dtype and quantization."""
 
     weights: Weights
     args: ModelArgs
@@ -129,7 +129,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def best_time(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The least time of several runs after a warm-up: a limit is what the machine can do at its best."""
+    """The shortest time of several runs after a warm-up, because a limit is the best that the machine can do."""
     return times(function, device, repeats)[0]
 
 
@@ -151,14 +151,14 @@ USE = {"bandwidth": "MBU", "matrix_rate": "MFU"}  # the limits, and the name of 
 
 
 def bandwidth(device: torch.device) -> Limit:
-    """Bytes that this rank reads from memory: of a float32 tensor far larger than any cache, summed."""
+    """Memory bandwidth of this rank: the bytes read by a sum over a float32 tensor far larger than any cache."""
     values = torch.ones(2**28 if device.type == "cpu" else 2**30, device=device)
     return lambda repeats: values.nbytes / best_time(values.sum, device, repeats)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> Limit:
-    """Operations of a matmul of two square matrices, two for each multiply-add, by the faster of PyTorch's two ways.
-    The size doubles until a matmul takes 20 ms, which is soon on a CPU without instructions for the dtype."""
+    """Rate of a matmul of two square matrices, two operations per multiply-add, with the faster of PyTorch's two ways.
+    The size doubles until a matmul takes 20 ms, so it stays small on a CPU without instructions for the dtype."""
     size, largest = 256, 2048 if device.type == "cpu" else 8192
     multiply = square_matmul(size, device, dtype)
     while size < largest and best_time(multiply, device, 1) < 0.02:
@@ -174,7 +174,7 @@ def square_matmul(size: int, device: torch.device, dtype: torch.dtype) -> Callab
 
 
 def clock(run: Run, case: Case, vocab_size: int, device: torch.device) -> float:
-    """Seconds of prefill with the first token, or the median of the steps after it."""
+    """Seconds of the prefill including the first token, or the median of the steps after it."""
     ids = torch.randint(3, vocab_size, (case.batch, case.prompt), generator=torch.Generator().manual_seed(0))
     steps, began = [], time.perf_counter()
     for _ in run(ids, case.tokens):
@@ -185,7 +185,7 @@ def clock(run: Run, case: Case, vocab_size: int, device: torch.device) -> float:
 
 
 def work(model: Transformer, case: Case) -> tuple[float, float]:
-    """The least (bytes, operations) of this rank in a case: of one step, or of the prefill."""
+    """The minimum (bytes, operations) of this rank in a case, for one step or for the prefill."""
     linear = (ColumnParallelLinear, RowParallelLinear)
     matrices = [module.weight for module in model.modules() if isinstance(module, linear)]
     size = sum(math.prod(weight.shape) for weight in matrices)
@@ -214,8 +214,8 @@ def ours(model: Transformer, compile: bool = False) -> Run:
 
 
 def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[str, Run], facts: dict[str, Any]) -> None:
-    """Measure every case `repeats` times, this library and each peer in turn. Print a table, and JSON as the last
-    line: `facts` and what was measured."""
+    """Measure every case `repeats` times, alternating between this library and each peer. Print a table, and as the
+    last line JSON with `facts` and the measurements."""
     weight = model.norm.weight
     device = weight.device
     runs = {"llama": ours(model, bool(facts.get("compile"))), **peers}
@@ -239,7 +239,8 @@ def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[st
 def measure_case(
     model: Transformer, case: Case, repeats: int, runs: dict[str, Run], limits: dict[str, Limit], facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """One case, its line printed: rates of each library, this library's MBU and MFU, and ratios to the peers."""
+    """Measure one case and print its line: rates of each library, this library's MBU and MFU, and ratios to the
+    peers."""
     device = model.norm.weight.device
     for run in runs.values():
         clock(run, case, model.vocab_size, device)  # warm-up
@@ -280,7 +281,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes of the peak of memory so far: of a GPU, or of the whole process; 0 where the system does not report it."""
+    """Peak memory so far in bytes, of a GPU or of the whole process; 0 where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

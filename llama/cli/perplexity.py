@@ -30,14 +30,14 @@ def perplexity(
     group_size: int | None = None,
     lora: str | list | None = None,
 ) -> None:
-    """Print the perplexity of the text in FILE, computed in a sliding window, and the bits that a byte takes, by which
-    models with other tokenizers compare.
+    """Print the perplexity of the text in FILE, computed in a sliding window, and the bits per byte, which can be
+    compared between models with different tokenizers.
 
     Args:
-        file: a text in UTF-8; or .jsonl, a text in the field "text" of each line, each alone
-        window: tokens of a window
-        stride: tokens from one window to the next; by default half of a window
-        batch: windows in a batch
+        file: a text file in UTF-8; or a .jsonl file with a separate text in the field "text" of each line
+        window: number of tokens of a window
+        stride: number of tokens from one window to the next; by default half of a window
+        batch: number of windows in a batch
     """
     step = window // 2 if stride is None else stride
     if type(window) is not int or type(step) is not int or not 0 < step < window:
@@ -60,7 +60,7 @@ def perplexity(
 
 
 def read_texts(path: Path) -> list[str]:
-    """The text of a file, or those of the lines of JSON; ValueError names a line that has none."""
+    """The text of a file, or the texts of its JSON lines. Raises ValueError for a line that has none."""
     if path.suffix != ".jsonl":
         return [read_text(path)]
     lines = read_json_lines(path)

@@ -1,4 +1,4 @@
-"""A command around its main function: flags are parsed before anything runs, and an error is one line."""
+"""Runs a function as a command: flags are parsed before anything runs, and an error is one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONGEST = 2000  # characters of an error's line
 
 
 def run(command: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
-    """Call a function, or the one of several that the command line names, with its flags, within `readable_errors`."""
+    """Call a function, or the one that the command line selects, with its flags, within `readable_errors`."""
     keep_memory()
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - the caller has closed it
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
@@ -46,7 +46,7 @@ def run(command: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and a closed terminal end this process as an exception does, so that partial files are removed."""
+    """Make SIGTERM and a closed terminal end this process with an exception, so that partial files are removed."""
 
     def end(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)
@@ -59,8 +59,8 @@ def end_on_signals() -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process when its parent has ended: ranks whose torchrun was killed would go on, or wait for half an hour
-    to connect to one that is started later."""
+    """End this process when its parent has ended. Otherwise ranks whose torchrun was killed would keep running, or wait
+    for half an hour for a connection."""
     while os.getppid() == parent:
         time.sleep(0.5)
     _exit(1)
@@ -69,8 +69,8 @@ def end_with(parent: int) -> None:
 def parse(
     command: Callable[..., None] | Mapping[str, Callable[..., None]], args: Sequence[str]
 ) -> list[Callable[[], None]]:
-    """The calls that a command line asks for. Texts and paths, by the types of a function's arguments, are taken as
-    they are typed; the others fire reads as Python. ValueError for a text's flag without a value."""
+    """Parse a command line into the calls to make. Arguments of type str or Path are taken as they are typed; fire
+    parses the others as Python literals. Raises ValueError for a str flag without a value."""
     calls: list[Callable[[], None]] = []
 
     def note(function: Callable[..., None]) -> Callable[..., None]:
@@ -94,8 +94,9 @@ def parse(
 
 @contextmanager
 def help_shown() -> Iterator[None]:
-    """Fire's help on stdout, or in a pager on a terminal, and its errors on stderr, with a command as it is typed. Fire
-    lists attributes of functions as groups of commands, its own too, so that this one has an underscore meanwhile."""
+    """Show fire's help on stdout, or in a pager on a terminal, and its errors on stderr, with the command as the user
+    typed it. Fire's help lists public attributes of functions as command groups, even the one that fire itself sets, so
+    that attribute gets an underscore for the time being."""
     shown, attribute, code = io.StringIO(), fire.decorators.FIRE_METADATA, None
     fire.decorators.FIRE_METADATA = f"_{attribute}"
     try:
@@ -117,7 +118,7 @@ def help_shown() -> Iterator[None]:
 
 
 def texts(function: Callable[..., None]) -> dict[str, Callable[[str], Any]]:
-    """The arguments that may be a str or a path, and how to read each."""
+    """The arguments that may be a str or a Path, and the function that parses each."""
     hints: dict[str, Any] = {}
     with suppress(NameError):  # of a script whose types only type checkers import
         hints = get_type_hints(function)
@@ -131,8 +132,8 @@ def _list_or_text(value: str) -> Any:
 
 
 def attached(args: Sequence[str], function: Callable[..., None] | None) -> Iterator[str]:
-    """`--name value` as `--name=value` where that is a text: fire would take `-` for a separator, and a flag without a
-    value for true."""
+    """Rewrite `--name value` as `--name=value` for str arguments: fire would read `-` as a separator, and a flag
+    without a value as True."""
     names, rest = texts(function) if function else {}, iter(args)
     for arg in rest:
         name = arg.lstrip("-").replace("-", "_")
@@ -147,8 +148,8 @@ def attached(args: Sequence[str], function: Callable[..., None] | None) -> Itera
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed memory for the next tensor instead of returning it to the system: page faults take a quarter
-    of a long prompt's time on a CPU. It affects the whole process, so that only commands do it."""
+    """Make glibc keep freed memory for the next tensor instead of returning it to the system: otherwise page faults
+    take a quarter of a long prompt's time on a CPU. This affects the whole process, so only commands do it."""
     try:
         allocator = ctypes.CDLL(None)
     except TypeError:  # Windows
@@ -161,8 +162,8 @@ def keep_memory() -> None:
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """End the process with exit code 1 and one line on stderr if the block fails with one of `FORESEEN`; any other
-    error has its traceback. Of several ranks only the first to fail prints: the others fail because of it."""
+    """End the process with exit code 1 and one line on stderr if the block raises one of `FORESEEN`; any other error
+    prints its traceback. Of several ranks, only the first to fail prints, because the others fail as a consequence."""
     try:
         yield
         sys.stdout.flush()

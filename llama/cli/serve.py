@@ -1,4 +1,4 @@
-"""python -m llama serve: an OpenAI-compatible HTTP server, on any number of ranks. Rank 0 has the port."""
+"""python -m llama serve: an OpenAI-compatible HTTP server, on any number of ranks. Rank 0 listens on the port."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def serve(
     quantize: str | None = None, group_size: int | None = None, compile: bool | None = None,
     chat_format: str | None = None, lora: str | list | None = None,
 ) -> None:  # fmt: skip
-    """Serve a model to clients of OpenAI's API; docs/server.md says what it understands.
+    """Serve a model with an OpenAI-compatible API; docs/server.md describes what is supported.
 
     Args:
-        host: address to listen on; by default this machine alone can reach the server
+        host: address to listen on; the default is reachable from this machine only
         port: port to listen on
-        max_batch_size: requests that are computed together; others wait
+        max_batch_size: maximum number of requests that run at the same time; others wait
         model_name: name of the model in the API; by default that of the folder
         any_model: answer requests for models of any name
-        api_key_file: file of API keys, one a line; clients must send one of them. The environment variable
+        api_key_file: file of API keys, one per line; clients must send one of them. The environment variable
             LLAMA_API_KEYS adds more, separated by commas
         allow_origins: origin whose pages may call the server, or a list such as '["https://a.org"]'; * for all
-        max_waiting: requests that may wait; more are answered with 429
+        max_waiting: maximum number of requests that wait; more are answered with 429
         max_wait: seconds that a request may wait for a slot; then it is answered with 503
-        max_time: seconds that a request may then run; then its answer ends with the finish_reason length
-        max_body: size of a request, at most, in MiB
-        filter: module, or module:object, with functions input_filter and output_filter as those of
+        max_time: seconds that a request may run once it has a slot; then its answer ends with finish_reason length
+        max_body: maximum size of a request body in MiB
+        filter: module, or module:object, with functions input_filter and output_filter as for
             Llama.chat_completion; or a list such as '["a", "b"]'
-        log_json: log JSON objects, one a line
-        log_prompts: log prompts too
-        seed: of the random numbers of requests without a seed of their own
+        log_json: log JSON objects, one per line
+        log_prompts: also log prompts
+        seed: random seed for requests that do not set one
     """
     check_counts(port=port, max_waiting=max_waiting, max_wait=max_wait, max_time=max_time, max_body=max_body)
     check_counts(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
@@ -74,7 +74,8 @@ def serve(
 def listen(
     host: str, port: int, config: dict[str, Any], key_file: str | None, filters: Sequence[str]
 ) -> Callable[[Llama], None]:
-    """Listen at once, so that clients hear that the model is being loaded; what serves it when it is there."""
+    """Listen on the port at once, so that clients learn that the model is being loaded. Returns a function that serves
+    the loaded model."""
     try:
         from ..server.app import Config
         from ..server.filters import load_filters
@@ -99,14 +100,14 @@ def listed(value: str | list | None) -> list[str]:
 
 
 def check_counts(**values: Any) -> None:
-    """ValueError for what is no number of something."""
+    """Raise ValueError for a value that is not a non-negative int."""
     for name, value in values.items():
         if type(value) is not int or value < 0:
             raise ValueError(f"{name} is {value!r}; it must be an int of at least 0")
 
 
 def read_keys(file: str | None) -> tuple[str, ...]:
-    """The keys that clients may use: of a file, one a line, and of the environment."""
+    """The API keys that clients may use: from a file, one per line, and from the environment."""
     path = Path(os.path.expanduser(file or ""))
     if file and not path.exists():  # it may be a pipe
         raise FileNotFoundError(f"api_key_file {file} does not exist")

@@ -1,4 +1,4 @@
-"""Lines from the first rank's terminal or pipe, for all ranks, and Ctrl-C while an answer is written."""
+"""Lines from rank 0's terminal or pipe, for all ranks, and Ctrl-C while an answer is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEEP_ALIVE = 60  # seconds after which ranks that wait for a line get a message,
 
 
 def next_line(read: Callable[[], str | None]) -> str | None:
-    """The next line of the first rank, on all ranks; None at the end."""
+    """The next line of rank 0, on all ranks; None at the end of the input."""
     if parallel.world_size() == 1:
         return read()
     lines: list[str | None] = []
@@ -80,13 +80,13 @@ def terminal() -> Iterator[tuple[Callable[[], str | None], Callable[[], bool], b
 
 
 def _piped() -> str | None:
-    """One prompt a line, as other programs write them: a byte order mark and \\r are not part of it."""
+    """One prompt per line, as other programs write them: without a byte order mark or \\r."""
     line = sys.stdin.readline()
     return line.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r") if line else None
 
 
 def _joined(read: Callable[[str], str]) -> str | None:
-    """One or several lines, all but the last ending with a backslash. Ctrl-C discards what was typed."""
+    """One prompt of one or several lines, all but the last ending with a backslash. Ctrl-C discards the input."""
     lines: list[str] = []
     while True:
         try:
