@@ -25,7 +25,7 @@ HELP = """\
 /save FILE          write the conversation to a file
 /load FILE          continue a saved conversation
 /help               show this list
-A line that ends with \\ continues on the next one. Ctrl-C stops an answer, Ctrl-D quits."""
+A line that ends with \\ continues on the next one. Ctrl-C stops an answer, Ctrl-D ends the chat."""
 
 
 @documented
