@@ -46,7 +46,7 @@ def roomy(tokenizer):
     ],
 )
 def test_bad_arguments_are_named_with_their_limit(llama, call, message):
-    """Regression: bare asserts, an IndexError for an empty dialog, and an error from inside torch for an empty prompt."""
+    """Regression: bare asserts, an IndexError for an empty dialog, and an error of torch for an empty prompt."""
     with pytest.raises(ValueError, match=message):
         call(llama)
 

@@ -257,7 +257,8 @@ def test_a_model_generates_its_calibration_text():
 
 
 def test_a_bundled_model_diverges_less(tmp_path, monkeypatch):
-    """The Kullback-Leibler divergence from the model's own predictions on a held-out text: calibrated against nearest."""
+    """The Kullback-Leibler divergence from the model's own predictions on a held-out text, against rounding to
+    nearest."""
     flags = ("--quantize", "int4", "--group_size", 64)
     monkeypatch.setattr("llama.cli.convert.OWN", 2 * LEAST)
     models = MODELS / "small", tmp_path / "near", tmp_path / "ours"

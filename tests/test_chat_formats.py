@@ -295,7 +295,7 @@ def test_messages_never_become_role_tokens(tmp_path):
 
 
 def test_special_tokens_of_a_template_are_from_the_folder(tmp_path):
-    """Regression: EOS was missing where tokenizer.json does not mark it as special, and so were tokens of other roles."""
+    """Regression: EOS and tokens of other roles were missing where tokenizer.json does not mark them as special."""
     from transformers import AutoTokenizer
 
     convert(MODELS / "small-chat", tmp_path / "hf", "hf", 1, None)

@@ -63,7 +63,7 @@ class Malicious:
     ],
 )
 def test_damage_is_named(folder, damage, message):
-    """Regression: bare asserts; strict=False hid missing and unexpected weights; the number of shards was not checked."""
+    """Regression: bare asserts; strict=False hid missing and unexpected weights; shards were not counted."""
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         build(folder)
