@@ -1,4 +1,4 @@
-"""The page for everyone: by keyboard, names of controls, contrast, dark mode, on a phone."""
+"""Accessibility of the page: keyboard, names of controls, contrast, dark mode, phones."""
 
 import pytest
 
@@ -12,7 +12,7 @@ RING = """() => {
 
 
 def test_by_keyboard_alone(page, gate):
-    """Send, a new line, stop, edit, settings, a conversation's name: without a mouse."""
+    """Send, insert a new line, stop, edit, change settings, rename a conversation: without a mouse."""
     keys, type_ = page.keyboard.press, page.keyboard.type
     expect(message(page)).to_be_focused()
     type_("one")
@@ -48,7 +48,7 @@ def test_enter_that_ends_a_composition_of_characters_sends_nothing(page):
 
 
 def named(page):
-    """(role, name) of what the accessibility tree has."""
+    """(role, name) of each node of the accessibility tree."""
     session = page.context.new_cdp_session(page)
     nodes = session.send("Accessibility.getFullAXTree")["nodes"]
     session.detach()
