@@ -218,7 +218,7 @@ def test_saved_folder_has_metas_files(tmp_path):
     assert (tmp_path / names[1]).stat().st_size < weights + 20_000  # a shard's file contains only its own part
 
 
-def test_what_cannot_be_split_is_named():
+def test_indivisible_weights_are_named():
     with pytest.raises(ValueError, match=r"output\.weight \(7, 64\) cannot be divided into mp 2 shards along"):
         checkpoint.split({"output.weight": torch.zeros(7, 64)}, 2)
 

@@ -157,7 +157,7 @@ def test_the_report_is_one_safe_file(found):
     assert "missing-model is not an existing folder" in text and len(text.encode()) <= 300_000
 
 
-def test_what_is_too_much_for_the_report_is_left_out():
+def test_long_reports_are_truncated():
     task = {"messages": [{"role": "user", "content": "é" * 9000}], "label": "", "expected": "", "facts": ()}
     tasks = [{**task, "name": f"task {i}"} for i in range(99)]
     row = {"model": "m", "answer": EVIL * 999, "tokens": 1, "first_token": 1.0, "tokens_per_s": None}

@@ -24,7 +24,7 @@ def test_a_model_parallel_size_that_does_not_fit_says_what_to_run(size):
         parallel.init_model_parallel(size)
 
 
-def test_an_error_from_a_folder_named_after_a_backend_is_no_lost_contact(monkeypatch):
+def test_a_path_with_a_backends_name_is_not_a_lost_connection(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "lost contact" not in script.one_line(FileNotFoundError("igloo/NCCL is not an existing folder"))
@@ -53,7 +53,7 @@ def _divide(value):
     return parallel.divide(value, "n_heads")
 
 
-def test_what_cannot_be_divided_is_named(ranks):
+def test_indivisible_shapes_are_named(ranks):
     assert ranks(2).run(_divide, 6) == [3, 3]
     for _, error in ranks(2).outcomes(_divide, 7):
         assert error[:2] == ("ValueError", "n_heads 7 cannot be divided among 2 ranks")
@@ -74,7 +74,7 @@ def test_when_one_rank_fails_all_raise(ranks):
 
 
 @pytest.mark.parametrize(("last_line", "joined"), [("", False), ("raise KeyError", True)])
-def test_an_ordinary_exit_leaves_the_groups_and_one_after_an_error_waits_for_nobody(last_line, joined):
+def test_exits_leave_the_groups_and_after_an_error_do_not_wait(last_line, joined):
     code = f"""
 import atexit
 import torch.distributed as dist

@@ -105,7 +105,7 @@ def test_fast_kernels_equal_plain_ones(scheme, rows, shape, compiled):
 
 @EACH
 @pytest.mark.parametrize("compiled", [False, True])
-def test_no_rows(scheme, compiled):
+def test_matmul_of_no_rows(scheme, compiled):
     matrix = kernel(quantize(torch.randn(64, 128), scheme), CPU, compiled)
     assert linear(torch.randn(2, 0, 128), matrix).shape == (2, 0, 64)
 

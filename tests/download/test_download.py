@@ -94,7 +94,7 @@ def test_a_link_that_cannot_work_is_refused(any_user: User, link: str, words: st
         assert words in result.stderr and "In the e-mail" in result.stderr
 
 
-def test_nobody_there_to_name_a_model(any_user: User) -> None:
+def test_end_of_input_instead_of_a_model_name(any_user: User) -> None:
     """End of input is not an empty answer, and must not start the download of all models."""
     result = any_user.run(any_user.server.link)
     assert result.returncode != 0 and "second argument" in result.stderr and any_user.server.requests == []

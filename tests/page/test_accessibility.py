@@ -41,7 +41,7 @@ def test_by_keyboard_alone(page, gate):
     expect(page.get_by_role("button", name="Settings")).to_be_focused()
 
 
-def test_enter_that_ends_a_composition_of_characters_sends_nothing(page):
+def test_enter_in_an_ime_composition_sends_nothing(page):
     message(page).fill("か")
     message(page).dispatch_event("keydown", {"key": "Enter", "isComposing": True})
     expect(page.locator("article")).to_have_count(0)
