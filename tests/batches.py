@@ -1,4 +1,4 @@
-"""Files of a batch, and the flags of `python -m llama batch`."""
+"""Batch files and the options of `python -m llama batch`."""
 
 import json
 
@@ -18,7 +18,7 @@ def write(path, items):
 
 
 def read(path):
-    """Answers by id, of which each is there once."""
+    """Answers by id; each id occurs once."""
     lines = path.read_bytes().split(b"\n")
     assert lines.pop() == b""
     items = [json.loads(line) for line in lines]

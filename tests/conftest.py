@@ -11,7 +11,7 @@ from small import MODELS, TOKENIZER, random_model, save_random
 
 from llama import Llama, Tokenizer, parallel
 
-torch.set_num_threads(1)  # models are small: a second thread gains little, and on a busy machine the first waits for it
+torch.set_num_threads(1)  # for small models a second thread gains little, and on a busy machine it costs time
 
 
 def pytest_collection_modifyitems(items):
@@ -22,13 +22,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_process():
-    """Joined without torchrun and without its variables."""
+    """A process group of one process, without torchrun and its environment variables."""
     parallel.init_model_parallel()
 
 
 @pytest.fixture(scope="session")
 def ranks():
-    """ranks(n): n processes that share a model, started when first asked for."""
+    """ranks(n): n processes that act as ranks, started when first requested."""
     pools = {}
 
     def get(world_size):
@@ -54,13 +54,13 @@ def base():
 
 @pytest.fixture(scope="module")
 def llama(tokenizer):
-    """A random model, whose greedy text never ends by itself, with the bundled tokenizer."""
+    """A random model with the bundled tokenizer. Its greedy text does not end by itself."""
     return Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def two_threads():
-    """For code that shares work among threads."""
+    """Two PyTorch threads, for code that runs in parallel."""
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)

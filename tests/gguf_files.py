@@ -1,4 +1,4 @@
-"""GGUF files of random models, written by the package gguf."""
+"""GGUF files of random models, written with the package gguf."""
 
 import gguf
 import numpy as np
@@ -14,7 +14,7 @@ SUPERBLOCKS = ("Q4_K", "Q5_K", "Q6_K")  # that the package reads and does not wr
 
 
 def random_blocks(kind, rows, columns, seed=0, size=0.15):
-    """Blocks (rows, bytes) of random bytes, whose values are about `size`."""
+    """Blocks (rows, bytes) of random bytes, whose values have a magnitude of about `size`."""
     values, nbytes = gguf.GGML_QUANT_SIZES[TYPE[kind]]
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (rows, columns // values, nbytes), dtype=np.uint8)
@@ -32,7 +32,7 @@ def unpacked(kind, blocks):
 
 
 def encoded(kind, weight, seed=0):
-    """A matrix as a file of this type has it, and what that stands for, to float16's rounding of scales."""
+    """A matrix encoded in a GGUF type, and its decoded values, up to float16's rounding of scales."""
     if kind in SUPERBLOCKS:
         blocks = random_blocks(kind, *weight.shape, seed)
         return blocks, dequantize(unpacked(kind, blocks))
@@ -54,8 +54,8 @@ def add_tokens(writer, tokenizer):
 
 
 def write(path, args, state, kind, tokenizer, tied=False, parts=0, divisors=None, **keys):
-    """A file, or `parts` tensors in each of several, of a model with the matrices in a type: one for all, or by
-    name. Returns the weights that it stands for."""
+    """Write the GGUF file of a model, or a split one with `parts` tensors in each file. Its matrices are of one type,
+    or of a type for each name. Returns the weights that the file stands for."""
     writer = gguf.GGUFWriter(path, "llama", split_max_tensors=parts)
     for name, value in {
         "context_length": 64, "embedding_length": args.dim, "block_count": args.n_layers,

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness in words of our own, one of each type, that need no data set from the Hub."""
+"""Our own small tasks for lm-evaluation-harness, one of each output type, which need no data set from the Hub."""
 
 import json
 
@@ -57,7 +57,7 @@ def write_tasks(folder, questions=QUESTIONS):
 
 
 def evaluated(model, folder, **options):
-    """What the harness returns for all tasks of a folder."""
+    """The harness's results for all tasks of a folder."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -67,8 +67,8 @@ def evaluated(model, folder, **options):
 
 
 def check_equal(found, expected, rel=0.0):
-    """All metrics are equal, and log likelihoods differ by at most 1e-4, or `rel` of their value; those of whole texts,
-    sums of hundreds, by a millionth."""
+    """Compare results: metrics are equal; log likelihoods differ by at most 1e-4, or `rel` of their value, and those of
+    whole texts, which are sums of hundreds, by a millionth."""
     assert {*found["results"]} == {*expected["results"]}
     for task, metrics in expected["results"].items():
         for metric, value in metrics.items():

@@ -1,5 +1,5 @@
-// Compiles native.cpp for any instruction set and compares it with plain loops in double precision. Prints what differs,
-// and exits with the number of differences.
+// Compares native.cpp, compiled for any instruction set, with plain loops in double precision. Prints the differences, and
+// exits with their number.
 #include "../llama/backends/native.cpp"
 
 #include <cstdio>
@@ -28,7 +28,7 @@ static void expect_equal(const std::vector<float> &got, const std::vector<double
 }
 
 template <typename T>
-static std::vector<T> narrowed(std::vector<float> &x) {  // which become what the narrow numbers are
+static std::vector<T> narrowed(std::vector<float> &x) {  // x as T; rounds x itself as well
     std::vector<T> to(x.size());
     for (size_t i = 0; i < x.size(); i += L) {
         store(&to[i], load(&x[i]));
@@ -37,7 +37,7 @@ static std::vector<T> narrowed(std::vector<float> &x) {  // which become what th
     return to;
 }
 
-static void test_numbers() {
+static void test_conversions_and_reductions() {
     const float values[] = {0, 1, -1, 1.0009765625f, 65504, 1e6f, -1e6f, 6.1e-5f, 6e-8f, 1e-9f, INFINITY, NAN};
     for (float value : values) {
         std::vector<float> x(L, value);
@@ -61,7 +61,7 @@ static void test_numbers() {
         for (int j = 0; j < L; j++) x[i][j] = 100 * i + j;
     F y[L];
     std::copy_n(x, L, y);
-    const F total = sums(y);
+    const F total = sum_each(y);
     transpose(x);
     for (int i = 0; i < L; i++) {
         expect(std::abs(total[i] - (100.0f * i * L + L * (L - 1) / 2)) < 0.5f, "sums", i);
@@ -79,7 +79,7 @@ static void test_floats(Kind kind, int64_t rows, int64_t out, int64_t in) {
     std::vector<float> y(rows * out, NAN);
     const Matrix m{kind, out, in, 0, 0, weight, nullptr, nullptr};
     llama_matmul(&m, x.data(), y.data(), rows);
-    if (kind == BFLOAT16 && PAIRS && in % (2 * L) == 0) narrowed<BFloat16>(x);
+    if (kind == BFLOAT16 && HAS_DOT2 && in % (2 * L) == 0) narrowed<BFloat16>(x);
     std::vector<double> right(rows * out);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t o = 0; o < out; o++)
@@ -87,7 +87,7 @@ static void test_floats(Kind kind, int64_t rows, int64_t out, int64_t in) {
     expect_equal(y, right, 1e-5, "float matmul", kind, rows);
 }
 
-// `worst`: the largest numbers there are, whose sums must not overflow.
+// `worst`: the largest weights and activations, with which the accumulators must not overflow.
 static void test_integers(int64_t bits_, int64_t rows, int64_t out, int64_t in, int64_t group, bool with_min, bool worst) {
     const int64_t N = llama_tile(), groups = in / group, tiles = (out + N - 1) / N, zero = bits_ == 4 && !with_min ? 8 : 0;
     std::vector<uint8_t> q(out * in), packed(tiles * N * in * bits_ / 8);
@@ -111,7 +111,7 @@ static void test_integers(int64_t bits_, int64_t rows, int64_t out, int64_t in, 
         const float s = most / 127;
         for (int64_t k = begin; k < begin + some; k++) {
             double number = std::nearbyint(x[k] / (double)s);
-            if (std::abs(x[k] / (double)s - number) > 0.49) x[k] = number * s;  // a tie may become either neighbour
+            if (std::abs(x[k] / (double)s - number) > 0.49) x[k] = number * s;  // a tie may be rounded up or down
             rounded[k] = number * s;
         }
     }
@@ -128,40 +128,40 @@ static void test_integers(int64_t bits_, int64_t rows, int64_t out, int64_t in, 
 
 static float as(const float *, double x) { return x; }
 template <typename T>
-static float as(const T *, double x) {  // what T makes of x
+static float as(const T *, double x) {  // x rounded to T
     std::vector<float> y(L, x);
     narrowed<T>(y);
     return y[0];
 }
 
-// One sequence at once, in chunks and token by token, and two together. Of a cache in 16 bits a few keys may be rounded the
-// other way, as products are added in another order before; pairs round queries and scores too.
+// Two equal sequences in a batch: in one pass, in chunks, and token by token. With a 16-bit cache a few keys may be rounded
+// the other way, as RoPE sums in another order; attention by Pairs rounds queries and scores too.
 template <typename T>
 static void test_attention(int64_t H, int64_t K, int64_t D) {
     const int64_t length = 70, tokens = 60, width = (H + 2 * K) * D;
     const T *type = nullptr;
     const Heads heads{H, K, D, length};
     const auto cos_sin = uniforms(length * D), start = uniforms(tokens * width);
-    std::vector<double> turned(tokens * width), right(tokens * H * D);
+    std::vector<double> rotated(tokens * width), right(tokens * H * D);
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t j = 0; j < width; j++) {
             const float *row = &start[t * width], *by = &cos_sin[t * D];
             const double here = row[j], other = row[j ^ 1];
             const double x = j >= (H + K) * D ? here : here * by[(j % D) & ~1] + (j % 2 ? other : -other) * by[(j % D) | 1];
-            turned[t * width + j] = j < H * D ? x : as(type, x);
+            rotated[t * width + j] = j < H * D ? x : as(type, x);
         }
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < H; h++) {
             std::vector<double> scores(t + 1);
-            const double *q = &turned[t * width + h * D];
+            const double *q = &rotated[t * width + h * D];
             double total = 0;
             for (int64_t s = 0; s <= t; s++) {
-                for (int64_t d = 0; d < D; d++) scores[s] += q[d] * turned[s * width + (H + h / (H / K)) * D + d];
+                for (int64_t d = 0; d < D; d++) scores[s] += q[d] * rotated[s * width + (H + h / (H / K)) * D + d];
                 total += scores[s] = std::exp(scores[s] / std::sqrt((double)D));
             }
             for (int64_t s = 0; s <= t; s++)
                 for (int64_t d = 0; d < D; d++)
-                    right[(t * H + h) * D + d] += scores[s] / total * turned[s * width + (H + K + h / (H / K)) * D + d];
+                    right[(t * H + h) * D + d] += scores[s] / total * rotated[s * width + (H + K + h / (H / K)) * D + d];
         }
     for (int64_t chunk : {tokens, (int64_t)20, (int64_t)7, (int64_t)1}) {
         std::vector<float> y(tokens * H * D);
@@ -176,14 +176,14 @@ static void test_attention(int64_t H, int64_t K, int64_t D) {
             std::copy_n(twice.begin(), n * H * D, y.begin() + t * H * D);
             expect(std::equal(twice.begin(), twice.begin() + n * H * D, twice.begin() + n * H * D), "two sequences", chunk, t);
         }
-        const bool pairs = PAIRS && std::is_same_v<T, BFloat16> && chunk >= MANY && D % (2 * L) == 0;
+        const bool pairs = HAS_DOT2 && std::is_same_v<T, BFloat16> && chunk >= MIN_PREFILL && D % (2 * L) == 0;
         expect_equal(y, right, pairs ? 3e-3 : sizeof(T) == 4 ? 1e-5 : 1e-4, "attention", sizeof(T) * 1000 + D, chunk);
     }
 }
 
 int main(int count, char **arguments) {
     llama_threads(count > 1 ? atoi(arguments[1]) : 2);
-    test_numbers();
+    test_conversions_and_reductions();
     for (int64_t rows : {1, 2, 3, 5, 6, 8, 11, 16, 17, 31, 33, 100})
         for (Kind kind : {FLOAT32, FLOAT16, BFLOAT16})
             for (int64_t out : {7, 64, 100}) test_floats(kind, rows, out, out == 7 ? 304 : 320);

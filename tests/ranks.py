@@ -1,4 +1,4 @@
-"""Several ranks in processes of their own that stay alive between tests and run functions in lockstep over gloo."""
+"""Ranks in processes that stay alive between tests and run functions in lockstep over gloo."""
 
 import contextlib
 import multiprocessing as mp
@@ -49,14 +49,14 @@ class Ranks:
             process.start()
 
     def run(self, function, *args):
-        """The results of `function(*args)` on every rank; an AssertionError with the traceback of one that failed."""
+        """The results of `function(*args)` on each rank. AssertionError with the traceback if one failed."""
         outcomes = self.outcomes(function, *args)
         for _, error in outcomes:
             assert error is None, error[2]
         return [result for result, _ in outcomes]
 
     def outcomes(self, function, *args):
-        """(result, None) or (None, (type name, message, traceback)) of every rank."""
+        """(result, None) or (None, (type name, message, traceback)) for each rank."""
         for pipe in self.pipes:
             pipe.send((function, args))
         outcomes = []

@@ -1,4 +1,4 @@
-"""Servers in this process, or of their own, and clients of them."""
+"""Servers in this process or in processes of their own, and their clients."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ def build(**options):
 
 @contextmanager
 def serving(llama, **config):
-    """A client of a server in this process; its `server` is the server."""
+    """A client of a server in this process. Its attribute `server` is the server."""
     server = Server(Config("small-chat", **config))
     thread = threading.Thread(target=server.serve, args=(llama,))
     thread.start()
@@ -48,7 +48,7 @@ def serving(llama, **config):
 
 @contextmanager
 def command(*flags, ranks=1, stderr=subprocess.PIPE, cwd=ROOT, **environment):
-    """`python -m llama serve` on a port of its own, for each rank a process; the first has the `url`."""
+    """`python -m llama serve` on a free port, with one process for each rank. The first has the `url`."""
     port, meeting = free_port(), free_port()
     line = [sys.executable, "-m", "llama", "serve", str(MODELS / "small-chat"), "--port", str(port), "--device", "cpu"]
     processes = []
@@ -73,7 +73,7 @@ def command(*flags, ranks=1, stderr=subprocess.PIPE, cwd=ROOT, **environment):
 
 
 def health(url):
-    """The status of /health; None while nothing listens."""
+    """The status code of /health; None while no process listens."""
     try:
         return httpx.get(f"{url}/health", timeout=5).status_code
     except httpx.TransportError:
@@ -96,7 +96,7 @@ def wait_for(condition, seconds=20):
 
 
 def streamed(chunks):
-    """Texts, finish reasons and logprobs of each choice of a stream, and its usage."""
+    """The text, finish reason and logprobs of each choice of a stream, and its usage."""
     texts, reasons, logprobs, usage = {}, {}, {}, None
     for chunk in chunks:
         usage = chunk.usage or usage
@@ -112,13 +112,13 @@ def streamed(chunks):
 
 
 def gauge(client, name):
-    """The sum of a metric, over all labels."""
+    """The sum of a metric over all labels."""
     lines = httpx.get(f"{client.url}/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(f"llama:{name}{{"))
 
 
 def slow_down(llama, monkeypatch, seconds=0.02):
-    """Steps that take long enough to be interrupted."""
+    """Make the engine's steps slow enough to be interrupted."""
     step = llama.engine.step
 
     def slower():

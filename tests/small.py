@@ -1,4 +1,4 @@
-"""Small random models, the same weights in Hugging Face's Llama, the bundled models' places, prompts and commands."""
+"""Small random models, Hugging Face's Llama with the same weights, and paths, prompts and commands for tests."""
 
 import io
 import json
@@ -23,7 +23,7 @@ needs_cpp = pytest.mark.skipif(not shutil.which(shlex.split(os.environ.get("CXX"
 
 
 def cases(most):
-    """How many random cases a test draws: a tenth of `most`, which the environment variable LONG_TESTS brings back."""
+    """The number of random cases for a test: a tenth of `most`, or `most` with the environment variable LONG_TESTS."""
     return most if os.environ.get("LONG_TESTS") else most // 10
 
 
@@ -32,8 +32,8 @@ SHAPES = {
     "MHA": {**GQA, "n_kv_heads": None},
     "GQA": GQA,
     "MQA": {**GQA, "n_kv_heads": 1},
-    "wide heads": {**GQA, "n_heads": 4, "n_kv_heads": 2},  # of 16, a whole vector
-    "odd FFN": {**GQA, "multiple_of": 4, "ffn_dim_multiplier": 1.3},  # hidden 220
+    "wide heads": {**GQA, "n_heads": 4, "n_kv_heads": 2},  # head size 16, a whole vector
+    "odd FFN": {**GQA, "multiple_of": 4, "ffn_dim_multiplier": 1.3},  # hidden size 220
     "other theta and eps": {**GQA, "rope_theta": 1e6, "norm_eps": 1e-2},
 }
 
@@ -64,7 +64,7 @@ LLAMA3 = {
 
 
 def random_model(shape=GQA, vocab_size=128, max_batch_size=4, max_seq_len=64, seed=0):
-    """A model whose weights are large enough that every part of it matters to the logits."""
+    """A random model whose weights are large enough that each of its parts affects the logits."""
     parallel.init_model_parallel()
     torch.manual_seed(seed)
     args = ModelArgs(**shape, vocab_size=vocab_size, max_batch_size=max_batch_size, max_seq_len=max_seq_len)
@@ -75,7 +75,7 @@ def random_model(shape=GQA, vocab_size=128, max_batch_size=4, max_seq_len=64, se
 
 
 def save_random(folder, shape=GQA, mp=1, vocab_size=-1, dtype=torch.float32, **options):
-    """Write a random model as a checkpoint of `mp` shards; its whole state dict."""
+    """Write a random model as a checkpoint of `mp` shards, and return its whole state dict."""
     words = vocab_size if vocab_size > 0 else 1024
     state = {name: w.to(dtype) for name, w in random_model(shape, words, **options).state_dict().items()}
     params = {key: value for key, value in shape.items() if value is not None}
@@ -91,7 +91,7 @@ WORDS = [
 
 
 def trained(folder, **settings):
-    """The path of a small SentencePiece model of Llama's settings, but for these."""
+    """The path of a small SentencePiece model with Llama's settings, except for those given."""
     from sentencepiece import SentencePieceTrainer
 
     usual = {"model_type": "bpe", "vocab_size": 330, "byte_fallback": True, "normalization_rule_name": "identity"}
@@ -107,7 +107,7 @@ OPTIONS = {"tokenizer_path": TOKENIZER, "max_seq_len": 32, "device": "cpu", "dty
 
 
 def build(folder, **options):
-    """A model of a folder that has weights alone."""
+    """Build a model from a folder without a tokenizer."""
     return Llama.build(folder, **{**OPTIONS, **options})
 
 
@@ -124,7 +124,7 @@ def edit_shard(folder, change, name="consolidated.00.pth"):
 
 
 def hugging_face(args, state):
-    """Hugging Face's model with the same weights, mapped here by what FACTS says of both layouts, not by llama/."""
+    """Hugging Face's model with the same weights. The mapping is from FACTS about the two layouts, not from llama/."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     kv_heads = args.n_kv_heads or args.n_heads
@@ -143,7 +143,7 @@ def hugging_face(args, state):
     )
 
     def halves(weight, heads):
-        """Rows (heads, D/2, 2) -> (heads, 2, D/2): pairs of neighbours become element i and i + D/2."""
+        """Rows (heads, D/2, 2) -> (heads, 2, D/2): adjacent pairs become elements i and i + D/2."""
         return weight.view(heads, -1, 2, args.dim).transpose(1, 2).reshape(weight.shape)
 
     renamed = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
@@ -164,7 +164,7 @@ def hugging_face(args, state):
     return model
 
 
-# Ids of the bundled tokenizer, of several lengths.
+# Prompts as ids of the bundled tokenizer, with several lengths.
 PROMPTS = [[1, 400, 401, 402], [1, 17], [1, *range(300, 319)], [1, 99, 98, 97, 96, 95, 94]]
 
 
@@ -177,7 +177,7 @@ def relative_error(a, b):
 
 
 def in_process(function, *flags):
-    """What a command does with these flags, without the start of a process: exit code, stdout and stderr."""
+    """Run a command in this process: (exit code, stdout, stderr)."""
     out, code, err = io.StringIO(), 0, ""
     try:
         with redirect_stdout(out):
@@ -190,7 +190,7 @@ def in_process(function, *flags):
 
 @contextmanager
 def passes(llama):
-    """The number of tokens of each pass that is computed meanwhile."""
+    """The number of tokens of each forward pass, in a list that grows."""
     seen, real = [], Transformer.hidden
 
     def forward(self, batch):

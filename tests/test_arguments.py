@@ -1,4 +1,4 @@
-"""What generate, text_completion and chat_completion refuse, and that they refuse nothing else."""
+"""Arguments that generate, text_completion and chat_completion refuse, and that they accept all others."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +10,7 @@ from llama import Llama
 
 @pytest.fixture(scope="module")
 def roomy(tokenizer):
-    """The same with room for dialogs of rare characters, each of which is four tokens."""
+    """The same model with a longer context, for dialogs of rare characters, each of which is four tokens."""
     return Llama(random_model(vocab_size=tokenizer.n_words, max_seq_len=512), tokenizer)
 
 
@@ -46,13 +46,12 @@ def roomy(tokenizer):
     ],
 )
 def test_bad_arguments_are_named_with_their_limit(llama, call, message):
-    """Faults 5 and 8: bare asserts, an IndexError for an empty dialog, an error from deep inside torch for an empty
-    prompt."""
+    """Regression: bare asserts, an IndexError for an empty dialog, and an error of torch for an empty prompt."""
     with pytest.raises(ValueError, match=message):
         call(llama)
 
 
-def test_nothing_to_do(llama):
+def test_empty_lists_of_prompts(llama):
     assert llama.generate([], 5) == ([], None)
     assert llama.generate([], 5, logprobs=True) == ([], [])
     assert llama.text_completion([]) == llama.chat_completion([]) == []
@@ -75,7 +74,7 @@ def test_nothing_to_do(llama):
         ({"prompt_lookup": 1.5}, "prompt_lookup is 1.5"),
     ],
 )
-def test_options_that_mean_nothing(llama, options, message):
+def test_meaningless_options(llama, options, message):
     with pytest.raises(ValueError) as error:
         llama.generate([[1], [2]], 3, **options)
     assert message in str(error.value)
@@ -116,7 +115,7 @@ few = settings(max_examples=cases(500), deadline=None, suppress_health_check=[He
 
 @few
 @given(call=st.fixed_dictionaries(valid_generate))
-def test_generate_answers_every_valid_call(llama, call):
+def test_generate_accepts_every_valid_call(llama, call):
     ids, scores = llama.generate(**call)
     assert len(ids) == len(call["prompt_tokens"])
     for row, prompt in zip(ids, call["prompt_tokens"], strict=True):
@@ -129,7 +128,7 @@ def test_generate_answers_every_valid_call(llama, call):
 
 @few
 @given(data=st.data(), call=st.fixed_dictionaries(valid_generate))
-def test_generate_answers_or_raises_value_error(llama, data, call):
+def test_generate_returns_or_raises_value_error(llama, data, call):
     name = data.draw(st.sampled_from(["prompt_tokens", "max_gen_len", "temperature", "top_p"]))
     call[name] = data.draw(st.one_of(anything, broken_prompts) if name == "prompt_tokens" else anything)
     try:
@@ -141,14 +140,14 @@ def test_generate_answers_or_raises_value_error(llama, data, call):
 
 @few
 @given(call=st.fixed_dictionaries(valid_chat))
-def test_chat_answers_every_valid_call(roomy, call):
+def test_chat_accepts_every_valid_call(roomy, call):
     results = roomy.chat_completion(**call, max_gen_len=2, top_p=1.0)
     assert [set(result) for result in results] == [{"generation", "finish_reason"}] * len(call["dialogs"])
 
 
 @few
 @given(data=st.data(), call=st.fixed_dictionaries(valid_chat))
-def test_chat_answers_or_raises_value_error(roomy, data, call):
+def test_chat_returns_or_raises_value_error(roomy, data, call):
     name = data.draw(st.sampled_from(["dialogs", "message", "temperature"]))
     if name == "message":
         call["dialogs"][0][0] = data.draw(st.one_of(anything, messages))

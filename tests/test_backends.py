@@ -1,4 +1,4 @@
-"""What all backends have in common: how one is chosen, copies of slots, and passes launched ahead."""
+"""What all backends share: how one is chosen, copies of slots, and passes that are launched ahead."""
 
 from unittest import mock
 
@@ -11,12 +11,12 @@ from llama.backends import choose
 from llama.batch import Batch
 
 
-def test_a_cpu_computes_plainly_unless_it_may_compile():
+def test_cpus_use_the_plain_backend_without_compilation():
     assert type(choose(random_model())) is Transformer
     assert type(choose(random_model(max_batch_size=0), compile=True)) is Transformer
 
 
-def test_a_slot_is_copied():
+def test_copy_slot():
     model = random_model()
     model.hidden(Batch.of([(1, 0, [*range(20)])]))
     backends.copy_slot(model, 1, 3, 12)
@@ -25,9 +25,9 @@ def test_a_slot_is_copied():
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_device_that_runs_ahead_gives_the_same_tokens(monkeypatch, tokenizer, temperature):
-    """Passes that are launched before the last one was read; rows stop, one fills its context, and more
-    wait for a slot."""
+def test_launching_passes_ahead_gives_the_same_tokens(monkeypatch, tokenizer, temperature):
+    """A pass is launched before the tokens of the last one are read, while requests end, one fills its context, and
+    more wait for a slot."""
     prompts = [[1, 400, 401], [1], [1, *range(300, 358)], [1, 7, 9], [1, 8], [1, 5, 5, 5]]
 
     def run():
@@ -46,7 +46,7 @@ def test_a_device_that_runs_ahead_gives_the_same_tokens(monkeypatch, tokenizer, 
         assert mine == pytest.approx(theirs, abs=1e-4)
 
 
-def test_running_ahead_computes_no_pass_too_many(monkeypatch, tokenizer):
+def test_launching_ahead_computes_no_extra_pass(monkeypatch, tokenizer):
     llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
     monkeypatch.setattr(engine, "AHEAD", {"cpu"})
     with mock.patch.object(Transformer, "hidden", autospec=True, side_effect=Transformer.hidden) as forward:

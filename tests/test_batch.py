@@ -25,7 +25,7 @@ def llama():
 
 
 def test_prompts_are_answered_as_by_text_completion(llama, tmp_path, capsys):
-    """Twelve lines for four slots."""
+    """Twelve lines on four slots."""
     prompts = ["Once upon a time", "The opposite of hot is", "1, 2, 3,", "Grüße, 世界! 🎉"] * 3
     options = [
         {"temperature": 0, "max_gen_len": 8},
@@ -66,7 +66,7 @@ def test_dialogs_are_answered_as_by_chat_completion(llama, tmp_path):
 
 
 def assert_same(a, b):
-    """Equal, except for what differs by time, by what the cache held, and by rounding."""
+    """Equal, except for times, cached tokens and rounding."""
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         for key in a.keys() - {"id", "created", "prompt_tokens_details"}:
@@ -80,8 +80,8 @@ def assert_same(a, b):
         assert a == (pytest.approx(b, abs=1e-3) if isinstance(a, float) else b)
 
 
-def test_openais_lines_have_the_bodies_that_the_server_sends(llama, tmp_path):
-    """Answers and errors, on a server beside."""
+def test_lines_of_openais_format_get_the_servers_responses(llama, tmp_path):
+    """Answers and errors are compared with those of a running server."""
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("uvicorn")
     from llama.server.app import Config
@@ -118,8 +118,8 @@ def test_openais_lines_have_the_bodies_that_the_server_sends(llama, tmp_path):
         thread.join(30)
 
 
-def test_lines_without_a_seed_have_one_of_their_own(llama, tmp_path):
-    """Of --seed and the number: neither other lines nor what was answered before changes an answer."""
+def test_lines_without_a_seed_are_reproducible(llama, tmp_path):
+    """A line's seed is made from --seed and its number: neither other lines nor earlier answers change it."""
     items = [{"prompt": "Once", "temperature": 1.5, "top_p": 1, "max_gen_len": 10} for _ in range(3)]
     whole = {id: answer["text"] for id, answer in run(llama, tmp_path, items).items()}
     assert len({*whole.values()}) == 3
@@ -167,7 +167,7 @@ WRONG_BODIES = [
 
 
 def test_a_malformed_line_is_answered_with_an_error(llama, tmp_path):
-    """The lines around it are answered. A line without an id of its own never has that of another line."""
+    """The other lines are answered. A line without an id never gets the id of another line."""
     good = {"prompt": "Hello", "max_gen_len": 1}
     items = [*(item for item, _ in WRONG), {"id": 1, **good}, *(item for item, _, _ in WRONG_BODIES), good]
     answers = run(llama, tmp_path, items)
@@ -184,7 +184,7 @@ def test_a_malformed_line_is_answered_with_an_error(llama, tmp_path):
     assert run(llama, tmp_path, items) == answers
 
 
-def test_numbers_that_are_not_finite_are_an_error(llama, tmp_path):
+def test_non_finite_logits_are_an_error(llama, tmp_path):
     items = [openai("x", {"prompt": "a"}, TEXT), {"prompt": "a", "max_gen_len": 2}]
     with mock.patch.object(Engine, "_take", lambda self, row, ids, sums: False):
         answers = run(llama, tmp_path, items)
@@ -203,15 +203,15 @@ def test_a_step_that_fails_ends_the_job(llama, tmp_path):
     assert {answer["finish_reason"] for answer in run(llama, tmp_path, items).values()} == {"length"}
 
 
-def test_files_that_are_none_of_a_batch(tmp_path):
-    """They are left as they are."""
+def test_files_that_are_not_batch_files(tmp_path):
+    """They are left unchanged."""
     source = write(tmp_path / "in", [{"prompt": "a"}])
     with pytest.raises(ValueError, match="is infile too"):
         Files(source, source)
     (tmp_path / "link").symlink_to(source)
     with pytest.raises(ValueError, match="is infile too"):
         Files(source, tmp_path / "link")
-    os.mkfifo(tmp_path / "pipe")  # from which what was answered would be read, without an end
+    os.mkfifo(tmp_path / "pipe")  # the answered lines would be read from it, without end
     with pytest.raises(ValueError, match="pipe is not a file"):
         Files(source, tmp_path / "pipe")
     twice = write(tmp_path / "twice", [{"id": "a", "prompt": "a"}, {"prompt": "b"}, openai("a", {})])
@@ -233,14 +233,14 @@ def test_files_that_are_none_of_a_batch(tmp_path):
         assert (tmp_path / "diary").read_bytes() == content
 
 
-def test_a_line_that_is_refused_in_an_unforeseen_way(llama, tmp_path):
-    """The others are answered."""
+def test_an_unexpected_error_of_one_line(llama, tmp_path):
+    """The other lines are answered."""
     items = [{"prompt": "a", "max_gen_len": 1}, openai("x", {"input": "a"}, EMBED)]
     with mock.patch.dict(READ, {EMBED: lambda llama, body: 1 / 0}):
         answers = run(llama, tmp_path, items)
     assert answers["x"]["response"]["status_code"] == 500 and answers[1]["finish_reason"] == "length"
 
 
-def test_needs_no_package_of_the_servers():
+def test_needs_none_of_the_servers_packages():
     code = "import sys; sys.modules['starlette'] = sys.modules['uvicorn'] = None; import llama.cli.batch"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)

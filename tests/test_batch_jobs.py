@@ -1,4 +1,4 @@
-"""Jobs of python -m llama batch: resumed, killed, and on several replicas, ranks and nodes."""
+"""Batch jobs of python -m llama batch: resumed, killed, and on several replicas, ranks and nodes."""
 
 import contextlib
 import json
@@ -33,8 +33,8 @@ def llama():
 
 
 @pytest.mark.parametrize("tail", [b"", b"{", b'{"id": ', b'{"id": 3, "text": "Hel', b'{"id": 2, "error": "x"}'])
-def test_resumes_behind_the_last_whole_line(llama, tmp_path, tail):
-    """Ids decide, so that lines may come and go in between."""
+def test_resumes_after_the_last_complete_line(llama, tmp_path, tail):
+    """Answered lines are recognized by id, so that lines may be added and removed in between."""
     (tmp_path / "out").write_bytes(b'{"id": "b", "error": "kept"}\n' + tail)
     items = [{"prompt": "a", "max_gen_len": 1}, {"prompt": "b", "max_gen_len": 1}, {"id": "b", "prompt": "c"}]
     answers = run(llama, tmp_path, items)
@@ -54,8 +54,8 @@ def test_one_job_writes_a_file(tmp_path, monkeypatch):
     Files(source, tmp_path / "out")
 
 
-def test_replicas_take_each_line_once(tmp_path, monkeypatch):
-    """In turns of any order, and none ends before all lines are taken."""
+def test_replicas_answer_each_line_once(tmp_path, monkeypatch):
+    """Replicas claim lines in any order, and none ends before all lines are claimed."""
     store, chance = HashStore(), random.Random(0)
     monkeypatch.setattr(parallel, "store", lambda: store)
     monkeypatch.setattr(parallel, "replica", lambda: (0, 3))
@@ -71,11 +71,11 @@ def test_replicas_take_each_line_once(tmp_path, monkeypatch):
             share.put(json.dumps({"id": json.loads(content)["id"]}).encode() + b"\n", 1, False)
     assert sorted(taken) == [number for number in range(1, 51) if number != 8]
     assert read(tmp_path / "out").keys() == {f"é{i}" for i in range(50)}
-    assert store.num_keys() <= 4  # nothing of a line remains
+    assert store.num_keys() <= 4  # no partial line remains
 
 
 def test_long_lines_and_answers(tmp_path, monkeypatch):
-    """Of more bytes than the store of torchrun takes at once."""
+    """Longer than the largest message of torchrun's store."""
     port = free_port()
     stores = [TCPStore("127.0.0.1", port, None, first, timeout=timedelta(seconds=20)) for first in (True, False)]
     monkeypatch.setattr(parallel, "replica", lambda: (0, 2))
@@ -87,7 +87,8 @@ def test_long_lines_and_answers(tmp_path, monkeypatch):
     first, second = shares
 
     def settle() -> None:
-        """Wait for what has been set: the store does not acknowledge it, but it answers each process in order."""
+        """Wait until the store has processed what was set: it does not acknowledge, but it answers each process in
+        order."""
         for share in shares:
             share.store.check(["any"])
 
@@ -131,14 +132,14 @@ def two_ranks(folder, *flags):
 
 
 def ended(process):
-    """What a process has written to stderr, once it has ended well."""
+    """The stderr of a process that has ended with exit code 0."""
     err = process.communicate(timeout=80)[1]
     assert process.returncode == 0, err
     return err
 
 
 def grows(path, alive, lines):
-    """Wait until a file has more lines, or the process that should write them has ended."""
+    """Wait until a file has more lines, or the process that writes it has ended."""
     deadline = time.monotonic() + 60
     while alive() and (not path.exists() or path.read_bytes().count(b"\n") < lines):
         assert time.monotonic() < deadline
@@ -147,7 +148,7 @@ def grows(path, alive, lines):
 
 @pytest.fixture(scope="module")
 def expected(llama, tmp_path_factory):
-    """The texts of one run."""
+    """The texts of an uninterrupted run."""
     answers = run(llama, tmp_path_factory.mktemp("whole"), many(60))
     return {id: answer["text"] for id, answer in answers.items()}
 
@@ -178,7 +179,7 @@ def test_killed_and_resumed(tmp_path, expected):
 
 
 def test_replicas_killed_and_resumed(tmp_path, expected):
-    """Two replicas, whose torchrun is killed: its workers notice, and the next job waits for them."""
+    """torchrun is killed with two replicas: its workers notice, and the next job waits until they have ended."""
     write(tmp_path / "in", many(60))
     process = two_ranks(tmp_path, "--model_parallel_size", "1")
     grows(tmp_path / "out", lambda: process.poll() is None, 5)
@@ -214,8 +215,8 @@ def test_an_error_ends_all_replicas(tmp_path):
 
 @pytest.fixture
 def nodes():
-    """nodes(*command): the command started by torchrun on two nodes, which are network namespaces with an address each.
-    The first has 10.77.0.1. Each has a CPU of its own, where there are two."""
+    """nodes(*command): the command, started by torchrun on two nodes, which are network namespaces with an address
+    each. The first is 10.77.0.1. Each has its own CPU where there are two."""
     if not shutil.which("ip") or os.geteuid():
         pytest.skip("needs ip and root")
     names = [f"llama-test-{os.getpid()}-{i}" for i in range(2)]
@@ -255,7 +256,7 @@ def nodes():
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_batch_on_two_nodes(tmp_path, nodes, expected, size):
-    """As two replicas and as one. The first node alone has the files."""
+    """As two replicas, and as one. Only the first node has the files."""
     write(tmp_path / "in", many(8))
     flags = "--model_parallel_size", str(size)
     processes, _ = nodes([*batch_of(tmp_path), *flags], [*batch_of(tmp_path / "none"), *flags])

@@ -1,4 +1,5 @@
-"""python -m llama bench and benchmarks/: the arithmetic by hand, and that they run. Nothing here is timed."""
+"""python -m llama bench and benchmarks/: their arithmetic, worked out by hand, and that they run. No test measures
+time."""
 
 import importlib
 import json
@@ -26,7 +27,7 @@ def command(*flags):
     return in_process(bench, "--repeats", 1, "--tokens", 3, "--device", "cpu", *flags)
 
 
-def test_work_of_a_small_model_worked_out_by_hand():
+def test_flops_and_bytes_worked_out_by_hand():
     shape = {"dim": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "multiple_of": 1}  # hidden int(64 / 3) = 21
     model = random_model(shape, vocab_size=10, max_batch_size=2)
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 21  # wq; wk, wv; wo; w1, w2, w3
@@ -42,7 +43,7 @@ def test_work_of_a_small_model_worked_out_by_hand():
 
 @pytest.mark.parametrize("kv_heads", [8, 4])
 @pytest.mark.parametrize("peer", peers.PEERS)
-def test_a_peer_takes_the_same_steps(peer, kv_heads, monkeypatch):
+def test_other_libraries_compute_the_same_steps(peer, kv_heads, monkeypatch):
     pytest.importorskip("llama_cpp" if peer.startswith("llama.cpp") else "transformers")
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # which takes a minute
     shape = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": kv_heads, "multiple_of": 32, "norm_eps": 1e-3}
@@ -121,8 +122,8 @@ def test_compare_measures_other_libraries(monkeypatch):
     assert "there is no flag batch; known are ckpt_dir" in in_process(compare.main, "--batch", 1).stderr
 
 
-def test_the_gpus_benchmark_measures_what_it_says(monkeypatch, capsys):
-    """On a CPU, with a small shape instead of 7B: what runs for minutes on a GPU must not fail there on a name."""
+def test_the_gpu_benchmark_runs_on_a_cpu(monkeypatch, capsys):
+    """With a small shape instead of 7B, so that a job of minutes on a GPU does not fail on a wrong name."""
     gpu = importlib.import_module("gpu")
     monkeypatch.setitem(measure.SHAPES, "7B", {"dim": 64, "n_layers": 1, "n_heads": 4})
     monkeypatch.setattr(gpu, "DEVICE", CPU)

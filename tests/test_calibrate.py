@@ -1,4 +1,4 @@
-"""Rounding that searches for scales, and that a text calibrates."""
+"""Quantization that searches for scales, and calibration by a text."""
 
 import json
 import math
@@ -20,14 +20,14 @@ WIDE = {**GQA, "dim": 128, "multiple_of": 128, "n_layers": 2}
 
 
 def inputs(tokens=600, columns=128):
-    """Of a matrix, with columns of different importance that depend on each other."""
+    """Inputs of a matrix: correlated columns of different importance."""
     return torch.randn(tokens, columns) @ torch.randn(columns, columns) * torch.rand(columns)
 
 
 @EACH
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_search_is_never_worse_than_the_nearest_numbers(scheme, weighted):
-    """In each group, by the error that it minimizes, however the weights are distributed."""
+def test_a_search_is_never_worse_than_rounding_to_nearest(scheme, weighted):
+    """In each group, by the error that it minimizes, for any distribution of weights."""
     torch.manual_seed(0)
     h = torch.rand(128) ** 8 if weighted else torch.ones(128)
     total = [0.0, 0.0]
@@ -42,15 +42,15 @@ def test_a_search_is_never_worse_than_the_nearest_numbers(scheme, weighted):
 
 
 @pytest.mark.parametrize("ends", [(0, 16), (1, 15)])
-def test_a_search_finds_the_grid_that_weights_lie_on(ends):
-    """As those of another quantized file do, whether they reach the ends of it or not."""
+def test_a_search_finds_the_grid_of_quantized_weights(ends):
+    """As in another quantized file, whether or not weights reach both ends of the grid."""
     torch.manual_seed(0)
     weight = torch.randint(*ends, (8, 64)) * 0.125 - 1
     found = quantize(weight, Scheme(4, 64, False), torch.ones(64))
     assert relative_error(dequantize(found), weight) < 1e-3
 
 
-def test_a_search_survives_what_has_no_range_or_no_importance():
+def test_a_search_of_constant_weights_or_zero_importance():
     for scheme in SCHEMES:
         for weight in (torch.zeros(4, 128), torch.ones(4, 128), torch.full((4, 128), 1e-30)):
             for h in (torch.ones(128), torch.zeros(128)):
@@ -58,7 +58,7 @@ def test_a_search_survives_what_has_no_range_or_no_importance():
 
 
 @EACH
-def test_what_each_row_gives_is_never_further_off(scheme):
+def test_gptq_is_never_worse_than_nearest_in_any_row(scheme):
     torch.manual_seed(0)
     weight, x = torch.randn(96, 128), inputs()
     found, near = gptq(weight, x.t() @ x, scheme), quantize(weight, scheme)
@@ -71,9 +71,10 @@ def test_what_each_row_gives_is_never_further_off(scheme):
     assert ours < (0.95 if scheme.bits == 8 and not scheme.group else 0.8) * theirs
 
 
-def test_columns_take_up_the_error_of_those_before_them():
+def test_columns_compensate_the_error_of_earlier_ones():
     """Worked out by hand: two equal inputs, so that only the sum of two weights counts. In steps of 1, from -8 to 7,
-    0.4 becomes 0, and 0.3 takes up the 0.4 that are lost: 0.7 becomes 1. To the nearest, the sum would be 0."""
+    0.4 is rounded to 0, and its error 0.4 is added to 0.3: 0.7 is rounded to 1. Rounding to nearest would give a sum of
+    0."""
     weight = torch.zeros(1, 16)
     weight[0, :3] = torch.tensor([0.4, 0.3, -8.0])
     hessian = torch.eye(16)
@@ -85,7 +86,7 @@ def test_columns_take_up_the_error_of_those_before_them():
 
 @pytest.mark.parametrize("kind", ["dead", "none", "one", "few", "huge", "tiny"])
 def test_damaged_hessians(kind):
-    """Columns that the text does not reach, fewer tokens than columns, and no inputs at all."""
+    """Columns that the text never activates, fewer tokens than columns, and no inputs at all."""
     torch.manual_seed(0)
     x = inputs(3 if kind == "few" else 300)
     if kind == "dead":
@@ -116,8 +117,8 @@ def ids():
     return torch.randint(3, 1024, (LEAST + 100,), generator=generator).tolist()
 
 
-def test_the_inputs_are_those_of_the_model(folder, ids, monkeypatch):
-    """Where nothing is rounded, the Hessians are those of what its linear layers get."""
+def test_hessians_are_of_the_models_inputs(folder, ids, monkeypatch):
+    """Without rounding, the Hessians are those of the inputs of its linear layers."""
     source = Checkpoint(folder)
     args, seen, given = source.args(1024), {}, []
 
@@ -144,9 +145,8 @@ def test_the_inputs_are_those_of_the_model(folder, ids, monkeypatch):
         assert relative_error(each[name], x.t() @ x) < 1e-4, name
 
 
-def test_later_layers_see_what_earlier_ones_give_when_rounded(folder, ids):
-    """What the model makes of the text is nearer than when matrices are rounded one by one, and so is what it makes of
-    another text."""
+def test_later_layers_are_calibrated_on_quantized_earlier_ones(folder, ids):
+    """The logits for the text, and for another text, are closer than when each matrix is rounded by itself."""
     source, scheme = Checkpoint(folder), Scheme(4, 64, False)
     args = source.args(1024)
     models = {name: random_model(WIDE, 1024, max_batch_size=8, max_seq_len=WINDOW) for name in ("", "near", "ours")}
@@ -170,7 +170,8 @@ def logits(folder):
 
 @pytest.mark.parametrize("kind", ["int4", "int4 --symmetric", "int8"])
 def test_the_command(folder, tmp_path, monkeypatch, kind):
-    """With a text, or with one that the model writes; on any number of shards the same; loaded as any other."""
+    """With a text, or one that the model generates; the same for any number of shards; loaded like any other
+    checkpoint."""
     monkeypatch.setattr("llama.cli.convert.OWN", LEAST)
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog, once upon a time. " * 80)
@@ -185,7 +186,7 @@ def test_the_command(folder, tmp_path, monkeypatch, kind):
     assert relative_error(logits(tmp_path / "1"), logits(folder)) < {4: 0.5, 8: 0.05}[bits]
 
 
-def test_search_is_the_default_of_four_bits_and_can_be_left_out(folder, tmp_path):
+def test_search_is_the_default_of_four_bits(folder, tmp_path):
     flags = ("--tokenizer_path", TOKENIZER, "--quantize", "int4", "--group_size", 64)
     for name, more in (("default", ()), ("search", ("--search",)), ("nosearch", ("--nosearch",))):
         assert not in_process(convert, folder, tmp_path / name, *flags, *more).returncode
@@ -211,7 +212,7 @@ def test_search_is_the_default_of_four_bits_and_can_be_left_out(folder, tmp_path
         (("--quantize", "int4", "--to", "hf", "--calibrate", "auto"), "Hugging Face's layout has no place for int4"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_leaves_nothing(folder, tmp_path, flags, message):
+def test_errors_are_one_line_and_leave_no_files(folder, tmp_path, flags, message):
     (tmp_path / "EMPTY").touch()
     (tmp_path / "SHORT").write_text("one two three " * 6)
     flags = [str(tmp_path / flag) if flag in ("EMPTY", "SHORT") else flag for flag in flags]
@@ -230,7 +231,7 @@ def test_quantized_weights_cannot_be_calibrated(folder, tmp_path):
     assert "it cannot become int4 in groups of 32, symmetric" in done.stderr
 
 
-def test_inputs_that_are_not_finite_are_named(tmp_path, ids):
+def test_non_finite_inputs_are_named(tmp_path, ids):
     state = save_random(tmp_path, WIDE)
     state["layers.1.attention_norm.weight"][3] = math.nan
     torch.save(state, tmp_path / "consolidated.00.pth")
@@ -245,8 +246,8 @@ def test_ids_outside_of_the_vocabulary_are_named():
         windows([100] * LEAST, 100)
 
 
-def test_a_model_writes_what_calibrates_it():
-    """In texts that begin with BOS, the same each time, of a model that ends its texts early too."""
+def test_a_model_generates_its_calibration_text():
+    """Texts begin with BOS, are the same each time, and also come from a model that ends them early."""
     llama = Llama.build(MODELS / "small", max_seq_len=WINDOW, max_batch_size=8, device="cpu", dtype="float32")
     engine, bos, eos = llama.engine, llama.tokenizer.bos_id, llama.tokenizer.eos_id
     found = own_text(engine, bos, {eos}, 300)
@@ -256,7 +257,8 @@ def test_a_model_writes_what_calibrates_it():
 
 
 def test_a_bundled_model_diverges_less(tmp_path, monkeypatch):
-    """Of what the model itself says of a held-out text: Kullback and Leibler's divergence, calibrated to nearest."""
+    """The Kullback-Leibler divergence from the model's own predictions on a held-out text, against rounding to
+    nearest."""
     flags = ("--quantize", "int4", "--group_size", 64)
     monkeypatch.setattr("llama.cli.convert.OWN", 2 * LEAST)
     models = MODELS / "small", tmp_path / "near", tmp_path / "ours"

@@ -38,7 +38,7 @@ LONG_IDS = [
 
 
 def spell(*texts):
-    """BOS text EOS BOS text ...: the format, encoded turn by turn by SentencePiece."""
+    """BOS text EOS BOS text ...: the format, encoded turn by turn with SentencePiece."""
     ids = []
     for i, text in enumerate(texts):
         ids += [1, *SENTENCEPIECE.encode(text)] + [2] * (i + 1 < len(texts))
@@ -74,20 +74,20 @@ def test_ids_equal_sentencepiece_and_the_format(tokenizer):
     ],
 )
 def test_roles_out_of_order_are_named(tokenizer, roles):
-    """Fault 8: an empty dialog, or one that is only a system message, was an IndexError."""
+    """Regression: an empty dialog, or one with only a system message, was an IndexError."""
     with pytest.raises(ValueError, match="has the roles"):
         encode_dialog(tokenizer, [turn(role, "x") for role in roles])
 
 
 @pytest.mark.parametrize("dialog", [None, "Hello", ["Hello"], [{"role": "user"}], [turn("user", None)]])
-def test_what_is_no_dialog_is_named(tokenizer, dialog):
+def test_invalid_dialogs_are_named(tokenizer, dialog):
     with pytest.raises(ValueError, match="dialog"):
         encode_dialog(tokenizer, dialog)
 
 
 @pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
 @pytest.mark.parametrize("place", range(4))
-def test_tags_may_not_come_from_a_message(tokenizer, tag, place):
+def test_messages_with_tags_are_refused(tokenizer, tag, place):
     dialog = [dict(message) for message in LONG]
     dialog[place]["content"] += f"x{tag}x"
     assert has_tags(dialog)
@@ -112,7 +112,7 @@ def test_a_dialog_is_rendered_as_it_is_encoded(tokenizer):
 
 @pytest.mark.parametrize("role", [0, 1, 2, 3])
 @pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
-def test_no_message_of_any_role_may_hold_a_tag(tokenizer, role, tag):
+def test_messages_of_any_role_may_not_contain_tags(tokenizer, role, tag):
     dialog = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
     dialog[role]["content"] = f"a {tag} b"
     for function in (lambda: encode_dialog(tokenizer, dialog), lambda: render_dialog(dialog)):

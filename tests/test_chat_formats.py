@@ -1,4 +1,4 @@
-"""Chat formats: Llama 3's by its rules, worked out by hand, and templates as transformers renders them."""
+"""Chat formats: Llama 3's, worked out by hand, and templates, as transformers renders them."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def llama3(tmp_path_factory):
     return Tokenizer(write_ranks(tmp_path_factory.mktemp("ranks")))
 
 
-def test_llama_3_to_the_token(llama3):
+def test_llama_3_ids_worked_out_by_hand(llama3):
     first = llama3.bos_id
     bos, start, end, over = first, first + 6, first + 7, first + 9
 
@@ -131,7 +131,7 @@ TEMPLATES = {
 
 
 def folders(tmp_path, llama3, template):
-    """A folder of each kind of tokenizer, and transformers' tokenizer in it."""
+    """A folder with each kind of tokenizer, and transformers' tokenizer from it."""
     from transformers import AutoTokenizer
 
     convert(MODELS / "small-chat", tmp_path / "llama2", "hf", 1, None)
@@ -160,8 +160,8 @@ def test_templates_are_rendered_and_encoded_as_by_transformers(name, tmp_path, l
 UNFINISHED = [*SYSTEM, {"role": "assistant", "content": "One, two <|eot_id|>,"}]
 
 
-def test_a_message_that_goes_on(llama3, tmp_path):
-    """Ids end with its text, as transformers' do with continue_final_message."""
+def test_continue_final_message(llama3, tmp_path):
+    """The ids end with the message's text, as transformers' do with continue_final_message."""
     own, theirs = encode_format(llama3, "llama3"), encode_format(llama3, TemplateFormat(TEMPLATES["Llama 3"], llama3))
     assert own == theirs
     assert llama3.decode(own).endswith("One, two <|eot_id|>,")
@@ -182,8 +182,9 @@ def test_a_message_that_goes_on(llama3, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ChatML", "Vicuna", "Llama 3"])
-def test_a_message_that_goes_on_and_is_like_what_the_template_writes_behind_it(name, llama3, tmp_path):
-    """It was looked for from the end: "<" was found in <|im_end|>, and the answer went on from "<<"."""
+def test_a_continued_message_that_resembles_the_templates_suffix(name, llama3, tmp_path):
+    """Regression: the message's end was searched from the back, so that "<" was found in <|im_end|>, and the answer
+    continued "<<"."""
     for folder, theirs in folders(tmp_path, llama3, TEMPLATES[name]):
         tokenizer = Tokenizer(folder / "tokenizer.json")
         for text in ("<", "A", "im_end", "e ", "|>\n"):
@@ -200,7 +201,7 @@ def test_a_message_that_spells_special_tokens_in_a_template(llama3):
     ours = TemplateFormat(TEMPLATES["Llama 3"], llama3)
     assert ours.encode(llama3, SPELLED) == encode_dialog(llama3, SPELLED)
     assert ours.encode(llama3, LONG) == encode_dialog(llama3, LONG)
-    # Characters of private use, of which some stand for tokens meanwhile: they were dropped, or became these tokens.
+    # Private-use characters, some of which stand for tokens while encoding: they were dropped, or became tokens.
     icons = [{"role": "user", "content": f"{''.join(map(chr, range(0xEFFFE, 0xF0009)))}<|eot_id|>"}]
     assert ours.encode(llama3, icons) == encode_dialog(llama3, icons)
 
@@ -277,7 +278,7 @@ def test_a_conversation_reuses_the_cache_in_every_format(tmp_path, chat_format):
     assert again.say("What is my name?") == chat.dialog[3]["content"]
 
 
-def test_a_message_never_becomes_a_role_that_is_no_special_token(tmp_path):
+def test_messages_never_become_role_tokens(tmp_path):
     """Fine-tunes often have role tokens that are not marked as special."""
     convert(MODELS / "small-chat", tmp_path / "hf", "hf", 1, None)
     path = tmp_path / "hf" / "tokenizer.json"
@@ -293,8 +294,8 @@ def test_a_message_never_becomes_a_role_that_is_no_special_token(tmp_path):
     assert (ids.count(1024), ids.count(1025)) == (2, 1)
 
 
-def test_special_tokens_of_a_template_are_those_that_the_folder_names(tmp_path):
-    """EOS was missing where tokenizer.json does not mark it as special, and so were the tokens of other roles."""
+def test_special_tokens_of_a_template_are_from_the_folder(tmp_path):
+    """Regression: EOS and tokens of other roles were missing where tokenizer.json does not mark them as special."""
     from transformers import AutoTokenizer
 
     convert(MODELS / "small-chat", tmp_path / "hf", "hf", 1, None)
@@ -316,7 +317,7 @@ def test_special_tokens_of_a_template_are_those_that_the_folder_names(tmp_path):
     assert 1025 not in tokenizer.encode("hi <|im_end|>", bos=True, eos=False)
 
 
-def test_only_what_lies_before_the_users_text_is_dropped(llama3):
+def test_only_messages_before_the_users_text_are_dropped(llama3):
     llama = Llama(random_model(vocab_size=llama3.n_words, max_seq_len=160), llama3)
     for begin in ([], [{"role": "system", "content": "be nice"}]):
         dialog = [*begin, {"role": "assistant", "content": "Hello there. " * 4}]
@@ -327,7 +328,7 @@ def test_only_what_lies_before_the_users_text_is_dropped(llama3):
 
 
 @pytest.mark.parametrize("saved", [[1], [{"name": "default"}], [{"name": ["x"]}], 7, ""])
-def test_a_template_that_is_none(tmp_path, saved):
+def test_a_chat_template_that_is_not_one(tmp_path, saved):
     convert(MODELS / "small-chat", tmp_path / "hf", "hf", 1, None)
     path = tmp_path / "hf" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": saved}))

@@ -1,4 +1,4 @@
-"""Folders of weights: what is read, and what is written."""
+"""Checkpoint folders: reading and writing."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def test_every_weight_arrives_unchanged(folder):
 @pytest.mark.parametrize("saved", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("asked", ["bfloat16", "float16", "float32"])
 def test_dtype_is_the_one_asked_for(tmp_path, saved, asked):
-    """Fault 3: bfloat16 weights silently became float16."""
+    """Regression: bfloat16 weights silently became float16."""
     state = save_random(tmp_path, dtype=saved)
     model = build(tmp_path, dtype=asked).model
     for name, weight in model.state_dict().items():
@@ -32,7 +32,7 @@ def test_dtype_is_the_one_asked_for(tmp_path, saved, asked):
     assert model.layers[0].attention.cache.kv.dtype == getattr(torch, asked)
 
 
-def test_a_model_is_a_view_of_its_files_that_neither_can_harm(folder):
+def test_a_models_mapped_files_and_weights_do_not_change_each_other(folder):
     """Writing to the weights changes no file; saving to the folder or removing it changes no weights."""
     path = folder / "consolidated.00.pth"
     before, content = files.read_shard(path)["output.weight"].clone(), path.read_bytes()
@@ -72,8 +72,8 @@ def big_endian(path):
     [lambda path: rezip(path, zipfile.ZIP_STORED), lambda path: rezip(path, zipfile.ZIP_DEFLATED), big_endian],
     ids=["stored", "compressed", "big-endian"],
 )
-def test_an_archive_that_another_program_wrote_is_read_right(folder, rewrite):
-    """Its records do not lie where torch would have put them."""
+def test_an_archive_of_another_program_is_read_correctly(folder, rewrite):
+    """Its records have other offsets than torch would choose."""
     before = build(folder).model.state_dict()
     before = {name: weight.clone() for name, weight in before.items()}
     rewrite(folder / "consolidated.00.pth")
@@ -81,8 +81,8 @@ def test_an_archive_that_another_program_wrote_is_read_right(folder, rewrite):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_what_is_whole_and_of_the_final_dtype_is_not_copied(folder):
-    """Two models of one file share its pages: their weights take no memory of their own."""
+def test_unsharded_weights_of_the_final_dtype_are_not_copied(folder):
+    """Two models of one file share its mapped pages: their weights take no memory of their own."""
     opened = checkpoint.Checkpoint(folder)
     shape = opened.files[0].tensors["output.weight"].shape
     begin = torch.frombuffer(opened.files[0].pages, dtype=torch.uint8).data_ptr()
@@ -123,8 +123,9 @@ AS_SAVED = {
 
 
 @pytest.mark.parametrize("saved", AS_SAVED)
-def test_text_as_other_programs_save_it(tmp_path, saved):
-    """A byte order mark became part of a text, JSON that has one was "not JSON", and lines ended at a form feed."""
+def test_text_files_of_other_programs(tmp_path, saved):
+    """Regression: a byte order mark became part of a text, JSON with one was "not JSON", and lines ended at a form
+    feed."""
     text = "two\fparts \u2028 of a line\nand \r another 🙂\n"
     path = tmp_path / "text"
     path.write_bytes(AS_SAVED[saved](text))
@@ -133,7 +134,7 @@ def test_text_as_other_programs_save_it(tmp_path, saved):
     assert checkpoint.read_json(path) == {"a": ["\u2028"]}
 
 
-def test_what_is_no_text_is_named(tmp_path):
+def test_files_that_are_not_text_are_named(tmp_path):
     path = tmp_path / "text"
     path.write_bytes("naïve".encode("latin-1"))
     for read in (checkpoint.read_text, checkpoint.read_json):
@@ -150,7 +151,7 @@ def test_what_is_no_text_is_named(tmp_path):
 @pytest.mark.parametrize("saved", AS_SAVED)
 @pytest.mark.parametrize("layout", ["meta", "hf"])
 def test_a_checkpoint_whose_json_was_edited(tmp_path, monkeypatch, layout, saved):
-    """Windows' editors add a byte order mark to params.json, config.json and the index."""
+    """Editors on Windows add a byte order mark to params.json, config.json and the index."""
     save_random(tmp_path / "model")
     folder = tmp_path / "model"
     if layout == "hf":
@@ -168,8 +169,8 @@ def test_a_checkpoint_whose_json_was_edited(tmp_path, monkeypatch, layout, saved
 @pytest.mark.parametrize(
     "change", [{"n_kv_heads": None, "rope_theta": None}, {"use_scaled_rope": False, "rope_scaling_factor": 1.0}]
 )
-def test_keys_of_params_json_that_change_nothing(tmp_path, change):
-    """null for a default, and a scaling of RoPE that is off, were refused."""
+def test_keys_of_params_json_without_effect(tmp_path, change):
+    """Regression: null for a default, and RoPE scaling that is turned off, were refused."""
     save_random(tmp_path, SHAPES["MHA"])
     edit_params(tmp_path, **change)
     assert not set(checkpoint.Checkpoint(tmp_path).params) & set(change)
@@ -192,8 +193,8 @@ def test_the_tokenizer_is_found_beside_the_weights_or_one_folder_up(folder):
 
 
 @pytest.mark.parametrize("shape", ["MHA", "GQA"])
-def test_split_follows_facts(shape):
-    """wq wk wv w1 w3 output by rows, wo w2 tok_embeddings by columns, norms whole."""
+def test_split_dimensions(shape):
+    """wq wk wv w1 w3 output by rows, wo w2 tok_embeddings by columns; norms are not split."""
     state = random_model(SHAPES[shape]).state_dict()
     parts = checkpoint.split(state, 4)
     for name, whole in state.items():
@@ -214,16 +215,16 @@ def test_saved_folder_has_metas_files(tmp_path):
     assert [line.split("  ")[1] for line in lines] == names
     assert all(len(line.split("  ")[0]) == 32 for line in lines)
     weights = sum(tensor.nbytes for tensor in torch.load(tmp_path / names[1], weights_only=True).values())
-    assert (tmp_path / names[1]).stat().st_size < weights + 20_000  # a shard's file holds its own part alone
+    assert (tmp_path / names[1]).stat().st_size < weights + 20_000  # a shard's file contains only its own part
 
 
-def test_what_cannot_be_split_is_named():
+def test_indivisible_weights_are_named():
     with pytest.raises(ValueError, match=r"output\.weight \(7, 64\) cannot be divided into mp 2 shards along"):
         checkpoint.split({"output.weight": torch.zeros(7, 64)}, 2)
 
 
 def test_headers_are_read_without_torch_as_torch_reads_them(folder, monkeypatch):
-    """Parameters, views, other dtypes; what a pickle asks for besides tensors is not called but left to torch."""
+    """Parameters, views, other dtypes. Other objects of a pickle are not called but left to torch."""
     path = folder / "consolidated.00.pth"
     base = torch.arange(24.0).view(4, 6)
     state = {"whole": base, "rows": base[1:3], "half": base.half(), "long": torch.arange(5), "none": torch.empty(0, 3)}
@@ -242,5 +243,5 @@ def test_headers_are_read_without_torch_as_torch_reads_them(folder, monkeypatch)
 
 
 def test_params_keep_their_order_of_keys(folder):
-    """params.json is written as given: nothing is added that other readers do not know."""
+    """params.json is written as given, without keys that other readers do not know."""
     assert list(json.loads((folder / "params.json").read_text())) == ["norm_eps", *GQA, "vocab_size"]

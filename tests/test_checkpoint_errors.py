@@ -1,4 +1,4 @@
-"""Folders of weights: everything that can be wrong with one is named."""
+"""Checkpoint folders: every kind of damage is named."""
 
 import pickle
 import shutil
@@ -63,7 +63,7 @@ class Malicious:
     ],
 )
 def test_damage_is_named(folder, damage, message):
-    """Faults 5, 7 and 12: bare asserts; strict=False hid missing and unexpected weights; the number of shards."""
+    """Regression: bare asserts; strict=False hid missing and unexpected weights; shards were not counted."""
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         build(folder)
@@ -82,7 +82,7 @@ def test_all_problems_of_a_shard_are_named_at_once(folder):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_shard_with_any_damaged_byte_is_read_or_named(folder, zipped):
-    """Damage shows in a dozen types of errors deep inside of torch and pickle; each must become the file's name."""
+    """Damage causes a dozen types of errors inside torch and pickle; each must become one that names the file."""
     path = folder / "consolidated.00.pth"
     torch.save({"norm.weight": torch.ones(4)}, path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
@@ -130,7 +130,7 @@ def test_bad_options_are_named(folder, options, message):
 @pytest.mark.parametrize("value", [" --ckpt_dir", "--tokenizer_path", " llama-2-7b/", ""])
 @pytest.mark.parametrize("name", ["ckpt_dir", "tokenizer_path"])
 def test_a_flag_is_not_taken_for_a_path(folder, name, value):
-    """Fault 14: the flags of a command that was pasted on one line."""
+    """Regression: flags of a command that was pasted as one line."""
     with pytest.raises(ValueError, match=f"{name} is '{value}', which looks like a flag .*remove the backslashes"):
         build(**{"folder": folder, **({"folder": value} if name == "ckpt_dir" else {name: value})})
 
@@ -142,7 +142,7 @@ def test_a_flag_without_a_value_is_named(value):
 
 
 def test_shards_of_different_models_are_named(tmp_path):
-    """They fit each other in everything but their values."""
+    """They match in everything except their values."""
     save_random(tmp_path, mp=2)
     save_random(tmp_path / "other", mp=2, seed=1)
     shutil.copy(tmp_path / "other" / "consolidated.01.pth", tmp_path)
@@ -174,7 +174,7 @@ def test_a_tokenizer_of_another_model_is_named(tmp_path):
         build(tmp_path)
 
 
-def test_a_file_that_may_not_be_read_is_no_broken_one(folder, monkeypatch):
+def test_a_file_without_read_permission_is_not_called_damaged(folder, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied", str(folder))
 
@@ -185,8 +185,8 @@ def test_a_file_that_may_not_be_read_is_no_broken_one(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"version https://git-lfs.github.com/spec/v1\n"])
-def test_nobody_is_advised_to_run_pickles(folder, content):
-    """Torch's own message goes on to recommend weights_only=False."""
+def test_errors_never_recommend_unsafe_pickles(folder, content):
+    """Torch's own message recommends weights_only=False."""
     (folder / "consolidated.00.pth").write_bytes(content)
     with pytest.raises(ValueError) as caught:
         build(folder)

@@ -1,4 +1,4 @@
-"""Folders of weights on several ranks: all end with the same error, and ranks that load different models are named."""
+"""Checkpoints on several ranks: all ranks raise the same error, and ranks that load different models are named."""
 
 import shutil
 
@@ -38,7 +38,7 @@ def _build_by_rank(folder, options):
     ],
 )
 def test_ranks_that_build_differently_are_named(ranks, tmp_path, other, message):
-    """Bfloat16 on one rank and float32 on another would add up to nonsense, or end the process."""
+    """An all-reduce of bfloat16 on one rank and float32 on another gives garbage, or ends the process."""
     save_random(tmp_path, mp=2)
     same = {"dtype": "float32"}
     for _, error in ranks(2).outcomes(_build_by_rank, tmp_path, [same, {**same, **other}]):
@@ -53,7 +53,7 @@ def _build_one_of(folders):
 
 
 def rewrite_tokenizer(folder):
-    """The same number of pieces, two of which have changed places."""
+    """The same number of pieces, two of which are swapped."""
     content = (folder / "tokenizer.model").read_bytes()
     (folder / "tokenizer.model").write_bytes(content.replace(b"\x01t", b"\x01#").replace(b"\x01e", b"\x01t"))
 
@@ -77,7 +77,7 @@ def rewrite_tokenizer(folder):
     ],
 )
 def test_ranks_that_load_different_checkpoints_are_named(ranks, tmp_path, change, message):
-    """Nodes with their own copies generated from the slices of two models."""
+    """Regression: nodes with their own copies generated from slices of two models."""
     for name in ("one", "two"):
         save_random(tmp_path / name, mp=2)
         shutil.copy(TOKENIZER, tmp_path / name)
@@ -88,7 +88,7 @@ def test_ranks_that_load_different_checkpoints_are_named(ranks, tmp_path, change
 
 
 def test_ranks_may_load_one_model_from_different_folders(ranks, tmp_path):
-    """In another number of shards, or in another layout, it is the same model."""
+    """A different number of shards, or another layout, is the same model."""
     save_random(tmp_path / "one", {**GQA, "multiple_of": 4, "ffn_dim_multiplier": 1.3}, mp=2)
     convert.convert(tmp_path / "one", tmp_path / "two", "meta", 1, None, TOKENIZER)
     convert.convert(tmp_path / "one", tmp_path / "hf", "hf", 1, None, TOKENIZER)
@@ -98,7 +98,7 @@ def test_ranks_may_load_one_model_from_different_folders(ranks, tmp_path):
         assert ranks(2).run(_build_one_of, [tmp_path / "one", tmp_path / other]) == expected
 
 
-def test_what_does_not_divide_among_ranks_is_named(ranks, tmp_path):
+def test_indivisible_shapes_are_named(ranks, tmp_path):
     save_random(tmp_path, {**GQA, "dim": 72, "n_heads": 9, "n_kv_heads": 3})
     for _, error in ranks(2).outcomes(_build, tmp_path, {}):
         assert error[:2] == ("ValueError", "n_heads 9 cannot be divided among 2 ranks")

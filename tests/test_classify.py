@@ -1,4 +1,4 @@
-"""Score heads against transformers' LlamaForSequenceClassification, on the ids that transformers is given."""
+"""Score heads against transformers' LlamaForSequenceClassification with the same ids."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ DIALOGS = [ANSWERED, SYSTEM, LONG]
 
 
 def saved(folder, num_labels=2, **settings):
-    """A folder as transformers writes it, and the model."""
+    """Save a random model with transformers; returns the model."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
@@ -67,8 +67,8 @@ def test_logits_are_transformers(tmp_path, num_labels, compiled):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_else_a_config_says(tmp_path, tied):
-    """A tied output matrix and a problem's type mean nothing; labels have names."""
+def test_other_keys_of_a_config(tmp_path, tied):
+    """tie_word_embeddings and problem_type have no effect; labels have names."""
     names = {0: "sad", 1: "calm", 2: "happy"}
     settings = {"tie_word_embeddings": tied, "problem_type": "multi_label_classification", "id2label": names}
     model = saved(tmp_path, 3, **settings)
@@ -88,7 +88,7 @@ PADS = {
 
 
 @pytest.mark.parametrize("pad", PADS)
-def test_padding_is_looked_past(tmp_path, pad):
+def test_padding_is_ignored(tmp_path, pad):
     id = PADS[pad]
     model = saved(tmp_path, 3, pad_token_id=id)
     llama = build(tmp_path)
@@ -103,7 +103,7 @@ def test_padding_is_looked_past(tmp_path, pad):
         assert relative_error(classify(llama.engine, rows, llama.pad_id), batch) < 1e-5
 
 
-def test_rows_of_padding_behind_the_vocabulary(tmp_path):
+def test_embedding_rows_beyond_the_vocabulary(tmp_path):
     """Reward models often have a padding token that the tokenizer's file lacks."""
     model = saved(tmp_path, 1, vocab_size=OURS.n_words + 8, pad_token_id=OURS.n_words)
     llama = build(tmp_path)
@@ -145,7 +145,7 @@ def on_ranks(folder, compiled, dialogs):
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_cpp)])
-def test_ranks_classify_alike(ranks, tmp_path, compiled):
+def test_ranks_return_the_same_logits(ranks, tmp_path, compiled):
     model = saved(tmp_path / "hf", 3, pad_token_id=2)
     convert(tmp_path / "hf", tmp_path / "meta", "meta", 2, None, TOKENIZER)
     texts, dialogs, embeddings = on_ranks(tmp_path / "hf", compiled, DIALOGS)
@@ -157,7 +157,7 @@ def test_ranks_classify_alike(ranks, tmp_path, compiled):
 
 
 def test_ranks_with_other_heads_are_an_error(ranks, tmp_path):
-    """The head of one label is a single row, which no fingerprint may leave out."""
+    """The head of one label is a single row, which the fingerprint must include."""
     for i in range(2):
         saved(tmp_path / str(i), 1)
     weights = load_file(tmp_path / "1" / "model.safetensors")
@@ -190,7 +190,7 @@ def test_dialogs_in_a_folders_template(tmp_path, name, pad):
 
 
 def test_dialogs_in_llama_2s_format(tmp_path):
-    """They end with EOS, which is often the padding too: the token before it counts."""
+    """They end with EOS, which is often the padding token too: the token before it is used."""
     model = saved(tmp_path, 2, pad_token_id=2)
     llama = build(tmp_path)
 
@@ -218,8 +218,8 @@ def test_dialogs_in_llama_3s_format(tmp_path):
     assert get_chat_format(tokenizer).encode(tokenizer, ANSWERED, answered=True) == expected
 
 
-def test_both_layouts_hold_the_same(tmp_path):
-    """Hugging Face's -> Meta's -> Hugging Face's is bit-equal, with labels and padding; transformers reads it."""
+def test_both_layouts_are_equivalent(tmp_path):
+    """Hugging Face's -> Meta's -> Hugging Face's is bit-identical, with labels and padding; transformers reads it."""
     from transformers import AutoModelForSequenceClassification
 
     model = saved(tmp_path / "hf", 3, id2label={0: "sad", 1: "calm", 2: "happy"}, pad_token_id=5)
@@ -271,7 +271,7 @@ def test_on_a_gpu(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "layer"), [("layers.1.feed_forward.w2", "layers.1"), ("score", "score")])
-def test_logits_that_are_not_finite_name_the_layer(tmp_path, name, layer):
+def test_non_finite_logits_name_the_layer(tmp_path, name, layer):
     saved(tmp_path)
     llama = build(tmp_path)
     llama.model.get_submodule(name).weight.data.fill_(math.nan)
@@ -302,7 +302,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_needs_an_output_matrix(folder, call):
+def test_calls_that_need_an_output_matrix(folder, call):
     with pytest.raises(ValueError, match="the model has a score head and no output matrix; use classify"):
         CALLS[call](build(folder))
 
@@ -321,7 +321,7 @@ def test_what_needs_an_output_matrix(folder, call):
         (["x", "a " * 99], "input 1 has .* tokens, more than max_seq_len 64"),
     ],
 )
-def test_what_cannot_be_classified(folder, inputs, message):
+def test_inputs_that_cannot_be_classified(folder, inputs, message):
     with pytest.raises(ValueError, match=message):
         build(folder).classify(inputs)
 
@@ -377,7 +377,7 @@ def test_commands(folder, tmp_path):
     assert use in in_process(convert_command, *flags, "--calibrate", "auto").stderr
 
 
-def test_the_estimate_of_memory_is_what_is_there(folder):
+def test_estimated_memory_is_allocated_memory(folder):
     llama = build(folder)
     needed = checkpoint.footprint(llama.model.params, 1, torch.float32)
     assert needed.weights == sum(weight.nbytes for weight in llama.model.parameters())

@@ -1,4 +1,4 @@
-"""python -m llama compare: numbers against Llama.score, the report, and what goes wrong. Nothing here is timed."""
+"""python -m llama compare: its figures against Llama.score, the report, and errors. No test measures time."""
 
 import gc
 import importlib.util
@@ -40,7 +40,7 @@ def row(found, model, task):
     return next(row for row in found["rows"] if (row["model"], row["task"]) == (model, task))
 
 
-def test_numbers_are_those_of_the_library(found):
+def test_figures_are_those_of_the_library(found):
     llama = Llama.build(CHAT, dtype="float32", **CPU)
     labels = row(found, f"{CHAT}:float32", "labels")
     expected = llama.score(["The opposite of hot is"] * 2, [" cold", " red"])
@@ -98,7 +98,7 @@ def test_ranks_agree(ranks):
     assert one == two == rows_of_a_rank()
 
 
-def test_the_judge_has_a_text_and_a_probability(found):
+def test_the_judge_returns_a_text_and_a_probability(found):
     llama = Llama.build(CHAT, dtype="float32", **CPU)
     own = row(found, f"{CHAT}:int8", "facts")
     content = f"Task:\n{TASKS[2]['prompt']}\n\nAnswer:\n{own['answer']}\n\n{comparison.QUESTION}"
@@ -157,7 +157,7 @@ def test_the_report_is_one_safe_file(found):
     assert "missing-model is not an existing folder" in text and len(text.encode()) <= 300_000
 
 
-def test_what_is_too_much_for_the_report_is_left_out():
+def test_long_reports_are_truncated():
     task = {"messages": [{"role": "user", "content": "é" * 9000}], "label": "", "expected": "", "facts": ()}
     tasks = [{**task, "name": f"task {i}"} for i in range(99)]
     row = {"model": "m", "answer": EVIL * 999, "tokens": 1, "first_token": 1.0, "tokens_per_s": None}
@@ -193,14 +193,14 @@ def test_the_command_writes_its_files(tmp_path):
 
 
 def test_the_command_fails_where_no_model_is_loaded():
-    """It ended with exit code 0 for a misspelt model."""
+    """Regression: the exit code was 0 for a misspelt model."""
     done = in_process(command, "nowhere:int3", "--device", "cpu")
     assert done.returncode == 1 and "nowhere:int3 is not an existing folder" in done.stdout
     assert done.stderr.endswith("error: none of the models could be loaded\n")
 
 
-def test_rank_0_alone_says_what_is_loaded(tmp_path):
-    """Each rank printed the name of the first model, as none knew its rank yet."""
+def test_only_rank_0_prints_what_is_loaded(tmp_path):
+    """Regression: each rank printed the name of the first model, as none knew its rank yet."""
     flags = ["nowhere:int8", "nowhere", "--device", "cpu"]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -210,13 +210,13 @@ def test_rank_0_alone_says_what_is_loaded(tmp_path):
 
 
 def test_an_unknown_precision_names_the_known_ones():
-    """The error was that there is no such folder."""
+    """Regression: the error was about a folder that does not exist."""
     done = in_process(command, f"{CHAT}:int3", "--device", "cpu")
     assert "is one of :int8, :int4, :float32, :bfloat16, :float16\n" in done.stdout
 
 
-def test_a_quantized_file_in_another_precision_says_what_to_give(tmp_path):
-    """The error said why not, but not what else to do."""
+def test_a_quantized_file_in_another_precision_is_explained(tmp_path):
+    """Regression: the error did not say which precision to give instead."""
     convert(MODELS / "small-chat", tmp_path / "to", "gguf", 1, None, quantize="int4")
     [found] = compare([f"{tmp_path / 'to'}:int8"], TASKS[:1], **CPU)["models"]
     assert "is quantized already, to Q4_0" in found["error"]

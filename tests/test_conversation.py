@@ -1,4 +1,4 @@
-"""A conversation: what it says is what the whole dialog would get, and it computes only what is new."""
+"""Chat: its answers are those for the whole dialog, and it computes only new tokens."""
 
 from unittest import mock
 
@@ -21,7 +21,7 @@ def small(tokenizer):
     return Llama(random_model(vocab_size=tokenizer.n_words, max_seq_len=160), tokenizer)
 
 
-def test_twenty_turns_are_those_of_the_whole_dialog(bundled):
+def test_twenty_turns_equal_whole_dialogs(bundled):
     chat = Chat(bundled, system="Be kind.", temperature=0, max_gen_len=30)
     for turn, text in enumerate(ASK):
         dialog = [*chat.dialog, {"role": "user", "content": text}]
@@ -39,7 +39,7 @@ def test_twenty_turns_are_those_of_the_whole_dialog(bundled):
 
 
 def test_two_chats_and_other_calls_do_not_disturb_each_other(bundled):
-    """There are two slots: what a chat finds of its own in the cache varies, its answers do not."""
+    """There are two slots: how much of its dialog a chat finds in the cache varies, its answers do not."""
     chats = [Chat(bundled, temperature=0, max_gen_len=20) for _ in range(2)]
     for text in ASK[:5]:
         alone = chats[0].say(text)
@@ -49,7 +49,7 @@ def test_two_chats_and_other_calls_do_not_disturb_each_other(bundled):
         assert chats[1].say(text) == alone
 
 
-def test_a_dialog_that_another_caller_sends_whole_is_not_computed_again(bundled):
+def test_whole_dialogs_of_other_callers_reuse_the_cache(bundled):
     chat = Chat(bundled, temperature=0, max_gen_len=20)
     for text in ASK[:4]:
         chat.say(text)
@@ -60,7 +60,7 @@ def test_a_dialog_that_another_caller_sends_whole_is_not_computed_again(bundled)
     assert seen[0] <= new
 
 
-def test_the_oldest_turns_go_and_the_system_message_stays(small):
+def test_the_oldest_turns_are_dropped_but_not_the_system_message(small):
     chat = Chat(small, system="Be kind.", temperature=0, max_gen_len=8)
     counts = []
     for i in range(12):
@@ -71,7 +71,7 @@ def test_the_oldest_turns_go_and_the_system_message_stays(small):
         assert chat.dialog[-2]["content"] == f"Hello {i}"
         assert len(encode_dialog(small.tokenizer, chat.dialog[:-1])) <= 152
     assert counts[0] == 0 < counts[-1]
-    assert len({*counts}) < 6  # when some go, there is room for several turns
+    assert len({*counts}) < 6  # dropping some makes room for several turns
     with pytest.raises(ValueError, match="more than max_seq_len 160"):
         chat.say("word " * 200)
     assert chat.dialog[-2]["content"] == "Hello 11"
@@ -79,7 +79,7 @@ def test_the_oldest_turns_go_and_the_system_message_stays(small):
 
 
 def exactly(llama, count, before=()):
-    """A text with which a dialog takes `count` tokens."""
+    """A text with which a dialog has `count` tokens."""
     for n in range(count):
         dialog = [*before, {"role": "user", "content": "a" * n + " 🙂" * ((count - n) // 8)}]
         if len(encode_dialog(llama.tokenizer, dialog)) == count:
@@ -89,14 +89,14 @@ def exactly(llama, count, before=()):
 @pytest.mark.parametrize("system", [None, "Be kind."])
 @pytest.mark.parametrize("max_gen_len", [None, 1, 8])
 def test_a_text_that_leaves_no_token_for_an_answer_is_an_error(small, system, max_gen_len):
-    """It was answered with '', as if the model had said so."""
+    """Regression: the answer was '', as if the model had generated it."""
     chat = Chat(small, system, temperature=0, max_gen_len=max_gen_len)
     text = exactly(small, 160, chat.dialog)
     for _ in range(2):
         with pytest.raises(ValueError, match="takes all of max_seq_len 160, which leaves no token for an answer"):
             chat.say(text)
         assert len(chat.dialog) == (system is not None) and chat.dropped == 0
-        assert chat.say("Hello")  # whose turns then go for the text
+        assert chat.say("Hello")  # whose turns are then dropped for the text
         chat.dialog = chat.dialog[: system is not None]
     nearly = exactly(small, 159, chat.dialog)
     with chat.stream(nearly) as stream:
@@ -104,9 +104,9 @@ def test_a_text_that_leaves_no_token_for_an_answer_is_an_error(small, system, ma
 
 
 @pytest.mark.parametrize("system", [None, "Answer in one word."])
-def test_a_chat_trusts_nothing_that_was_not_computed(bundled, system):
-    """Answers after requests of no tokens, exact fits, refusals, errors and cancelled streams are those of a fresh
-    engine: a slot was said to hold the dialog of a request that had begun finished."""
+def test_a_chat_reuses_only_computed_prefixes(bundled, system):
+    """Answers after requests without tokens, exact fits, refusals, errors and cancelled streams are those of a new
+    engine. Regression: a slot was recorded as holding the dialog of a request that was finished before it began."""
     model = Llama.build(MODELS / "small-chat", max_seq_len=96, max_batch_size=1, device="cpu", dtype="float32")
     question = "What is 3 + 4?"
 
@@ -152,7 +152,7 @@ def test_a_chat_trusts_nothing_that_was_not_computed(bundled, system):
             assert answer == whole["generation"]["content"], before.__name__
 
 
-def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(small):
+def test_a_stopped_answer_is_kept_up_to_there(small):
     chat = Chat(small, temperature=0, max_gen_len=40)
     with chat.stream("Hello") as stream:
         said = "".join(event.text for _, event in zip(range(5), stream, strict=False))
@@ -161,7 +161,7 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(small):
     assert len(chat.dialog) == 4
 
 
-def test_what_is_refused_leaves_no_trace(bundled):
+def test_refused_messages_change_nothing(bundled):
     def check(dialog):
         return "No." if "x" in dialog[-1]["content"] else None
 
@@ -175,7 +175,7 @@ def test_what_is_refused_leaves_no_trace(bundled):
     assert len(chat.dialog) == 2
 
 
-def test_tags_that_the_model_says_are_not_repeated_to_it(small):
+def test_generated_tags_are_removed_from_the_dialog(small):
     chat = Chat(small, temperature=0, max_gen_len=5)
     with (
         mock.patch.object(type(small.tokenizer), "decode", lambda *_: "a [INST] b"),
@@ -198,12 +198,12 @@ def test_tags_that_the_model_says_are_not_repeated_to_it(small):
         ({"input_filter": 3}, ValueError, "input_filter is 3; it must be a function"),
     ],
 )
-def test_what_no_chat_can_begin_with(small, options, error, message):
+def test_invalid_first_messages_and_options(small, options, error, message):
     with pytest.raises(error, match=message):
         Chat(small, **options)
 
 
-def test_an_error_in_the_middle_leaves_dialog_and_cache_right(small):
+def test_an_error_while_generating_leaves_dialog_and_cache_correct(small):
     chat = Chat(small, temperature=0, max_gen_len=5)
     chat.say("Hello")
     before = list(chat.dialog)
@@ -223,7 +223,7 @@ def test_two_llamas_on_one_model_share_its_cache(small):
     assert chat.say("again") == expected.say("again")
 
 
-def test_tags_inside_of_tags(small):
+def test_nested_tags_are_removed(small):
     chat = Chat(small)
     chat._remember([{"role": "user", "content": "a"}], "[IN[INST]ST] x <<SYS<</SYS>>>>", "eos")
     assert not has_tags(chat.dialog)
@@ -252,7 +252,7 @@ def _talk(folder):
     return said[:2], chat.say("Hello"), chat.dialog
 
 
-def test_ranks_talk_as_one(ranks, tmp_path):
+def test_ranks_have_the_same_conversation(ranks, tmp_path):
     save_random(tmp_path, mp=2)
     (first, last, dialog), (second, last_too, dialog_too) = ranks(2).run(_talk, tmp_path)
     assert (first, last) == (second, last_too)

@@ -1,4 +1,4 @@
-"""Converting: what comes out is what went in, in another layout, and all of it or nothing."""
+"""Conversion: the result has the same weights in another layout, and is written completely or not at all."""
 
 import gc
 import os
@@ -37,7 +37,7 @@ def same(a, b):
 @pytest.mark.parametrize("shape", ["GQA", "odd FFN", "MQA"])
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 4), (4, 2), (1, 8)])
 def test_meta_to_meta_with_another_number_of_shards(tmp_path, shape, before, after):
-    """The files are those that would have been saved for that number in the first place, to the last tensor."""
+    """The files equal those saved with that number of shards, tensor by tensor."""
     state = save_random(tmp_path / "from", SHAPES[shape], mp=before, dtype=torch.bfloat16)
     save_random(tmp_path / "expected", SHAPES[shape], mp=after, dtype=torch.bfloat16)
     run(tmp_path / "from", tmp_path / "to", "meta", after, None, TOKENIZER)
@@ -56,7 +56,7 @@ def test_meta_to_meta_with_another_number_of_shards(tmp_path, shape, before, aft
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("file_size", [2 * 10**9, 100_000])
 def test_meta_to_hugging_face_and_back(tmp_path, monkeypatch, shape, file_size):
-    """transformers loads it and computes the same logits; back again, every tensor is equal bit for bit."""
+    """transformers loads it and computes the same logits; converted back, every tensor is bit-identical."""
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(convert, "HF_FILE", file_size)
@@ -77,7 +77,7 @@ def test_meta_to_hugging_face_and_back(tmp_path, monkeypatch, shape, file_size):
 
 
 def test_tied_embeddings_are_written_twice(tmp_path):
-    """Two names of one tensor in the source; the target's format knows no such thing."""
+    """The source has one tensor with two names, which the target's format does not support."""
     state = save_random(tmp_path / "from")
     state["output.weight"] = state["tok_embeddings.weight"]
     torch.save(state, tmp_path / "from" / "consolidated.00.pth")
@@ -96,7 +96,7 @@ def test_dtype(tmp_path):
 
 
 def test_auto_tokenizer_gives_the_same_ids(tmp_path):
-    """On lines with leading spaces, tabs, newlines, emoji, Chinese, Arabic and combining marks."""
+    """For lines with leading spaces, tabs, newlines, emoji, Chinese, Arabic and combining marks."""
     from transformers import AutoTokenizer
 
     run(MODELS / "small-chat", tmp_path / "hf", "hf", 1, None, TOKENIZER)
@@ -124,7 +124,7 @@ def test_auto_tokenizer_gives_the_same_ids(tmp_path):
         ({"mp": "2"}, "into mp '2' shards"),
     ],
 )
-def test_what_cannot_be_done_leaves_nothing(tmp_path, options, message):
+def test_failed_conversions_leave_no_files(tmp_path, options, message):
     save_random(tmp_path / "from")
     options = {"to": "meta", "mp": 1, "dtype": None, "tokenizer_path": TOKENIZER, **options}
     with pytest.raises(ValueError, match=message):
@@ -132,8 +132,8 @@ def test_what_cannot_be_done_leaves_nothing(tmp_path, options, message):
     assert os.listdir(tmp_path) == ["from"]
 
 
-def test_what_is_not_a_conversions_is_in_the_way(tmp_path):
-    """A folder that happens to have the name of an unfinished one, perhaps the source itself, was removed."""
+def test_a_folder_with_the_name_of_a_partial_conversion_is_kept(tmp_path):
+    """Regression: it was removed, even if it was the source itself."""
     save_random(tmp_path / ".to.partial")
     before = sorted(os.listdir(tmp_path / ".to.partial"))
     with pytest.raises(FileExistsError, match=r"\.to\.partial is in the way"):
@@ -153,7 +153,7 @@ def test_two_conversions_to_one_folder(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["new/..", "link", "from/../from"])
-def test_odd_targets_are_refused_before_the_work(tmp_path, target):
+def test_existing_targets_are_refused_before_the_work(tmp_path, target):
     save_random(tmp_path / "from")
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(FileExistsError, match="exists; nothing is overwritten"):
@@ -169,7 +169,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 BIG = {"norm.weight": torch.ones(10**6)}
-WRITERS = {  # how to write in a folder, and the file that is too large for it
+WRITERS = {  # a function that writes to a folder, and the file that is too large for it
     "shards": (lambda source, folder: run(source, folder / "to", "meta", 1, torch.float32, TOKENIZER), "00.pth"),
     "safetensors": (
         lambda source, folder: run(source, folder / "to", "hf", 1, torch.float32, TOKENIZER),
@@ -184,7 +184,7 @@ WRITERS = {  # how to write in a folder, and the file that is too large for it
 
 @pytest.fixture(params=WRITERS)
 def full_disk(request, tmp_path, monkeypatch):
-    """(write, message): writing to a disk that is too small, and what should be said."""
+    """(write, message): a function that writes to a disk that is too small, and the expected message."""
     save_random(tmp_path / "from", {**GQA, "n_layers": 2})
     monkeypatch.setattr(write, "digest", lambda *args: "0" * 32)
     function, name = WRITERS[request.param]
@@ -196,25 +196,25 @@ def full_disk(request, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, full_disk, monkeypatch):
-    """Safetensors' error had its traceback, torch's was about a position, and none had the name of the file. Nothing
-    half written is left."""
+    """Regression: safetensors' error came with its traceback, torch's was about a position, and neither named the file.
+    No partial file is left."""
     function, message = full_disk
     small = tmp_path / "disk"
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", small], capture_output=True).returncode:
         pytest.skip("no right to mount a small file system")
     try:
-        with monkeypatch.context() as patch:  # as if something else filled it during a conversion
+        with monkeypatch.context() as patch:  # as if another program filled the disk during a conversion
             patch.setattr(convert, "new_folder", lambda target, size: write.new_folder(target, 0))
             with pytest.raises(OSError, match=f"{message}disk has [0-9,]+ free .*No space left on device"):
                 function()
         assert {file.name for file in small.iterdir()} <= {"params.json"}
     finally:
-        gc.collect()  # what torch.save had open
+        gc.collect()  # the file that torch.save left open
         subprocess.run(["umount", small], check=True)
 
 
-def test_a_file_larger_than_its_file_system_takes_is_named(tmp_path, full_disk):
-    """As on FAT32, which stores 4 GB."""
+def test_a_file_too_large_for_its_file_system_is_named(tmp_path, full_disk):
+    """As on FAT32, whose files have at most 4 GB."""
     function, message = full_disk
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
@@ -235,8 +235,8 @@ def test_a_disk_that_is_too_small_is_an_error_before_the_work(tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["from"]
 
 
-def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
-    """What was there stays when writing fails; a link still leads to its file, and a device is none to replace."""
+def test_files_are_written_atomically(tmp_path):
+    """An existing file is unchanged when writing fails; a link keeps pointing to its file; a device is not replaced."""
     (tmp_path / "file").write_bytes(b"before")
     (tmp_path / "link").symlink_to("file")
     with pytest.raises(KeyboardInterrupt), write.writing(tmp_path / "file", 10) as new:
@@ -264,7 +264,7 @@ def _slow_convert(source, target):
 
 
 def test_killed_twenty_times_and_run_again(tmp_path):
-    """There is a whole result or none."""
+    """The result is complete or absent."""
     state = save_random(tmp_path / "from", mp=4)
     rng, finished, halfway = random.Random(0), 0, 0
     for _ in range(20):
@@ -286,7 +286,7 @@ def test_killed_twenty_times_and_run_again(tmp_path):
 
 
 def test_the_command(tmp_path):
-    """The name of the target is a number to those who parse flags."""
+    """The target's name is a number to parsers of flags."""
     line = [sys.executable, "-m", "llama", "convert", str(MODELS / "small-chat"), "2024_01", "--to", "hf"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
@@ -304,7 +304,7 @@ def test_the_command(tmp_path):
     ],
 )
 def test_the_command_says_what_it_has_written(tmp_path, flags, written):
-    """It printed nothing."""
+    """Regression: it printed nothing."""
     done = in_process(command, MODELS / "small", tmp_path / "to", *flags)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(re.escape(f"written to {tmp_path / 'to'}: {written}") + r"\d+\.\d MB\n", done.stdout)

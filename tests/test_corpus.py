@@ -1,4 +1,4 @@
-"""The small models' corpus agrees with itself: it recognises what it writes, and never shows what it tests on."""
+"""The small models' training corpus: its checks accept what it generates, and held-out questions are not in it."""
 
 import random
 import sys
@@ -22,7 +22,7 @@ def dialogs(documents):
 
 
 def prompts(dialog):
-    """Each beginning of a conversation that asks for an answer, with the answer."""
+    """Each prefix of a conversation that ends before an answer, with the answer."""
     return [(dialog[:i], message["content"]) for i, message in enumerate(dialog) if message["role"] == "assistant"]
 
 
@@ -89,7 +89,7 @@ def test_a_story_written_by_hand_is_coherent():
         ("It was the best day of all.", "The sky is blue."),
     ],
 )
-def test_a_story_that_loses_its_thread_is_not_coherent(right, wrong):
+def test_inconsistent_stories_are_not_coherent(right, wrong):
     assert right in STORY
     assert not corpus.coherent(STORY.replace(right, wrong))
 

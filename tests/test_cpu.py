@@ -1,4 +1,4 @@
-"""The CPU backend: native.cpp on every instruction set that is here, how it is compiled, and when it serves."""
+"""The CPU backend: native.cpp for every instruction set that this machine has, its compilation, and when it is used."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ touch "$last"
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)]
 X86 = platform.machine() in ("x86_64", "AMD64")
 ARM = ["aarch64-linux-gnu-g++", "-static", "-march=armv8.2-a+dotprod+bf16"]
-BUILDS = {  # what compiles the self-test, and what runs it
+BUILDS = {  # the compiler of the self-test, and the emulator that runs it
     "this CPU": (["g++", "-march=native"], []),
     "clang": (["clang++", "-march=native"], []),
     "AVX2": (["g++", "-mavx2", "-mfma", "-mf16c"], []),
@@ -40,7 +40,7 @@ BUILDS = {  # what compiles the self-test, and what runs it
 
 
 def missing(build):
-    """Why this machine cannot compile or run a build."""
+    """Why this machine cannot compile or run a build; None if it can."""
     compiler, runner = BUILDS[build]
     if not all(map(shutil.which, [compiler[0], *runner])) or (not X86 and any("-m" in flag for flag in compiler)):
         return f"needs {compiler[0]} and {runner}"
@@ -49,7 +49,7 @@ def missing(build):
 
 @pytest.fixture(scope="module")
 def self_tests(tmp_path_factory):
-    """Builds that are compiled meanwhile, two at a time."""
+    """The self-test's builds, compiled in the background, two at a time."""
     folder = tmp_path_factory.mktemp("native")
 
     def compiled(build):
@@ -63,7 +63,7 @@ def self_tests(tmp_path_factory):
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_every_kernel_is_what_loops_in_double_precision_are(build, self_tests):
+def test_kernels_equal_loops_in_double_precision(build, self_tests):
     if why := missing(build):
         pytest.skip(why)
     done = subprocess.run([*BUILDS[build][1], self_tests[build].result()], capture_output=True, text=True)
@@ -74,7 +74,7 @@ def test_every_kernel_is_what_loops_in_double_precision_are(build, self_tests):
 @pytest.mark.parametrize(("dtype", "bound"), DTYPES)
 @pytest.mark.parametrize(("out", "columns"), [(1, 80), (11, 80), (95, 2064)])
 @pytest.mark.parametrize("rows", [1, 4, 9, 16, 21, 145])
-def test_float_products(rows, out, columns, dtype, bound):
+def test_float_matmul(rows, out, columns, dtype, bound):
     x, w = torch.randn(rows, columns).to(dtype), torch.randn(out, columns).to(dtype)
     y = cpu.matmul(cpu.c_matrix(w), x)
     assert y.dtype == dtype
@@ -83,7 +83,7 @@ def test_float_products(rows, out, columns, dtype, bound):
 
 @needs_cpp
 @pytest.mark.parametrize("rows", [4, 8, 9, 60])
-def test_what_is_not_finite_stays_in_its_row_and_output(rows):
+def test_non_finite_values_stay_in_their_row_and_output(rows):
     x, w = torch.randn(rows, 48), torch.randn(24, 48)
     x[1, 3], w[2, 5] = torch.inf, torch.nan
     y = cpu.matmul(cpu.c_matrix(w), x)
@@ -93,19 +93,19 @@ def test_what_is_not_finite_stays_in_its_row_and_output(rows):
 
 
 @needs_cpp
-def test_a_float_product_of_strided_rows():
+def test_float_matmul_of_strided_rows():
     w, x = torch.randn(24, 32), torch.randn(2, 1, 64)[..., 32:]
     assert relative_error(cpu.matmul(cpu.c_matrix(w), x), F.linear(x, w)) < 1e-6
 
 
-def test_what_is_no_matrix_of_whole_vectors_is_left_to_pytorch():
+def test_unsupported_matrices_are_left_to_pytorch():
     whole = torch.randn(8, 32)
     assert cpu.c_matrix(whole) and not cpu.c_matrix(whole[:, :24]) and not cpu.c_matrix(torch.randn(8, 24))
     assert not cpu.c_matrix(whole.double()) and not cpu.c_matrix(whole.t()[:16].t())
 
 
 @needs_cpp
-def test_threads_that_call_together_and_a_number_of_threads_that_changes():
+def test_concurrent_callers_and_a_changing_number_of_threads():
     w, x = torch.randn(640, 320), torch.randn(40, 320)
     expected, before = F.linear(x, w), torch.get_num_threads()
 
@@ -122,7 +122,7 @@ def test_threads_that_call_together_and_a_number_of_threads_that_changes():
 
 @needs_cpp
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_has_threads_of_its_own():
+def test_a_forked_child_has_its_own_thread_pool():
     code = """import os, torch; from llama.backends import cpu
 w, x = torch.randn(640, 320), torch.randn(40, 320)
 expected = cpu.matmul(cpu.c_matrix(w), x)
@@ -132,7 +132,7 @@ os._exit(not torch.equal(cpu.matmul(cpu.c_matrix(w), x), expected))"""
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_a_containers_share_of_the_cpus_limits_threads(tmp_path, monkeypatch):
+def test_a_containers_cpu_quota_limits_threads(tmp_path, monkeypatch):
     quota = tmp_path / "cpu.max"
     for text, expected in (("max 100000", 64), ("150000 100000", 2), ("10000 100000", 1), ("", 64)):
         quota.write_text(text)
@@ -149,7 +149,7 @@ def test_a_containers_share_of_the_cpus_limits_threads(tmp_path, monkeypatch):
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """What notes how it is called, in place of a compiler."""
+    """A script in place of the compiler that logs its arguments."""
     path = tmp_path / "compiler"
     path.write_text(COMPILER)
     path.chmod(0o755)
@@ -158,12 +158,12 @@ def compiler(tmp_path, monkeypatch):
     return path
 
 
-def test_several_that_start_together_compile_once(compiler, monkeypatch):
+def test_processes_that_start_together_compile_once(compiler, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         [made] = {*pool.map(lambda _: cpu.cached(), range(4))}
     log = compiler.with_suffix(".log")
     assert made.exists() and len(log.read_text().splitlines()) == 1
-    monkeypatch.setattr(cpu, "cpu_name", lambda: "another")  # a home that two machines share
+    monkeypatch.setattr(cpu, "cpu_name", lambda: "another")  # a home directory that two machines share
     assert cpu.cached() != made and made.exists() and len(log.read_text().splitlines()) == 2
 
 
@@ -175,7 +175,7 @@ def test_several_that_start_together_compile_once(compiler, monkeypatch):
         ("printf '\\377' >&2; exit 3", "compiler ended with 3"),
     ],
 )
-def test_a_compiler_that_fails_leaves_nothing_and_its_error_is_told(script, why, compiler, caplog):
+def test_a_failing_compiler_leaves_no_files_and_its_error_is_logged(script, why, compiler, caplog):
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     assert cpu.library.__wrapped__() is None
     assert caplog.messages[-1].startswith("the model itself computes, which is slower than compiled code: ")
@@ -184,7 +184,7 @@ def test_a_compiler_that_fails_leaves_nothing_and_its_error_is_told(script, why,
 
 
 @needs_cpp
-def test_a_home_that_cannot_be_written_to(tmp_path, monkeypatch):
+def test_a_home_directory_without_write_permission(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-O0"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -201,7 +201,7 @@ def test_a_damaged_file_is_compiled_again(tmp_path, monkeypatch):
     assert cpu.library.__wrapped__().llama_tile() > 0
 
 
-def test_without_a_compiler_there_is_none(compiler, caplog):
+def test_no_library_without_a_compiler(compiler, caplog):
     compiler.unlink()
     assert cpu.library.__wrapped__() is None
     assert caplog.messages == [

@@ -1,4 +1,4 @@
-"""The kernels of the CUDA backend, run by Triton's interpreter on a CPU: they give what the model gives."""
+"""The CUDA backend's kernels in Triton's interpreter on a CPU, compared with the plain backend."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ from llama.batch import Batch
 
 PROMPTS = [[5, 17, 99, 3], [64], [127, 0, 7, 7, 7, 8, 9, 100, 101, 102]]
 SHORT = {name: {**SHAPES[name], "n_layers": 1} for name in ("GQA", "MQA", "odd FFN")}
-# Each program takes the interpreter a millisecond, and coverage several: a few large ones.
+# The interpreter takes a millisecond for each program, several with coverage: few and large programs.
 cuda.kernels.ONE[32], cuda.kernels.MORE[32] = (64, 512, 4, 2), (64, 64, 4, 3)
 cuda.kernels.ONE[8], cuda.kernels.MORE[8] = (64, 256, 4, 2), (64, 128, 4, 3)
 cuda.kernels.ONE[4], cuda.kernels.MORE[4] = (64, 256, 4, 2), (64, 64, 4, 3)
 
 
 class Interpreted(cuda.Cuda):
-    """Without a graph."""
+    """The backend without CUDA graphs."""
 
     def hidden(self, batch):
         single = all(sequence.length == 1 for sequence in batch.sequences)
@@ -30,13 +30,13 @@ class Interpreted(cuda.Cuda):
 
 
 def both(model, parts):
-    """Logits of a pass by the plain backend and by this one, each with a cache of its own."""
+    """Logits of a pass by the plain backend and by the CUDA backend, each with its own cache."""
     return [way.logits(way.hidden(Batch.of(parts))) for way in model]
 
 
 @pytest.mark.parametrize("shape", SHORT)
 def test_prompts_and_steps_give_the_models_logits(shape):
-    """Prompts of several lengths in one pass, a step of one sequence, of all, and with a longer chunk between them."""
+    """Prompts of several lengths in one pass, then steps of one sequence and of all, with a longer chunk between."""
     ways = random_model(SHORT[shape]), Interpreted(random_model(SHORT[shape]))
     passes = [
         [(slot, 0, ids) for slot, ids in enumerate(PROMPTS)],
@@ -60,7 +60,7 @@ def test_ranks_share_a_pass(ranks):
 
 
 @pytest.mark.parametrize("strides", [False, True])
-def test_many_tokens_go_through_cublas(strides, monkeypatch):
+def test_many_tokens_use_cublas(strides, monkeypatch):
     """Also where attention returns strides (…, D, H D, 1), as one of its kernels does."""
     if strides:
         real = torch.nn.functional.scaled_dot_product_attention
@@ -101,8 +101,8 @@ def test_padding_stores_nothing():
         assert relative_error(layer.cache, cache) < 1e-5
 
 
-def test_an_engine_that_launches_ahead_gives_the_plain_tokens(tokenizer, monkeypatch):
-    """More prompts than slots, so that steps and prompts share passes."""
+def test_launching_ahead_gives_the_plain_tokens(tokenizer, monkeypatch):
+    """More prompts than slots, so that prompts and steps share passes."""
     prompts, lengths = [[1, 400, 401], [1], [1, *range(300, 318)]], [4, 2, 3]
     expected = Llama(random_model(SHORT["GQA"], vocab_size=tokenizer.n_words, max_batch_size=2), tokenizer).generate(
         prompts, lengths, 0
@@ -114,7 +114,7 @@ def test_an_engine_that_launches_ahead_gives_the_plain_tokens(tokenizer, monkeyp
     assert type(llama.engine.backend) is Interpreted
 
 
-def test_a_step_that_cannot_be_recorded_is_computed_each_time(monkeypatch, caplog):
+def test_a_step_that_cannot_be_captured_is_launched_each_time(monkeypatch, caplog):
     class Stream:
         def wait_stream(self, other): ...
 
@@ -141,7 +141,7 @@ def test_a_step_that_cannot_be_recorded_is_computed_each_time(monkeypatch, caplo
     ]
 
 
-def test_weights_are_laid_side_by_side_once():
+def test_weights_are_concatenated_once():
     model = random_model(SHORT["GQA"])
     expected = [weight.clone() for weight in model.parameters()]
     first = cuda.Cuda(model).layers[0].qkv.q.data_ptr()
@@ -150,8 +150,8 @@ def test_weights_are_laid_side_by_side_once():
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "mixed"])
-def test_quantized_matrices_that_several_layers_share(scheme):
-    """As they are loaded for a GPU; in a GGUF file wv often has more bits than wq and wk."""
+def test_concatenated_quantized_matrices(scheme):
+    """As loaded for a GPU. In a GGUF file wv often has more bits than wq and wk."""
     model = random_model(WIDE := {**SHORT["GQA"], "dim": 128})
     plain = random_model(WIDE)
     for layer, same in zip(model.layers, plain.layers, strict=True):

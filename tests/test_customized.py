@@ -1,4 +1,4 @@
-"""Models that a user changed, by hooks, modules or methods: every change acts on every pass."""
+"""Models with a user's hooks, modules or methods: every change affects every pass."""
 
 import copy
 from unittest import mock
@@ -15,7 +15,7 @@ from llama.model import Attention, KVCache
 
 
 class Wrapped(nn.Module):
-    """A layer of a user's own around one of ours, as LoRA has it."""
+    """A user's module that wraps a layer of the model, as LoRA does."""
 
     def __init__(self, inner):
         super().__init__()
@@ -37,7 +37,7 @@ def llama(request, tokenizer):
 
 
 def test_hooks_of_every_module_see_every_token(llama):
-    """In prefill and decoding alike, and also of tokens that the cache holds already."""
+    """In prefill and decode, and also for tokens that the cache already holds."""
     model = llama.model
     expected = llama.generate([PROMPT], 4, temperature=0)[0]
     seen = {}
@@ -77,7 +77,7 @@ def test_modules_that_a_user_replaced_are_computed(llama):
 
 
 class Lora(nn.Module):
-    """A module of a user's own around one of ours, with a buffer of its own, and no `weight`."""
+    """A user's module that wraps a layer, with a buffer of its own and no `weight`."""
 
     def __init__(self, inner, seen):
         super().__init__()
@@ -202,11 +202,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_a_user_changes_acts_on_every_pass(tokenizer, name):
-    """Prefill and decoding alike: what is generated is what the changed model gives for the whole text at once."""
+def test_changes_by_users_affect_every_pass(tokenizer, name):
+    """In prefill and decode: generated tokens are those that the changed model gives for the whole text at once."""
     models = [random_model(SHAPES["wide heads"], vocab_size=tokenizer.n_words) for _ in range(2)]
     llama, prompts = Llama(models[0], tokenizer), [[1, *range(300, 320)], [1, 5, 6]]
-    llama.engine.compile = True  # where cpu.cpp serves the model as it was
+    llama.engine.compile = True  # where native.cpp computes the unchanged model
     before = llama.generate(prompts, 5, temperature=0)[0]
     seen = []
     undo = CHANGES[name](models[0], seen)
@@ -232,7 +232,7 @@ def test_what_a_user_changes_acts_on_every_pass(tokenizer, name):
 
 
 def test_hooks_of_the_cache_and_of_the_model(tokenizer):
-    """Both were passed by: one of the KV cache, which was not called, and one of the Transformer itself."""
+    """Regression: hooks of the KV cache and of the Transformer itself were not called."""
     llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
     expected = llama.generate([[1, 5, 6], [1, 7]], 3, temperature=0, logprobs=True)
     embedded = llama.embed(["abc", "d"])
@@ -251,7 +251,7 @@ def test_hooks_of_the_cache_and_of_the_model(tokenizer):
     assert shapes[-1][2] == [1, 1, 1024] and [3, 2, 1024] in [shape for _, _, shape in shapes]
 
 
-def test_hooks_for_gradients_do_no_harm(tokenizer):
+def test_hooks_for_gradients_are_harmless(tokenizer):
     model = random_model(vocab_size=tokenizer.n_words)
     expected = Llama(model, tokenizer).generate([[1, 5, 6]], 3, temperature=0)
     for module in (module for module in model.modules() if not isinstance(module, KVCache)):
@@ -260,8 +260,8 @@ def test_hooks_for_gradients_do_no_harm(tokenizer):
     assert Llama(model, tokenizer).generate([[1, 5, 6]], 3, temperature=0) == expected
 
 
-def test_buffers_of_a_users_modules_are_no_caches(tokenizer):
-    """A request that failed set a row of every buffer to 0, and of a mask or a scale too."""
+def test_buffers_of_users_modules_are_left_alone(tokenizer):
+    """Regression: a failed request set a row of every buffer to 0, including masks and scales."""
     model = random_model(vocab_size=tokenizer.n_words)
     for name in ("feed_forward", "attention"):
         setattr(model.layers[0], name, Lora(getattr(model.layers[0], name), []))
@@ -277,7 +277,7 @@ def test_buffers_of_a_users_modules_are_no_caches(tokenizer):
     backends.copy_slot(model, 0, 3, 2)
 
 
-def test_what_makes_a_model_customized():
+def test_changes_that_make_a_model_customized():
     model = random_model()
     assert not backends.customized(model)
     for change in (

@@ -1,4 +1,4 @@
-"""Every way in which a download goes wrong: a named error from every command, at once, and nothing left behind."""
+"""Every way in which a download is damaged: each command raises a specific error at once and leaves no files."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def cut(file):
 
 
 def replace(change):
-    """A shard as it was saved, but for one thing."""
+    """Damage: a shard saved again after `change`."""
 
     def damage(file):
         state = torch.load(file, weights_only=True)
@@ -49,7 +49,7 @@ def of_another_model(file):
 
 
 def lie(file):
-    """The first 8 bytes of a safetensors file are the size of its header."""
+    """Damage: a wrong header size in the first 8 bytes of a safetensors file."""
     file.write_bytes((2**40).to_bytes(8, "little") + file.read_bytes()[8:])
 
 
@@ -83,7 +83,7 @@ LFS = r"run git lfs pull where it was cloned \(it is a git-lfs pointer\)"
 
 
 def move(name):
-    """All files but params.json and config.json to a folder of this name, beside them or deeper."""
+    """Change of a folder: all files except params.json and config.json are in a subfolder of this name."""
 
     def change(folder):
         (folder / name).mkdir(parents=True)
@@ -168,9 +168,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_what_a_folder_holds_instead_is_named(tmp_path, name):
-    """A pointer "holds other things than tensors", a stale index "lacks model.safetensors", a cache's top folder no
-    params.json: true, and no help."""
+def test_other_contents_of_a_folder_are_named(tmp_path, name):
+    """Regression: a pointer "holds other things than tensors", a stale index "lacks model.safetensors", and the top
+    folder of a cache no params.json: true, but no help."""
     layout, change, message = MISTAKES[name]
     save_random(tmp_path / "meta")
     convert(tmp_path / "meta", tmp_path / "from", layout, 1, None, TOKENIZER)
@@ -187,7 +187,7 @@ def as_bin(folder, zipped=True):
 
 
 def in_parts(pattern, index=None, load=load_file, save=save_file):
-    """The weights in two files of these names."""
+    """Change of a folder: the weights are in two files of these names."""
 
     def change(folder):
         state = load(folder / "model.safetensors")
@@ -218,7 +218,7 @@ def cyclic(folder):
 BIN_PART, PART = "pytorch_model-0000{}-of-00002.bin", "model-0000{}-of-00002.safetensors"
 AS_THEY_ARE = {
     "torch's format": as_bin,
-    "torch's older format": partial(as_bin, zipped=False),  # the output matrix was taken to be the embeddings
+    "torch's older format": partial(as_bin, zipped=False),  # the output matrix was taken for the embeddings
     "torch's format in parts": in_parts(BIN_PART, "pytorch_model.bin.index.json", save=torch.save),
     "torch's format without an index": in_parts(BIN_PART, save=torch.save),
     "both formats": both(write("pytorch_model.bin", b"x"), write("training_args.bin", b"x")),
@@ -238,7 +238,7 @@ AS_THEY_ARE = {
 
 
 @pytest.mark.parametrize("name", AS_THEY_ARE)
-def test_folders_of_hugging_faces_as_they_are(tmp_path, name):
+def test_typical_hugging_face_folders(tmp_path, name):
     save_random(tmp_path / "meta")
     convert(tmp_path / "meta", tmp_path / "from", "hf", 1, None, TOKENIZER)
     expected = Llama.build(tmp_path / "from", None, 32, device="cpu").model.state_dict()
@@ -249,7 +249,7 @@ def test_folders_of_hugging_faces_as_they_are(tmp_path, name):
 
 
 def test_a_model_of_the_hub_by_its_id(tmp_path, monkeypatch):
-    """From the cache, without a network; what is in neither is an error that says so."""
+    """From the cache, without a network. The error for a model that is in neither says so."""
     import huggingface_hub.constants
 
     cache = tmp_path / "cache"
@@ -300,7 +300,7 @@ def test_a_path_of_the_other_kind_is_named(tmp_path):
 
 
 def test_params_json_beside_hugging_faces_layout(tmp_path):
-    """Folders that hold config.json and another program's params.json had no consolidated.*.pth."""
+    """Regression: folders with config.json and another program's params.json were said to lack consolidated.*.pth."""
     save_random(tmp_path / "meta")
     convert(tmp_path / "meta", tmp_path / "hf", "hf", 1, None, TOKENIZER)
     (tmp_path / "hf" / "params.json").write_text('{"head_dim": 8}')
@@ -309,7 +309,7 @@ def test_params_json_beside_hugging_faces_layout(tmp_path):
 
 @pytest.fixture(params=DAMAGE)
 def damaged(request, tmp_path, monkeypatch):
-    """(folder, message): a checkpoint with this damage, and what should be said of it."""
+    """(folder, message): a checkpoint with this damage, and the expected message."""
     monkeypatch.setenv("EXECUTED", str(tmp_path / "executed"))
     name, damage, message = DAMAGE[request.param]
     save_random(tmp_path / "from", mp=2)
@@ -319,10 +319,10 @@ def damaged(request, tmp_path, monkeypatch):
         (tmp_path / "hf").rename(tmp_path / "from")
     damage(tmp_path / "from" / name)
     yield tmp_path / "from", message
-    assert os.listdir(tmp_path) == ["from"]  # nothing executed, nothing half written
+    assert os.listdir(tmp_path) == ["from"]  # nothing was executed, and no partial file is left
 
 
-def test_build_and_convert_name_it(damaged):
+def test_build_and_convert_name_the_damage(damaged):
     folder, message = damaged
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         Llama.build(folder, TOKENIZER, 32, device="cpu")
@@ -331,7 +331,7 @@ def test_build_and_convert_name_it(damaged):
             convert(folder, folder.parent / "to", to, 1, None, TOKENIZER)
 
 
-def test_the_commands_end_with_one_line(damaged):
+def test_commands_print_one_line(damaged):
     folder, message = damaged
     run = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 30}
     command = [sys.executable, "-m", "llama", "convert", str(folder), str(folder.parent / "to")]

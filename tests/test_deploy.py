@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be checked without Docker, and what docs/server.md has for systemd and nginx."""
+"""The Dockerfile, as far as it can be checked without Docker, and docs/server.md's examples for systemd and nginx."""
 
 import ast
 import fnmatch
@@ -27,7 +27,7 @@ FLAGS = inspect.signature(serve).parameters
 
 @pytest.fixture(scope="module")
 def dockerfile():
-    """(instruction, rest) of each line."""
+    """(instruction, rest) for each line."""
     text = re.sub(r"\\\n", " ", (ROOT / "Dockerfile").read_text())
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return [tuple(line.split(maxsplit=1)) for line in lines]
@@ -37,7 +37,7 @@ def every(dockerfile, instruction):
     return [rest for name, rest in dockerfile if name == instruction]
 
 
-def test_what_is_copied_is_enough_to_install(dockerfile, tmp_path):
+def test_copied_files_suffice_to_install(dockerfile, tmp_path):
     ignored = (ROOT / ".dockerignore").read_text().split()
     kept = [name[1:] for name in ignored if name.startswith("!")]
     for rest in every(dockerfile, "COPY"):
@@ -59,7 +59,7 @@ def test_what_is_copied_is_enough_to_install(dockerfile, tmp_path):
     assert "native.cpp" in found
 
 
-def test_what_is_installed(dockerfile):
+def test_installed_packages(dockerfile):
     runs = "\n".join(every(dockerfile, "RUN"))
     [extras] = re.findall(r'"\.\[(.*?)\]"', runs)
     tree = ast.parse((ROOT / "setup.py").read_text())
@@ -73,7 +73,7 @@ def test_what_is_installed(dockerfile):
     assert fnmatch.fnmatch(version, "3.1[0-3]")
 
 
-def test_who_runs_it_and_where(dockerfile):
+def test_user_port_and_entrypoint(dockerfile):
     [user] = every(dockerfile, "USER")
     assert user != "root"
     assert any(re.search(rf"useradd .*{user}$", run) for run in every(dockerfile, "RUN"))
@@ -92,7 +92,7 @@ def test_who_runs_it_and_where(dockerfile):
 
 
 def test_the_health_check(dockerfile):
-    """It fails while the model is loaded, and succeeds then."""
+    """It fails while the model is loaded, and succeeds afterwards."""
     [check] = every(dockerfile, "HEALTHCHECK")
     command = json.loads(check.partition("CMD ")[2])
     assert command[0] == "python"
@@ -110,13 +110,13 @@ def test_the_health_check(dockerfile):
 
 
 def block(kind):
-    """The only block of this kind in docs/server.md."""
+    """The only code block of this kind in docs/server.md."""
     [found] = re.findall(rf"^```{kind}\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
     return found
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
-def test_the_unit_of_systemd(tmp_path):
+def test_the_systemd_unit(tmp_path):
     unit = block("ini")
     [line] = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
     python, *rest = line.split()
@@ -131,7 +131,7 @@ def test_the_unit_of_systemd(tmp_path):
 
 @pytest.fixture
 def proxy(tmp_path):
-    """A function that runs nginx by the document's config, and returns its URL."""
+    """A function that runs nginx with the document's configuration and returns its URL."""
     processes = []
 
     def start(port):
@@ -172,7 +172,7 @@ def proxy(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("nginx") or not shutil.which("openssl"), reason="needs nginx and openssl")
 def test_a_stream_through_nginx(proxy, monkeypatch):
-    """Each event arrives when it is sent: the first while the others are still to be made."""
+    """Each event arrives when it is sent, the first before the others are generated."""
     llama = build()
     slow_down(llama, monkeypatch)
     body = {"prompt": "Once", "max_tokens": 60, "min_tokens": 60, "stream": True}

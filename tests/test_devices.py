@@ -12,7 +12,7 @@ from llama import backends, devices
 
 
 @pytest.mark.parametrize("device", ["abc", "cuda:99", "meta", 3.5])
-def test_devices_that_are_not_there_are_named(device):
+def test_missing_devices_are_named(device):
     with pytest.raises(ValueError, match="device"):
         devices.choose_device(device)
 
@@ -21,7 +21,7 @@ def test_devices_that_are_not_there_are_named(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("refused", [False, True])
 def test_memory_for_weights(shape, dtype, refused, monkeypatch):
-    """Small, and large enough for large pages, which the kernel may not have."""
+    """Small, and large enough for huge pages, which the kernel may not provide."""
 
     class Refusing(mmap.mmap):
         def madvise(self, *advice):
@@ -82,7 +82,7 @@ def test_the_default_dtype_is_what_the_cpu_is_fast_in(monkeypatch, saved, units,
     assert devices.choose_dtype(None, torch.device("cpu"), saved) == torch.float32
 
 
-def test_hyperthreads_are_no_cores(monkeypatch, tmp_path):
+def test_hyperthreads_are_not_counted_as_cores(monkeypatch, tmp_path):
     for cpu, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
         (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
         (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(siblings + "\n")
@@ -94,9 +94,9 @@ def test_hyperthreads_are_no_cores(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "threads"),
     [
-        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}, 4),  # torchrun's own choice
-        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "3"}, None),  # somebody's
-        ({"OMP_NUM_THREADS": "1"}, None),  # started in another way
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}, 4),  # set by torchrun
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "3"}, None),  # set by the user
+        ({"OMP_NUM_THREADS": "1"}, None),  # not started by torchrun
     ],
 )
 def test_ranks_share_the_cores(monkeypatch, environment, threads):
@@ -112,7 +112,7 @@ def test_ranks_share_the_cores(monkeypatch, environment, threads):
     assert chosen == ([] if threads is None else [threads])
 
 
-def test_a_dtype_is_taken_by_name_or_refused():
+def test_dtypes_by_name():
     for dtype in ("float16", torch.float16):
         assert devices.choose_dtype(dtype, torch.device("cpu"), torch.bfloat16) == torch.float16
     for dtype in ("int8", torch.int8, "half", 16):
@@ -128,8 +128,9 @@ def test_work_in_threads_keeps_the_order_and_the_number_of_threads(two_threads):
     assert torch.get_num_threads() == 2
 
 
-def test_a_thread_that_begins_while_another_computes_in_one_keeps_the_number_of_threads(two_threads):
-    """It took 1, and gave this to all threads that began later. So did models that two threads loaded at once."""
+def test_the_number_of_threads_of_a_thread_that_starts_meanwhile(two_threads):
+    """Regression: while another thread computed in one thread, a new one took 1 as the number, for all later threads
+    too. So did models that two threads loaded at once."""
     found = []
 
     def number(_):

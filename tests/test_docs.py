@@ -5,7 +5,7 @@ import doctest
 from small import ROOT
 
 
-def test_the_examples_of_generation_are_what_happens(monkeypatch):
+def test_examples_print_what_generation_md_shows(monkeypatch):
     monkeypatch.chdir(ROOT)
     failed, tried = doctest.testfile(str(ROOT / "docs" / "generation.md"), module_relative=False)
     assert failed == 0 and tried > 15

@@ -1,4 +1,4 @@
-"""The engine under random load: whatever happens beside a request, it gets what it gets alone."""
+"""The engine under random load: a request's results are those that it gets alone."""
 
 import random
 
@@ -17,7 +17,7 @@ VOCABULARY, CONTEXT, SLOTS = 1024, 96, 4
 
 
 def random_prompt(chance, earlier):
-    """New, or one that goes on from another request's prompt or text."""
+    """A new prompt, or one that continues another request's prompt or text."""
     new = [chance.randrange(VOCABULARY) for _ in range(chance.randint(1, 30))]
     if earlier and chance.random() < 0.6:
         before = chance.choice(earlier)
@@ -26,10 +26,10 @@ def random_prompt(chance, earlier):
 
 
 def random_settings(chance, prompt):
-    """Arguments of a request, but for its stop strings."""
+    """Arguments of a request, except its stop strings."""
     sampling = SamplingParams(
         temperature=chance.choice([0, 0, 0.7, 1.0, 1.5]),
-        # Of few candidates: of many, neighbours are so nearly equal that rounding sorts them in another way.
+        # Few candidates: among many, some are so nearly equal that rounding changes their order.
         top_p=chance.choice([1.0, 1.0, 0.2]),
         top_k=chance.choice([0, 0, 5]),
         repetition_penalty=chance.choice([1.0, 1.0, 1.2]),
@@ -53,7 +53,7 @@ def requested(settings, stops, tokenizer):
 
 
 def answer(outputs):
-    """All that a request was told: tokens, text, log probabilities, why it ended."""
+    """All outputs of a request: tokens, text, log probabilities, finish reason."""
     tokens = [id for out in outputs for id in out.tokens]
     logprobs = [p for out in outputs for p in out.logprobs]
     finish = [out.finish_reason for out in outputs if out.finish_reason]
@@ -67,7 +67,8 @@ def alone(settings, stops, tokenizer, engine):
 
 
 def fuzz(seed, count):
-    """Submit `count` random requests at random times and cancel some; (given, expected) of each, and what is left."""
+    """Submit `count` random requests at random times and cancel some. Returns (actual, expected) for each, and what
+    remains in the engine."""
     chance, tokenizer = random.Random(seed), Tokenizer(TOKENIZER)
     engine, single = (
         Engine.of(random_model(vocab_size=VOCABULARY, max_seq_len=CONTEXT, max_batch_size=SLOTS)) for _ in range(2)
@@ -93,7 +94,7 @@ def fuzz(seed, count):
                 running.remove((request, settings, stops))
                 earlier.append(request.ids)
                 found.append((answer(request.outputs), alone(settings, stops, tokenizer, single)))
-    engine.step()  # drops what was cancelled last
+    engine.step()  # drops the last cancelled requests
     left = [slot.request for slot in engine.slots if slot.request], [*engine.waiting]
     return found, left
 
@@ -109,7 +110,7 @@ def check(found, left):
         assert logprobs == pytest.approx(expected[2], abs=1e-3)
 
 
-def test_random_requests_get_what_they_get_alone(monkeypatch):
+def test_random_requests_equal_each_alone(monkeypatch):
     monkeypatch.setattr("llama.engine.WORTH_SHARING", 4)
     monkeypatch.setattr("llama.engine.CHUNK", 8)
     found, left = fuzz(0, cases(1000))
@@ -118,7 +119,7 @@ def test_random_requests_get_what_they_get_alone(monkeypatch):
 
 
 def held(engine, other):
-    """Whether the cache has what slots say that it holds: what another model computes for their tokens."""
+    """Whether the cache holds keys and values of the tokens recorded for each slot, compared with another model's."""
     for slot, ours in enumerate(engine.slots):
         if n := len(ours.tokens):
             with torch.inference_mode():
@@ -128,8 +129,8 @@ def held(engine, other):
 
 
 @pytest.mark.parametrize("ahead", [{"cuda"}, {"cuda", "cpu"}], ids=["", "ahead"])
-def test_what_a_slot_says_it_holds_was_stored(monkeypatch, ahead):
-    """After every step of random requests, of which some are cancelled, and passes, of which some fail."""
+def test_recorded_tokens_of_a_slot_are_in_its_cache(monkeypatch, ahead):
+    """After every step of random requests, some of which are cancelled, and of passes, some of which fail."""
     monkeypatch.setattr("llama.engine.WORTH_SHARING", 4)
     monkeypatch.setattr("llama.engine.CHUNK", 8)
     monkeypatch.setattr("llama.engine.AHEAD", ahead)
@@ -166,8 +167,8 @@ def test_what_a_slot_says_it_holds_was_stored(monkeypatch, ahead):
     assert failed and len(earlier) > 50
 
 
-def test_a_request_whose_admission_fails_is_gone(monkeypatch):
-    """It waited on, already over, and took a slot for ever."""
+def test_a_request_whose_admission_fails_is_removed(monkeypatch):
+    """Regression: it stayed in the queue although finished, and took a slot for ever."""
     engine = Engine.of(random_model())
     with monkeypatch.context() as patch:
         patch.setattr("llama.sampling.Sampler.admit", lambda *args: 1 / 0)
@@ -179,8 +180,9 @@ def test_a_request_whose_admission_fails_is_gone(monkeypatch):
     assert not any(slot.request for slot in engine.slots)
 
 
-def test_a_chunk_that_is_not_finite_is_found_before_the_last(monkeypatch):
-    """Only the end of a prompt is sampled. A cancelled request left NaN in a slot, as a prefix for others."""
+def test_non_finite_values_are_found_in_every_chunk(monkeypatch):
+    """Only the last position of a prompt is sampled. Regression: a cancelled request left NaN in a slot, as a prefix
+    for others."""
     monkeypatch.setattr("llama.engine.CHUNK", 8)
     engine = Engine.of(random_model())
     engine.model.tok_embeddings.weight[77] = float("nan")

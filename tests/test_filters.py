@@ -1,4 +1,4 @@
-"""Filters of the input and the output of chats."""
+"""Filters of the input and output of chats."""
 
 import pytest
 from small import MODELS, passes
@@ -48,7 +48,7 @@ def test_filters_by_their_old_names(bundled):
         assert next(bundled.chat_stream([good], judge_input=lambda dialog: "No.")).text == "No."
 
 
-def test_what_is_refused_on_input_is_never_generated(bundled):
+def test_refused_inputs_are_not_generated(bundled):
     with passes(bundled) as seen:
         [result] = bundled.chat_completion([[{"role": "user", "content": "a bomb"}]], input_filter=refuse_input)
     assert result == {"generation": {"role": "assistant", "content": "Not that."}, "finish_reason": "refused"}

@@ -1,4 +1,4 @@
-"""generate: tokens and log probabilities, shared passes and slots, where a row ends, and randomness."""
+"""generate: tokens and log probabilities, shared passes and slots, the end of a row, and randomness."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from llama import Llama
 
 @pytest.mark.parametrize("shape", ["MHA", "GQA", "MQA"])
 def test_ragged_batch_equals_each_alone_equals_hugging_face(shape, tokenizer):
-    """Tokens are equal, log probabilities differ by at most 1e-4."""
+    """Tokens are equal; log probabilities differ by at most 1e-4."""
     llama = Llama(random_model(SHAPES[shape], vocab_size=tokenizer.n_words), tokenizer)
     theirs = hugging_face(llama.model.params, llama.model.state_dict())
     together, together_logprobs = greedy(llama, PROMPTS, logprobs=True)
@@ -30,7 +30,7 @@ def test_ragged_batch_equals_each_alone_equals_hugging_face(shape, tokenizer):
 
 
 def test_log_probabilities_while_decoding_equal_those_of_rescoring(llama):
-    """With echo and nothing to generate, generate scores a text: its answers must score the same."""
+    """With echo and max_gen_len 0, generate scores a text: generated tokens must have the same log probabilities."""
     ids, logprobs = greedy(llama, PROMPTS, logprobs=True, echo=True)
     again, rescored = greedy(llama, ids, max_gen_len=0, logprobs=True, echo=True)
     assert again == ids
@@ -39,7 +39,7 @@ def test_log_probabilities_while_decoding_equal_those_of_rescoring(llama):
         assert a == pytest.approx(b, abs=1e-4)
 
 
-def test_a_long_prompt_is_scored_in_pieces(llama, monkeypatch):
+def test_a_long_prompt_is_scored_in_chunks(llama, monkeypatch):
     whole = greedy(llama, PROMPTS, 0, logprobs=True, echo=True)[1]
     monkeypatch.setattr("llama.scoring.AT_ONCE", 3)
     pieces = greedy(llama, PROMPTS, 0, logprobs=True, echo=True)[1]
@@ -48,7 +48,7 @@ def test_a_long_prompt_is_scored_in_pieces(llama, monkeypatch):
 
 
 def test_a_prompt_that_fills_max_seq_len_is_scored_at_its_own_positions(llama):
-    """Fault 1: its log probabilities were those of logits at i against token i, not i + 1."""
+    """Regression: the log probability of token i was from the logits at i, not i - 1."""
     prompt = [1, *range(100, 163)]
     assert len(prompt) == llama.model.params.max_seq_len
     ids, logprobs = greedy(llama, [prompt], logprobs=True, echo=True)
@@ -61,15 +61,15 @@ def test_a_prompt_that_fills_max_seq_len_is_scored_at_its_own_positions(llama):
 
 
 def test_a_ragged_batch_is_prefilled_in_one_pass(llama):
-    """Fault 11: everything but the shortest prompt was prefilled one token at a time."""
+    """Regression: everything beyond the shortest prompt was prefilled one token at a time."""
     llama.engine.forget()
     with passes(llama) as seen:
         greedy(llama, PROMPTS, max_gen_len=5)
-    assert seen == [sum(map(len, PROMPTS)), 4, 4, 4, 4]  # nothing for padding, and no pass after the last token
+    assert seen == [sum(map(len, PROMPTS)), 4, 4, 4, 4]  # no padding, and no pass after the last token
 
 
 @pytest.mark.parametrize("options", [{}, {"logprobs": True}, {"logprobs": True, "echo": True}], ids=str)
-def test_a_beginning_that_prompts_share_is_computed_once(llama, monkeypatch, options):
+def test_a_shared_prefix_is_computed_once(llama, monkeypatch, options):
     beginning = list(range(3, 23))
     prompts = [[*beginning, *rest] for rest in ([30], [40, 41, 42], [50, 51], [])]
     llama.engine.forget()
@@ -80,9 +80,9 @@ def test_a_beginning_that_prompts_share_is_computed_once(llama, monkeypatch, opt
     llama.engine.forget()
     with passes(llama) as seen:
         found = greedy(llama, prompts, max_gen_len=5, **options)
-    if "echo" in options:  # where all positions are scored, all are computed
+    if "echo" in options:  # if all positions are scored, all are computed
         assert seen[0] == sum(map(len, prompts))
-    else:  # the first prompt, then a token of its answer and what is new of the others
+    else:  # the first prompt, then a token of its answer and the new tokens of the others
         assert seen == [21, 1 + 3 + 2 + 1, 4, 4, 4, 3]
     assert found[0] == expected[0]
     for ours, theirs in zip(found[1] or [], expected[1] or [], strict=True):
@@ -90,8 +90,8 @@ def test_a_beginning_that_prompts_share_is_computed_once(llama, monkeypatch, opt
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_a_long_prompt_does_not_hold_up_what_runs(llama, monkeypatch, chunk):
-    """Its chunks are computed beside the tokens of others, and change nothing."""
+def test_a_long_prompt_does_not_stall_decoding(llama, monkeypatch, chunk):
+    """Its chunks are computed in the passes that decode the others, and change no result."""
     long = [1, *range(100, 150)]
     expected = greedy(llama, [PROMPTS[0], long], max_gen_len=10)[0]
     monkeypatch.setattr("llama.engine.CHUNK", chunk)
@@ -115,7 +115,7 @@ def test_more_prompts_than_slots_wait_for_one(llama):
 
 
 def test_answers_of_different_lengths_leave_no_slot_idle(llama):
-    """64 prompts take few passes more than their tokens need, where batches in turn wait for the longest of each."""
+    """64 prompts need few passes more than their tokens, while static batches wait for the longest answer of each."""
     chance = random.Random(0)
     prompts = [[1, *(chance.randrange(3, 1000) for _ in range(chance.randint(3, 20)))] for _ in range(64)]
     lengths = [chance.randint(4, 32) for _ in prompts]
@@ -126,17 +126,17 @@ def test_answers_of_different_lengths_leave_no_slot_idle(llama):
     assert len(seen) < sum(max(lengths[i : i + 4]) for i in range(0, 64, 4)) / 1.25
 
 
-def test_what_a_slot_remembers_is_not_computed_again(llama):
+def test_cached_prefixes_are_not_computed_again(llama):
     prompt = [1, *range(500, 540)]
     first = greedy(llama, [prompt], 5)[0]
     with passes(llama) as seen:
         assert greedy(llama, [prompt], 5)[0] == first
         greedy(llama, [[*prompt, *first[0], 7, 8]], 1)
-    assert seen == [1, 1, 1, 1, 1, 1 + 2]  # the last token that was sampled was not computed then
+    assert seen == [1, 1, 1, 1, 1, 1 + 2]  # the last sampled token had not been computed
 
 
 @pytest.mark.parametrize("change", ["weights", "cache", "forward"])
-def test_what_a_slot_remembers_is_forgotten_when_the_model_changes(tokenizer, change):
+def test_cached_prefixes_are_dropped_when_the_model_changes(tokenizer, change):
     llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
     prompt = [1, *range(500, 540)]
     greedy(llama, [prompt], 5)
@@ -152,7 +152,7 @@ def test_what_a_slot_remembers_is_forgotten_when_the_model_changes(tokenizer, ch
 
 
 def test_threads_get_their_own_texts(llama):
-    """A model has one cache: calls at the same time overwrote each other's, without an error."""
+    """Regression: calls of several threads overwrote each other's cache, without an error."""
     prompts = [[[1, 5, i]] for i in range(6)]
     expected = [greedy(llama, prompt, 20) for prompt in prompts]
     with ThreadPoolExecutor(4) as pool:
@@ -183,14 +183,14 @@ def test_generation_ends_when_all_rows_have(llama, monkeypatch):
 
 
 def test_echo_keeps_an_eos_inside_the_prompt(llama):
-    """Fault 9: the output was cut at the prompt's EOS. A dialog's earlier turns end with one."""
+    """Regression: the output was cut at the prompt's EOS. Earlier turns of a dialog end with one."""
     prompt = [1, 50, llama.tokenizer.eos_id, 1, 51]
     ids, logprobs = greedy(llama, [prompt], max_gen_len=4, logprobs=True, echo=True)
     assert ids[0][:5] == prompt
     assert len(ids[0]) == len(logprobs[0]) == 9
 
 
-def test_nothing_is_computed_for_nothing(llama):
+def test_no_pass_without_tokens_to_generate(llama):
     full = [1, *range(100, 163)]
     with passes(llama) as seen:
         assert llama.generate([full], 5) == llama.generate([[1, 2]], 0) == ([[]], None)

@@ -1,4 +1,4 @@
-"""GGUF files, against the package gguf and the same weights in a model of ours."""
+"""GGUF files, against the package gguf and models with the same weights."""
 
 import random
 import shutil
@@ -31,7 +31,7 @@ MIXED = {"attention.wv": "Q6_K", "feed_forward.w2": "Q6_K", "output": "Q6_K", "t
 
 
 def mixed(name):
-    """As a Q4_K_M file has it."""
+    """The type of a matrix in a Q4_K_M file."""
     return next((kind for key, kind in MIXED.items() if key in name), "Q4_K")
 
 
@@ -39,8 +39,8 @@ KINDS = {**{kind: kind for kind in (*FLOATS, *CODECS)}, "mixed": mixed}
 
 
 @pytest.mark.parametrize("kind", CODECS)
-def test_blocks_are_what_gguf_makes_of_them(kind):
-    """Exactly; but for float16's rounding of scales that are products of two numbers."""
+def test_blocks_are_dequantized_as_by_gguf(kind):
+    """Exactly, except for float16's rounding of scales that are products of two numbers."""
     blocks = gguf_files.random_blocks(kind, 40, 1024)
     exact = torch.from_numpy(gguf.dequantize(blocks, gguf_files.TYPE[kind]))
     found = gguf_files.unpacked(kind, blocks)
@@ -51,7 +51,9 @@ def test_blocks_are_what_gguf_makes_of_them(kind):
     scales = [found.scale.float().abs() * (31 if kind != "Q4_K" else 15)]
     scales += [] if found.min is None else [found.min.float().abs()]
     per = exact.shape[1] // found.scale.shape[1]
-    allowed = sum(scales).repeat_interleave(per, 1) * 2**-11 + 32 * 2**-25  # half of float16's steps; subnormal ones
+    allowed = (
+        sum(scales).repeat_interleave(per, 1) * 2**-11 + 32 * 2**-25
+    )  # half a step of float16, also subnormal ones
     assert ((dequantize(found) - exact).abs() <= allowed).all()
 
 
@@ -67,7 +69,7 @@ def logits(path, **options):
 
 @pytest.fixture(scope="module", params=KINDS)
 def written(request, tmp_path_factory):
-    """A file of a random model of each kind, and the logits of the weights that it stands for."""
+    """A GGUF file of each kind, and the logits of the dequantized weights."""
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     model = random_model(WIDE, 1024)
     found = gguf_files.write(path, model.params, model.state_dict(), KINDS[request.param], TOKENIZER)
@@ -82,8 +84,8 @@ def test_logits_are_those_of_the_weights_in_the_file(written):
 
 
 @needs_cpp
-def test_in_compiled_code(written):
-    """Which rounds activations to 8 bits where weights are quantized."""
+def test_logits_of_the_native_backend(written):
+    """It quantizes activations to 8 bits where weights are quantized."""
     path, kind, exact = written
     found = logits(path, dtype="float32", compile=True)
     assert relative_error(found, exact) <= (1e-5 if kind in FLOATS else 0.05)
@@ -103,7 +105,7 @@ def test_on_two_ranks(written, ranks):
 
 
 def texts():
-    """Of words, runs of spaces, bytes of several scripts, and spelled special tokens."""
+    """Words, runs of spaces, bytes of several scripts, and text that spells special tokens."""
     chance = random.Random(0)
     return ["".join(chance.choice(LETTERS) for _ in range(chance.randrange(1, 30))) for _ in range(cases(5000))]
 
@@ -138,7 +140,7 @@ def test_llama_3s_tokenizer_inside_is_the_original(tmp_path):
     same_ids(ours, original)
 
 
-# Whole models in other shapes
+# Models of other shapes
 
 
 def test_the_type_of_an_embedding_decides_for_a_tied_output(tmp_path):
@@ -174,8 +176,8 @@ def test_several_files(tmp_path):
 
 @pytest.mark.parametrize("kind", FAMILY)
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_what_convert_writes(tmp_path, kind, quantize):
-    """Loads as the weights it was given: in floats exactly, or as these are rounded in groups of 32."""
+def test_convert_to_gguf(tmp_path, kind, quantize):
+    """Loads with the source's weights: exactly in floats, or as these are quantized in groups of 32."""
     theirs = test_llama3.save(tmp_path / "hf", **FAMILY[kind], **({} if quantize is None else {"hidden_size": 128}))
     convert(tmp_path / "hf", tmp_path / "to", "gguf", 1, torch.float32, TOKENIZER, quantize)
     llama = build(tmp_path / "to", dtype="float32", compile=False)
@@ -188,7 +190,7 @@ def test_what_convert_writes(tmp_path, kind, quantize):
         found, again = llama.model(test_llama3.TOKENS, 0), model.eval()(test_llama3.TOKENS).logits
     if quantize is None:
         assert relative_error(found, theirs) <= 1e-5
-    if "rope_parameters" not in FAMILY[kind]:  # which transformers does not read from a file
+    if "rope_parameters" not in FAMILY[kind]:  # which transformers does not read from GGUF
         assert relative_error(found, again) <= 1e-5
     assert relative_error(found, theirs) <= {None: 1e-5, "int8": 0.06, "int4": 0.6}[quantize]
 
@@ -217,11 +219,11 @@ def test_a_folder_with_several_models(tmp_path):
         build(tmp_path)
 
 
-# Odd files
+# Unusual files
 
 
 def keyed(path, source, changes, types=None):
-    """A copy of a file with some keys changed (None: left out), and types of some tokens."""
+    """A copy of a file with changed keys (None: removed) and types of tokens."""
     header, content = read_gguf(source), source.read_bytes()
     keys = {key: value for key, value in (header.keys | changes).items() if value is not None}
     kinds = keys["tokenizer.ggml.token_type"]
@@ -234,7 +236,7 @@ def keyed(path, source, changes, types=None):
 
 @pytest.fixture(scope="module")
 def llama2(tmp_path_factory):
-    """A file of the bundled tokenizer, whose last tokens are <|im_start|> and <|im_end|>."""
+    """A file with the bundled tokenizer, whose last tokens are <|im_start|> and <|im_end|>."""
     folder = tmp_path_factory.mktemp("llama2")
     save_random(folder / "meta", GQA)
     convert(folder / "meta", folder / "to", "gguf", 1, torch.float32, TOKENIZER)
@@ -247,7 +249,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] 
 
 
 @pytest.mark.parametrize("kind", [1, 3, 4])
-def test_marks_of_a_dialog_are_no_text_whatever_their_type(tmp_path, llama2, kind):
+def test_chat_tokens_are_special_whatever_their_type(tmp_path, llama2, kind):
     keys = {"tokenizer.ggml.eos_token_id": 1020, "tokenizer.chat_template": TEMPLATE}
     path = keyed(tmp_path / "model.gguf", llama2, keys, {1: kind, 1020: kind, 1021: 3 if kind == 1 else kind})
     llama = build(path)
@@ -258,7 +260,7 @@ def test_marks_of_a_dialog_are_no_text_whatever_their_type(tmp_path, llama2, kin
     assert not {1020, 1021} & {*llama.tokenizer.encode("a<|im_end|>b", bos=False, eos=False)}
 
 
-def test_bos_as_the_file_says_in_every_layout(tmp_path):
+def test_add_bos_in_every_layout(tmp_path):
     save_random(tmp_path / "from", GQA)
     convert(tmp_path / "from", tmp_path / "to", "gguf", 1, torch.float32, TOKENIZER)
     source = tmp_path / "to" / "model.gguf"
@@ -280,14 +282,15 @@ def test_all_ends_of_an_answer(tmp_path, llama2):
 
 
 @pytest.mark.parametrize("changes", [{"llama.rope.scale_linear": 4.0}, {"llama.rope.scaling.factor": 4.0}])
-def test_linear_scaling_is_the_usual_one(tmp_path, llama2, changes):
+def test_linear_rope_scaling(tmp_path, llama2, changes):
     path = keyed(tmp_path / "model.gguf", llama2, changes)
     assert build(path).model.params.rope_scaling == (4.0, 1.0, 4.0, 8192, "linear")
     assert build(llama2).model.params.rope_scaling is None
 
 
 def test_scaling_is_written_in_float32_whatever_the_default_dtype(tmp_path):
-    """Under float64 the divisors of the frequencies were written in it, and read as other numbers."""
+    """Regression: with default dtype float64, the frequencies' divisors were written as float64 and read as other
+    numbers."""
     save_random(tmp_path / "meta", {**GQA, "rope_theta": 500000.0, "rope_scaling": {"factor": 8.0}})
     torch.set_default_dtype(torch.float64)
     try:
@@ -305,7 +308,7 @@ def test_scaling_is_written_in_float32_whatever_the_default_dtype(tmp_path):
         ({"tokenizer.ggml.pre": ["a"], "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b"]}, "pre is"),
     ],
 )
-def test_keys_that_would_change_what_is_computed(tmp_path, llama2, changes, message):
+def test_keys_of_other_architectures_are_refused(tmp_path, llama2, changes, message):
     with pytest.raises(ValueError, match=message):
         build(keyed(tmp_path / "model.gguf", llama2, changes))
 
@@ -319,7 +322,7 @@ def test_a_file_that_is_replaced_while_it_is_loaded(tmp_path, llama2):
         source.args(1024)
 
 
-def test_what_a_gguf_file_has_no_place_for(tmp_path):
+def test_models_that_gguf_cannot_represent(tmp_path):
     save_random(tmp_path / "meta", WIDE)
     convert(tmp_path / "meta", tmp_path / "int8", "meta", 1, None, TOKENIZER, "int8", 32)
     with pytest.raises(ValueError, match=r"int8 is quantized, to int8 in groups of 32; write a GGUF file"):

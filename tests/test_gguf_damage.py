@@ -1,4 +1,4 @@
-"""Damaged and alien GGUF files: one line that names what is wrong, at once, without much memory."""
+"""Damaged and unsupported GGUF files: an error of one line, at once and without much memory."""
 
 import struct
 import time
@@ -36,12 +36,12 @@ def u64(value):
 
 
 def after(marker, skip, value):
-    """Writes a value some bytes behind the first occurrence of a name."""
+    """Write a value some bytes after the first occurrence of a name."""
     return lambda content: at(content.index(marker) + len(marker) + skip, value)(content)
 
 
 def rewritten(change):
-    """The file with other keys or tensors, and as many zeros as they need."""
+    """The file with other keys or tensors, and zeros for their data."""
 
     def damage(content):
         keys = {
@@ -62,7 +62,7 @@ def key(name, value):
     return rewritten(lambda keys, tensors: keys.update({name: value}))
 
 
-# The numbers of tensors and keys are at 8 and 16; the first key is general.architecture.
+# The numbers of tensors and keys are at bytes 8 and 16; the first key is general.architecture.
 DAMAGE = {
     "empty": (lambda content: b"", "it is empty"),
     "half a header": (lambda content: content[:1000], "too short for|its header is cut"),
@@ -127,7 +127,7 @@ def test_damage_is_named_at_once(tmp_path, good, name):
 @settings(max_examples=cases(1000), deadline=None)
 @given(data=st.data())
 def test_any_damaged_byte_of_a_header(good, tmp_path_factory, data):
-    """Loads, or ends in a ValueError: nothing else."""
+    """The file loads, or there is a ValueError and no other error."""
     header = good.index(b"blk.2.ffn_down.weight") + 100
     content = bytearray(good)
     for _ in range(data.draw(st.integers(1, 4))):

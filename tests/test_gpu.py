@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same model there as on the CPU."""
+"""What only a GPU can test: the same results as on the CPU."""
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ def test_logits_equal_those_of_the_cpu(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_prompt_and_step_are_hugging_faces(dtype):
-    """Heads of 128 in groups of 2: logits of a prompt of 40 tokens and of a step behind it."""
+def test_prompt_and_step_equal_hugging_face(dtype):
+    """Head size 128, GQA with 2 query heads a group: logits of a prompt of 40 tokens and of the step after it."""
     shape = {"dim": 512, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 64}
     model = random_model(shape, vocab_size=256, max_seq_len=64)
     theirs = hugging_face(model.params, model.state_dict()).cuda()
@@ -72,7 +72,7 @@ def test_the_default_is_the_gpu_in_the_checkpoints_dtype(tmp_path):
     assert runs[0] == runs[1]
 
 
-def test_logits_that_are_not_finite_name_the_layer(tokenizer):
+def test_non_finite_logits_name_the_layer(tokenizer):
     llama = Llama(random_model(vocab_size=tokenizer.n_words).cuda(), tokenizer)
     llama.model.layers[1].feed_forward.w2.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"layers\.1$"):
@@ -86,7 +86,7 @@ def test_graphs_give_the_tokens_of_the_plain_backend(tokenizer, monkeypatch, sha
     fast = llama.generate(PROMPTS, 20, temperature=0, logprobs=True)
     assert llama.engine.backend.graphs
     monkeypatch.setattr(backends, "choose", lambda model, compile: model)
-    model.norm.weight.mul_(1)  # written to: a backend is chosen anew
+    model.norm.weight.mul_(1)  # weights were written to: a backend is chosen again
     slow = llama.generate(PROMPTS, 20, temperature=0, logprobs=True)
     assert type(llama.engine.backend) is Transformer
     assert fast[0] == slow[0]
@@ -94,8 +94,9 @@ def test_graphs_give_the_tokens_of_the_plain_backend(tokenizer, monkeypatch, sha
         assert a == pytest.approx(b, abs=1e-3)
 
 
-def test_requests_that_come_and_go_are_each_as_alone(tokenizer):
-    """More prompts than slots, answers of different lengths, sampled: mixed passes and graphs of several sizes."""
+def test_continuous_batching_equals_each_alone(tokenizer):
+    """More prompts than slots, answers of different lengths, sampled: mixed passes, and CUDA graphs of several
+    sizes."""
     llama = Llama(random_model(vocab_size=tokenizer.n_words, max_batch_size=4).cuda(), tokenizer)
     generator = torch.Generator().manual_seed(0)
     prompts = [[1, *torch.randint(3, 400, (2 + 5 * i % 23,), generator=generator).tolist()] for i in range(13)]
@@ -110,7 +111,7 @@ def test_requests_that_come_and_go_are_each_as_alone(tokenizer):
 @pytest.mark.parametrize("scheme", [Scheme(8), Scheme(4, 32), Scheme(4, 64), Scheme(4, 128)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 70])
-def test_quantized_matmuls_are_plain_ones(scheme, dtype, rows):
+def test_quantized_matmuls_equal_plain_ones(scheme, dtype, rows):
     weight = quantized.quantize(torch.randn(72, 352 if scheme.group < 64 else 384), scheme)
     fast, plain = (kind(weight, torch.device("cuda")) for kind in (quantized.kernel, quantized.Plain))
     assert isinstance(fast, quantized.Cuda)
@@ -121,8 +122,8 @@ def test_quantized_matmuls_are_plain_ones(scheme, dtype, rows):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("slots", [1, 3, 16, 40])
-def test_a_pass_is_the_models_within_the_rounding_of_16_bits(dtype, slots):
-    """Prompts, a step of one token each, and both together, for heads of 128 and GQA."""
+def test_passes_equal_the_models_within_16_bit_rounding(dtype, slots):
+    """A pass of prompts, a step of one token each, and both together, with head size 128 and GQA."""
     shape = {"dim": 512, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 64}
 
     def model():
@@ -143,7 +144,7 @@ def test_a_pass_is_the_models_within_the_rounding_of_16_bits(dtype, slots):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_quantized_model_is_that_of_the_cpu(tmp_path, kind):
+def test_a_quantized_model_equals_that_of_the_cpu(tmp_path, kind):
     save_random(tmp_path, {**SHAPES["GQA"], "dim": 128, "n_layers": 1})
     logits = []
     for device in ("cpu", "cuda"):

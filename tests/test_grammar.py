@@ -1,4 +1,4 @@
-"""Structured output: what answers match, for every kind of tokenizer, and beside other requests."""
+"""Structured output: answers match, for every kind of tokenizer, and beside other requests."""
 
 import json
 import random
@@ -56,7 +56,7 @@ def tokenizers(folder):
 
 
 def walk(grammars, tokenizer, grammar, begins, chance):
-    """A text of tokens that are chosen at random from those that the grammar allows."""
+    """The text of random tokens, each of them allowed by the grammar."""
     ids, matcher = [], grammars.matcher(grammar, begins)
     while len(ids) < 500:
         id = chance.choice(matcher.mask().nonzero()[:, 0].tolist())
@@ -70,7 +70,7 @@ def walk(grammars, tokenizer, grammar, begins, chance):
     return "".join(tokenizer.decode_pieces(ids, before))
 
 
-def test_whatever_tokens_are_chosen_the_text_matches(tmp_path):
+def test_any_sequence_of_allowed_tokens_matches(tmp_path):
     chance = random.Random(0)
     for name, tokenizer in tokenizers(tmp_path):
         grammars = Grammars(tokenizer, tokenizer.n_words + 3)  # as checkpoints pad it
@@ -103,7 +103,7 @@ def test_answers_match(llama, temperature):
         assert re.fullmatch(pattern, text["generation"]) and re.fullmatch(pattern, answer["generation"]["content"])
 
 
-def test_rows_have_grammars_of_their_own_or_none(llama):
+def test_rows_with_different_grammars_or_none(llama):
     options = {"temperature": 0.9, "top_p": 0.9, "seed": 5, "max_gen_len": 30}
     [alone] = llama.text_completion(PROMPTS[:1], **options)
     mixed = llama.text_completion(PROMPTS, json_schema=[None, PERSON, None], regex=[None, None, "yes|no"], **options)
@@ -118,7 +118,7 @@ def test_with_other_options(llama):
     ids, _ = llama.generate([[1, 5, 9]], 20, 0.0, regex="(ab)+", min_gen_len=6)
     text = llama.tokenizer.decode([5, *ids[0]])
     assert re.search("(ab)+$", text) and len(ids[0]) >= 6
-    # A complete answer ends, whatever the minimum is.
+    # A complete answer ends, even before the minimum length.
     assert llama.text_completion(["A"], temperature=0, regex="yes", min_gen_len=9)[0]["generation"] == "yes"
     [stopped] = llama.text_completion(["A"], temperature=0, regex="[a-z]{8}-[0-9]{4}", stop="-")
     assert re.fullmatch("[a-z]{8}", stopped["generation"]) and stopped["finish_reason"] == "stop"
@@ -152,7 +152,7 @@ def test_bad_grammars_are_named(llama, options, message):
         llama.text_completion(["A"], **options)
 
 
-def test_without_the_package_its_name_is_said(monkeypatch, tokenizer):
+def test_without_the_package_the_error_names_it(monkeypatch, tokenizer):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(
         ValueError, match="regex needs the package llguidance: pip install 'llama-reference\\[grammar\\]'"
@@ -190,7 +190,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
-def test_clients_ask_for_json(client, llama, asked):
+def test_clients_request_json(client, llama, asked):
     body = {"model": "small-chat", "temperature": 0.8, "seed": 2, "extra_body": asked}
     own = llama.chat_completion([DIALOG], 0.8, 1, json_schema=PERSON, seed=2)[0]["generation"]["content"]
     assert client.chat.completions.create(messages=DIALOG, **body).choices[0].message.content == own
@@ -235,19 +235,19 @@ def test_clients_ask_for_texts(client, asked, pattern):
         ({"guided_regex": "a|b", "logit_bias": {str(id): -1e30 for id in range(1024)}}, None),
     ],
 )
-def test_clients_hear_what_is_wrong(client, asked, param):
+def test_clients_get_errors_of_grammars(client, asked, param):
     import openai
 
     if param:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model="small-chat", messages=DIALOG, extra_body=asked)
         assert caught.value.param == param
-    else:  # all are equally unlikely: it is the grammar that decides
+    else:  # all are equally unlikely: the grammar decides
         found = client.chat.completions.create(model="small-chat", messages=DIALOG, extra_body=asked)
         assert found.choices[0].message.content in "ab"
 
 
-def test_clients_hear_that_the_package_is_missing(client, llama, monkeypatch):
+def test_clients_get_an_error_if_the_package_is_missing(client, llama, monkeypatch):
     import openai
 
     monkeypatch.setitem(sys.modules, "llguidance", None)

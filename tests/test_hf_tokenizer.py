@@ -1,4 +1,4 @@
-"""A converted tokenizer is the same tokenizer, whatever the settings of its SentencePiece model, or it is refused."""
+"""A converted tokenizer encodes identically for all settings of its SentencePiece model, or is refused."""
 
 import io
 import json
@@ -56,7 +56,7 @@ TEXTS += [unicodedata.normalize("NFD", text) for text in TEXTS]
 
 
 def train(**settings):
-    """A SentencePiece model of this repository's README."""
+    """Train a SentencePiece model on this repository's README."""
     found = io.BytesIO()
     lines = (ROOT / "README.md").read_text(encoding="utf-8").split("\n")
     options = {"sentence_iterator": iter(lines), "model_writer": found, "vocab_size": 380, "minloglevel": 2}
@@ -65,7 +65,7 @@ def train(**settings):
 
 
 def append(model, *pieces, kind=1):
-    """A model with more pieces of these texts and scores: protobuf messages may be joined."""
+    """A model with additional pieces of these texts and scores: serialized protobuf messages can be concatenated."""
     for text, score in pieces:
         piece = b"\x0a" + bytes([len(text.encode())]) + text.encode() + b"\x15" + struct.pack("<f", score)
         piece += bytes([0x18, kind])
@@ -74,7 +74,7 @@ def append(model, *pieces, kind=1):
 
 
 def auto_tokenizer(folder, model):
-    """What transformers makes of the files."""
+    """The tokenizer that transformers loads from the files."""
     from transformers import AutoTokenizer
 
     for name, content in tokenizer_files(sentencepiece.SentencePieceProcessor(model_proto=model)).items():
@@ -99,8 +99,8 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_setting_is_kept(tmp_path, name):
-    """tokenizer.json had Llama 2's settings, whatever the model's: other ids, and no error."""
+def test_every_setting_is_converted(tmp_path, name):
+    """Regression: tokenizer.json had Llama 2's settings whatever the model's, which gave other ids and no error."""
     model = train(**SETTINGS[name])
     ours, theirs = sentencepiece.SentencePieceProcessor(model_proto=model), auto_tokenizer(tmp_path, model)
     for text in TEXTS:
@@ -123,7 +123,7 @@ def test_every_setting_is_kept(tmp_path, name):
     ],
 )
 def test_appended_pieces_of_equal_score(tmp_path, pieces):
-    """Of two that overlap in a text, SentencePiece takes the left one, and tokenizer.json the first of its list."""
+    """Of two that overlap in a text, SentencePiece takes the left one, and tokenizer.json the first in its list."""
     model = append(train(), *pieces)
     ours, theirs = sentencepiece.SentencePieceProcessor(model_proto=model), auto_tokenizer(tmp_path, model)
     for text in [*TEXTS, "the fox", "jkzqjk", "zqj", "qjkz", "jkzq jkjkzz", "zqjzqqj"]:
@@ -131,7 +131,7 @@ def test_appended_pieces_of_equal_score(tmp_path, pieces):
 
 
 def overlap():
-    """Whichever of the two is first, SentencePiece takes the other in "jkj" or in "kjk"."""
+    """Whichever of the two comes first, SentencePiece takes the other in "jkj" or in "kjk"."""
     return append(train(), ("jk", -1e9), ("kj", -1e9))
 
 
@@ -146,7 +146,7 @@ def overlap():
         (overlap, "'(jkj|kjk)' would be .* instead of"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_by_name(model, message):
+def test_settings_that_cannot_be_converted_are_named(model, message):
     with pytest.raises(ValueError, match=f"tokenizer.json cannot express this SentencePiece model: {message}"):
         tokenizer_files(sentencepiece.SentencePieceProcessor(model_proto=model()))
 
@@ -159,8 +159,8 @@ def test_ids_are_checked_before_anything_is_written(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["from"]
 
 
-def test_a_model_with_ids_of_its_own(tmp_path):
-    """config.json said 1 and 2, whatever the tokenizer's BOS and EOS."""
+def test_a_model_with_other_bos_and_eos_ids(tmp_path):
+    """Regression: config.json had 1 and 2, whatever the tokenizer's BOS and EOS."""
     (tmp_path / "tokenizer.model").write_bytes(train(unk_id=0, bos_id=2, eos_id=1))
     save_random(tmp_path / "from", {**GQA, "n_layers": 1}, vocab_size=380)
     convert(tmp_path / "from", tmp_path / "to", "hf", 1, None, tmp_path / "tokenizer.model")

@@ -1,4 +1,4 @@
-"""Linear layers: a product of any number of rows and of any strides."""
+"""Linear layers: matmuls of any number of rows and any strides."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from llama import checkpoint, layers, parallel
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 8, 33, 127, 128, 255, 256, 300])
-def test_products_of_any_number_of_rows(rows, dtype, bound):
+def test_matmul_of_any_number_of_rows(rows, dtype, bound):
     weight, x = torch.randn(48, 40).to(dtype), torch.randn(rows, 40).to(dtype)
     y = layers.linear(x, weight)
     assert (y.dtype, y.shape) == (dtype, (rows, 48))
@@ -20,15 +20,15 @@ def test_products_of_any_number_of_rows(rows, dtype, bound):
 
 @pytest.mark.parametrize("rows", [1, 5, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_of_strided_input(rows, dtype):
+def test_matmul_of_strided_input(rows, dtype):
     weight = torch.randn(48, 40).to(dtype)
     for x in (torch.randn(rows, 2, 80)[..., 40:], torch.randn(40, rows, 2).permute(1, 2, 0)):
         x = x.to(dtype)
         assert torch.allclose(layers.linear(x, weight), F.linear(x.contiguous(), weight), atol=1e-5)
 
 
-def test_few_numbers_of_rows_reach_onednn():
-    """It keeps kernels for each: 41 MB after 1,000 small requests."""
+def test_onednn_gets_few_different_numbers_of_rows():
+    """It caches kernels for each: 41 MB after 1,000 small requests."""
     seen = []
     for rows in range(1, 1025):
         y = layers.in_few_shapes(lambda x: seen.append(len(x)) or x, torch.full((rows, 4), 2.0))
@@ -38,7 +38,7 @@ def test_few_numbers_of_rows_reach_onednn():
 
 
 def _gradients():
-    """The gradients of this rank's part of a model; those of weights that all ranks have are whole on each."""
+    """The gradients of this rank's part of a model. Those of weights that all ranks have are complete on each."""
     model = random_model(max_batch_size=0).requires_grad_(True)
     whole = random_state()
     for name, weight in model.named_parameters():
@@ -55,8 +55,8 @@ def random_state():
     return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in checkpoint.shapes(args).items()}
 
 
-def test_gradients_of_several_ranks_are_those_of_one(ranks):
-    """The layers' own exchanges, where fairscale's went through groups that others may have set."""
+def test_gradients_on_several_ranks_equal_those_on_one(ranks):
+    """The layers have their own collectives, while fairscale's used global groups that others may have set."""
     one, parts = _gradients(), ranks(2).run(_gradients)
     for name, expected in one.items():
         dim = checkpoint.shard_dim(name)

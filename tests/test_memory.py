@@ -26,10 +26,10 @@ def test_footprints_worked_out_by_hand():
     seventy = ModelArgs(**SEVENTY, vocab_size=32000, max_batch_size=1, max_seq_len=4096)
     norms = 161 * 8192
     assert memory.footprint(seventy, 8, torch.bfloat16).weights == 2 * ((68_976_648_192 - norms) // 8 + norms)
-    assert memory.footprint(seventy, 16, torch.bfloat16).cache == 2 * 80 * 1 * 128 * 4096 * 2  # a head is never halved
+    assert memory.footprint(seventy, 16, torch.bfloat16).cache == 2 * 80 * 1 * 128 * 4096 * 2  # no head is split
 
 
-def test_the_readmes_table_is_what_is_computed():
+def test_the_readmes_table():
     rows = re.findall(r"^\| ([^|]*B) \| (\d+\.\d \+ .+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     shapes = {size: {"vocab_size": 32000, **shape} for size, shape in PUBLISHED.items()} | LLAMA3
     assert {size for size, _ in rows} == {*shapes}
@@ -40,14 +40,14 @@ def test_the_readmes_table_is_what_is_computed():
         assert all(0.05e9 < n.activations < 1.95e9 for n in needed)
 
 
-def test_weights_and_cache_are_the_models(tokenizer):
+def test_weights_and_cache_equal_the_models(tokenizer):
     model = random_model(vocab_size=1024)
     needed = memory.footprint(model.params, 1, torch.float32)
     assert needed.weights == sum(weight.nbytes for weight in model.parameters())
     assert needed.cache == sum(cache.nbytes for cache in model.buffers())
 
 
-def test_build_stops_before_it_allocates_what_does_not_fit(tmp_path):
+def test_build_stops_before_it_allocates_too_much(tmp_path):
     save_random(tmp_path)
     with pytest.raises(MemoryError, match=r"each of 1 rank\(s\) needs .* and cpu has .* GB free; use more ranks"):
         Llama.build(tmp_path, TOKENIZER, max_seq_len=10**9, device="cpu")
@@ -62,7 +62,7 @@ def test_the_check_can_be_overridden(tmp_path, monkeypatch):
 
 
 def system(root, groups, files):
-    """A /proc and a /sys with these cgroups of this process, and these files in them; 64 GB are free."""
+    """A /proc and a /sys with these cgroups of this process and these files; 64 GB are free."""
     files = {"proc/meminfo": "MemTotal: 99000000 kB\nMemAvailable: 62500000 kB\n", "proc/self/cgroup": groups, **files}
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def cgroup(folder, limit, used, inactive=0, active=0, version=2):
 
 
 V1, GB = {"version": 1}, 10**9
-NO_LIMIT = 9223372036854771712  # what version 1 has for none
+NO_LIMIT = 9223372036854771712  # no limit, in version 1
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ NO_LIMIT = 9223372036854771712  # what version 1 has for none
         ("", {}, 64 * GB),
     ],
 )
-def test_page_cache_and_every_limit_around_this_process(tmp_path, groups, files, free):
-    """After a download or a checksum, page cache filled the limit of a container: a model of 10 MB got a MemoryError.
-    Limits of version 1, of a group of its own and of those around it were not seen."""
+def test_page_cache_and_all_cgroup_limits(tmp_path, groups, files, free):
+    """Regression: after a download or a checksum, page cache counted against a container's limit, so that a model of 10
+    MB got a MemoryError; limits of cgroup version 1, of the process's own group and of parent groups were ignored."""
     assert system(tmp_path, groups, files) == free
 
 
@@ -118,7 +118,7 @@ Pages wired down:                        120000.
 
 @pytest.mark.parametrize(("text", "free"), [(VM_STAT, 16384 * 400_000), ("no such thing", 2**63), (None, 2**63)])
 def test_free_memory_of_a_mac(monkeypatch, tmp_path, text, free):
-    """It was said to be infinite: there is no /proc."""
+    """Regression: it was infinite, as there is no /proc."""
 
     def run(command, **options):
         assert command == ["vm_stat"]
@@ -131,8 +131,9 @@ def test_free_memory_of_a_mac(monkeypatch, tmp_path, text, free):
     assert memory.available(torch.device("cpu"), tmp_path) == free
 
 
-def test_blocks_that_torch_keeps_on_a_gpu_are_free(monkeypatch):
-    """After `del llama` a second model did not fit, though the allocator has the first one's memory to give."""
+def test_torchs_cached_gpu_blocks_count_as_free(monkeypatch):
+    """Regression: after `del llama` a second model did not fit, although the caching allocator could reuse the first
+    one's memory."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * GB, 24 * GB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 * GB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * GB)
@@ -152,7 +153,7 @@ def test_inspect_prints_what_there_is_and_what_to_run():
     assert "verified: params.json, consolidated.00.pth, consolidated.01.pth, tokenizer.model" in done.stdout
 
 
-def test_verify_names_what_differs(tmp_path):
+def test_verify_names_differing_files(tmp_path):
     shutil.copytree(MODELS / "small-chat", tmp_path / "model")
     path = tmp_path / "model" / "consolidated.01.pth"
     content = bytearray(path.read_bytes())
@@ -171,7 +172,7 @@ def test_verify_names_what_differs(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"), [("12 params.json\n", "no line of md5sum or sha256sum"), (None, "no list of sums")]
 )
-def test_a_list_that_verifies_nothing_is_an_error(tmp_path, lines, message):
+def test_a_checksum_list_without_files_is_an_error(tmp_path, lines, message):
     save_random(tmp_path / "model")
     shutil.copy(TOKENIZER, tmp_path / "model")
     if lines is None:
@@ -183,8 +184,8 @@ def test_a_list_that_verifies_nothing_is_an_error(tmp_path, lines, message):
     assert message in done.stderr
 
 
-def test_lists_of_sums_as_other_programs_write_them(tmp_path):
-    """A byte order mark made the first line "no line of md5sum", and a form feed in a name ended it."""
+def test_checksum_lists_of_other_programs(tmp_path):
+    """Regression: a byte order mark made the first line "no line of md5sum", and a form feed in a name ended it."""
     save_random(tmp_path / "model")
     for name in ("tokenizer.model", "two\fparts"):
         shutil.copy(TOKENIZER, tmp_path / "model" / name)
@@ -225,7 +226,7 @@ def test_inspect_does_without_a_tokenizer_and_counts_shards(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not report the peak of memory")
 def test_inspect_of_70b_reads_headers_alone(tmp_path):
-    """Eight sparse shards of 17 GB take 400 MB at most. benchmarks/startup.py measures the time."""
+    """Eight sparse shards of 17 GB, which take 400 MB at most. benchmarks/startup.py measures the time."""
     args = ModelArgs(**SEVENTY, vocab_size=1024)
     with torch.serialization.skip_data():
         for i in range(8):
@@ -250,7 +251,7 @@ peak()
     assert peak <= 400e6 or torch.version.cuda  # torch alone takes more with CUDA's libraries
 
 
-def test_a_smaller_model_takes_less():
+def test_a_smaller_model_needs_less():
     wide, narrow = ({**GQA, "n_kv_heads": kv_heads} for kv_heads in (8, 2))
     options = {"vocab_size": 1024, "max_batch_size": 4, "max_seq_len": 128}
     assert memory.footprint(ModelArgs(**narrow, **options), 1, torch.float32) < memory.footprint(

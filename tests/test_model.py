@@ -1,4 +1,4 @@
-"""The model against Hugging Face's Llama on the same random weights, and against itself in other ways to call it."""
+"""The model against Hugging Face's Llama with the same random weights, and against itself when called in other ways."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ def test_logits_equal_hugging_face(shape):
 
 
 def test_logits_at_the_end_of_a_long_context_equal_hugging_face():
-    """Rotary angles grow with the position, and so does an error in their frequencies: theta ** -x in place of
-    1 / theta ** x, which rounds differently, was 4e-5 off here."""
+    """RoPE angles grow with the position, and so do errors of the frequencies: theta ** -x instead of 1 / theta ** x,
+    which rounds differently, caused an error of 4e-5."""
     torch.manual_seed(1)
     tokens = torch.randint(0, 128, (1, 4096))
     model = random_model({**GQA, "n_heads": 2, "n_kv_heads": 1, "dim": 256, "n_layers": 2}, max_seq_len=4096)
@@ -50,7 +50,7 @@ def test_logits_on_several_ranks_equal_hugging_face(shape, world_size, ranks, tm
 
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 7], [3, 1, 4, 1, 3], [11, 1]])
 def test_any_division_into_chunks_gives_the_same_logits(chunks):
-    """Fault 16: a chunk of several tokens after the first was once masked wrongly. Decoding is chunks of one."""
+    """Regression: a chunk of several tokens after the first had a wrong mask. Decode steps are chunks of one."""
     model = random_model()
     whole = model(TOKENS, 0)
     begin, parts = 0, []
@@ -61,11 +61,11 @@ def test_any_division_into_chunks_gives_the_same_logits(chunks):
 
 
 def test_rows_at_their_own_positions():
-    """One start per row: each row's logits are those it has alone, whatever the form of the starts."""
+    """One start for each row: its logits are those that it has alone, for each type of `start_pos`."""
     model = random_model()
     whole = model(TOKENS, 0)
     model.allocate_cache()
-    model(TOKENS[:, :9], 0)  # the second row's cache beyond position 4 is stale from here on
+    model(TOKENS[:, :9], 0)  # from here on the second row's cache is stale beyond position 4
     for starts in ([9, 4], torch.tensor([9, 4])):
         step = model(torch.stack([TOKENS[0, 9:12], TOKENS[1, 4:7]]), starts)
         assert relative_error(step, torch.stack([whole[0, 9:12], whole[1, 4:7]])) <= 1e-5
@@ -74,8 +74,8 @@ def test_rows_at_their_own_positions():
 @pytest.mark.parametrize("lengths", [[12], [12, 12], [5, 12, 12, 1], [1, 1, 7]], ids=str)
 @pytest.mark.parametrize("start", [0, 3])
 @pytest.mark.parametrize("slots", [[0, 1, 2, 3], [3, 0, 1, 2]], ids=str)
-def test_packed_sequences_are_sequences_alone(lengths, start, slots):
-    """Both what is computed and what is cached, whichever sequences attend together and wherever they lie."""
+def test_packed_sequences_equal_each_alone(lengths, start, slots):
+    """Both logits and cache, for any sequences in a batch and any slots."""
     model = random_model()
     torch.manual_seed(0)
     slots = slots[: len(lengths)]
@@ -97,7 +97,7 @@ def test_packed_sequences_are_sequences_alone(lengths, start, slots):
             assert relative_error(cache[slot, :, : start + length], their) <= 1e-5
 
 
-def test_packed_sequences_begin_where_each_is():
+def test_packed_sequences_begin_at_different_positions():
     model = random_model()
     whole = model(TOKENS, 0)
     model.allocate_cache()
@@ -136,7 +136,7 @@ def test_packed_sequences_that_do_not_fit(sequences, message):
         check(sequences, random_model().params)
 
 
-def test_right_padding_is_never_seen():
+def test_right_padding_is_never_attended_to():
     model = random_model()
     alone = model(TOKENS[:1, :5], 0)
     padded = TOKENS[:1].clone()
@@ -157,7 +157,7 @@ def test_without_a_cache_the_logits_are_the_same_and_have_gradients():
 
 
 def test_the_cache_keeps_no_gradients():
-    """Called outside of inference mode, a cache that remembers how it was computed grows with every call."""
+    """Outside of inference mode, a cache that keeps the autograd graph would grow with every call."""
     model = random_model().requires_grad_(True)
     for start in range(3):
         model(TOKENS[:, start : start + 1], start)
@@ -200,8 +200,8 @@ def test_computes_in_the_dtype_of_its_weights_and_answers_in_float32():
         (torch.zeros(1, 2, dtype=torch.long), [], r"start_pos is \[\]"),
     ],
 )
-def test_what_does_not_fit_is_named(tokens, start, message):
-    """Fault 5: bare asserts such as `AssertionError: (6, 4)`."""
+def test_too_large_batches_and_positions_are_named(tokens, start, message):
+    """Regression: bare asserts such as `AssertionError: (6, 4)`."""
     with pytest.raises(ValueError, match=message):
         random_model()(tokens, start)
 
@@ -242,7 +242,7 @@ def test_vocab_size_must_be_known():
     ],
 )
 def test_published_sizes_on_the_meta_device(args, hidden, parameters):
-    """The numbers of parameters are those of the published checkpoints; nothing is allocated."""
+    """The numbers of parameters equal those of the published checkpoints. Nothing is allocated."""
     args = ModelArgs(**args, vocab_size=32000)
     assert args.ffn_hidden == hidden
     with torch.device("meta"):
@@ -251,5 +251,5 @@ def test_published_sizes_on_the_meta_device(args, hidden, parameters):
     assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
-def test_the_model_is_read_in_one_sitting():
+def test_model_py_is_short():
     assert len((ROOT / "llama" / "model.py").read_text().splitlines()) <= 250

@@ -1,4 +1,4 @@
-"""The CPU backend in C++ computes what the plain one does."""
+"""The C++ CPU backend against the plain backend."""
 
 import pytest
 import torch
@@ -21,8 +21,7 @@ PASSES = [[(1, 0, 20)], [(0, 20, 24), (1, 3, 5), (2, 0, 17)], [(2, 5, 1), (4, 0,
 
 
 def both(model, sequences, make=choose, V=128):
-    """Hidden states and logits of the plain backend and of another after the same prompts, and what each left in the
-    cache."""
+    """(logits, KV cache) of the plain backend and of another one, after the same prompts."""
     torch.manual_seed(1)
     slots = model.params.max_batch_size
     prompts = torch.randint(0, V, (slots, 30)).tolist()
@@ -47,7 +46,7 @@ def compiled(model):
 
 
 def loaded(shape=GQA, quantize=None, dtype=torch.float32, compile=True, **options):
-    """A model with joined weights, as one that was loaded has."""
+    """A model whose wq, wk, wv and w1, w3 are adjacent in memory, as in one that was loaded."""
     args = ModelArgs(**{"vocab_size": 128, "max_batch_size": 12, "max_seq_len": 64, **shape, **options})
     parallel.init_model_parallel()
     rounding = quantized.scheme(quantize)
@@ -57,7 +56,7 @@ def loaded(shape=GQA, quantize=None, dtype=torch.float32, compile=True, **option
 WIDE = SHAPES["wide heads"]
 KINDS = [
     (None, torch.float32, 1e-5),
-    (None, torch.bfloat16, 0.02),  # what the plain one rounds; see below
+    (None, torch.bfloat16, 0.02),  # the plain backend's rounding; see below
     (None, torch.float16, 0.002),
     ("int8", torch.float32, 0.01),
     ("int4", torch.float32, 0.02),
@@ -69,7 +68,7 @@ KINDS = [
 @pytest.mark.parametrize("tokens", [512, 30, 7])
 @pytest.mark.parametrize("sequences", [*STEPS, *PASSES], ids=str)
 @pytest.mark.parametrize(("quantize", "dtype", "bound"), KINDS, ids=str)
-def test_native_is_plain(quantize, dtype, bound, sequences, tokens, monkeypatch):
+def test_native_equals_plain(quantize, dtype, bound, sequences, tokens, monkeypatch):
     monkeypatch.setattr(cpu, "PASS", tokens)
     monkeypatch.setattr(cpu, "cpu_has", lambda *units: False)
     model = loaded(WIDE, quantize, dtype)
@@ -77,14 +76,14 @@ def test_native_is_plain(quantize, dtype, bound, sequences, tokens, monkeypatch)
         weight.mul_(torch.rand_like(weight) + 0.5 if "norm" in name else 5)
     (plain, plain_cache), (native, native_cache) = both(model, sequences, compiled)
     assert native.dtype == torch.float32
-    assert relative_error(native, plain) < 1.5 * bound  # by which the plain one rounds more tokens
+    assert relative_error(native, plain) < 1.5 * bound  # the plain backend rounds more for several tokens
     assert relative_error(native_cache, plain_cache) < bound
 
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_native_is_nearer_to_what_is_exact_than_plain(dtype):
-    """In 16 bits, as it rounds keys and values alone."""
+def test_native_is_more_accurate_than_plain_in_16_bits(dtype):
+    """It rounds only keys and values to 16 bits."""
     model = loaded(WIDE, dtype=dtype)
     for name, weight in model.named_parameters():
         weight.mul_(1 if "norm" in name else 5)
@@ -95,8 +94,8 @@ def test_native_is_nearer_to_what_is_exact_than_plain(dtype):
 
 @needs_cpp
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_native_for_any_number_of_rows(quantize):
-    """More than it is fast for are plain."""
+def test_any_number_of_rows(quantize):
+    """From the number of rows on at which it is slower, the plain backend computes."""
     model = loaded(WIDE, quantize, torch.float32 if quantize else torch.bfloat16, max_batch_size=20)
     for B in range(1, 21):
         (plain, _), (found, _) = both(model, [(slot, 3 + slot % 5, 1) for slot in range(B)], compiled)
@@ -104,21 +103,21 @@ def test_native_for_any_number_of_rows(quantize):
 
 
 @needs_cpp
-def test_what_native_cannot_compute_is_plain():
-    narrow, odd = GQA, {**WIDE, "multiple_of": 4}  # heads of 8 numbers, 340 hidden units
+def test_unsupported_shapes_use_the_plain_backend():
+    narrow, odd = GQA, {**WIDE, "multiple_of": 4}  # head size 8, hidden size 340
     for model in (loaded(narrow), loaded(odd)):
         assert type(choose(model, compile=True)) is Transformer
 
 
 @needs_cpp
-def test_native_with_weights_that_lie_apart():
+def test_weights_that_are_not_adjacent_in_memory():
     (plain, _), (native, _) = both(random_model(WIDE), STEPS[2], compiled)
     assert relative_error(native, plain) < 1e-5
 
 
 @needs_cpp
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_what_is_not_finite_stays_so_in_its_row(quantize):
+def test_non_finite_values_stay_in_their_row(quantize):
     model = loaded(WIDE, quantize)
     model.tok_embeddings.weight[5, 3] = torch.nan
     model.tok_embeddings.weight[6, 3] = torch.inf
@@ -131,14 +130,14 @@ def test_what_is_not_finite_stays_so_in_its_row(quantize):
 
 @needs_cpp
 @pytest.mark.parametrize(("token", "position", "what"), [(128, 0, "out of range"), (5, 64, "position 65 exceeds")])
-def test_native_touches_no_memory_that_is_not_its_own(token, position, what):
+def test_tokens_and_positions_out_of_range_are_errors(token, position, what):
     with pytest.raises((IndexError, ValueError), match=what):
         compiled(loaded(WIDE)).hidden(Batch.of([(0, 0, [7]), (1, position, [token])]))
 
 
 @needs_cpp
-def test_gates_that_are_shut_or_wide_open():
-    """e to the power of what is added for them would be infinite, or nothing."""
+def test_saturated_silu_gates():
+    """exp of such gates overflows or underflows."""
     model = loaded({**WIDE, "n_layers": 1})
     model.layers[0].feed_forward.w1.weight.mul_(5000)
     (plain, _), (native, _) = both(model, STEPS[1], compiled)
@@ -150,7 +149,7 @@ def test_gates_that_are_shut_or_wide_open():
 def test_native_generates_the_same_text(quantize, monkeypatch):
     options = {"max_seq_len": 64, "max_batch_size": 2, "device": "cpu", "dtype": "float32", "quantize": quantize}
     llama = Llama.build(MODELS / "small-chat", compile=True, **options)
-    prompts = ["Once upon a time", "The dog"]  # to the end of the cache
+    prompts = ["Once upon a time", "The dog"]  # until the cache is full
     native = llama.text_completion(prompts, temperature=0)
     assert type(llama.engine.backend) is cpu.Native
     monkeypatch.setattr(cpu, "backend", lambda model: model)
@@ -159,7 +158,7 @@ def test_native_generates_the_same_text(quantize, monkeypatch):
     assert type(llama.engine.backend) is Transformer
 
 
-def test_passes_of_a_batch():
+def test_batches_are_split_into_passes():
     sequences = [Span(0, 0, 7), Span(1, 5, 1), Span(2, 2, 2)]
     assert cpu.passes(sequences, 10) == [sequences]
     assert cpu.passes(sequences, 9) == [[(0, 0, 5)], [(0, 5, 2), (1, 5, 1), (2, 2, 2)]]
@@ -167,7 +166,7 @@ def test_passes_of_a_batch():
 
 
 @needs_cpp
-def test_weights_of_native_that_change_in_place():
+def test_weights_that_are_changed_in_place():
     model = loaded(WIDE)
     both(model, STEPS[1], compiled)
     for weight in model.parameters():
@@ -184,7 +183,7 @@ def native_logits_on_a_rank(quantize):
 
 @needs_cpp
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_ranks_compute_in_native_code(ranks, quantize):
+def test_ranks_use_the_native_backend(ranks, quantize):
     assert max(ranks(2).run(native_logits_on_a_rank, quantize)) < 0.02
 
 

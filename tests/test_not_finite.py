@@ -1,4 +1,4 @@
-"""Weights and activations that are NaN or infinite: what fails names the layer, and what does not is as before."""
+"""NaN and infinity in weights and activations: the error names the layer, and other requests are not affected."""
 
 from unittest import mock
 
@@ -22,15 +22,15 @@ from llama import Llama, Transformer
         ("tok_embeddings", float("nan"), "tok_embeddings"),
     ],
 )
-def test_logits_that_are_not_finite_name_the_first_layer(tokenizer, name, value, layer, temperature):
+def test_non_finite_logits_name_the_first_layer(tokenizer, name, value, layer, temperature):
     llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
     llama.model.get_submodule(name).weight.view(-1)[:64] = value
     with pytest.raises(FloatingPointError, match=rf"first layer to give such values is {layer}$"):
         llama.generate([[0, 5, 6]], 3, temperature=temperature)
 
 
-def test_scores_that_are_not_finite_name_the_first_layer(tokenizer):
-    """Nothing is generated here, so no logits are sampled from: the prompt's own scores must be checked."""
+def test_non_finite_scores_name_the_first_layer(tokenizer):
+    """Nothing is sampled here: the log probabilities of the prompt itself must be checked."""
     llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
     llama.model.layers[1].attention.wo.weight[3] = float("nan")
     with pytest.raises(FloatingPointError, match=r"first layer to give such values is layers\.1$"):
@@ -38,7 +38,8 @@ def test_scores_that_are_not_finite_name_the_first_layer(tokenizer):
 
 
 def test_a_failed_call_leaves_nothing_behind(tokenizer):
-    """NaN in slots of the cache that a later, shorter row masks: times 0 it is NaN again, so a valid call failed."""
+    """Regression: NaN stayed in slots of the cache. A later, shorter row masks it, but 0 * NaN is NaN, so that a valid
+    call failed."""
     llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
     expected = greedy(llama, PROMPTS)
     llama.model.tok_embeddings.weight[77] = float("nan")
@@ -47,15 +48,15 @@ def test_a_failed_call_leaves_nothing_behind(tokenizer):
     assert greedy(llama, PROMPTS) == expected
 
 
-def test_a_broken_token_that_no_prompt_holds_does_no_harm(tokenizer):
-    """Padding must not bring it in."""
+def test_a_non_finite_embedding_of_an_unused_token_is_harmless(tokenizer):
+    """Padding must not use it."""
     llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
     expected = greedy(llama, PROMPTS)
     llama.model.tok_embeddings.weight[0] = float("nan")
     assert greedy(llama, PROMPTS) == expected
 
 
-def test_values_that_break_while_decoding_are_found(llama):
+def test_non_finite_values_while_decoding_are_found(llama):
     real, calls = Transformer.hidden, []
 
     def break_later(self, batch):
@@ -71,7 +72,7 @@ def test_values_that_break_while_decoding_are_found(llama):
     assert len(greedy(llama, [[1, 2]])[0][0]) == 10
 
 
-def test_a_request_that_breaks_does_not_break_others(tokenizer):
+def test_a_non_finite_request_does_not_affect_others(tokenizer):
     llama = Llama(random_model(vocab_size=tokenizer.n_words), tokenizer)
     expected = greedy(llama, PROMPTS[:1], 20)[0]
     llama.engine.forget()

@@ -1,4 +1,4 @@
-"""docs/compare.ipynb runs on the bundled models, and its helpers keep few models. Quality is not tested."""
+"""docs/compare.ipynb runs on the bundled models, and its helpers keep few models in memory. Quality is not tested."""
 
 import json
 import sys

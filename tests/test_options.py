@@ -1,4 +1,4 @@
-"""Arguments and options as people have them: of NumPy, PyTorch and pandas, and None for a default."""
+"""Arguments and options as NumPy, PyTorch and pandas objects, and None for a default."""
 
 import inspect
 from types import MappingProxyType
@@ -15,7 +15,7 @@ IDS = [[1, 5, 6, 300], [1, 7, 8, 301]]
 
 
 class Column:
-    """A column of a table, as pandas has it: no sequence, but a list on demand."""
+    """A column of a table as in pandas: not a sequence, but converts to a list."""
 
     def __init__(self, values):
         self.values = values
@@ -28,14 +28,14 @@ class Column:
 
 
 class Series:
-    """A column as Polars has it."""
+    """A column as in Polars."""
 
     def __init__(self, values):
         self.to_list = lambda: list(values)
 
 
 class Whole:
-    """A number of some library."""
+    """An integer type of another library."""
 
     def __index__(self):
         return 4
@@ -61,7 +61,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
-def test_prompts_of_ids(llama, prompts):
+def test_prompts_as_arrays_of_ids(llama, prompts):
     assert llama.generate(prompts, 5, temperature=0) == llama.generate(IDS, 5, temperature=0)
 
 
@@ -70,8 +70,8 @@ COLLECTIONS = [tuple, np.array, lambda texts: np.array(texts, dtype=object), Col
 
 
 @pytest.mark.parametrize("collect", COLLECTIONS)
-def test_texts_of_a_column(llama, collect):
-    """pandas and NumPy have columns that are no sequences."""
+def test_prompts_as_a_column_of_a_table(llama, collect):
+    """Columns of pandas and NumPy are not sequences."""
     keys = collect(TEXTS).keys() if collect == dict.fromkeys else collect(TEXTS)
     options = {"temperature": 0, "max_gen_len": 4}
     assert llama.text_completion(keys, **options) == llama.text_completion(TEXTS, **options)
@@ -117,7 +117,7 @@ SAME |= {
 }
 
 
-def test_every_option_is_here():
+def test_every_option_is_tested():
     from llama.options import DEFAULTS, Options
 
     assert {*OPTIONS} == {*SAME} == {*Options.__annotations__, *DEFAULTS}
@@ -128,7 +128,7 @@ def test_every_option_is_here():
     [(n, v) for n, values in OPTIONS.items() for v in values],
     ids=lambda v: type(v).__name__ if isinstance(v, (set, Column, Whole)) else repr(v)[:40],  # equal in all processes
 )
-def test_options_of_other_libraries(llama, name, value):
+def test_options_as_numbers_and_arrays_of_other_libraries(llama, name, value):
     usual = {"max_gen_len": 6, "seed": 1}
     expected = llama.generate(IDS, **usual | {name: SAME[name]})
     assert llama.generate(IDS, **usual | {name: value}) == expected
@@ -136,7 +136,7 @@ def test_options_of_other_libraries(llama, name, value):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_none_stands_for_the_default(llama, name):
-    """`stop=None` and `top_k=None` were refused."""
+    """Regression: `stop=None` and `top_k=None` were refused."""
 
     def run(**options):
         usual = {} if name == "max_gen_len" else {"max_gen_len": 6}
@@ -148,13 +148,13 @@ def test_none_stands_for_the_default(llama, name):
     assert chat.say("Hi") == Chat(llama, **{"max_gen_len": 6, "seed": 3, name: None}).say("Hi") or name == "seed"
 
 
-def test_none_for_one_of_several(llama):
+def test_none_for_one_of_several_rows(llama):
     options = {"temperature": [0, None], "top_k": [None, 5], "stop": [None, ["a"]], "logit_bias": [{5: 1.0}, None]}
     same = {"temperature": [0, 0.6], "top_k": [0, 5], "stop": [[], ["a"]], "logit_bias": [{5: 1.0}, {}]}
     assert llama.generate(IDS, 6, seed=1, **options) == llama.generate(IDS, 6, seed=1, **same)
 
 
-def test_arguments_that_are_no_options(llama):
+def test_other_arguments(llama):
     assert llama.score(["a"], None, None) == llama.score(["a"])
     assert llama.score(["a"], top_logprobs=np.int64(2)) == llama.score(["a"], top_logprobs=2)
     assert torch.allclose(llama.embed(["a"], None), llama.embed(["a"]))
@@ -163,13 +163,13 @@ def test_arguments_that_are_no_options(llama):
 
 
 def test_top_p_0_is_greedy(llama):
-    """As in the published reference."""
+    """As in Meta's reference implementation."""
     for options in ({}, {"temperature": 1e6}, {"top_k": 50}, {"top_p": [0, 0.0]}):
         options = {"top_p": 0, "temperature": 1.5, "seed": 3} | options
         assert llama.generate(IDS, 9, **options) == llama.generate(IDS, 9, temperature=0)
 
 
-def test_sizes_of_other_libraries():
+def test_sizes_as_numbers_of_other_libraries():
     usual = {"device": "cpu", "dtype": "float32"}
     sizes = {"max_seq_len": np.int64(64), "max_batch_size": np.int32(2), "model_parallel_size": np.int64(1)}
     built = Llama.build(MODELS / "small", None, **sizes, seed=torch.tensor(5), **usual)
@@ -182,7 +182,7 @@ def test_sizes_of_other_libraries():
         Llama.build(MODELS / "small", max_batch_size=np.float64(2.5), **usual)
 
 
-def test_a_shape_of_other_numbers(llama):
+def test_model_args_of_numpy_numbers(llama):
     shape = {name: value for name, value in vars(llama.model.params).items() if value}
     args = {name: np.float64(v) if isinstance(v, float) else np.int64(v) for name, v in shape.items()}
     same = Transformer(ModelArgs(**args)).requires_grad_(False)
@@ -192,8 +192,8 @@ def test_a_shape_of_other_numbers(llama):
         ModelArgs(dim=np.float64(64.5))
 
 
-def test_what_stays_as_it_is():
-    class Words:  # such as a tokenizer, which has some methods of a collection
+def test_other_objects_are_not_converted():
+    class Words:  # such as a tokenizer, which has some of a collection's methods
         __len__ = __iter__ = __contains__ = None
 
     function, llama = np.sum, Words()
@@ -202,7 +202,7 @@ def test_what_stays_as_it_is():
     assert plain({"a": (np.int8(1), {2.5}), 3: np.array("b")}) == {"a": [1, [2.5]], 3: "b"}
 
 
-def test_what_is_wrong_is_told_as_before(llama):
+def test_errors_are_unchanged(llama):
     with pytest.raises(TypeError, match="positional argument"):
         llama.generate(IDS, 3, 0.6, 0.9, False, False, 7)
     with pytest.raises(TypeError, match="no option 'top_q'"):

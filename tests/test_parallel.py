@@ -1,4 +1,4 @@
-"""Ranks and their groups."""
+"""Ranks and their process groups."""
 
 import io
 import os
@@ -24,7 +24,7 @@ def test_a_model_parallel_size_that_does_not_fit_says_what_to_run(size):
         parallel.init_model_parallel(size)
 
 
-def test_an_error_from_a_folder_named_after_a_backend_is_no_lost_contact(monkeypatch):
+def test_a_path_with_a_backends_name_is_not_a_lost_connection(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "lost contact" not in script.one_line(FileNotFoundError("igloo/NCCL is not an existing folder"))
@@ -39,8 +39,8 @@ def test_an_environment_that_does_not_fit_is_named(monkeypatch, rank, world):
         parallel.launched()
 
 
-def test_joining_prints_nothing_and_needs_no_environment():
-    """Fault 12: `build` needed torchrun's variables even for one process; fairscale's lines went to stdout."""
+def test_initialization_prints_nothing_and_needs_no_environment():
+    """Regression: `build` needed torchrun's variables even for one process, and fairscale printed to stdout."""
     code = "from llama import parallel; parallel.init_model_parallel(); print(parallel.world_size(), parallel.rank())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": ""}, timeout=60)
     assert (done.stdout, done.returncode) == ("1 0\n", 0), done.stderr
@@ -53,7 +53,7 @@ def _divide(value):
     return parallel.divide(value, "n_heads")
 
 
-def test_what_cannot_be_divided_is_named(ranks):
+def test_indivisible_shapes_are_named(ranks):
     assert ranks(2).run(_divide, 6) == [3, 3]
     for _, error in ranks(2).outcomes(_divide, 7):
         assert error[:2] == ("ValueError", "n_heads 7 cannot be divided among 2 ranks")
@@ -74,7 +74,7 @@ def test_when_one_rank_fails_all_raise(ranks):
 
 
 @pytest.mark.parametrize(("last_line", "joined"), [("", False), ("raise KeyError", True)])
-def test_an_ordinary_exit_leaves_the_groups_and_one_after_an_error_waits_for_nobody(last_line, joined):
+def test_exits_leave_the_groups_and_after_an_error_do_not_wait(last_line, joined):
     code = f"""
 import atexit
 import torch.distributed as dist
@@ -90,8 +90,8 @@ parallel.init_model_parallel()
 
 
 def test_one_process_needs_no_network():
-    """It joined a gloo group of its own: a traceback where gloo found no interface, a warning where the host's name was
-    unknown."""
+    """Regression: one process joined a gloo group, with a traceback where gloo found no interface and a warning where
+    the host's name was unknown."""
     environment = {"GLOO_SOCKET_IFNAME": "eth9", "MASTER_ADDR": "no.such.host", "RANK": "0", "WORLD_SIZE": "1"}
     code = f"""
 import torch.distributed as dist
@@ -114,8 +114,9 @@ def group_of_another():
 
 
 @pytest.mark.parametrize("with_fairscale", [False, True])
-def test_one_rank_has_nothing_to_do_with_a_group_of_another(base, group_of_another, with_fairscale):
-    """ "initialized twice" for a library that joined after this one; "Group is not registered" after it had left."""
+def test_one_rank_does_not_use_another_librarys_group(base, group_of_another, with_fairscale):
+    """Regression: "initialized twice" for a library that joined after this one; "Group is not registered" after it had
+    left."""
     expected = base.generate([[1, 306]], 4, temperature=0)
     if with_fairscale:
         fairscale.initialize_model_parallel(1)
@@ -130,8 +131,8 @@ def test_one_rank_has_nothing_to_do_with_a_group_of_another(base, group_of_anoth
 
 
 def _within_the_callers_group(file):
-    """The tokens of a model within a group of the caller's; what the caller's group adds up; what comes of a model
-    whose group is gone; and the tokens of a new model in a new group."""
+    """The tokens of a model within the caller's group; an all-reduce in the caller's group; the error of a model whose
+    group was destroyed; the tokens of a new model in a new group."""
     dist.destroy_process_group()
     found = []
     for i in range(2):
@@ -151,7 +152,8 @@ def _within_the_callers_group(file):
 
 
 def test_several_ranks_use_the_callers_group(tmp_path, base):
-    """A group that was destroyed was used on: "Group is not registered". fairscale's groups may be another's."""
+    """Regression: a destroyed group was still used, "Group is not registered". fairscale's groups may be another
+    library's."""
     pool = ranks_module.Ranks(2)
     try:
         expected = [base.generate([[1, 306]], 4, temperature=0)[0], 2.0, True]
@@ -162,7 +164,7 @@ def test_several_ranks_use_the_callers_group(tmp_path, base):
 
 
 def _data_parallel():
-    """A model of one rank on each of two that torchrun has started, as a trainer has them."""
+    """A model of one rank on each of two processes that torchrun has started, as in data-parallel training."""
     parallel._ranks = parallel.UNKNOWN
     dist.destroy_process_group()
     llama = Llama.build(MODELS / "small", None, 32, 1, model_parallel_size=1, device="cpu", dtype="float32")

@@ -1,4 +1,4 @@
-"""Other systems: Windows has no fcntl, other ends of lines and another default encoding."""
+"""Other systems: Windows lacks fcntl, and has other line ends and another default encoding."""
 
 import os
 import shutil
@@ -45,9 +45,9 @@ for sys.argv in COMMANDS:
 """
 
 
-def test_nothing_needs_what_only_unix_has(tmp_path):
-    """fcntl and resource were imported, and flags of mmap used, so that on Windows no command began. What the library
-    opens as text has a named encoding."""
+def test_unix_only_modules_are_optional(tmp_path):
+    """Regression: fcntl and resource were imported and flags of mmap used, so that no command ran on Windows. Text
+    files are opened with an encoding."""
     small, llama = str(MODELS / "small"), ["-m", "llama"]
     commands = [
         [str(ROOT / "example_text_completion.py"), "--max_gen_len", "2"],
@@ -70,8 +70,8 @@ def test_nothing_needs_what_only_unix_has(tmp_path):
     assert not mine
 
 
-def test_files_that_are_written_have_the_same_ends_of_lines_everywhere(tmp_path):
-    """Text files of Windows end lines in two characters, and md5sum then finds none of the files in a list."""
+def test_written_files_have_the_same_line_ends_everywhere(tmp_path):
+    """On Windows text files get line ends of two characters, and md5sum then finds none of the files in a list."""
 
     def write_text(path, text, encoding=None, errors=None, newline=None):
         return path.write_bytes(text.replace("\n", newline or "\r\n").encode(encoding))
@@ -85,8 +85,8 @@ def test_files_that_are_written_have_the_same_ends_of_lines_everywhere(tmp_path)
             assert b"\r" not in path.read_bytes(), path
 
 
-def test_line_ends_of_checked_out_files_are_those_of_their_sums():
-    """git on Windows would change what models/ says of itself."""
+def test_checked_out_files_keep_the_line_ends_of_their_checksums():
+    """git on Windows would otherwise change files whose checksums are in models/."""
     files = subprocess.run(
         ["git", "ls-files", "models"], cwd=ROOT, capture_output=True, encoding="utf-8"
     ).stdout.split()

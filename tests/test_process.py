@@ -1,4 +1,4 @@
-"""The process around a model: what a caller has set in PyTorch, forks, copies, interrupts and signals."""
+"""The process that runs a model: the caller's PyTorch settings, forks, copies, interrupts and signals."""
 
 import contextlib
 import copy
@@ -53,7 +53,7 @@ AMBIENT = {
 
 
 def everything(llama):
-    """Tokens, and numbers, of every way to compute with a model."""
+    """Tokens and numbers of every kind of computation."""
     llama.engine.forget()
     penalties = {"repetition_penalty": 1.1, "frequency_penalty": 0.0137, "presence_penalty": 0.1}
     [event] = llama.text_stream(["Once upon"], max_gen_len=1, logprobs=True)
@@ -75,9 +75,9 @@ def usual():
 
 
 @pytest.mark.parametrize("ambient", AMBIENT)
-def test_what_the_caller_has_set_changes_nothing(ambient, usual):
-    """Within autocast: an error of index_put; within a default device: tensors without data; within another default
-    dtype: embeddings, top_p and penalties of that dtype."""
+def test_the_callers_torch_settings_have_no_effect(ambient, usual):
+    """Regression: within autocast an error of index_put; within a default device tensors without data; with another
+    default dtype embeddings, top_p and penalties in that dtype."""
     outside, tokens, numbers = usual
     with AMBIENT[ambient]():
         for llama in (outside, build()):
@@ -108,7 +108,7 @@ def test_nor_for_a_model_that_is_called(ambient):
 
 
 def test_a_model_that_is_called_follows_autocast():
-    """As any module does; it failed where its cache is of another dtype."""
+    """As any module does. Regression: it failed if the cache had another dtype."""
     model, ids = random_model(), torch.tensor(IDS[:1]) % 128
     expected = model(ids)
     with torch.autocast("cpu", torch.bfloat16):
@@ -117,7 +117,7 @@ def test_a_model_that_is_called_follows_autocast():
 
 
 def test_built_in_inference_mode_and_called_with_gradients():
-    """The cache was a tensor of inference mode, which nothing outside may write to."""
+    """Regression: the cache was an inference tensor, which cannot be written to outside of inference mode."""
     with torch.inference_mode():
         llama = build()
     llama.model.requires_grad_(True)(torch.tensor(IDS[:1])).sum().backward()
@@ -140,8 +140,8 @@ def _what_building_leaves(folder):
 
 
 def test_build_twice_and_leave_defaults_alone(ranks, tmp_path):
-    """Faults 2, 3 and 13: a second build failed; bfloat16 became float16 and the default tensor type was changed;
-    stdout was replaced on other ranks than 0."""
+    """Regression: a second build failed; bfloat16 became float16 and the default tensor type was changed; stdout was
+    replaced on ranks other than 0."""
     save_random(tmp_path / "one", mp=1, dtype=torch.bfloat16)
     _what_building_leaves(tmp_path / "one")
     save_random(tmp_path / "two", mp=2, dtype=torch.bfloat16)
@@ -153,7 +153,7 @@ def test_build_twice_and_leave_defaults_alone(ranks, tmp_path):
 
 
 def in_child(function):
-    """What a function returns in a forked child, or the error as text; "nothing" if it does not end."""
+    """The result of a function in a forked child, or its error as text; "nothing" if the child hangs."""
     reader, writer = os.pipe()
     if (pid := os.fork()) == 0:
         signal.alarm(20)  # which ends the process
@@ -170,8 +170,8 @@ def in_child(function):
 
 
 @pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"compile": True}], ids=["plain", "int8", "compile"])
-def test_a_forked_child_goes_on(options):
-    """It waited for threads that only its parent has, as workers of gunicorn and multiprocessing did."""
+def test_a_forked_child_generates(options):
+    """Regression: it waited for threads that only its parent has, in workers of gunicorn and multiprocessing."""
     llama = build(**options)
     expected = llama.generate(IDS, 8, temperature=0)[0]
     assert in_child(lambda: llama.generate(IDS, 8, temperature=0)[0]) == expected
@@ -180,7 +180,7 @@ def test_a_forked_child_goes_on(options):
 
 
 def test_a_child_that_is_forked_while_another_thread_generates():
-    """The lock was held by a thread that the child does not have."""
+    """Regression: the lock was held by a thread that the child does not have."""
     llama = build()
     expected = llama.generate(IDS[:1], 8, temperature=0)[0]
     step, inside, forked = llama.engine.step, threading.Event(), threading.Event()
@@ -201,12 +201,12 @@ def test_a_child_that_is_forked_while_another_thread_generates():
     assert found == expected
 
 
-def test_a_child_does_not_read_its_parents_stream():
-    """It would get what the parent gets too."""
+def test_a_forked_child_does_not_read_its_parents_stream():
+    """Both would get the same tokens."""
     llama = build()
     expected = [event.tokens for event in llama.text_stream(["Once upon a time"], max_gen_len=8, temperature=0)]
     stream = llama.text_stream(["Once upon a time"], max_gen_len=8, temperature=0)
-    llama.engine.submit(waiting := Request([1, 306], 10))  # that no slot was free for
+    llama.engine.submit(waiting := Request([1, 306], 10))  # no slot was free for it
     error = "RuntimeError: the process was forked, and this stream is its parent's"
     assert in_child(lambda: [*stream]) == error
     assert in_child(lambda: f"{type(waiting.error).__name__}: {waiting.error}") == error
@@ -218,8 +218,8 @@ def _child_of_a_rank():
     return in_child(lambda: llama.generate(IDS, 3)), in_child(lambda: parallel.gather_objects(1))
 
 
-def test_a_child_does_not_speak_for_its_rank(ranks):
-    """To the other ranks it would be their neighbour, who says everything twice."""
+def test_a_forked_child_does_not_act_as_its_rank(ranks):
+    """Its messages to the other ranks would duplicate its parent's."""
     for told in ranks(2).run(_child_of_a_rank):
         assert all("is that of the process this one was forked from" in error for error in told)
 
@@ -229,12 +229,12 @@ def test_a_child_does_not_speak_for_its_rank(ranks):
     [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}, {"quantize": "int8", "compile": True}],
     ids=["float32", "bfloat16", "int8", "int4", "int8 compiled"],
 )
-def test_a_deep_copy_is_a_model_of_its_own(options):
-    """copy.deepcopy said "cannot pickle '_thread.lock' object"."""
+def test_a_deep_copy_is_independent(options):
+    """Regression: copy.deepcopy raised "cannot pickle '_thread.lock' object"."""
     llama = build(**options)
     expected = llama.generate(IDS, 3, temperature=0)
     twin = copy.deepcopy(llama)
-    assert twin.generate(IDS, 3) == llama.generate(IDS, 3)  # the generator of seeds stands where it stood
+    assert twin.generate(IDS, 3) == llama.generate(IDS, 3)  # the state of the seeds' generator is copied
     with torch.no_grad():
         for weight in [*llama.model.parameters(), *llama.model.buffers()]:
             weight.fill_(0.5)
@@ -243,7 +243,7 @@ def test_a_deep_copy_is_a_model_of_its_own(options):
     assert llama.generate(IDS, 3, temperature=0) != expected
 
 
-def test_a_copied_chat_goes_on_with_the_same_model():
+def test_a_copied_chat_uses_the_same_model():
     llama = Llama.build(MODELS / "small-chat", max_seq_len=256, device="cpu", dtype="float32")
     chat = Chat(llama, temperature=0)
     chat.say("My name is Tom.")
@@ -263,8 +263,8 @@ def test_pickle_says_what_to_do(what):
 
 
 def test_a_turn_after_an_interrupted_one():
-    """An interrupted cell keeps its stream alive through the traceback. When that went, the chat's dialog became what
-    it had been, without the turns since."""
+    """Regression: the traceback of an interrupted notebook cell keeps its stream alive. When it was freed, the chat's
+    dialog was reset and lost later turns."""
     chat = Chat(Llama.build(MODELS / "small-chat", max_seq_len=256, max_batch_size=1, device="cpu", dtype="float32"))
     chat.set(temperature=0)
     interrupted = chat.stream("My name is Tom.")
@@ -276,7 +276,7 @@ def test_a_turn_after_an_interrupted_one():
     assert chat.dialog == dialog
 
 
-def test_a_stream_that_was_left_open_is_in_nobodys_way():
+def test_an_open_stream_does_not_block_others():
     llama = build(max_batch_size=1)
     expected = llama.generate(IDS[:1], 6, temperature=0)
     stream = llama.text_stream(["Once upon a time"])
@@ -286,8 +286,8 @@ def test_a_stream_that_was_left_open_is_in_nobodys_way():
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_leaves_nothing_that_is_half_written(tmp_path, name):
-    """A conversion that was ended left its hidden folder, of the model's size."""
+def test_signals_leave_no_partial_files(tmp_path, name):
+    """Regression: a conversion that was terminated left its hidden folder, as large as the model."""
     code = f"""
 import time
 from pathlib import Path
@@ -317,7 +317,7 @@ script.run(main)
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_compiler_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_compiler_leaves_no_files(tmp_path, monkeypatch):
     real = subprocess.run
 
     def interrupted(command, **options):

@@ -1,4 +1,4 @@
-"""Prompt lookup: draft tokens from the text so far, which change no result."""
+"""Prompt lookup: draft tokens from the preceding text, which change no result."""
 
 import pytest
 from small import MODELS, random_model
@@ -10,7 +10,7 @@ from llama.request import Request
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_lookup_changes_no_token(temperature):
-    """Also with penalties, which count what was accepted and nothing else, with stops, and where contexts fill up."""
+    """Also with penalties, which count only accepted tokens, with stops, and with full contexts."""
     bundled = Llama.build(MODELS / "small-chat", max_seq_len=128, max_batch_size=4, device="cpu", dtype="float32")
     story = "Tom had a red ball. Tom had a red ball. Tom had a"
     prompts = [bundled.tokenizer.encode(text, bos=True, eos=False) for text in (story, "Once", story[:30])]
@@ -24,7 +24,7 @@ def test_lookup_changes_no_token(temperature):
 
 
 def test_lookup_takes_fewer_steps_where_text_repeats():
-    """As what follows a token is made to depend on that alone, the text goes in circles of 9."""
+    """The model's next token depends on the last one alone, so that the text repeats with period 9."""
     model = random_model()
     for layer in model.layers:
         layer.attention.wo.weight.data.zero_()

@@ -1,4 +1,4 @@
-"""Rounding to 8 and 4 bits: against the definition, and fast against plain, on any number of ranks."""
+"""int8 and int4 quantization: against the definition, fast kernels against plain ones, and on several ranks."""
 
 import doctest
 import json
@@ -36,17 +36,17 @@ SCHEMES = [*(Scheme(8, group) for group in (0, 32, 128)), *(Scheme(4, group, Fal
 SCHEMES += [Scheme(4, 32)]
 TOKENS = torch.tensor([[1, 5, 9, 2, 77, 30], [3, 3, 8, 100, 41, 6]])
 EACH = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-ASKED = pytest.mark.parametrize("scheme", SCHEMES[:-1], ids=str)  # what `quantize` and `group_size` can say
-# One layer: random ones that follow multiply what rounding does to the first. Feed-forward 384.
+ASKED = pytest.mark.parametrize("scheme", SCHEMES[:-1], ids=str)  # values of `quantize` and `group_size`
+# One layer: further random layers amplify the first one's rounding errors. Hidden size 384.
 WIDE = {**GQA, "dim": 128, "multiple_of": 128, "n_layers": 1}
 
 
-def test_the_document_says_what_happens():
+def test_the_example_of_the_documents():
     assert doctest.testfile(str(ROOT / "docs" / "quantization.md"), module_relative=False) == (0, 6)
 
 
 def test_eight_bits_worked_out_by_hand():
-    """A scale of a row is its largest number / 127; 0.1 / (0.254 / 127) = 50."""
+    """A row's scale is its largest magnitude / 127; 0.1 / (0.254 / 127) = 50."""
     found = quantize(torch.tensor([[0.254, -0.1, 0.0], [-1.27, 0.634, 0.02]]), Scheme(8))
     assert found.q.tolist() == [[127, -50, 0], [-127, 63, 2]]
     assert found.scale.flatten().tolist() == pytest.approx([0.002, 0.01], rel=1e-3)
@@ -68,16 +68,16 @@ def test_four_bits_worked_out_by_hand():
 
 
 @EACH
-def test_no_number_is_further_off_than_half_a_step(scheme):
+def test_errors_are_at_most_half_a_step(scheme):
     weight = torch.randn(48, 256) * 0.02
     found = quantize(weight, scheme)
     step = found.scale.float().abs().repeat_interleave(256 // found.scale.shape[1], 1)
     off = (dequantize(found) - weight).abs()
-    # Symmetric numbers of 4 bits end at 7, which the largest opposite weight may pass by up to a step.
+    # Symmetric int4 ends at 7, which the largest weight of opposite sign may exceed by up to a step.
     assert (off <= step * (1.01 if scheme.symmetric and scheme.bits == 4 else 0.52)).all()
 
 
-def test_numbers_of_no_range_stay_what_they_are():
+def test_constant_weights_are_unchanged():
     for which in SCHEMES:
         assert not dequantize(quantize(torch.zeros(16, 128), which)).any()
     ones = torch.ones(16, 128)
@@ -89,8 +89,8 @@ def test_numbers_of_no_range_stay_what_they_are():
 @pytest.mark.parametrize("rows", [1, 3, 40, 150])
 @pytest.mark.parametrize("shape", [(48, 128), (64, 352), (8, 96), (272, 128)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_fast_is_plain(scheme, rows, shape, compiled):
-    torch.manual_seed(0)  # one draw in a hundred of the smallest shape is rounded worse than is allowed
+def test_fast_kernels_equal_plain_ones(scheme, rows, shape, compiled):
+    torch.manual_seed(0)  # for one seed in a hundred the smallest shape exceeds the bound
     weight = quantize(torch.randn(shape), scheme)
     matrix, plain = kernel(weight, CPU, compiled), Dequantized(weight, CPU)
     assert matrix.nbytes == scheme.nbytes(shape) or (shape[0] % 64 and matrix.shape == plain.shape == shape)
@@ -105,13 +105,13 @@ def test_fast_is_plain(scheme, rows, shape, compiled):
 
 @EACH
 @pytest.mark.parametrize("compiled", [False, True])
-def test_no_rows(scheme, compiled):
+def test_matmul_of_no_rows(scheme, compiled):
     matrix = kernel(quantize(torch.randn(64, 128), scheme), CPU, compiled)
     assert linear(torch.randn(2, 0, 128), matrix).shape == (2, 0, 64)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_what_is_not_finite_stays_so_in_its_row(compiled):
+def test_non_finite_values_stay_in_their_row(compiled):
     for which in SCHEMES:
         multiply = kernel(quantize(torch.randn(64, 128), which), CPU, compiled)
         x = torch.randn(11, 128)
@@ -123,7 +123,7 @@ def test_what_is_not_finite_stays_so_in_its_row(compiled):
 
 @pytest.fixture(scope="module")
 def for_amx():
-    """native.cpp as it is compiled on a CPU with AMX: its tiles are oneDNN's."""
+    """native.cpp compiled as on a CPU with AMX: its tiles have oneDNN's layout."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", f"{cpu.command()[0]} -D__AMX_INT8__")
         return cpu.load(cpu.cached())
@@ -135,9 +135,9 @@ def for_amx():
     reason="oneDNN packs so for AVX-512 VNNI and AMX alone",
 )
 @pytest.mark.parametrize("rows", [3, 12, 13, 70])
-def test_many_rows_of_eight_bits_are_onednns_where_it_multiplies_whole_matrices(rows, for_amx, monkeypatch):
-    """With AMX. The weights are held once: both read them where oneDNN has packed them. oneDNN gets activations of 16
-    bits, native.cpp of 8."""
+def test_many_rows_of_int8_use_onednn_with_amx(rows, for_amx, monkeypatch):
+    """The weights are held once: oneDNN and native.cpp both read oneDNN's packed weights. Activations have 16 bits with
+    oneDNN, 8 with native.cpp."""
     monkeypatch.setattr(cpu, "library", lambda: for_amx)
     weight, x = quantize(torch.randn(192, 320), Scheme(8)), torch.randn(2, rows, 320)
     tiles, packed = quantized.Tiles(weight), quantized.Packed(weight)
@@ -148,7 +148,7 @@ def test_many_rows_of_eight_bits_are_onednns_where_it_multiplies_whole_matrices(
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_row_of_a_batch_is_computed_as_it_would_be_alone(compiled):
-    """Were the activations of a batch scaled together, a large row would blur its neighbours. A row may differ by the
+    """If a batch shared a scale of activations, a large row would take precision from others. A row may differ by the
     rounding of its sums, whose order depends on the number of rows: relative to the row's largest output."""
     torch.manual_seed(0)
     for which in SCHEMES:
@@ -165,7 +165,7 @@ def build(folder, quantize=None, group_size=None, **options):
 
 
 def asked(scheme):
-    """Arguments that ask for a scheme; symmetric groups of 4 bits come from files alone."""
+    """Options for a scheme. Symmetric int4 groups exist in files only."""
     return f"int{scheme.bits}", scheme.group
 
 
@@ -183,8 +183,8 @@ def folder(tmp_path_factory):
 
 
 @ASKED
-def test_a_model_is_quantized_as_its_matrices_are(folder, scheme):
-    """The oracle: an unquantized model that holds what the rounded matrices say."""
+def test_a_quantized_model_equals_one_of_dequantized_matrices(folder, scheme):
+    """The reference is an unquantized model with the dequantized weights."""
     llama = build(folder, *asked(scheme))
     plain = build(folder).model
     for name, weight in plain.named_parameters():
@@ -198,11 +198,11 @@ def test_a_model_is_quantized_as_its_matrices_are(folder, scheme):
 
 
 @ASKED
-def test_a_checkpoint_that_was_quantized_is_what_is_quantized_when_loaded(folder, scheme, tmp_path):
+def test_converted_and_loaded_quantization_are_equal(folder, scheme, tmp_path):
     kind = f"int{scheme.bits}"
     flags = ("--quantize", kind, "--nosearch", "--tokenizer_path", TOKENIZER)
     flags += ("--group_size", scheme.group) if scheme.group else ()
-    for mp in (1, 2) if scheme.group < 128 else (1,):  # half of wo's 128 columns are no group of 128
+    for mp in (1, 2) if scheme.group < 128 else (1,):  # half of wo's 128 columns cannot have groups of 128
         done = in_process(convert, folder, tmp_path / f"{mp}", "--mp", mp, *flags)
         assert done.returncode == 0, done.stderr
         loaded = build(tmp_path / f"{mp}")
@@ -218,7 +218,7 @@ def test_a_checkpoint_that_was_quantized_is_what_is_quantized_when_loaded(folder
 @pytest.mark.parametrize(
     ("device", "units", "group"), [("cpu", (), 128), ("cpu", ("amx_int8",), 0), ("cuda", (), 0), (None, (), 0)]
 )
-def test_int8_has_by_default_the_groups_that_cost_no_speed(folder, monkeypatch, device, units, group):
+def test_default_groups_of_int8(folder, monkeypatch, device, units, group):
     monkeypatch.setattr(quantized, "cpu_has", lambda *names: any(name in units for name in names))
     target = device and torch.device(device)
     checkpoint = Checkpoint(folder)
@@ -227,7 +227,7 @@ def test_int8_has_by_default_the_groups_that_cost_no_speed(folder, monkeypatch, 
     assert checkpoint.scheme_for("int4", None, device=target) == Scheme(4, 32, False)
 
 
-def test_columns_of_int8_that_no_group_divides_have_a_scale_for_each_row():
+def test_indivisible_columns_of_int8_have_one_scale_for_each_row():
     weight = torch.randn(3, 40)
     assert Scheme(8, 128).columns(40) == 40
     rows, grouped = (dequantize(quantize(weight, Scheme(8, group))) for group in (0, 128))
@@ -255,7 +255,7 @@ def test_ranks_share_a_quantized_model(ranks, folder, tmp_path, world_size, kind
         path, flags = tmp_path / "saved", ("--nosearch", "--group_size", 32, "--tokenizer_path", TOKENIZER)
         assert not in_process(convert, folder, path, "--quantize", kind, *flags).returncode
     for found, _ in ranks(world_size).run(on_ranks, path, None if saved else kind):
-        assert relative_error(found, expected) < 0.04  # each rank rounds activations of its own
+        assert relative_error(found, expected) < 0.04  # each rank quantizes its own activations
 
 
 def default_on_ranks(path):
@@ -264,8 +264,8 @@ def default_on_ranks(path):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_int8_in_the_groups_that_their_columns_have(ranks, folder, world_size):
-    """Of the 128 columns of wo each has 64 or 32, which are no group of 128."""
+def test_ranks_share_int8_in_groups_that_divide_their_columns(ranks, folder, world_size):
+    """Of wo's 128 columns each rank has 64 or 32, which cannot have groups of 128."""
     expected = logits(build(folder, "int8").model)
     for found in ranks(world_size).run(default_on_ranks, folder):
         assert relative_error(found, expected) < 0.04
@@ -317,7 +317,7 @@ def test_a_quantized_checkpoint_is_of_one_scheme(folder, tmp_path):
 
 
 @ASKED
-def test_the_footprint_is_what_is_held(folder, scheme):
+def test_estimated_memory_is_allocated_memory(folder, scheme):
     llama = build(folder, *asked(scheme))
     held = sum(weight.nbytes for weight in llama.model.parameters())
     weights = [getattr(module, "weight", None) for module in llama.model.modules()]
@@ -326,7 +326,7 @@ def test_the_footprint_is_what_is_held(folder, scheme):
 
 
 @pytest.mark.parametrize("name", ["small", "small-chat"])
-def test_the_bundled_models_still_know_what_they_know(name):
+def test_quantized_bundled_models_keep_their_accuracy(name):
     llama = Llama.build(MODELS / name, max_seq_len=128, max_batch_size=2, device="cpu", quantize="int8")
     if name == "small":
         [found] = llama.text_completion(["The opposite of hot is"], temperature=0, max_gen_len=4)
@@ -337,7 +337,7 @@ def test_the_bundled_models_still_know_what_they_know(name):
         assert "small" in answer["generation"]["content"]
 
 
-def test_gradients_have_no_way_through_whole_numbers_but_logits_do(folder):
+def test_a_quantized_model_outside_of_inference_mode(folder):
     assert build(folder, "int8").model(TOKENS).shape == (2, 6, 1024)  # without inference mode
 
 

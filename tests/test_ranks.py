@@ -1,4 +1,4 @@
-"""Several ranks that share a model: they agree on requests, seeds, options, streams, filters and errors."""
+"""Several ranks that share a model agree on requests, seeds, options, streams, filters and errors."""
 
 import threading
 from unittest import mock
@@ -16,7 +16,7 @@ def _sample_with_own_seed(folder, seed_of_rank):
 
 
 def test_ranks_with_different_seeds_agree(ranks, tmp_path):
-    """Fault 4: all ranks sampled with "the same" generator and nothing was broadcast."""
+    """Regression: each rank sampled with its own generator, assumed equal on all, and nothing was broadcast."""
     save_random(tmp_path, mp=2)
     first, second = ranks(2).run(_sample_with_own_seed, tmp_path, [1, 1234])
     assert first == second
@@ -56,7 +56,7 @@ def _close_on_rank_0(folder):
     return counts, both, llama.generate(PROMPTS, 5, temperature=0)[0]
 
 
-def test_other_ranks_end_when_the_first_stops_listening(ranks, tmp_path):
+def test_other_ranks_end_when_the_first_closes_its_stream(ranks, tmp_path):
     save_random(tmp_path, mp=2)
     (first, both, ids), (second, both_too, ids_too) = ranks(2).run(_close_on_rank_0, tmp_path)
     assert first == [0, 1, 7] and all(count < 4 * 30 for count in second)
@@ -65,7 +65,7 @@ def test_other_ranks_end_when_the_first_stops_listening(ranks, tmp_path):
 
 
 def _two_at_a_time(folder):
-    """Two streams and a call beside them; the first rank closes one early."""
+    """Two open streams and another call; the first rank closes one stream early."""
     llama = Llama.build(folder, TOKENIZER, 64, 2, device="cpu")
     first, second = (llama.generate_stream([prompt], 20, temperature=0) for prompt in PROMPTS[:2])
     ids = [next(first).tokens[0], next(second).tokens[0]]
@@ -97,7 +97,7 @@ def _filter_on_ranks(folder):
     return [result["generation"]["content"] for result in results], len(asked)
 
 
-def test_the_first_rank_filters_for_all(ranks, tmp_path):
+def test_only_the_first_rank_filters(ranks, tmp_path):
     save_random(tmp_path, mp=2)
     (first, asked), (second, asked_too) = ranks(2).run(_filter_on_ranks, tmp_path)
     assert first == second and (asked, asked_too) == (3, 0)
@@ -105,7 +105,7 @@ def test_the_first_rank_filters_for_all(ranks, tmp_path):
 
 
 def _one_after_another(folder):
-    """Calls that fail on the first rank, each followed by one that must work."""
+    """Calls that fail on the first rank, each followed by one that must succeed."""
     llama = Llama.build(folder, TOKENIZER, 64, 4, device="cpu")
     dialogs = [[{"role": "user", "content": text}] for text in ("a", "b")]
 
@@ -134,7 +134,7 @@ def _one_after_another(folder):
     return found, llama.generate([[1, 2]], 3, temperature=0)[0]
 
 
-def test_ranks_keep_step_through_errors(ranks, tmp_path):
+def test_ranks_stay_in_lockstep_after_errors(ranks, tmp_path):
     save_random(tmp_path, mp=2)
     (first, last), (second, last_too) = ranks(2).run(_one_after_another, tmp_path)
     assert first[1::2][:5] == [last] * 5 == second[1::2][:5] and last == last_too
@@ -156,7 +156,7 @@ def _fail_on_one_rank_and_go_on(folder):
         alone(llama)
 
 
-def test_a_rank_that_lost_step_says_so(ranks, tmp_path):
-    """After an error that only it had, and that the script caught, its next call would wait for ever."""
+def test_a_rank_out_of_lockstep_raises_an_error(ranks, tmp_path):
+    """After an error on one rank alone, which the script caught, its next call would wait for ever."""
     save_random(tmp_path, mp=2)
     assert ranks(2).run(_fail_on_one_rank_and_go_on, tmp_path) == ["waits", None]

@@ -16,7 +16,7 @@ def test_two_actors_answer_as_the_library_does(tmp_path, base):
     prompts = [f"{i}, {i + 1}," for i in range(40)]
     rows = [json.dumps({"id": i, "prompt": prompt}) for i, prompt in enumerate(prompts)]
     (tmp_path / "in.json").write_text("\n".join(rows))
-    # More CPUs than actors: Ray reads on one too.
+    # More CPUs than actors: Ray uses one to read.
     code = f"""if True:
         import ray, ray_batch
         ray.init(num_cpus=4, include_dashboard=False)

@@ -1,11 +1,11 @@
-"""Options of generation, each prompt's own: stops, the least length, settings of sampling, seeds."""
+"""Options of generation for each prompt: stops, minimum length, sampling settings, seeds."""
 
 from small import PROMPTS, TOKENIZER, random_model, save_random
 
 from llama import Llama, parallel
 
 
-def test_no_end_before_min_gen_len(llama, monkeypatch):
+def test_min_gen_len(llama, monkeypatch):
     ids = llama.generate([PROMPTS[0]], 10, temperature=0)[0][0]
     monkeypatch.setattr(llama.tokenizer, "eos_ids", {ids[1]})
     [row] = llama.generate([PROMPTS[0]], 10, temperature=0, min_gen_len=6, stop_token_ids=[ids[2]])[0]
@@ -52,8 +52,8 @@ def _together_and_alone(folder):
     return together, alone
 
 
-def test_a_rows_tokens_are_its_own_affair(ranks, tmp_path):
-    """Whatever its neighbours are and ask for, and on however many ranks: the same tokens."""
+def test_rows_do_not_affect_each_other(ranks, tmp_path):
+    """Same tokens whatever the other rows are, and for any number of ranks."""
     save_random(tmp_path, mp=2)
     parallel.init_model_parallel()
     together, alone = _together_and_alone(tmp_path)
@@ -62,7 +62,7 @@ def test_a_rows_tokens_are_its_own_affair(ranks, tmp_path):
     assert ranks(2).run(_together_and_alone, tmp_path) == [(together, alone)] * 2
 
 
-def test_a_seed_drawn_from_the_llamas_own(tokenizer):
+def test_default_seeds_come_from_the_llamas_seed(tokenizer):
     model = random_model(vocab_size=tokenizer.n_words)
     runs = [Llama(model, tokenizer, seed=7).generate(PROMPTS, 9, 1.0)[0] for _ in range(2)]
     assert runs[0] == runs[1]

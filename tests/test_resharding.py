@@ -17,7 +17,7 @@ TOKENS = torch.tensor([[5, 17, 99, 3, 64, 64, 127, 0, 1, 2, 30, 31]])
 
 
 def test_slices_worked_out_by_hand():
-    """12 rows in 4 shards of 3, wanted by 3 ranks: the example of plan.py."""
+    """12 rows in 4 shards of 3, read by 3 ranks: the example in plan.py."""
     assert list(slices(12, 4, 4, 8)) == [(1, 1, 0, 2), (2, 0, 2, 2)]
     assert list(slices(12, 4, 0, 12)) == [(0, 0, 0, 3), (1, 0, 3, 3), (2, 0, 6, 3), (3, 0, 9, 3)]
     assert list(slices(12, 1, 4, 8)) == [(0, 4, 0, 4)]
@@ -28,7 +28,7 @@ def test_the_worked_example_of_the_documents():
 
 
 def test_key_value_heads_are_repeated_in_the_right_order():
-    """2 heads of 4 rows on 4 ranks lie as 0 0 1 1 and not as 0 1 0 1: rank r has query heads 2r and 2r + 1 of 8."""
+    """2 heads of 4 rows on 4 ranks are in the order 0 0 1 1, not 0 1 0 1: rank r has query heads 2r and 2r + 1 of 8."""
     args = ModelArgs(dim=32, n_heads=8, n_kv_heads=2, vocab_size=8)
     sizes = {"wk": 8, "wq": 32}
     ranges = {w: [rank_range(f"{w}.weight", size, args, rank, 4) for rank in range(4)] for w, size in sizes.items()}
@@ -38,7 +38,7 @@ def test_key_value_heads_are_repeated_in_the_right_order():
 @pytest.mark.parametrize("size", PUBLISHED)
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_plans_of_the_published_sizes_cover_every_row_once(size, shards, ranks):
+def test_plans_for_published_sizes_read_every_row_once(size, shards, ranks):
     args = ModelArgs(**PUBLISHED[size], vocab_size=32000)
     for name, shape in shapes(args).items():
         dim = checkpoint.shard_dim(name)
@@ -57,7 +57,7 @@ def test_plans_of_the_published_sizes_cover_every_row_once(size, shards, ranks):
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_shapes_are_the_models(size):
+def test_shapes_equal_the_models(size):
     args = ModelArgs(**PUBLISHED[size], vocab_size=32000)
     with torch.device("meta"):
         model = Transformer(args)
@@ -85,8 +85,8 @@ def rejoin(states, kv_heads):
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("kv_heads", [8, 2], ids=["MHA", "GQA"])
 def test_any_shards_on_any_ranks(tmp_path, ranks, kv_heads, shards, world_size):
-    """The weights, joined again, are equal bit for bit; the logits within 1e-5. With 2 key-value heads on 4 ranks,
-    or in 4 and 8 shards, a head lies on several."""
+    """The joined weights are bit-identical, and logits equal within 1e-5. With 2 key-value heads on 4 ranks, or in 4
+    and 8 shards, several ranks or shards have the same head."""
     shape = {**WIDE, "n_kv_heads": kv_heads}
     state = save_random(tmp_path, shape, mp=shards)
     expected = random_model(shape, vocab_size=1024)(TOKENS, 0)
@@ -142,7 +142,7 @@ def test_a_hugging_face_folder_on_several_ranks(tmp_path, ranks, world_size):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_embeddings(tmp_path, tied):
-    """They serve as the output where the files have none of its own, as in transformers."""
+    """They are the output matrix if the files have none, as in transformers."""
     from transformers import LlamaForCausalLM
 
     save_hugging_face(tmp_path, tie_word_embeddings=True)
@@ -198,7 +198,7 @@ def test_tied_embeddings(tmp_path, tied):
         ({"vocab_size": 999}, "vocab_size 999 differs from the tokenizer's 1024 pieces"),
     ],
 )
-def test_what_is_not_llama_2_is_refused_by_name(tmp_path, change, message):
+def test_other_architectures_are_refused_by_name(tmp_path, change, message):
     save_hugging_face(tmp_path, **change)
     with pytest.raises(ValueError, match=message) as caught:
         _load(tmp_path, TOKENS)
@@ -206,8 +206,9 @@ def test_what_is_not_llama_2_is_refused_by_name(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("rows", [1, 24])
-def test_rows_behind_the_tokenizers_are_padding(tmp_path, rows):
-    """A padding token, or as many rows as make a multiple of something, made a folder "differ" from its tokenizer."""
+def test_rows_beyond_the_tokenizers_are_padding(tmp_path, rows):
+    """Regression: a folder with a padding token, or with rows up to a multiple of some number, was said to "differ"
+    from its tokenizer."""
     model = save_hugging_face(tmp_path)
     path = tmp_path / "model.safetensors"
     weights = load_file(path)
@@ -224,7 +225,7 @@ def test_rows_behind_the_tokenizers_are_padding(tmp_path, rows):
 
 
 def test_padding_tokens_that_the_weights_have_no_rows_for(tmp_path):
-    """Of a fine-tune whose embeddings were not resized. transformers loads it too."""
+    """A fine-tune whose embeddings were not resized. transformers loads it too."""
     convert(ROOT / "models" / "small-chat", tmp_path / "hf", "hf", 1, None)
     (tmp_path / "hf" / "tokenizer.model").unlink()
     path = tmp_path / "hf" / "tokenizer.json"
@@ -259,8 +260,8 @@ def test_padding_tokens_that_the_weights_have_no_rows_for(tmp_path):
         {"rope_theta": 5e5, "mlp_bias": None, "attention_bias": None, "hidden_act": "swish", "rope_scaling": None},
     ],
 )
-def test_rope_theta_in_any_place_and_what_changes_nothing(tmp_path, change):
-    """A scaling by 1, the type "default", null for a bias: each was refused."""
+def test_rope_theta_in_any_place_and_keys_without_effect(tmp_path, change):
+    """Regression: scaling by 1, the type "default", and null for a bias were refused."""
     save_hugging_face(tmp_path, **{"rope_parameters": None, **change})
     expected = random_model({**GQA, "rope_theta": 5e5}, vocab_size=1024)(TOKENS, 0)
     assert relative_error(_load(tmp_path, TOKENS)[2], expected) <= 1e-5

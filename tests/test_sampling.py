@@ -12,11 +12,11 @@ from llama.sampling import Sampler, SamplingParams, filter_top_k_top_p, penalize
 
 PROBS = torch.tensor([[0.5, 0.05, 0.3, 0.15], [0.1, 0.2, 0.3, 0.4]])
 LOGITS = [2.0, -1.0, 0.5, 1.5, 0.0, -3.0]
-PROMPT, ANSWER = [0, 1], [2, 2, 4]  # what penalties have seen
+PROMPT, ANSWER = [0, 1], [2, 2, 4]  # tokens that penalties count
 
 
 def exact(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition=1.0, frequency=0.0, presence=0.0, bias=()):
-    """The distribution that options leave of LOGITS, one token at a time in plain Python."""
+    """The distribution over LOGITS that the options leave, computed token by token in plain Python."""
     logits = [logit + dict(bias).get(i, 0) for i, logit in enumerate(LOGITS)]
     for i in {*PROMPT, *ANSWER}:
         logits[i] = logits[i] / repetition if logits[i] > 0 else logits[i] * repetition
@@ -34,7 +34,7 @@ def exact(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition=1.0, freque
 
 
 def sampler_of(rows, prompts, vocab_size):
-    """A sampler whose slots are taken."""
+    """A sampler whose slots have these requests."""
     sampler = Sampler(len(rows), vocab_size, "cpu")
     for slot, (params, prompt) in enumerate(zip(rows, prompts, strict=True)):
         sampler.admit(slot, params, prompt)
@@ -42,7 +42,7 @@ def sampler_of(rows, prompts, vocab_size):
 
 
 def drawn(settings, rows, draws):
-    """How often each id comes in `draws` draws of each row after PROMPT and ANSWER. Rows have seeds of their own."""
+    """How often each id is sampled in `draws` draws of each row, after PROMPT and ANSWER. Rows have different seeds."""
     params = [SamplingParams(**settings, seed=i) for i in range(rows)]
     sampler, slots = sampler_of(params, [PROMPT] * rows, 6), range(rows)
     logits = torch.tensor([LOGITS]).expand(rows, 6)
@@ -60,7 +60,14 @@ def chi_square(counts, expected):
     return ((counts - count * expected)[kept] ** 2 / (count * expected)[kept]).sum().item()
 
 
-CRITICAL = {1: 0.0, 2: 10.83, 3: 13.82, 4: 16.27, 5: 18.47, 6: 20.52}  # 0.001, by how many are possible
+CRITICAL = {
+    1: 0.0,
+    2: 10.83,
+    3: 13.82,
+    4: 16.27,
+    5: 18.47,
+    6: 20.52,
+}  # the critical value at 0.001, by the number of possible tokens
 ONE_BY_ONE = [
     {"temperature": 0.5},
     {"temperature": 2.0},
@@ -86,7 +93,7 @@ ALL = {name: value for options in ONE_BY_ONE for name, value in options.items()}
     ids=str,
 )
 def test_draws_follow_the_distribution(options, few, monkeypatch):
-    """Chi-square on 20,000 draws at 0.001: every option, every pair, and all together."""
+    """Chi-square test of 20,000 draws at 0.001: every option, every pair, and all together."""
     monkeypatch.setattr(sampling, "FEW", few)
     by_hand = {name.removesuffix("_penalty"): value for name, value in options.items() if name != "logit_bias"}
     expected = exact(**by_hand, bias=options.get("logit_bias", {}))
@@ -94,8 +101,8 @@ def test_draws_follow_the_distribution(options, few, monkeypatch):
     assert chi_square(counts, expected) <= CRITICAL[sum(p > 0 for p in expected)]
 
 
-def test_a_distribution_that_is_a_little_off_is_rejected():
-    """That the test above can fail."""
+def test_the_chi_square_test_rejects_a_slightly_wrong_distribution():
+    """The test above can fail."""
     assert chi_square(drawn({"temperature": 1.1}, 500, 40), exact()) > CRITICAL[6]
 
 
@@ -116,7 +123,7 @@ def test_a_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, expected):
     assert torch.equal(filter_top_k_top_p(falling, zero, torch.full((2, 1), top_p), zero), torch.tensor(expected))
 
 
-def test_top_p_is_of_what_top_k_leaves():
+def test_top_p_applies_after_top_k():
     falling = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     kept = filter_top_k_top_p(falling, torch.tensor([[2]]), torch.tensor([[0.6]]), torch.zeros(1, 1))
     assert kept.gt(0).tolist() == [[True, True, False, False]]  # 0.4 of 0.7 is not yet 0.6
@@ -130,7 +137,7 @@ def test_penalties():
 
 
 @pytest.mark.parametrize("u", [0.0, 0.25, 0.5, 0.999999, 1 - 2**-24])
-def test_nothing_of_weight_zero_is_drawn(u):
+def test_tokens_of_probability_zero_are_not_sampled(u):
     weights = torch.tensor([[0.0, 0.25, 0.0, 0.25, 0.0]])
     assert sample(weights, torch.tensor([[u]])).item() == (1 if u < 0.5 else 3)
 
@@ -143,7 +150,7 @@ def chosen(logits, **settings):
 
 @pytest.mark.parametrize("vocab_size", [7, 100, 128, 32000, 32016])
 def test_the_argmax_of_blocks_is_the_first_of_the_largest(vocab_size):
-    logits = torch.randint(-2, 2, (6, vocab_size)).float()  # many are equal
+    logits = torch.randint(-2, 2, (6, vocab_size)).float()  # many logits are equal
     logits[1], logits[2], logits[3, -1], logits[4, 3:5] = -math.inf, 0, 5, math.nan
     assert sampling.argmax(logits).tolist() == [
         row.index(max(row)) if i != 4 else 3 for i, row in enumerate(logits.tolist())
@@ -161,8 +168,8 @@ def test_a_tiny_temperature_takes_the_argmax(temperature):
     assert chosen(logits, temperature=temperature, top_p=0.9) == [0, 1]
 
 
-def test_rows_have_settings_and_random_numbers_of_their_own():
-    """What a row gets alone it gets among others, whatever they ask for."""
+def test_rows_have_their_own_settings_and_random_numbers():
+    """A row gets the same tokens alone and in a batch, whatever the other rows' settings."""
     torch.manual_seed(0)
     logits = torch.randn(5, 1000)
     rows = [
@@ -184,8 +191,8 @@ def test_rows_have_settings_and_random_numbers_of_their_own():
             assert id.item() == ids[i].item()
 
 
-def test_a_slot_begins_anew_with_each_request():
-    """Whatever the last one has drawn and counted, and whichever slots are sampled from together."""
+def test_slots_are_reset_for_each_request():
+    """Whatever the previous request has sampled and counted, and whichever slots are in the batch."""
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     params = SamplingParams(1.0, repetition_penalty=1.5, frequency_penalty=0.5, seed=3)
 
@@ -230,7 +237,7 @@ def test_settings_out_of_range(settings, message):
 
 
 def distribution(logits, rows):
-    """What is left of each row's distribution (B, V) in one batch."""
+    """The distribution (B, V) that is left of each row, in one batch."""
     sampler, slots = sampler_of(rows, [[0]] * len(rows), logits.shape[1]), tuple(range(len(rows)))
     table = sampler.tabulate(slots)
     probs = sampling.softmax(logits, table.temperature)
@@ -255,7 +262,8 @@ def transformers_distribution(logits, row):
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("vocab_size", [1024, 4096, 32_000, 128_256])
 def test_each_row_of_a_batch_is_filtered_as_transformers_filters_it_alone(vocab_size, seed):
-    """Beside a row without top_k, 512 candidates stood for the 1,000 of another: up to 35 tokens were missing."""
+    """Regression: beside a row without top_k, only 512 candidates were kept for another row's 1,000: up to 35 tokens
+    were missing."""
     chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     logits = torch.randn(5, vocab_size, generator=generator) * chance.choice([0.1, 1, 3, 6])
     rows = [
@@ -271,7 +279,7 @@ def test_each_row_of_a_batch_is_filtered_as_transformers_filters_it_alone(vocab_
         if not sampling.excludes(row):
             continue
         expected = transformers_distribution(alone, row)
-        # Sums that are rounded otherwise may move the last token; a row alone is rounded otherwise on some CPUs.
+        # Rounding of sums may change the last token; on some CPUs a single row is rounded differently.
         assert (found - expected).abs().sum() < 2e-3
         assert (found - distribution(alone[None], [row])[0]).abs().sum() < 1e-4
 
@@ -294,10 +302,10 @@ def test_a_wide_nucleus_is_sampled_as_a_sorted_one(kind, top_p):
             found = sampling.nucleus(logits, probs, top_p, torch.tensor([u]))
             place = int((order == found).nonzero())
             expected = int((edge <= u * edge[kept - 1]).sum())
-            assert abs(place - min(expected, kept - 1)) <= 1 and place < kept + 1  # sums are rounded otherwise
+            assert abs(place - min(expected, kept - 1)) <= 1 and place < kept + 1  # sums are rounded differently
 
 
-def test_what_a_wide_nucleus_gets_does_not_depend_on_others():
+def test_a_wide_nucleus_does_not_depend_on_other_rows():
     logits = torch.randn(1, 6000, generator=torch.Generator().manual_seed(1)).expand(2, 6000)
     row = SamplingParams(1.0, top_p=0.95, seed=5)
     others = [SamplingParams(1.0, top_k=k, min_p=m) for k, m in ((5000, 0), (0, 0.0001), (9, 0), (0, 0))]
@@ -319,8 +327,8 @@ def test_top_k_beside_a_row_without():
 
 @pytest.mark.parametrize("temperature", [1.0, 1e5, 1e10, 1e30])
 @pytest.mark.parametrize("vocab_size", [50, 1024, 32_000])
-def test_cuts_at_high_temperatures_are_made_by_logits(temperature, vocab_size):
-    """From about 1e5 on probabilities are equal, and what was kept were those of the first ids."""
+def test_filters_at_high_temperatures_compare_logits(temperature, vocab_size):
+    """From about 1e5 on probabilities are equal. Regression: the first ids were kept."""
     logits = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0))
     likeliest = logits.argsort(-1, descending=True)
     for n, cut in ((1, {"top_k": 1}), (7, {"top_k": 7}), (1, {"top_p": 0}), (3, {"top_k": 10, "top_p": 0.25})):
@@ -335,7 +343,8 @@ def test_cuts_at_high_temperatures_are_made_by_logits(temperature, vocab_size):
     "options", [{"top_k": 30}, {"top_k": 300}, {"top_p": 0.03}, {"min_p": 0.9}, {"top_p": 0.3}], ids=str
 )
 def test_equal_logits_beside_any_row(options):
-    """bfloat16 has few values, so that hundreds of logits are equal; which of them are kept depended on the others."""
+    """bfloat16 has few values, so that hundreds of logits are equal. Regression: which of them were kept depended on
+    the other rows."""
     logits = torch.randn(2, 32_000, generator=torch.Generator().manual_seed(0)).mul(0.2).bfloat16().float()
     row = SamplingParams(1.0, **options)
     alone = distribution(logits[:1], [row])[0]
@@ -347,8 +356,8 @@ def test_equal_logits_beside_any_row(options):
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 60, 600])
-def test_equal_chances_are_ordered_by_id(top_k):
-    """How many candidates are looked at depends on the batch; which of several equals are kept must not."""
+def test_equal_probabilities_are_ordered_by_id(top_k):
+    """The number of candidates depends on the batch; which of several equals are kept must not."""
     logits = (torch.arange(2000) % 7).float().expand(2, 2000)
     rows = [SamplingParams(1.0, top_k=top_k, seed=3), SamplingParams(1.0, top_k=1500, seed=4)]
     together, alone = sampler_of(rows, [[0], [0]], 2000), sampler_of(rows[:1], [[0]], 2000)

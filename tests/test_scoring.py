@@ -19,7 +19,7 @@ def built(shape="GQA", **options):
 
 
 def theirs(llama, ids):
-    """Log probabilities (T, V) of what comes at each position of ids but the first."""
+    """Log probabilities (T, V) at each position for all ids but the first."""
     model = hugging_face(llama.model.params, llama.model.state_dict())
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
@@ -77,8 +77,9 @@ BORDERS = [
 
 @pytest.mark.parametrize(("prompt", "continuation"), BORDERS)
 def test_every_character_of_a_continuation_is_scored(prompt, continuation):
-    """As many tokens as the prompt alone has were skipped, where a token may reach over the border, or the prompt's
-    last space be part of the continuation's first word: nothing was scored, which a sum of 0.0 made the best answer."""
+    """Regression: as many tokens as the prompt alone has were skipped, although a token may reach over the border, or
+    the prompt's last space be part of the continuation's first token. Nothing was scored then, and the sum of 0.0 was
+    the best answer."""
     llama = built()
     [result] = llama.score([prompt], [continuation])
     ids = OURS.encode(prompt + continuation, bos=True, eos=False)
@@ -93,8 +94,8 @@ def test_every_character_of_a_continuation_is_scored(prompt, continuation):
 
 
 @pytest.mark.parametrize(("prompt", "continuation"), BORDERS)
-def test_continuations_are_those_of_lm_evaluation_harness(prompt, continuation):
-    """Where the prompt's tokens are the first of the whole text's, which that takes for granted."""
+def test_continuations_equal_those_of_lm_evaluation_harness(prompt, continuation):
+    """Where the prompt's tokens are a prefix of the whole text's, which the harness assumes."""
     spaces = len(prompt) - len(prompt.rstrip())
     context, more = prompt[: len(prompt) - spaces], prompt[len(prompt) - spaces :] + continuation
     whole, alone = (OURS.encode(text, bos=True, eos=False) for text in (context + more, context))
@@ -105,8 +106,8 @@ def test_continuations_are_those_of_lm_evaluation_harness(prompt, continuation):
         assert len(result["token_ids"]) > len(whole) - len(alone)
 
 
-def test_a_border_inside_of_one_token_without_text_of_its_own(tmp_path):
-    """A tokenizer without bytes makes one <unk> of what it does not know on both sides of the border."""
+def test_a_continuation_that_begins_within_an_unknown_token(tmp_path):
+    """A tokenizer without byte fallback makes one <unk> of unknown characters on both sides of the border."""
     path = trained(tmp_path, byte_fallback=False)
     llama = Llama(random_model(vocab_size=Tokenizer(path).n_words), Tokenizer(path))
     with pytest.raises(ValueError, match="continuation 1, '本', adds nothing to prompt 1, 'the 日'"):
@@ -116,7 +117,7 @@ def test_a_border_inside_of_one_token_without_text_of_its_own(tmp_path):
 
 
 def test_many_continuations_of_one_long_prompt():
-    """What they share is computed once, and the scores are the same."""
+    """The shared prefix is computed once, and the scores are the same."""
     llama = built(max_batch_size=8, max_seq_len=128)
     prompt = "The sun was warm. " * 10
     with passes(llama) as seen:
@@ -131,14 +132,14 @@ def test_many_continuations_of_one_long_prompt():
 
 
 @pytest.mark.parametrize(("window", "stride"), [(8, 4), (16, 1), (16, 15), (64, 32)])
-def test_perplexity_is_the_direct_one(window, stride):
+def test_perplexity_equals_a_direct_computation(window, stride):
     llama = built()
     torch.manual_seed(0)
     for length in (2, 7, 8, 9, 40):
         ids = torch.randint(3, 500, (length,)).tolist()
         found, count = perplexity(llama.model, ids, window, stride)
         total = 0.0
-        for t in range(1, length):  # one token at a time, in the window that is the first to reach it
+        for t in range(1, length):  # one token at a time, in the first window that contains it
             begin = 0 if t < window else stride * -(-(t - window + 1) // stride)
             total += theirs(llama, ids[begin : t + 1])[-1, ids[t]].item()
         assert count == length - 1
@@ -172,14 +173,14 @@ def test_embeddings_are_hugging_faces_last_hidden_states():
         (lambda m: m.embed(["a", "a " * 99]), "text 1 has"),
     ],
 )
-def test_what_cannot_be_scored(call, message):
+def test_inputs_that_cannot_be_scored(call, message):
     with pytest.raises(ValueError) as error:
         call(built())
     assert message in str(error.value)
 
 
-def test_a_perplexity_that_no_float_holds_is_infinite():
-    """It was an OverflowError."""
+def test_a_perplexity_that_overflows_is_infinite():
+    """Regression: OverflowError."""
     llama = built()
     llama.model.output.weight.mul_(1e4)
     [scored] = llama.score(["The sun was warm."])
@@ -187,7 +188,7 @@ def test_a_perplexity_that_no_float_holds_is_infinite():
     assert scored["perplexity"] == math.inf == perplexity(llama.model, [1, *scored["token_ids"]], 8, 4)[0]
 
 
-def test_scores_that_are_not_finite_name_the_layer():
+def test_non_finite_scores_name_the_layer():
     llama = built()
     llama.model.layers[1].feed_forward.w2.weight.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match=r"layers\.1$"):
@@ -204,8 +205,8 @@ def test_scores_that_are_not_finite_name_the_layer():
         ("tok_embeddings", math.nan, "tok_embeddings"),
     ],
 )
-def test_embeddings_that_are_not_finite_name_the_layer(pooling, name, value, layer):
-    """They were returned as NaN."""
+def test_non_finite_embeddings_name_the_layer(pooling, name, value, layer):
+    """Regression: they were returned as NaN."""
     llama = built()
     llama.model.get_submodule(name).weight.data.fill_(value)
     with pytest.raises(FloatingPointError, match=rf"first layer to give such values is {layer}$"):
@@ -224,9 +225,9 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_is_not_finite_is_found_by_every_call_and_not_kept(call, monkeypatch):
-    """Values that break once, as those of a faulty device, stayed in the slots of embeddings, and the next call that
-    shared a prefix with them failed."""
+def test_non_finite_values_are_found_by_every_call_and_not_cached(call, monkeypatch):
+    """Regression: values that were wrong once, as from a faulty device, stayed in the slots of embeddings, and the next
+    call that shared the prefix failed."""
     llama, text = built(max_seq_len=128), "The sun was warm and the fox was cold. " * 2
     expected = llama.text_completion([text], temperature=0, max_gen_len=5)
     block, broken = llama.model.layers[1], [math.nan]
@@ -244,7 +245,7 @@ def _score(folder):
     return [result["sum"] for result in llama.score(TEXTS)], llama.embed(TEXTS).sum().item()
 
 
-def test_ranks_score_alike(ranks, tmp_path):
+def test_ranks_return_the_same_scores(ranks, tmp_path):
     save_random(tmp_path, mp=2)
     alone = _score(tmp_path)
     for sums, total in ranks(2).run(_score, tmp_path):

@@ -1,4 +1,4 @@
-"""The examples as users start them, and what happens to a job when one of its ranks fails."""
+"""The examples as users start them, and jobs in which a rank fails."""
 
 import ctypes
 import fcntl
@@ -60,7 +60,7 @@ def test_text_example_needs_no_flags_and_no_torchrun():
 
 
 def test_only_rank_0_prints_and_ranks_change_nothing(tmp_path):
-    """Fault 13: rank 0 alone prints, and no other's stdout is replaced for it. The flags that users type."""
+    """Regression: stdout of the other ranks was replaced. The flags are those that users type."""
     dialogs = [[{"role": "user", "content": "What is the opposite of big?"}]] * 3
     (tmp_path / "dialogs.json").write_text(json.dumps(dialogs))
     flags = ["--ckpt_dir", str(MODELS / "small-chat"), "--tokenizer_path", str(TOKENIZER), "--temperature", "0"]
@@ -83,12 +83,13 @@ def test_prompts_from_a_list_and_from_a_file(tmp_path):
 
 
 def example(path):
-    """The functions of an example."""
+    """The functions of an example script."""
     return SimpleNamespace(**runpy.run_path(str(path)))
 
 
-def test_prompts_and_dialogs_as_other_programs_write_them(tmp_path):
-    """A byte order mark became part of the first prompt and made JSON "not JSON"; U+2028 and form feed cut a prompt."""
+def test_prompt_files_of_other_programs(tmp_path):
+    """Regression: a byte order mark became part of the first prompt, or made JSON "not JSON"; U+2028 and form feed
+    split a prompt."""
     path = tmp_path / "prompts"
     for line_end in ("\n", "\r\n"):
         path.write_bytes(b"\xef\xbb\xbf" + line_end.join(["Once \u2028upon\f a time", "", " ", "Hello\x85"]).encode())
@@ -103,7 +104,7 @@ def test_prompts_and_dialogs_as_other_programs_write_them(tmp_path):
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
-        # Fault 14: backslashes kept by pasting a command of several lines on one
+        # backslashes that remain when a command of several lines is pasted as one
         (TEXT, [" --ckpt_dir", "llama-2-7b/", " --tokenizer_path", "tokenizer.model"], "remove the backslashes"),
         (TEXT, ["--ckpt_dir", "llama-2-7b/"], "ckpt_dir llama-2-7b is not an existing folder"),
         (TEXT, ["--prompts", "nowhere.txt"], "neither a list"),
@@ -124,7 +125,7 @@ def test_a_bar_shows_loading_on_a_terminal_only(tmp_path):
     flags = ["--ckpt_dir", str(tmp_path), "--tokenizer_path", str(TOKENIZER), "--max_gen_len", "1"]
     mine, theirs = pty.openpty()
     os.set_blocking(mine, False)
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a terminal of no width shows no bar
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # no bar on a terminal of width 0
     subprocess.run(started(0, TEXT, *flags), stdout=subprocess.PIPE, stderr=theirs, check=True, timeout=60)
     shown = os.read(mine, 10_000).decode()
     assert "loading: " in shown
@@ -133,7 +134,7 @@ def test_a_bar_shows_loading_on_a_terminal_only(tmp_path):
 
 
 def test_two_nodes(tmp_path):
-    """The global rank chooses the shard; only the first node prints."""
+    """The global rank chooses the shard. Only the first node prints."""
     save_random(tmp_path, mp=2)
     port, nodes = str(free_port()), []
     flags = ["--ckpt_dir", str(tmp_path), "--tokenizer_path", str(TOKENIZER), "--max_gen_len", "2", "--device", "cpu"]
@@ -147,8 +148,9 @@ def test_two_nodes(tmp_path):
     assert second == ""
 
 
-def test_a_flag_that_is_not_there_stops_before_anything_runs():
-    """Fire calls main first and complains then: a misspelt flag had its texts written with the default."""
+def test_an_unknown_flag_stops_before_anything_runs():
+    """Regression: Fire calls main first and complains afterwards: with a misspelt flag, texts were generated with the
+    default."""
     code, out, err, _ = start(0, TEXT, "--temprature", "0")
     assert code == 2
     assert out == ""
@@ -156,7 +158,7 @@ def test_a_flag_that_is_not_there_stops_before_anything_runs():
 
 
 def typed(monkeypatch, capsys, command, *words):
-    """What a command is called with, or the line that is printed instead."""
+    """The arguments that a command is called with, or the line that is printed instead."""
     calls = []
 
     def leave(code):
@@ -206,7 +208,8 @@ def typed(monkeypatch, capsys, command, *words):
     ],
 )
 def test_texts_and_paths_are_taken_as_typed(monkeypatch, capsys, command, words, name, value):
-    """fire read every flag as Python: small#2 opened small, "Short, please" was a tuple, "Yes # no" was cut at #."""
+    """Regression: Fire parsed every flag as Python: small#2 opened small, "Short, please" was a tuple, "Yes # no" was
+    cut at #."""
     found = typed(monkeypatch, capsys, command, *["fake"] * command, *words)
     assert found[name] == value and type(found[name]) is type(value)
 
@@ -215,13 +218,13 @@ def test_texts_and_paths_are_taken_as_typed(monkeypatch, capsys, command, words,
     "words", [["--system"], ["--system", "--temperature", "0"], ["--system", "--temperature=0"], ["--nosystem"]]
 )
 def test_a_text_without_a_value_is_named(monkeypatch, capsys, words):
-    """It was the text "True" or "False"."""
+    """Regression: it was the text "True" or "False"."""
     found = typed(monkeypatch, capsys, False, "m", *words)
     assert found.startswith(f"error: {words[0]} needs a value; one that looks like a flag is given as --system=VALUE")
 
 
-def test_a_home_is_expanded(monkeypatch, tmp_path, capsys):
-    """`convert SRC '~/x'` made a folder named ~, and `Llama.build("~/model")` found nothing."""
+def test_tildes_in_paths_are_expanded(monkeypatch, tmp_path, capsys):
+    """Regression: `convert SRC '~/x'` made a folder named ~, and `Llama.build("~/model")` found nothing."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     save_random(Path("~/model"))
@@ -244,7 +247,7 @@ def test_a_home_is_expanded(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("nproc", [0, 2])
-def test_a_script_may_end_with_its_stream_open(tmp_path, nproc):
+def test_a_script_may_end_with_an_open_stream(tmp_path, nproc):
     script = tmp_path / "script.py"
     script.write_text(f"""
 import sys
@@ -260,8 +263,8 @@ next(stream)
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "eval"])
-def test_help_has_all_that_a_docstring_says(monkeypatch, capsys, name):
-    """It was on stderr, listed a group FIRE_METADATA for each command, and cut a text in front of a colon."""
+def test_help_has_the_whole_docstring(monkeypatch, capsys, name):
+    """Regression: it was on stderr, had a group FIRE_METADATA for each command, and cut a text before a colon."""
     command = getattr(import_module(f"llama.cli.{name}"), name)
     monkeypatch.setattr(sys, "argv", ["/llama/__main__.py"])
     with pytest.raises(SystemExit) as end:
@@ -274,7 +277,7 @@ def test_help_has_all_that_a_docstring_says(monkeypatch, capsys, name):
         assert " ".join(text.split()) in words
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     line = f"{sys.executable} {TEXT} --max_gen_len 5 | head -1"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, cwd="/")
     assert done.stdout.count("\n") == 1
@@ -323,7 +326,7 @@ with script.readable_errors():
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_job(tmp_path, victim):
-    """Killed from outside, as by the kernel when memory runs out, in the middle of generating."""
+    """Killed from outside, as by the kernel when memory runs out, while generating."""
     save_random(tmp_path / "model", MANY, mp=2, max_seq_len=2048)
     script = tmp_path / "script.py"
     script.write_text(f"""
@@ -367,7 +370,7 @@ with script.readable_errors():
         assert not Path(f"/proc/{pid}").exists()
 
 
-def test_a_failure_before_the_ranks_have_met_is_one_line():
+def test_a_failure_before_the_process_group_is_one_line():
     code, _, err, seconds = start(2, TEXT, "--prompts", "nowhere.txt")
     assert code != 0
     assert seconds < 30
@@ -385,12 +388,12 @@ def test_bad_arguments_on_several_ranks_are_one_line(tmp_path):
 
 
 def test_an_allocator_without_thresholds_is_left_alone(monkeypatch):
-    """Not every system's is glibc's."""
+    """Not every system has glibc's malloc."""
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     script.keep_memory()
 
 
-def test_the_previous_release_had_script_elsewhere():
+def test_the_previous_releases_import_of_script():
     code = "from llama.script import run, readable_errors; from llama import script; print(script.run is run)"
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "True\n"

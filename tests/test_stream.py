@@ -1,4 +1,4 @@
-"""Streams of text and tokens: what they return, how they are closed, and threads that share the passes."""
+"""Streams of text and tokens: results, closing, and threads that share passes."""
 
 import gc
 import threading
@@ -29,7 +29,7 @@ def joined(stream, B):
 
 
 @pytest.mark.parametrize("echo", [False, True])
-def test_a_stream_is_the_completion_as_it_happens(llama, echo):
+def test_a_stream_equals_the_completion(llama, echo):
     prompts, options = ["Hello", "", "a b c"], {"temperature": 0.9, "seed": 5, "echo": echo, "logprobs": True}
     whole = llama.text_completion(prompts, max_gen_len=20, **options)
     events = list(llama.text_stream(prompts, max_gen_len=20, **options))
@@ -45,7 +45,7 @@ def test_a_stream_is_the_completion_as_it_happens(llama, echo):
     assert [row[1] for row in joined(llama.generate_stream([[1, 2, 3]], 9, temperature=0.9, seed=5), 1)] == ids
 
 
-def test_a_chat_stream_is_the_chat(bundled):
+def test_a_chat_stream_equals_the_chat_completion(bundled):
     dialogs = [[{"role": "user", "content": text}] for text in ("Hello", "Who are you?")]
     whole = bundled.chat_completion(dialogs, temperature=0, max_gen_len=30)
     rows = joined(bundled.chat_stream(dialogs, temperature=0, max_gen_len=30), 2)
@@ -53,8 +53,8 @@ def test_a_chat_stream_is_the_chat(bundled):
     assert [row[3] for row in rows] == [result["finish_reason"] for result in whole]
 
 
-def test_streams_share_the_passes(llama):
-    """Two may be open, beside other calls; each gets what it gets alone."""
+def test_streams_share_passes(llama):
+    """Two may be open during other calls; each gets what it would get alone."""
     prompts = [PROMPTS[:2], PROMPTS[2:3], PROMPTS[3:]]
     alone = [llama.generate(some, 12, temperature=0)[0] for some in prompts]
     llama.engine.forget()
@@ -62,7 +62,7 @@ def test_streams_share_the_passes(llama):
     found = [next(first)]
     with passes(llama) as seen:
         third = llama.generate(prompts[2], 12, temperature=0)[0]
-    assert seen[1:-2] == [4] * (len(seen) - 3)  # each beside those of both streams
+    assert seen[1:-2] == [4] * (len(seen) - 3)  # each in a pass with both streams
     found += [*first]
     assert [[id for event in found if event.row == row for id in event.tokens] for row in (0, 1)] == alone[0]
     assert [row.tokens for row in second.drain()] == alone[1]
@@ -76,14 +76,14 @@ def test_a_stream_that_is_closed_frees_its_slots(llama):
     assert list(stream) == []
     with llama.generate_stream(PROMPTS, 30, temperature=0) as stream:
         next(stream)
-    llama.generate_stream(PROMPTS, 30)  # never read, and dropped at once
+    llama.generate_stream(PROMPTS, 30)  # never read, and freed at once
     with passes(llama) as seen:
         assert llama.generate([[1]], 3, temperature=0)[0] == llama.generate([[1]], 3, temperature=0)[0]
     assert max(seen) == 1
     assert not any(slot.request for slot in llama.engine.slots) and not llama.engine.waiting
 
 
-def test_a_stream_that_its_own_filter_holds_is_collected(bundled):
+def test_a_stream_in_a_reference_cycle_is_collected(bundled):
     class App:
         def check(self, text):
             return None
@@ -127,7 +127,7 @@ def test_finish_reasons(llama, monkeypatch):
     assert joined(llama.generate_stream([PROMPTS[0]], 9, 0), 1)[0][1:] == (ids[: ids.index(ids[3])], [], "eos")
 
 
-def test_a_stream_that_goes_from_thread_to_thread(llama):
+def test_a_stream_read_by_several_threads(llama):
     expected = llama.generate(PROMPTS, 30, 0)[0]
     streams = []
     thread = threading.Thread(target=lambda: streams.append(llama.generate_stream(PROMPTS, 30, 0)))
@@ -137,7 +137,7 @@ def test_a_stream_that_goes_from_thread_to_thread(llama):
     assert [row.tokens for row in streams[0].drain()] == expected
 
 
-def test_threads_share_the_passes(llama):
+def test_threads_share_passes(llama):
     prompts = [[1, 300 + i, 7] for i in range(4)]
     alone = [llama.generate([prompt], 40, temperature=0)[0][0] for prompt in prompts]
     found, ready = {}, threading.Barrier(4)
@@ -157,7 +157,7 @@ def test_threads_share_the_passes(llama):
     assert len(seen) < 2 * 40
 
 
-def test_an_error_of_one_thread_is_told_to_those_who_share_its_pass(llama, monkeypatch):
+def test_an_error_of_a_shared_pass_is_raised_in_all_its_threads(llama, monkeypatch):
     stream = llama.generate_stream(PROMPTS[:1], 30, temperature=0)
     with monkeypatch.context() as patch:
         patch.setattr(engine, "choose", lambda *args: 1 / 0)

@@ -11,9 +11,9 @@ import pytest
 from small import MODELS, ROOT
 
 PACKAGE = ROOT / "llama"
-TOO_LONG = {"engine", "generation"}  # more than 400 lines, or with a function of more than 60
+TOO_LONG = {"engine", "generation"}  # with more than 400 lines, or a function of more than 60
 FILES = sorted(PACKAGE.rglob("*.py"))
-# What the core runs without: packages above the engine, and backends other than the plain one.
+# The core runs without these: packages above the engine, and backends other than the plain one.
 OPTIONAL = ("cli", "server", "evaluation", "backends/cpu*", "backends/cuda*", "__main__.py", "script.py")
 
 
@@ -24,7 +24,8 @@ def module(path):
 
 
 def design():
-    """Module -> the modules that it may import, from the rows | `module` | what it is | `module`, `.sibling` |"""
+    """Module -> the modules that it may import, from rows of the form | `module` | what it is | `module`,
+    `.sibling` |"""
     rows = re.findall(r"^\| `(\S+?)` \| .* \|(.*)\|$", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
     return {
         name: {name.split("/")[0] + "/" + found[1:] if found[0] == "." else found
@@ -34,7 +35,7 @@ def design():
 
 
 def imported(path, types=True):
-    """The modules of this package that a file imports, wherever in the file; without those for type checkers alone."""
+    """The package's modules that a file imports, anywhere in the file, without those for type checkers alone."""
     found, tree = set(), ast.parse(path.read_text())
     if not types:
         tree.body = [node for node in tree.body if "TYPE_CHECKING" not in ast.unparse(node).split("\n")[0]]
@@ -52,22 +53,23 @@ def imported(path, types=True):
 
 
 def allowed(name, rows):
-    """Whether a module, or the package that it is in, is in the row."""
+    """Whether a module, or its package, is in the row."""
     return name in rows or name.split("/")[0] in rows
 
 
-def test_the_map_has_every_module_and_no_other():
+def test_the_table_has_every_module_and_no_other():
     assert set(design()) == {module(path) for path in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)
-def test_imports_are_those_of_the_map(path):
+def test_imports_are_in_the_table(path):
     may = design()[module(path)]
     assert {name for name in imported(path) if not allowed(name, may)} == set()
 
 
 def test_imports_go_one_way():
-    """Of modules, and of packages as a whole: a package's __init__.py, which only gathers names, apart."""
+    """Among modules, and among packages as a whole. A package's __init__.py, which only re-exports names, is
+    separate."""
     files = {module(path): path for path in FILES if path.name != "__init__.py"}
     graph = {name: imported(path, types=False) & files.keys() for name, path in files.items()}
     graphlib.TopologicalSorter(graph).prepare()
@@ -93,7 +95,7 @@ def test_files_of_tests_are_short():
 
 
 def test_the_core_stands_alone(tmp_path):
-    """A copy without the commands, and without the backends other than the plain one, generates text."""
+    """A copy without commands, server and backends other than the plain one generates text."""
     shutil.copytree(PACKAGE, tmp_path / "llama", ignore=shutil.ignore_patterns("__pycache__"))
     for pattern in OPTIONAL:
         for path in (tmp_path / "llama").glob(pattern):
@@ -114,7 +116,7 @@ def test_the_public_names():
 
 
 def test_importing_starts_nothing():
-    """No process group, no other default dtype, and none of the packages that only tests need."""
+    """No process group, the same default dtype, and no packages that only tests need."""
     code = (
         "import sys, torch; before = torch.get_default_dtype(); import llama; import torch.distributed as dist; "
         "assert not dist.is_initialized() and torch.get_default_dtype() == before; "

@@ -31,7 +31,7 @@ def leave(child):
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory, tokenizer):
-    """A model whose answers do not end by themselves, and take minutes."""
+    """A model whose answers do not end by themselves and take minutes."""
     folder = tmp_path_factory.mktemp("endless")
     save_random(folder, {**GQA, "n_layers": 12}, mp=2)
     return ["--ckpt_dir", str(folder), "--tokenizer_path", str(MODELS / "tokenizer.model"), "--max_seq_len", "50000"]
@@ -39,7 +39,7 @@ def endless(tmp_path_factory, tokenizer):
 
 @pytest.fixture(params=["plain", "prompt_toolkit", "two ranks"])
 def spawn(request, tmp_path):
-    """Starts a chat in a terminal of its own, with and without prompt_toolkit, and as two ranks."""
+    """Start a chat in a pseudo-terminal: with and without prompt_toolkit, and on two ranks."""
     if request.param == "prompt_toolkit":
         pytest.importorskip("prompt_toolkit")
     children = []
@@ -115,7 +115,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(spawn, endless):
 
 
 @pytest.mark.parametrize("command", [CHAT, TORCHRUN], ids=["one", "two ranks"])
-def test_a_pipe_has_a_prompt_in_each_line(command):
+def test_each_line_of_a_pipe_is_a_prompt(command):
     lines = "Hello\n\n/system Be kind.\n/reset\nHello"
     found = subprocess.run([*command, *MODEL], input=lines, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
@@ -124,8 +124,8 @@ def test_a_pipe_has_a_prompt_in_each_line(command):
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-"])
-def test_a_stream_that_is_closed_is_no_error(closed):
-    """stdin is an empty one; what would go to stdout is lost. Both ended with a traceback."""
+def test_closed_standard_streams_are_not_an_error(closed):
+    """stdin is empty, and output to stdout is lost. Regression: both ended with a traceback."""
     command = ["bash", "-c", f'echo Hello | {{ "$@" {closed}; }}', "bash", *CHAT, *MODEL]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
@@ -149,7 +149,7 @@ def test_perplexity(tmp_path, tokenizer):
 
 
 def test_perplexity_of_lines_of_json(tmp_path):
-    """Each text alone: the total is the sum."""
+    """Each text by itself: the total is the sum."""
     texts, file = ["The sun was warm.", "Été\u2028🐈", ""], tmp_path / "texts.jsonl"
     flags = ("--file", file, "--ckpt_dir", MODELS / "small", "--device", "cpu", "--dtype", "float32")
     file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
@@ -166,8 +166,8 @@ def test_perplexity_of_lines_of_json(tmp_path):
         assert message in in_process(command, *flags).stderr
 
 
-def test_perplexity_of_a_text_as_other_programs_save_it(tmp_path):
-    """A byte order mark is no part of the text: it raised the perplexity of one sentence from 112 to 18,587."""
+def test_perplexity_of_text_files_of_other_programs(tmp_path):
+    """Regression: a byte order mark counted as text, which raised the perplexity of a sentence from 112 to 18,587."""
     text = "The sun was warm.\nThe fox was red.\n"
     flags = ("--file", tmp_path / "text", "--ckpt_dir", MODELS / "small", "--device", "cpu", "--dtype", "float32")
     (tmp_path / "text").write_bytes(text.encode())
@@ -180,14 +180,14 @@ def test_perplexity_of_a_text_as_other_programs_save_it(tmp_path):
 
 
 def test_a_pipe_of_a_text_from_windows(monkeypatch):
-    r"""A byte order mark and \r\n: /reset was an unknown command, and \r a part of each prompt."""
+    r"""A byte order mark and \r\n. Regression: /reset was an unknown command, and \r part of each prompt."""
     monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff/set\r\nHello\r\n/reset\r\n\r\nHello \u2028\f\r\n"))
     out = in_process(chat, *MODEL[:-2], "--dtype", "float32").stdout
     assert out.splitlines() == ["temperature 0", "top_p 0.9", "prompt_lookup 0", HELLO, HELLO]
 
 
 def test_commands_by_pipe(monkeypatch, tmp_path):
-    """In this process, with everything that a line may be."""
+    """In this process, with every kind of line."""
     (tmp_path / "five").write_text("5")
     (tmp_path / "deep").write_text("[" * 100_000)
     lines = [

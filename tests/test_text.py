@@ -1,4 +1,4 @@
-"""Streamed text: the pieces are the whole, and a stop string never shows."""
+"""Streamed text: pieces join to the whole, and stop strings are never part of it."""
 
 import pytest
 from hypothesis import example, given, settings
@@ -21,7 +21,7 @@ ids = st.lists(st.one_of(st.integers(0, OURS.n_words - 1), st.integers(0, 258)),
 
 
 def streamed(ids, stops=(), least=0):
-    """Everything that was read, after each token and at the end, and the tokens that were taken."""
+    """The text read after each token and at the end, and the number of tokens."""
     text, pieces, taken = Text(OURS, stops, least), [], 0
     for id in ids:
         taken += 1
@@ -34,10 +34,10 @@ def streamed(ids, stops=(), least=0):
 
 @settings(max_examples=cases(2000), deadline=None)
 @given(st.one_of(texts.map(lambda text: OURS.encode(text, bos=True, eos=False)), ids))
-def test_pieces_are_the_whole_text(ids):
+def test_pieces_join_to_the_whole_text(ids):
     pieces, _ = streamed(ids)
     assert "".join(pieces) == OURS.decode(ids)
-    assert all(piece.encode() for piece in pieces if piece)  # no half of a surrogate pair
+    assert all(piece.encode() for piece in pieces if piece)  # not half of a surrogate pair
 
 
 def cut(text, stops):
@@ -49,7 +49,8 @@ def cut(text, stops):
 @given(st.data(), texts.filter(bool))
 @example(None, "the end")
 def test_text_ends_before_the_first_stop_string(data, text):
-    """Stop strings are parts of the text and others, so that they overlap, share beginnings and cross tokens."""
+    """Stop strings are substrings of the text and others, so that they overlap, share prefixes and cross token
+    borders."""
     ids = OURS.encode(text, bos=True, eos=False)
     stops = ["e e", " en"]
     if data:
@@ -58,13 +59,13 @@ def test_text_ends_before_the_first_stop_string(data, text):
     pieces, taken = streamed(ids, stops)
     assert "".join(pieces) == cut(OURS.decode(ids), stops)
     if any(stop in OURS.decode(ids) for stop in stops):
-        before = OURS.decode(ids[: taken - 1]).rstrip("\ufffd")  # without the bytes of a character to come
-        assert all(stop not in before for stop in stops)  # it ends at once
+        before = OURS.decode(ids[: taken - 1]).rstrip("\ufffd")  # without the bytes of an incomplete character
+        assert all(stop not in before for stop in stops)  # the text ends at once
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_a_stop_string_of_several_tokens_is_held_back(count):
-    """What is read lags behind while a stop string may be complete any moment, and not longer."""
+    """The text read lags behind only as long as a stop string may still be completed."""
     tokens = [OURS.encode(c, bos=False, eos=False)[-1] for c in "Hello"[:count]]
     before = OURS.encode("x", bos=False, eos=False)
     stop = OURS.decode(before + tokens)[1:]
@@ -77,20 +78,20 @@ def test_a_stop_string_of_several_tokens_is_held_back(count):
         assert "".join(pieces) == OURS.decode([*before, *tokens[:-1], *before])
 
 
-def test_a_stop_inside_a_character_is_none():
-    """The bytes of 🙂 end with one that also ends others; only the character itself stops."""
+def test_stop_strings_match_whole_characters_only():
+    """The last byte of 🙂 is also that of other characters: only the character itself is a match."""
     smile, other = (OURS.encode(c, bos=False, eos=False)[-4:] for c in "🙂🚂")
     assert smile[-1] == other[-1] and smile != other
     assert "".join(streamed(other + smile, ["🙂"])[0]) == "🚂"
     assert "".join(streamed(smile[:3], ["🙂"])[0]) == "\ufffd" * 3
 
 
-def test_of_overlapping_stops_the_first_to_be_complete_counts():
+def test_of_overlapping_stop_strings_the_first_complete_one_counts():
     tokens = OURS.encode("a b c d", bos=False, eos=False)
     assert "".join(streamed(tokens, ["b c d", "c"])[0]) == "a b "
     assert "".join(streamed(tokens, ["b c", " c"])[0]) == "a "
 
 
-def test_before_the_least_length_no_stop_counts():
+def test_stop_strings_are_ignored_before_the_minimum_length():
     tokens = [OURS.encode("x", bos=False, eos=False)[-1]] * 6
     assert "".join(streamed(tokens, ["x"], 3)[0]).count("x") == 2

@@ -32,8 +32,8 @@ def test_special_ids_are_llamas():
     assert 1000 <= OURS.n_words <= 4096
 
 
-def test_has_llamas_settings():
-    """Byte fallback, single digits, no normalization, spaces kept."""
+def test_settings_are_llamas():
+    """Byte fallback, digits split, no normalization, whitespace kept."""
     assert [SENTENCEPIECE.id_to_piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
     assert [SENTENCEPIECE.is_byte(i) for i in (2, 3, 258, 259)] == [False, True, True, False]
     digits = [SENTENCEPIECE.id_to_piece(i) for i in SENTENCEPIECE.encode("1234")]
@@ -56,7 +56,7 @@ ids = st.lists(
 @settings(max_examples=cases(1000), deadline=None)
 @given(st.one_of(ids, st.tuples(st.text(max_size=8), ids).map(lambda t: OURS.encode(t[0], True, True) + t[1])))
 def test_pieces_join_to_what_sentencepiece_decodes(ids):
-    """Fault 6: lost spaces and broken multi-byte characters."""
+    """Regression: lost spaces and broken multi-byte characters."""
     pieces = OURS.decode_pieces(ids)
     assert len(pieces) == len(ids)
     assert "".join(pieces) == SENTENCEPIECE.decode(ids) == OURS.decode(ids)
@@ -75,8 +75,8 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_streams_of_every_tokenizer_equal_its_decode(settings, tmp_path):
-    """The first space was dropped of every text, whether or not the tokenizer adds and drops it, and <unk> was written
-    in one way only. Also where a text continues another, at any id."""
+    """Regression: the first space of every text was dropped, whether or not the tokenizer adds a prefix space and drops
+    it, and <unk> was decoded in one way only. Also for a text that continues another, from any id."""
     ours, chance = Tokenizer(trained(tmp_path, **settings)), random.Random(0)
     space = ours.sp_model.piece_to_id("▁")
     encoded = [ours.encode(text, bos=True, eos=False) for text in (" the", "the  fox", "def f(): 漢🙂", "  hat")]
@@ -99,14 +99,14 @@ def test_ids_of_other_libraries_are_decoded():
         assert OURS.decode(same) == "".join(OURS.decode_pieces(same)) == "Once upon a 🙂"
 
 
-def test_a_character_comes_with_its_last_byte():
+def test_a_character_is_decoded_with_its_last_byte():
     ids = OURS.encode("a🙂b", bos=True, eos=True)
     pieces = OURS.decode_pieces(ids)
     assert "🙂" in pieces
     assert "".join(pieces) == "a🙂b"
     last = pieces.index("🙂")
     assert pieces[last - 3 : last] == ["", "", ""]
-    assert "".join(OURS.decode_pieces(ids[:last])) == "a" + "\ufffd" * 3  # cut inside the character
+    assert "".join(OURS.decode_pieces(ids[:last])) == "a" + "\ufffd" * 3  # ends within the character
 
 
 def test_only_text_is_encoded():
@@ -115,7 +115,7 @@ def test_only_text_is_encoded():
             OURS.encode(value, bos=True, eos=False)
 
 
-def test_files_that_are_no_tokenizer(tmp_path):
+def test_files_that_are_not_a_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):
         Tokenizer(tmp_path / "tokenizer.model")
     for content in (b"", b"<html>"):

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind of file, compared with the packages that such files are written for."""
+"""Tokenizers of every file format, compared with the packages for which these files are written."""
 
 import base64
 import itertools
@@ -36,7 +36,7 @@ LETTERS += ["<|eot_id|>", "</s>", "▁", "the", " the", "ing", "\U0001f9d1\u200d
 
 
 def train_ranks(size=400):
-    """BPE of bytes: the pair that is most frequent in the text is merged next."""
+    """Byte-level BPE: the most frequent pair in the text is merged next."""
     import regex
 
     ranks = {bytes([i]): i for i in random.Random(1).sample(range(256), 256)}
@@ -81,7 +81,7 @@ def texts(count, seed=0):
 
 
 def pieces_join(tokenizer, ids):
-    """Whole, piece by piece, and behind any beginning."""
+    """Decode ids: as a whole, piece by piece, and after any prefix."""
     whole = tokenizer.decode(ids)
     assert "".join(tokenizer.decode_pieces(ids)) == whole
     cut = len(ids) // 2
@@ -99,7 +99,7 @@ def test_ranks_are_encoded_as_tiktoken_does(llama3):
         assert ids == theirs.encode(text, disallowed_special=())
         assert pieces_join(llama3, ids) == text
     chance = random.Random(2)
-    for _ in range(cases(2000)):  # ids that are no text
+    for _ in range(cases(2000)):  # ids without text
         ids = chance.choices(range(len(RANKS)), k=6)
         assert pieces_join(llama3, ids) == theirs.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -129,7 +129,7 @@ def test_very_long_runs(llama3, run):
     assert llama3.decode(ids) == text
 
 
-def test_parts_are_cut_where_meta_cuts():
+def test_long_texts_are_split_as_by_meta():
     def slow(text):
         found, run, white, begin = [], 0, None, 0
         for i, character in enumerate(text):
@@ -147,7 +147,7 @@ def test_parts_are_cut_where_meta_cuts():
 
 
 def test_tokenizer_json_of_llama_3(llama3, tmp_path):
-    """Written, read without the package tokenizers, and read with it; the merges are those of transformers."""
+    """Written, and read without and with the package tokenizers. The merges equal those of transformers."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     files = byte_pair_files(llama3.vocabulary)
@@ -178,7 +178,7 @@ def write_bytes(path, content):
 
 
 def gpt2_json():
-    """Byte pairs with GPT-2's words and ids that are no ranks."""
+    """Byte-level BPE with GPT-2's pre-tokenizer, and ids that are not ranks."""
     model = tokenizers.models.BPE()
     made = tokenizers.Tokenizer(model)
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -222,7 +222,7 @@ def test_tokenizer_json_of_other_kinds(kind, tmp_path):
         assert all(ours.encode(t, True, True) == slow.encode(t, True, True) for t in texts(cases(2000), seed=5))
 
 
-def test_without_the_package_its_name_is_said(tmp_path, monkeypatch):
+def test_without_the_package_the_error_names_it(tmp_path, monkeypatch):
     import sys
 
     (tmp_path / "tokenizer.json").write_text(json.dumps(gpt2_json()))
@@ -245,8 +245,8 @@ def test_a_folder_with_tokenizer_json_alone_generates_and_converts(tmp_path):
     assert theirs("Once upon")["input_ids"] == again.tokenizer.encode("Once upon", bos=True, eos=False)
 
 
-def test_a_tokenizer_of_llama_3s_form_that_puts_no_bos_before_a_text(tmp_path):
-    """A converted one put it there: its tokenizer_config.json was not asked."""
+def test_a_tokenizer_of_llama_3s_form_without_bos(tmp_path):
+    """Regression: the converted one added BOS, as tokenizer_config.json was not read."""
     from transformers import AutoTokenizer
 
     path = write_ranks(tmp_path)
@@ -260,7 +260,7 @@ def test_a_tokenizer_of_llama_3s_form_that_puts_no_bos_before_a_text(tmp_path):
 
 
 def test_added_tokens_are_in_tokenizer_json_alone(tmp_path):
-    """A fine-tune's own tokens, which its tokenizer.model of Llama 2 lacks."""
+    """A fine-tune's added tokens are not in its tokenizer.model of Llama 2."""
     from safetensors.torch import load_file, save_file
     from torch import cat, ones
 
@@ -311,7 +311,7 @@ def test_threads_that_encode_texts_and_templates_at_once(tmp_path):
     assert not any(found)
 
 
-def test_what_was_set_for_training_is_not_applied(tmp_path):
+def test_truncation_and_padding_are_ignored(tmp_path):
     cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
     pad = {"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
     content = llama2_json(truncation=cut, padding={**pad, "pad_token": "<unk>"})
@@ -321,7 +321,7 @@ def test_what_was_set_for_training_is_not_applied(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["a token that is not special", "a normalizer", "a prefix space"])
-def test_what_is_not_quite_llama_3s_is_encoded_by_tokenizers(llama3, tmp_path, change):
+def test_variants_of_llama_3s_tokenizer_use_tokenizers(llama3, tmp_path, change):
     content = llama3_json(llama3)
     if change == "a token that is not special":
         content["added_tokens"][20] |= {"content": "<tool_call>", "special": False}
@@ -357,7 +357,7 @@ def test_a_damaged_tokenizer_json_is_named(llama3, tmp_path, damage):
 
 
 def test_ids_that_a_tokenizer_json_leaves_out(tmp_path):
-    """An added token had the id of the file, and text that spells it another one."""
+    """Regression: an added token had the id in the file, and text that spells it another one."""
     content = llama2_json()
     content["added_tokens"].append({**content["added_tokens"][0], "id": 1030, "content": "<|end|>"})
     ours, theirs = Tokenizer(write_json(tmp_path, content)), tokenizers.Tokenizer.from_str(json.dumps(content))
@@ -366,7 +366,7 @@ def test_ids_that_a_tokenizer_json_leaves_out(tmp_path):
 
 
 @pytest.mark.parametrize("content", [[], "x", {"bos_token": 5}, {"eos_token": {"content": 5}}, {"bos_token": ["<s>"]}])
-def test_odd_files_beside_it(tmp_path, content):
+def test_special_tokens_map_beside_tokenizer_json(tmp_path, content):
     write_json(tmp_path, llama2_json())
     path = write_json(tmp_path, content, "special_tokens_map.json")
     if isinstance(content, dict):
@@ -377,7 +377,7 @@ def test_odd_files_beside_it(tmp_path, content):
 
 
 def test_special_tokens_of_a_fine_tune_survive_conversion(llama3, tmp_path):
-    """Names and ends that tokenizer.model has no place for."""
+    """tokenizer.model cannot store their names and end-of-turn ids."""
     from test_llama3 import save
 
     content = llama3_json(llama3)

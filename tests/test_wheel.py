@@ -1,4 +1,4 @@
-"""A wheel of the tracked files, installed into an empty environment, runs outside the repository."""
+"""A wheel of the tracked files, installed in an empty environment, works outside of the repository."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def run(*command, cwd, **options):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from what git tracks alone, so that no file that merely lies in the folder gets into it."""
+    """Built only from files that git tracks, so that no other file of the folder is in it."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         pytest.skip("needs a git repository")
     clean, out = tmp_path_factory.mktemp("clean"), tmp_path_factory.mktemp("wheel")
@@ -40,7 +40,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """(python, folder): an environment with this wheel. Its dependencies are those of the environment of the tests."""
+    """(python, folder): an environment with the wheel. Dependencies come from the environment of the tests."""
     folder = tmp_path_factory.mktemp("empty")
     venv.create(folder / "env", with_pip=False)
     python = folder / "env" / "bin" / "python"
@@ -54,7 +54,7 @@ def installed(wheel, tmp_path_factory):
     return python, folder
 
 
-def test_it_holds_every_file_of_the_package(wheel):
+def test_the_wheel_has_every_file_of_the_package(wheel):
     tracked = run("git", "ls-files", "llama", cwd=ROOT).split()
     expected = {name for name in tracked if (ROOT / name).exists()}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name} == expected

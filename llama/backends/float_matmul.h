@@ -1,122 +1,133 @@
 // Matmuls of floats: y (rows, out) = x (rows, in) times the transpose of w (out, in), in float32, float16 or bfloat16.
-// Where the CPU has a dot product of two bfloat16 (PAIRS), w and x are `in` Pairs: a lane holds one instead of a float.
+// Where the CPU has a dot product of bfloat16 (HAS_DOT2), w and x consist of Pairs, and `in` counts Pairs: a lane holds two
+// bfloat16 instead of a float32.
+//
+// Up to DOT_MAX_ROWS rows, as in decode steps, are bound by memory bandwidth: weights are read once, in place, and each
+// output is a dot product. More rows, as in prefill, are a blocked GEMM: blocks of weights are packed into tiles that stay
+// in the L2 cache, and a micro-kernel accumulates outer products in registers.
 #pragma once
 
 #include "threads.h"
 #include "vector.h"
 
-constexpr int FLOAT_N = FLOAT_V * L;  // outputs of a tile
+constexpr int FLOAT_N = FLOAT_V * L;  // outputs of a tile of packed weights
 
 template <int n>
-constexpr std::integral_constant<int, n> number{};
+constexpr std::integral_constant<int, n> constant{};
 
-// Calls work(integral_constant<R>, r) for rows from r on, up to `most` at a time.
+// Splits rows r .. rows - 1 into blocks of constant sizes R, the largest of `most`, and calls work(constant<R>, r).
 template <int most, typename Work>
-INLINE void in_steps(int64_t r, int64_t rows, const Work &work) {
+INLINE void for_blocks(int64_t r, int64_t rows, const Work &work) {
     for (; r + most <= rows; r += most) work(std::integral_constant<int, most>(), r);
-    if constexpr (most > 1) in_steps<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
+    if constexpr (most > 1) for_blocks<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
 }
 
-// The same, but the last six or seven rows pass as a group of eight, which takes the last row again: that is faster.
+// The same, but the last six or seven rows are a block of eight, which repeats the last row: this is faster.
 template <int most, typename Work>
-INLINE void in_groups(int64_t r, int64_t rows, const Work &work) {
+INLINE void for_overlapping_blocks(int64_t r, int64_t rows, const Work &work) {
     for (; r + (most == 8 ? 6 : most) <= rows; r += most) work(std::integral_constant<int, most>(), r);
-    if constexpr (most > 1) in_groups<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
+    if constexpr (most > 1) for_overlapping_blocks<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
 }
 
-// Where a kernel stores its outputs. They are `apart`, so that each reads one long stream of weights: a core keeps more
-// cache lines in flight when it reads several. Rows behind the last are the last again.
+// Where a micro-kernel stores its outputs. Those that it computes together are `output_stride` apart, so that each reads a
+// long sequential stream of weights: a core keeps more cache lines in flight when it reads several streams. Rows past
+// `last_row` repeat it.
 struct Outputs {
     float *y;
-    int64_t stride, apart, last;
-    float &at(int64_t row, int64_t output) const { return y[std::min(row, last) * stride + output * apart]; }
+    int64_t row_stride, output_stride, last_row;
+    float &at(int64_t row, int64_t output) const {
+        return y[std::min(row, last_row) * row_stride + output * output_stride];
+    }
 };
 
-// Fetches what comes behind column k of the weights of O outputs.
+// Prefetches the weights of O outputs 2 KiB ahead of column k.
 template <int O, typename T>
-INLINE void prefetch_rows(const T *w, int64_t in, int64_t apart, int64_t k) {
-    for (int o = 0; o < O && k * sizeof(T) % 64 == 0; o++) prefetch(w + o * apart * in + k + 2048 / sizeof(T));
+INLINE void prefetch_rows(const T *w, int64_t in, int64_t output_stride, int64_t k) {
+    for (int o = 0; o < O && k * sizeof(T) % 64 == 0; o++) prefetch(w + o * output_stride * in + k + 2048 / sizeof(T));
 }
 
-// O outputs of R rows by dot products. x comes by blocks of L columns (in / L, R, L).
+// Micro-kernel of R rows x O outputs: dot products along the columns, summed across lanes at the end. x is packed by
+// blocks of L columns (in / L, R, L).
 template <int R, int O, typename T>
-static void dot_rows(const T *w, int64_t in, const float *x, const Outputs &to) {
+static void dot_kernel(const T *w, int64_t in, const float *x, const Outputs &to) {
     F total[R][O] = {};
     for (int64_t k = 0; k < in; k += L, x += R * L) {
-        prefetch_rows<O>(w, in, to.apart, k);
+        prefetch_rows<O>(w, in, to.output_stride, k);
         F weights[O];
-        for (int o = 0; o < O; o++) weights[o] = in_register(load(w + o * to.apart * in + k));
+        for (int o = 0; o < O; o++) weights[o] = in_register(load(w + o * to.output_stride * in + k));
         for (int r = 0; r < R; r++) {
             const F row = in_register(load(x + r * L));
-            for (int o = 0; o < O; o++) total[r][o] = add_product<T>(total[r][o], weights[o], row);
+            for (int o = 0; o < O; o++) total[r][o] = multiply_add<T>(total[r][o], weights[o], row);
         }
     }
 #pragma GCC unroll 8
     for (int begin = 0; begin < R * O; begin += L) {
-        F some[L] = {};
+        F sums[L] = {};
 #pragma GCC unroll 16
         for (int i = 0; i < L; i++)
-            if (begin + i < R * O) some[i] = total[(begin + i) / O][(begin + i) % O];
-        const F found = sums(some);
+            if (begin + i < R * O) sums[i] = total[(begin + i) / O][(begin + i) % O];
+        const F result = sum_each(sums);
 #pragma GCC unroll 16
         for (int i = 0; i < L; i++)
-            if (begin + i < R * O) to.at((begin + i) / O, (begin + i) % O) = found[i];
+            if (begin + i < R * O) to.at((begin + i) / O, (begin + i) % O) = result[i];
     }
 }
 
-// O outputs of V SIDE rows, SIDE side by side in a vector, by blocks of WIDE columns (in / WIDE, V SIDE, WIDE). With
-// float32 weights this reads O streams as fast as for one row, where dot products have registers for three.
-constexpr int SIDE = std::min(L, 8), WIDE = L / SIDE;
+// Micro-kernel of V VECTOR_ROWS rows x O outputs. A vector of x holds ROW_LANES columns of VECTOR_ROWS rows, and weights
+// are broadcast: x is packed by blocks of ROW_LANES columns (in / ROW_LANES, V VECTOR_ROWS, ROW_LANES). With float32
+// weights it reads O streams as fast as for one row, while dot products would have registers for three.
+constexpr int VECTOR_ROWS = std::min(L, 8), ROW_LANES = L / VECTOR_ROWS;
 template <int V, int O, typename T>
-static void interleaved_rows(const T *w, int64_t in, const float *x, const Outputs &to) {
+static void interleaved_kernel(const T *w, int64_t in, const float *x, const Outputs &to) {
     F total[O][V] = {};
     for (int64_t k = 0; k < in; k += L) {
-        prefetch_rows<O>(w, in, to.apart, k);
-        float near[O * L];
-        for (int o = 0; o < O; o++) store(near + o * L, load(w + o * to.apart * in + k));
-        for (int i = 0; i < SIDE; i++, x += V * L) {
+        prefetch_rows<O>(w, in, to.output_stride, k);
+        float converted[O * L];
+        for (int o = 0; o < O; o++) store(converted + o * L, load(w + o * to.output_stride * in + k));
+        for (int i = 0; i < VECTOR_ROWS; i++, x += V * L) {
             F rows[V];
             for (int v = 0; v < V; v++) rows[v] = in_register(load(x + v * L));
             for (int o = 0; o < O; o++) {
-                const F weight = broadcast<WIDE>(near + o * L + i * WIDE);
-                for (int v = 0; v < V; v++) total[o][v] = add_product<T>(total[o][v], weight, rows[v]);
+                const F weight = broadcast<ROW_LANES>(converted + o * L + i * ROW_LANES);
+                for (int v = 0; v < V; v++) total[o][v] = multiply_add<T>(total[o][v], weight, rows[v]);
             }
         }
     }
     for (int o = 0; o < O; o++)
-        for (int r = 0; r < V * SIDE; r++) {
+        for (int r = 0; r < V * VECTOR_ROWS; r++) {
             float sum = 0;
-            for (int i = 0; i < WIDE; i++) sum += total[o][r / SIDE][r % SIDE * WIDE + i];
+            for (int i = 0; i < ROW_LANES; i++) sum += total[o][r / VECTOR_ROWS][r % VECTOR_ROWS * ROW_LANES + i];
             to.at(r, o) = sum;
         }
 }
 
-// V vectors of outputs of R rows: y (+)= x w, with w (K, V L), whose rows are `width` apart.
+// Micro-kernel of R rows x V vectors of outputs: K outer products, y = x w, or y += x w if `accumulate`. w (K, V L) is a
+// tile of packed weights, whose rows have stride `w_stride`.
 template <int R, int V, typename T = float>
-static void outer_rows(const float *w, int64_t width, const float *x, int64_t in, float *y, int64_t stride, int64_t K,
-                       bool add) {
-    F total[R][V];  // in registers if all loops over it are unrolled
+static void outer_product_kernel(const float *w, int64_t w_stride, const float *x, int64_t x_stride, float *y,
+                                 int64_t y_stride, int64_t K, bool accumulate) {
+    F total[R][V];  // accumulators, in registers if all loops over them are unrolled
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v++) total[r][v] = add ? load(y + r * stride + v * L) : F{};
-    for (int64_t k = 0; k < K; k++, w += width) {
+        for (int v = 0; v < V; v++) total[r][v] = accumulate ? load(y + r * y_stride + v * L) : F{};
+    for (int64_t k = 0; k < K; k++, w += w_stride) {
         F weights[V];
         for (int v = 0; v < V; v++) weights[v] = load(w + v * L);
         for (int r = 0; r < R; r++) {
-            const F row = broadcast<1>(x + r * in + k);
-            for (int v = 0; v < V; v++) total[r][v] = add_product<T>(total[r][v], weights[v], row);
+            const F row = broadcast<1>(x + r * x_stride + k);
+            for (int v = 0; v < V; v++) total[r][v] = multiply_add<T>(total[r][v], weights[v], row);
         }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v++) store(y + r * stride + v * L, total[r][v]);
+        for (int v = 0; v < V; v++) store(y + r * y_stride + v * L, total[r][v]);
 }
 
-// Rows w (n, K), which are `stride` apart, as columns of a tile (K, FLOAT_N); the last row again where n is smaller.
+// Packs rows w (n, K) with stride `stride`, transposed, into a tile (K, FLOAT_N); the last row repeats if n < FLOAT_N.
 template <typename T>
-static void transpose_tile(const T *w, int64_t stride, int64_t K, int64_t n, float *to) {
+static void pack_weight_tile(const T *w, int64_t stride, int64_t K, int64_t n, float *to) {
     for (int v = 0; v < FLOAT_V; v++)
         for (int64_t k = 0; k < K; k += L) {
             F x[L];
@@ -126,90 +137,91 @@ static void transpose_tile(const T *w, int64_t stride, int64_t K, int64_t n, flo
         }
 }
 
-constexpr int64_t FEW = 32, DOT_N = 6;              // rows by dot products, outputs of a block of theirs
-constexpr int64_t DEEP = 256, BLOCK = 4 * FLOAT_N;  // a tile (DEEP, FLOAT_N) is read from the L2 cache, x from the L1 cache
+constexpr int64_t DOT_MAX_ROWS = 32;  // more rows are a blocked GEMM
+constexpr int64_t DOT_N = 6;          // the most outputs of a micro-kernel of dot products
+constexpr int64_t BLOCK_K = 256, BLOCK_N = 4 * FLOAT_N;  // tiles (BLOCK_K, FLOAT_N) stay in the L2 cache, x in the L1 cache
 template <typename T>
-constexpr bool RARE = PAIRS && std::is_same_v<T, BFloat16>;  // rows that are not whole vectors of Pairs
+constexpr bool ODD_BF16 = HAS_DOT2 && std::is_same_v<T, BFloat16>;  // columns are not whole vectors of Pairs, which is rare
 template <typename T>
-constexpr int MOST = RARE<T> ? 1 : sizeof(T) == 4 || L > SIDE ? 2 * SIDE : DOT_ROWS;  // a few rows pass in groups of these
+constexpr int GROUP_ROWS =  // the most rows of a micro-kernel, where there are up to DOT_MAX_ROWS
+    ODD_BF16<T> ? 1 : sizeof(T) == 4 || L > VECTOR_ROWS ? 2 * VECTOR_ROWS : DOT_ROWS;
 template <typename T, int R>
-constexpr bool IS_SIDE = R == 2 * SIDE || (sizeof(T) == 4 && R == SIDE);  // such a group by interleaved_rows
+constexpr bool IS_INTERLEAVED = R == 2 * VECTOR_ROWS || (sizeof(T) == 4 && R == VECTOR_ROWS);  // by interleaved_kernel
 
-// Row r of x by blocks of columns, (in / deep, rows, deep). A core reads x as one stream then; rows a power of two apart
-// would share a few lines of its L1 cache.
-template <int64_t deep>
-INLINE void by_columns(const float *row, int64_t r, int64_t rows, int64_t in, float *to) {
-    for (int64_t k = 0; k < in; k += deep) {
-        const int64_t K = deep > L ? std::min(deep, in - k) : deep;
+// Packs row r of x by blocks of columns, (in / block, rows, block). x is then one sequential stream; rows whose stride is a
+// power of two would map to a few sets of the L1 cache.
+template <int64_t block>
+INLINE void pack_row(const float *row, int64_t r, int64_t rows, int64_t in, float *to) {
+    for (int64_t k = 0; k < in; k += block) {
+        const int64_t K = block > L ? std::min(block, in - k) : block;
         memcpy(to + k * rows + r * K, row + k, K * sizeof(float));
     }
 }
 
-// x as the two functions below take it, valid until the next call.
+// x packed for the two functions below; valid until the next call.
 template <typename T>
 static const float *pack_x(const float *x, int64_t rows, int64_t in) {
     if constexpr (std::is_same_v<T, Pair>) {
-        Pair *pairs = (Pair *)scratch<NARROW>(rows * in * sizeof(Pair));
-        each_row(rows, in, [&](int64_t r) {
+        Pair *pairs = (Pair *)scratch<BF16_X>(rows * in * sizeof(Pair));
+        parallel_for_rows(rows, in, [&](int64_t r) {
             for (int64_t k = 0; k < 2 * in; k += L) store((BFloat16 *)(pairs + r * in) + k, load(x + 2 * r * in + k));
         });
         x = (const float *)pairs;
     }
     if (rows == 1) return x;
-    float *to = (float *)scratch<COLUMNS>((rows + MOST<T>) * in * sizeof(float));
-    if (rows > FEW)
-        each_row(rows, in, [&](int64_t r) { by_columns<DEEP>(x + r * in, r, rows, in, to); });
+    float *to = (float *)scratch<PACKED_X>((rows + GROUP_ROWS<T>) * in * sizeof(float));
+    if (rows > DOT_MAX_ROWS)
+        parallel_for_rows(rows, in, [&](int64_t r) { pack_row<BLOCK_K>(x + r * in, r, rows, in, to); });
     else
-        in_groups<MOST<T>>(0, rows, [&](auto R, int64_t r) {
+        for_overlapping_blocks<GROUP_ROWS<T>>(0, rows, [&](auto R, int64_t r) {
             for (int i = 0; i < R; i++)
-                by_columns<IS_SIDE<T, R> ? WIDE : L>(x + std::min(r + i, rows - 1) * in, i, R, in, to + r * in);
+                pack_row<IS_INTERLEAVED<T, R> ? ROW_LANES : L>(x + std::min(r + i, rows - 1) * in, i, R, in, to + r * in);
         });
     return to;
 }
 
-// Outputs from `begin` to `end` of a few rows.
+// Outputs begin .. end - 1 of up to DOT_MAX_ROWS rows.
 template <typename T>
-static void dot_outputs(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
+static void dot_matmul(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
                         int64_t end) {
-    const auto block = [&](int64_t n, int64_t outputs, int64_t apart) {  // all rows of outputs n, n + apart, ..
-        in_groups<MOST<T>>(0, rows, [&](auto R, int64_t r) {
-            constexpr int vectors = IS_SIDE<T, R> ? (BYTES == 64 ? 24 : 12) * SIDE : 3 * DOT_ROWS;  // of sums, in registers
-            constexpr int most = std::min<int>(DOT_N, vectors / R);
-            const auto some = [&](auto O, int64_t o) {
-                const T *from = w + (n + o * apart) * in;
-                const Outputs to{y + r * stride + n + o * apart, stride, apart, rows - 1 - r};
-                if constexpr (IS_SIDE<T, R>) interleaved_rows<R / SIDE, O>(from, in, x + r * in, to);
-                else dot_rows<R, O>(from, in, x + r * in, to);
+    const auto block = [&](int64_t n, int64_t outputs, int64_t output_stride) {  // outputs n, n + output_stride, ..
+        for_overlapping_blocks<GROUP_ROWS<T>>(0, rows, [&](auto R, int64_t r) {
+            constexpr int accumulators = IS_INTERLEAVED<T, R> ? (BYTES == 64 ? 24 : 12) * VECTOR_ROWS : 3 * DOT_ROWS;
+            constexpr int most = std::min<int>(DOT_N, accumulators / R);  // outputs whose accumulators are in registers
+            const auto kernel = [&](auto O, int64_t o) {
+                const T *from = w + (n + o * output_stride) * in;
+                const Outputs to{y + r * stride + n + o * output_stride, stride, output_stride, rows - 1 - r};
+                if constexpr (IS_INTERLEAVED<T, R>) interleaved_kernel<R / VECTOR_ROWS, O>(from, in, x + r * in, to);
+                else dot_kernel<R, O>(from, in, x + r * in, to);
             };
             int64_t o = 0;
-            for (; o + most <= outputs; o += most) some(number<most>, o);
-            for (; o < outputs; o++) some(number<1>, o);
+            for (; o + most <= outputs; o += most) kernel(constant<most>, o);
+            for (; o < outputs; o++) kernel(constant<1>, o);
         });
     };
-    const int64_t apart = (end - begin) / DOT_N, last = begin + apart * DOT_N;
-    for (int64_t n = begin; n < begin + apart; n++) block(n, DOT_N, apart);
+    const int64_t stream = (end - begin) / DOT_N, last = begin + stream * DOT_N;  // outputs of each of DOT_N streams
+    for (int64_t n = begin; n < begin + stream; n++) block(n, DOT_N, stream);
     block(last, end - last, 1);
 }
 
-// Outputs from `begin` to `end` of many rows. Blocks of the weights are transposed, so that no sum needs to be taken
-// across a vector.
+// Outputs begin .. end - 1 of more rows. Weights are packed by transposing, so that no sum needs to be taken across lanes.
 template <typename T>
-static void outer_outputs(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
+static void blocked_matmul(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
                           int64_t end) {
-    float *tiles = (float *)scratch<TILE>(BLOCK * DEEP * sizeof(float)), last[FLOAT_ROWS * FLOAT_N];
-    for (int64_t n = begin; n < end; n += BLOCK)
-        for (int64_t k = 0; k < in; k += DEEP) {
-            const int64_t K = std::min(DEEP, in - k), stop = std::min(end, n + BLOCK);
+    float *tiles = (float *)scratch<WEIGHT_TILE>(BLOCK_N * BLOCK_K * sizeof(float)), last[FLOAT_ROWS * FLOAT_N];
+    for (int64_t n = begin; n < end; n += BLOCK_N)
+        for (int64_t k = 0; k < in; k += BLOCK_K) {
+            const int64_t K = std::min(BLOCK_K, in - k), stop = std::min(end, n + BLOCK_N);
             for (int64_t m = n; m < stop; m += FLOAT_N)
-                transpose_tile(w + m * in + k, in, K, end - m, tiles + (m - n) * DEEP);
-            in_steps<FLOAT_ROWS>(0, rows, [&](auto R, int64_t r) {
+                pack_weight_tile(w + m * in + k, in, K, end - m, tiles + (m - n) * BLOCK_K);
+            for_blocks<FLOAT_ROWS>(0, rows, [&](auto R, int64_t r) {
                 const float *from = x + k * rows + r * K, *tile = tiles;
                 float *to = y + r * stride + n;
                 int64_t m = n;
-                for (; m + FLOAT_N <= stop; m += FLOAT_N, tile += FLOAT_N * DEEP, to += FLOAT_N)
-                    outer_rows<R, FLOAT_V, T>(tile, FLOAT_N, from, K, to, stride, K, k > 0);
+                for (; m + FLOAT_N <= stop; m += FLOAT_N, tile += FLOAT_N * BLOCK_K, to += FLOAT_N)
+                    outer_product_kernel<R, FLOAT_V, T>(tile, FLOAT_N, from, K, to, stride, K, k > 0);
                 if (m == stop) return;
-                outer_rows<R, FLOAT_V, T>(tile, FLOAT_N, from, K, last, FLOAT_N, K, false);
+                outer_product_kernel<R, FLOAT_V, T>(tile, FLOAT_N, from, K, last, FLOAT_N, K, false);
                 for (int i = 0; i < R; i++)
                     for (int64_t o = 0; o < stop - m; o++)
                         to[i * stride + o] = last[i * FLOAT_N + o] + (k ? to[i * stride + o] : 0);

@@ -7,7 +7,7 @@
 
 struct Layer {
     const float *attention_norm;
-    Matrix qkv[3], wo;  // several where they do not lie together in memory
+    Matrix qkv[3], wo;  // wq, wk, wv need not be adjacent in memory
     const float *ffn_norm;
     Matrix w13[2], w2;
     void *cache;
@@ -22,9 +22,9 @@ struct Model {
     const Layer *layer;
 };
 
-// x += y, if there is any; h = RMSNorm of x.
-static void add_norm(float *x, const float *y, const float *weight, double eps, float *h, int64_t rows, int64_t dim) {
-    each_row(rows, dim, [&](int64_t r) {
+// x += y, unless y is null; h = RMSNorm(x).
+static void add_rms_norm(float *x, const float *y, const float *weight, double eps, float *h, int64_t rows, int64_t dim) {
+    parallel_for_rows(rows, dim, [&](int64_t r) {
         F squares = {};
         float *row = x + r * dim;
         for (int64_t k = 0; k < dim; k += L) {
@@ -32,7 +32,7 @@ static void add_norm(float *x, const float *y, const float *weight, double eps, 
             if (y) store(row + k, sum += load(y + r * dim + k));
             squares += sum * sum;
         }
-        const float scale = 1 / std::sqrt(sum(squares) / dim + (float)eps);
+        const float scale = 1 / std::sqrt(reduce_add(squares) / dim + (float)eps);
         for (int64_t k = 0; k < dim; k += L) store(h + r * dim + k, load(row + k) * scale * load(weight + k));
     });
 }
@@ -40,30 +40,30 @@ static void add_norm(float *x, const float *y, const float *weight, double eps, 
 static void attention_layer(const Model &m, const Layer &l, float *x, const float *add, float *y, const Sequence *sequences,
                             int64_t count, int64_t rows) {
     const Heads &h = m.heads;
-    float *normed = (float *)scratch<PASS>(rows * (m.dim + h.width() + h.H * h.D) * sizeof(float));
-    float *qkv = normed + rows * m.dim, *seen = qkv + rows * h.width();
-    add_norm(x, add, l.attention_norm, m.eps, normed, rows, m.dim);
+    float *normed = (float *)scratch<ACTIVATIONS>(rows * (m.dim + h.width() + h.H * h.D) * sizeof(float));
+    float *qkv = normed + rows * m.dim, *attended = qkv + rows * h.width();
+    add_rms_norm(x, add, l.attention_norm, m.eps, normed, rows, m.dim);
     matmul(l.qkv, 3, normed, qkv, rows);
-    by_kind(m.cache_kind, l.cache, [&](auto *cache) { attention(h, qkv, m.cos_sin, cache, sequences, count, seen); });
-    matmul(&l.wo, 1, seen, y, rows);
+    dispatch(m.cache_kind, l.cache, [&](auto *cache) { attention(h, qkv, m.cos_sin, cache, sequences, count, attended); });
+    matmul(&l.wo, 1, attended, y, rows);
 }
 
 static void feed_forward_layer(const Model &m, const Layer &l, float *x, const float *add, float *y, int64_t rows) {
-    const int64_t some = std::min<int64_t>(rows, 256);  // whose hidden units stay in the last-level cache
-    float *normed = (float *)scratch<PASS>((rows * m.dim + some * 3 * m.hidden) * sizeof(float));
-    float *both = normed + rows * m.dim, *gated = both + some * 2 * m.hidden;
-    add_norm(x, add, l.ffn_norm, m.eps, normed, rows, m.dim);
-    for (int64_t r = 0; r < rows; r += some) {
-        const int64_t now = std::min(some, rows - r);
-        matmul(l.w13, 2, normed + r * m.dim, both, now);
-        each_row(now, m.hidden, [&](int64_t i) {
-            const float *gate = both + 2 * i * m.hidden, *up = gate + m.hidden;
+    const int64_t block = std::min<int64_t>(rows, 256);  // rows whose hidden activations stay in the last-level cache
+    float *normed = (float *)scratch<ACTIVATIONS>((rows * m.dim + block * 3 * m.hidden) * sizeof(float));
+    float *gate_up = normed + rows * m.dim, *gated = gate_up + block * 2 * m.hidden;
+    add_rms_norm(x, add, l.ffn_norm, m.eps, normed, rows, m.dim);
+    for (int64_t r = 0; r < rows; r += block) {
+        const int64_t n = std::min(block, rows - r);
+        matmul(l.w13, 2, normed + r * m.dim, gate_up, n);
+        parallel_for_rows(n, m.hidden, [&](int64_t i) {
+            const float *gate = gate_up + 2 * i * m.hidden, *up = gate + m.hidden;
             for (int64_t k = 0; k < m.hidden; k += L) {
                 const F g = load(gate + k);
                 store(gated + i * m.hidden + k, g / (1 + exp(-g)) * load(up + k));
             }
         });
-        matmul(&l.w2, 1, gated, y + r * m.dim, now);
+        matmul(&l.w2, 1, gated, y + r * m.dim, n);
     }
 }
 
@@ -76,21 +76,21 @@ void llama_threads(int n) {
 
 void llama_matmul(const Matrix *m, const float *x, float *y, int64_t rows) {
     matmul(m, 1, x, y, rows);
-    pool->rest();
+    pool->set_idle();
 }
 
-// Rows x (rows, dim) of the embeddings. Returns the first invalid token, or -1.
+// Embeddings x (rows, dim) of tokens. Returns the first invalid token id (the vocabulary's size if it is negative), or -1.
 int64_t llama_embed(const Model *m, const int64_t *tokens, float *x, int64_t rows) {
     for (int64_t r = 0; r < rows; r++)
         if (tokens[r] < 0 || tokens[r] >= m->vocabulary) return tokens[r] < 0 ? m->vocabulary : tokens[r];
-    by_kind(m->kind, (void *)m->embeddings, [&](auto *from) {
+    dispatch(m->kind, (void *)m->embeddings, [&](auto *from) {
         for (int64_t r = 0; r < rows; r++)
             for (int64_t k = 0; k < m->dim; k += L) store(x + r * m->dim + k, load(from + tokens[r] * m->dim + k));
     });
     return -1;
 }
 
-// One half of layer i, for ranks, which sum y in between: x += add, if there is any, and y is what the half adds to x.
+// One half of layer i, as tensor-parallel ranks all-reduce y after each: x += add, unless it is null, then y = half(x).
 void llama_attention(const Model *m, int64_t i, float *x, const float *add, float *y, const Sequence *sequences,
                      int64_t count, int64_t rows) {
     attention_layer(*m, m->layer[i], x, add, y, sequences, count, rows);
@@ -99,32 +99,32 @@ void llama_feed_forward(const Model *m, int64_t i, float *x, const float *add, f
     feed_forward_layer(*m, m->layer[i], x, add, y, rows);
 }
 
-// All layers: embeddings x (rows, dim) become the last layer's output; y (rows, dim) is memory to compute in.
+// All layers: embeddings x (rows, dim) become the last layer's output; y (rows, dim) is scratch.
 void llama_layers(const Model *m, float *x, float *y, const Sequence *sequences, int64_t count, int64_t rows) {
     for (int64_t i = 0; i < m->layers; i++) {
         attention_layer(*m, m->layer[i], x, i ? y : nullptr, y, sequences, count, rows);
         feed_forward_layer(*m, m->layer[i], x, y, y, rows);
     }
     for (int64_t k = 0; k < rows * m->dim; k++) x[k] += y[k];
-    pool->rest();
+    pool->set_idle();
 }
 
 // Logits (rows, vocabulary) of hidden states x (rows, dim).
 void llama_logits(const Model *m, float *x, float *logits, int64_t rows) {
-    float *normed = (float *)scratch<PASS>(rows * m->dim * sizeof(float));
-    add_norm(x, nullptr, m->norm, m->eps, normed, rows, m->dim);
+    float *normed = (float *)scratch<ACTIVATIONS>(rows * m->dim * sizeof(float));
+    add_rms_norm(x, nullptr, m->norm, m->eps, normed, rows, m->dim);
     matmul(&m->output, 1, normed, logits, rows);
-    pool->rest();
+    pool->set_idle();
 }
 
-// The four numbers in two bytes, one to a byte.
-static uint32_t spread(const uint8_t *q) {
-    const uint32_t pairs = (get<uint16_t>(q) | get<uint16_t>(q) << 8) & 0x00FF00FF;
+// Unpacks the four nibbles of two bytes into four bytes.
+static uint32_t unpack_int4(const uint8_t *q) {
+    const uint32_t pairs = (load_as<uint16_t>(q) | load_as<uint16_t>(q) << 8) & 0x00FF00FF;
     return (pairs | pairs << 4) & 0x0F0F0F0F;
 }
 
-// q (out, in), a byte each, or two in a byte, the even columns in the low halves -> tiles. Outputs that are missing in the
-// last tile are 0.
+// Packs q (out, in) into tiles. int8 has one element to a byte, int4 two, with the even column in the low nibble. The last
+// tile is padded with zeros.
 void llama_pack(int64_t bits, const uint8_t *q, uint8_t *to, int64_t out, int64_t in, int64_t group) {
     const int64_t N = TILE_N, half = group % 32 ? 8 : 16, bytes = in * bits / 8, size = N * bytes;
     parallel_for((out + N - 1) / N, 1, [&](int64_t tile, int64_t end) {
@@ -133,15 +133,16 @@ void llama_pack(int64_t bits, const uint8_t *q, uint8_t *to, int64_t out, int64_
             const uint8_t *rows = q + tile * N * bytes;
             const int64_t n = std::min<int64_t>(N, out - tile * N);
             if (n < N) memset(at, 0, size);
-            for (int64_t k = 0; k < bytes; k += 4, at += N * 4) {  // of 8 bits 4 columns; of 4 bits 8, of a block's halves
+            for (int64_t k = 0; k < bytes; k += 4, at += N * 4) {  // int8: 4 columns; int4: 8, 4 of each half of a block
                 const int64_t from = bits == 8 ? k : k - k % half + k % half / 2;
                 for (int64_t i = 0; i < n; i++) {
                     const uint8_t *row = rows + i * bytes + from;
-                    put(at + i * 4, bits == 8 ? get<uint32_t>(row) : spread(row) | spread(row + half / 2) << 4);
+                    store_as(at + i * 4, bits == 8 ? load_as<uint32_t>(row)
+                                                   : unpack_int4(row) | unpack_int4(row + half / 2) << 4);
                 }
             }
         }
     });
-    pool->rest();
+    pool->set_idle();
 }
 }

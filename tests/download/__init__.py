@@ -1,4 +1,4 @@
-"""download.sh, run for real against a server on this machine: each case is a way in which downloads went wrong."""
+"""download.sh, run against a local server: each test is a way in which downloads failed."""
 
 import pytest
 

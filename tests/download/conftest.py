@@ -1,4 +1,4 @@
-"""A server and users of it."""
+"""A server and its users."""
 
 import shutil
 import threading
@@ -32,7 +32,7 @@ def user(request: pytest.FixtureRequest, tmp_path: Path, server: Server) -> User
 
 @pytest.fixture
 def any_user(tmp_path: Path, server: Server) -> User:
-    """For what has nothing to do with which of curl and wget is there."""
+    """For tests in which it does not matter whether curl or wget is installed."""
     if not (shutil.which("curl") or shutil.which("wget")):
         pytest.skip("neither curl nor wget is installed")
     return User(tmp_path, server, ("curl", "wget", *HASHER, *TOOLS))

@@ -1,8 +1,5 @@
-"""A server of made-up weights under the published paths, and users who download from it with download.sh.
-
-The server insists on the query of the link, so that every success also shows that the shell neither split nor expanded
-it.
-"""
+"""A server of fake weights under the published paths, and users who download from it with download.sh. The server
+checks the link's query, so that a success also shows that the shell neither split nor expanded it."""
 
 import gzip
 import hashlib
@@ -19,7 +16,7 @@ from small import ROOT
 SCRIPT = ROOT / "download.sh"
 BASH = shutil.which("bash") or ""
 
-# A signed link has all of these: & and * and ~ for the shell, % for whoever decodes, _ and - and = besides.
+# A signed link has all of these: & * ~ are special to the shell, % to URL decoding, and there are _ - = too.
 QUERY = "Policy=eyJTd_-~&Signature=a~b%7Ec%2Bd*&Key-Pair-Id=K1$HOME"
 PAGE = b"\n <!DOCTYPE html><html><body>Update your browser</body></html>\n"
 SHARD = "llama-2-7b/consolidated.00.pth"
@@ -44,7 +41,7 @@ def checklist(folder: dict[str, bytes]) -> bytes:
 
 
 def published_files() -> dict[str, bytes]:
-    """What the server has, by path."""
+    """The server's files, by path."""
     # A SentencePiece model begins like this: a check for web pages that skips too much would see its "<".
     tokenizer = b"\n\x0e\n\x05<unk>\x15" + bytes(range(256)) * 4
     files = {"LICENSE": b"LLAMA 2 COMMUNITY LICENSE", "USE_POLICY.md": b"# Llama 2 Acceptable Use Policy"}
@@ -130,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class User:
-    """Someone with an (almost) empty machine: a folder to download to, and only the named programs on the PATH."""
+    """A user on a machine with a download folder and only the named programs on PATH."""
 
     def __init__(self, home: Path, server: Server, programs: tuple[str, ...]) -> None:
         self.home, self.server = home, server
@@ -167,7 +164,7 @@ class User:
         (self.target / path).write_bytes(data)
 
     def put_all_but(self, missing: str) -> None:
-        """What a finished download leaves, without one file."""
+        """Write the files of a finished download, except one."""
         for path, data in expected(self.server, "7b").items():
             if path != missing:
                 self.put(path, data)
@@ -194,7 +191,7 @@ def assert_complete(user: User, result: subprocess.CompletedProcess[str], *model
 
 
 def assert_nothing_wrong(user: User, models: tuple[str, ...] = ("7b",)) -> None:
-    """Whatever has a final name holds what the server publishes under it."""
+    """Files with a final name have the published contents."""
     right = expected(user.server, *models)
     wrong = [path for path, data in user.has().items() if not path.endswith(".part") and right.get(path) != data]
     assert wrong == []

@@ -1,4 +1,4 @@
-"""download.sh and a server that refuses, or answers with something else."""
+"""download.sh with a server that refuses, or answers with other contents."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from download.server import CHECKLIST, PAGE, QUERY, SHARD, User, assert_complete
 
 
 def test_an_expired_link_is_explained(user: User) -> None:
-    """Status 403 and nothing else was all that users saw, again and again."""
+    """Regression: users only saw status 403, for every file."""
     user.server.expired = True
     result = user.download()
     assert result.returncode != 0 and user.has() == {}
@@ -26,7 +26,7 @@ def test_a_link_that_expires_midway_loses_nothing(user: User) -> None:
 
 @pytest.mark.parametrize(("path", "file"), [("LICENSE", "llama-2-7b/LICENSE"), (CHECKLIST, CHECKLIST), (SHARD, SHARD)])
 def test_a_web_page_is_never_kept(user: User, path: str, file: str) -> None:
-    """A page with status 200 was saved as a shard, and taken for it by the next run."""
+    """Regression: a page with status 200 was saved as a shard, which the next run accepted."""
     user.put_all_but(file)
     user.server.pages.add(path)
     before = user.has()
@@ -45,7 +45,7 @@ def test_web_pages_of_an_older_script_are_replaced(any_user: User) -> None:
 
 
 def test_a_corrupted_byte(user: User) -> None:
-    """One wrong byte in gigabytes: the file must not get its name, and the next run must not build on it."""
+    """One wrong byte in gigabytes: the file must not get its final name, and the next run must not resume from it."""
     user.put_all_but(SHARD)
     right = user.server.files[SHARD]
     user.server.files[SHARD] = right[:200_000] + b"?" + right[200_001:]
@@ -56,8 +56,8 @@ def test_a_corrupted_byte(user: User) -> None:
     assert_complete(user, user.download())
 
 
-def test_a_wrong_file_that_is_already_here_is_replaced(any_user: User) -> None:
-    """An existing file was believed: now it is checked, and one that only lacks its end is completed."""
+def test_an_existing_wrong_file_is_replaced(any_user: User) -> None:
+    """Regression: existing files were trusted. They are checked now, and an incomplete one is resumed."""
     any_user.put_all_but(SHARD)
     right = any_user.server.files[SHARD]
     any_user.put(SHARD, right[:-1] + b"?")
@@ -66,7 +66,7 @@ def test_a_wrong_file_that_is_already_here_is_replaced(any_user: User) -> None:
     assert any_user.server.requests == [("tokenizer.model", 1000), (SHARD, len(right)), (SHARD, 0)]
 
 
-def test_a_wrong_file_does_not_stay_when_it_cannot_be_replaced(any_user: User) -> None:
+def test_a_wrong_file_is_removed_even_if_it_cannot_be_replaced(any_user: User) -> None:
     any_user.put_all_but(SHARD)
     any_user.put(SHARD, b"wrong")
     any_user.server.expired = True
@@ -79,8 +79,8 @@ def test_a_wrong_file_does_not_stay_when_it_cannot_be_replaced(any_user: User) -
     [b'{"error": "denied"}', b"", b"0123456789abcdef0123456789abcdef  params.json\n"],
     ids=["json", "empty", "shard missing"],
 )
-def test_a_checklist_must_be_one(any_user: User, content: bytes) -> None:
-    """A checklist that lists nothing checked nothing."""
+def test_an_invalid_checklist_is_an_error(any_user: User, content: bytes) -> None:
+    """Regression: with an empty checklist nothing was checked."""
     any_user.server.files[CHECKLIST] = content
     result = any_user.download()
     assert result.returncode != 0 and CHECKLIST in result.stderr
@@ -94,6 +94,6 @@ def test_a_file_that_the_server_does_not_have(user: User) -> None:
     assert result.returncode != 0 and SHARD in result.stderr and "404" in result.stderr
 
 
-def test_no_server_at_all(user: User) -> None:
+def test_no_server(user: User) -> None:
     result = user.run(f"http://127.0.0.1:1/*?{QUERY}", "7B")
     assert result.returncode != 0 and "network" in result.stderr and user.has() == {}

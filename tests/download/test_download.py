@@ -1,4 +1,4 @@
-"""download.sh, when all goes well, as its users call it, and on machines that lack something."""
+"""download.sh: successful downloads, ways to call it, and machines that lack programs."""
 
 import shutil
 import sys
@@ -7,22 +7,22 @@ import pytest
 
 from download.server import BASH, QUERY, SHARD, User, assert_complete, assert_nothing_wrong, checklist, expected
 
-# When all goes well
+# Successful downloads
 
 
 def test_downloads_everything_and_leaves_the_projects_own_documents_alone(user: User) -> None:
-    """Meta's LICENSE, saved to the current folder, overwrote the one of the checkout."""
+    """Regression: Meta's LICENSE, saved to the current folder, overwrote the checkout's."""
     own = {"LICENSE": b"MIT", "USE_POLICY.md": b"ours", "README.md": b"ours too"}
     for name, data in own.items():
         user.put(name, data)
     result = user.download()
     assert result.returncode == 0, result.stderr
     assert user.has() == expected(user.server, "7b") | own
-    assert "Signature" not in result.stdout + result.stderr  # whoever has the link can download with it
+    assert "Signature" not in result.stdout + result.stderr  # the link is a secret: anyone who has it can download
 
 
 def test_a_second_run_downloads_nothing(any_user: User) -> None:
-    """Each run spent the link's limited number of downloads again."""
+    """Regression: each run used up some of the link's limited downloads."""
     any_user.download()
     any_user.server.requests.clear()
     assert_complete(any_user, any_user.download())
@@ -58,17 +58,17 @@ def test_downloads_to_the_current_folder_by_default(any_user: User) -> None:
 
 
 def test_a_link_damaged_on_its_way_is_repaired(any_user: User) -> None:
-    """Copied from a mail's source its & are &amp;, and some mail programs wrap it: both gave 403."""
+    """Copied from an e-mail's source, & is &amp;, and some e-mail programs wrap the link: both gave 403."""
     link = any_user.server.link.replace("&", "&amp;")
     assert_complete(any_user, any_user.run(f" {link[:40]}\n{link[40:]} ", "7B"))
 
 
-# What the user asks for
+# Choice of models, and links
 
 
 @pytest.mark.parametrize("models", ["8B", "7B,34B", "7B;13B", "7B-Chat-hf", "*", ",", "llama-2-7b"])
 def test_an_unknown_model_is_named(any_user: User, models: str) -> None:
-    """An unknown size went on with the path of the model before it."""
+    """Regression: an unknown size used the previous model's path."""
     result = any_user.download(models)
     assert result.returncode != 0 and any_user.server.requests == [] and not any_user.target.exists()
     assert f'"{models.removeprefix("7B,").strip(",")}"' in result.stderr
@@ -88,23 +88,23 @@ def test_an_unknown_model_is_named(any_user: User, models: str) -> None:
     ],
 )
 def test_a_link_that_cannot_work_is_refused(any_user: User, link: str, words: str) -> None:
-    """Each of these was tried, and what came back was saved. Some people gave their e-mail address."""
+    """Regression: each of these was requested, and the response saved. Some users entered their e-mail address."""
     for result in (any_user.run(link, "7B"), any_user.run(stdin=f"{link}\n7B\n")):
         assert result.returncode != 0 and not any_user.target.exists()
         assert words in result.stderr and "In the e-mail" in result.stderr
 
 
-def test_nobody_there_to_name_a_model(any_user: User) -> None:
-    """End of input is not the empty answer: it must not start the download of everything."""
+def test_end_of_input_instead_of_a_model_name(any_user: User) -> None:
+    """End of input is not an empty answer, and must not start the download of all models."""
     result = any_user.run(any_user.server.link)
     assert result.returncode != 0 and "second argument" in result.stderr and any_user.server.requests == []
 
 
-# What the machine has
+# Programs of the machine
 
 
 def test_macos_checks_too(any_user: User) -> None:
-    """macOS has md5 and not md5sum: there the check printed an error and the script went on."""
+    """macOS has md5 instead of md5sum. Regression: the check printed an error and the script went on."""
     (any_user.bin / "md5sum").unlink(missing_ok=True)
     (any_user.bin / "md5").unlink(missing_ok=True)
     (any_user.bin / "md5").write_text(
@@ -132,7 +132,7 @@ def test_a_missing_program_is_named(any_user: User, missing: tuple[str, ...]) ->
 
 
 def test_started_with_sh(any_user: User) -> None:
-    """Where sh is not bash, "sh download.sh" ended in a syntax error."""
+    """Regression: where sh is not bash, "sh download.sh" ended in a syntax error."""
     (any_user.bin / "bash").symlink_to(BASH)
     any_user.shell = shutil.which("sh") or BASH
     assert_complete(any_user, any_user.download())

@@ -1,4 +1,4 @@
-"""download.sh after a download that stopped."""
+"""download.sh after an interrupted download."""
 
 import contextlib
 import gzip
@@ -12,15 +12,16 @@ import pytest
 from download.server import CHECKLIST, CHUNK, PAGE, SHARD, User, assert_complete, assert_nothing_wrong
 
 
-def test_goes_on_where_a_part_ends(user: User) -> None:
+def test_resumes_at_the_end_of_a_part(user: User) -> None:
     user.put_all_but(SHARD)
     user.put(f"{SHARD}.part", user.server.files[SHARD][:100_000])
     assert_complete(user, user.download())
     assert user.server.asked(SHARD) == [100_000]
 
 
-def test_a_whole_part_is_only_checked(user: User) -> None:
-    """Killed between the last byte and the renaming: the server has nothing more to send (416), which is no error."""
+def test_a_complete_part_is_only_checked(user: User) -> None:
+    """Killed between the last byte and the renaming: the server has no more bytes (status 416), which is not an
+    error."""
     user.put_all_but(SHARD)
     whole = user.server.files[SHARD]
     user.put(f"{SHARD}.part", whole)
@@ -36,7 +37,7 @@ def test_a_damaged_part_is_deleted(user: User, rubbish: bytes) -> None:
     assert user.server.asked(SHARD) == [len(rubbish), 0]
 
 
-def test_a_part_that_is_a_web_page_is_thrown_away(any_user: User) -> None:
+def test_a_part_that_is_a_web_page_is_deleted(any_user: User) -> None:
     any_user.put(f"{SHARD}.part", PAGE)
     any_user.put(f"{CHECKLIST}.part", PAGE)
     assert_complete(any_user, any_user.download())
@@ -58,7 +59,7 @@ def test_a_server_without_ranges(user: User) -> None:
 
 
 def test_a_full_disk_is_named(user: User) -> None:
-    """It was "the connection broke", and then a number of curl's."""
+    """Regression: the message was "the connection broke", followed by an error number of curl."""
     user.put_all_but(SHARD)
     folder = user.target / "llama-2-7b"
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -77,7 +78,8 @@ def test_a_full_disk_is_named(user: User) -> None:
 @pytest.mark.parametrize("compress", ["unasked", "always"])
 @pytest.mark.parametrize("begun", [None, "of the file", "of a gzip file"])
 def test_a_server_that_compresses(user: User, compress: str, begun: str | None) -> None:
-    """curl does not say what it takes, and some servers and proxies then send gzip: each right file was "damaged"."""
+    """curl sends no Accept-Encoding, and some servers and proxies then send gzip. Regression: each correct file was
+    "damaged"."""
     user.server.compress = compress
     if begun:
         whole = user.server.files[SHARD]
@@ -86,7 +88,7 @@ def test_a_server_that_compresses(user: User, compress: str, begun: str | None) 
     assert_complete(user, user.download())
 
 
-def test_a_compressed_web_page_is_one(user: User) -> None:
+def test_a_compressed_web_page_is_recognized(user: User) -> None:
     user.server.compress = "always"
     user.put_all_but(SHARD)
     user.server.pages = {SHARD}
@@ -97,8 +99,8 @@ def test_a_compressed_web_page_is_one(user: User) -> None:
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["all processes", "only the script"])
 def test_killed_midway_and_run_again(user: User, whole_group: bool) -> None:
-    """A killed download stayed under its final name. And where only the script is killed, its wget lives on: it must
-    not write into the file of the next run, which here is over before the old one's next bytes arrive."""
+    """Regression: a killed download kept its final name. If only the script is killed, its wget goes on: it must not
+    write to the file of the next run, which here ends before the next bytes of the old one arrive."""
     user.put_all_but(SHARD)
     user.server.trickle.add(SHARD)
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What a user does with the page, and answers in the server's place."""
+"""Actions of a user on the page, and fake answers of the server."""
 
 import json
 import re
@@ -11,8 +11,9 @@ STORY = "Tell me a story about a fox."
 
 @contextmanager
 def tab(browser, url, **options):
-    """A page in a context of its own. At the end: it asked this server alone, and the console has no error, and none of
-    the Content-Security-Policy, but for failed requests whose status or error is in `page.failures`."""
+    """A page in its own browser context. Afterwards it must have contacted only this server, and its console must have
+    no errors, including those of the Content-Security-Policy, except for failed requests whose status or error is in
+    `page.failures`."""
     context = browser.new_context(**{"viewport": {"width": 1000, "height": 700}, **options})
     context.set_default_timeout(10_000)
     page, requests, errors = context.new_page(), [], []
@@ -66,14 +67,14 @@ def configure(page, **settings):
 
 
 def ask(page, text=QUESTION):
-    """A question and its whole answer, which is always the same."""
+    """Send a question and wait for its whole answer, which is always the same."""
     configure(page, temperature="0")
     send(page, text)
     idle(page)
 
 
 def events(*chunks, done=True):
-    """The body of a stream."""
+    """The body of an event stream."""
     lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
     return "".join(lines) + ("data: [DONE]\n\n" if done else "")
 
@@ -83,7 +84,7 @@ def said(text, reason=None):
 
 
 def reply_with(page, body, status=200, headers=None, path="chat/completions", kind="text/event-stream"):
-    """Answer requests in the server's place; the bodies that were sent."""
+    """Answer requests in the server's place. Returns the list of request bodies."""
     bodies = []
 
     def handle(route):

@@ -13,7 +13,8 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BRO
 
 
 class Gate:
-    """Before each step of the engine; `close` holds it after some more steps, `open` lets it go on."""
+    """Called before each step of the engine. `close` blocks it after a number of further steps, and `open` lets it go
+    on."""
 
     def __init__(self, llama):
         self.left, self.changed, self.step = None, threading.Condition(), llama.engine.step

@@ -1,4 +1,4 @@
-"""The page for everyone: by keyboard, names of controls, contrast, dark mode, on a phone."""
+"""Accessibility of the page: keyboard, names of controls, contrast, dark mode, phones."""
 
 import pytest
 
@@ -12,7 +12,7 @@ RING = """() => {
 
 
 def test_by_keyboard_alone(page, gate):
-    """Send, a new line, stop, edit, settings, a conversation's name: without a mouse."""
+    """Send, insert a new line, stop, edit, change settings, rename a conversation: without a mouse."""
     keys, type_ = page.keyboard.press, page.keyboard.type
     expect(message(page)).to_be_focused()
     type_("one")
@@ -41,14 +41,14 @@ def test_by_keyboard_alone(page, gate):
     expect(page.get_by_role("button", name="Settings")).to_be_focused()
 
 
-def test_enter_that_ends_a_composition_of_characters_sends_nothing(page):
+def test_enter_in_an_ime_composition_sends_nothing(page):
     message(page).fill("か")
     message(page).dispatch_event("keydown", {"key": "Enter", "isComposing": True})
     expect(page.locator("article")).to_have_count(0)
 
 
 def named(page):
-    """(role, name) of what the accessibility tree has."""
+    """(role, name) of each node of the accessibility tree."""
     session = page.context.new_cdp_session(page)
     nodes = session.send("Accessibility.getFullAXTree")["nodes"]
     session.detach()

@@ -1,4 +1,4 @@
-"""Chats on the page: sending, stopping, editing, conversations that are kept, settings."""
+"""Chats on the page: sending, stopping, editing, saved conversations, settings."""
 
 import re
 
@@ -72,7 +72,7 @@ def test_stop(page, gate, client):
     assert [m["content"] for m in bodies[0]["messages"]] == [STORY, begun, "And then?"]
 
 
-def test_what_was_stopped_before_its_first_token_is_left_out(page, gate):
+def test_answers_stopped_before_the_first_token_are_left_out(page, gate):
     gate.close(0)
     send(page, "unanswered")
     expect(page.locator("#send")).to_have_text("Stop")
@@ -164,7 +164,7 @@ def test_two_tabs_do_not_lose_conversations(page, client):
     expect(answers(page).locator(".body")).to_have_text(ANSWER)
 
 
-def test_full_storage_is_said(page):
+def test_full_storage_is_reported(page):
     page.evaluate("void (Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); })")
     ask(page)
     expect(page.get_by_role("alert")).to_contain_text("storage is full")
@@ -173,8 +173,8 @@ def test_full_storage_is_said(page):
     expect(page.locator("#notice")).to_be_hidden()
 
 
-def test_what_else_is_in_the_storage_does_no_harm(page):
-    """Other programs serve pages from the same address."""
+def test_foreign_data_in_the_storage_is_ignored(page):
+    """Other programs may serve pages from the same origin."""
     for value in ("[1", '"text"', '{"id": "x", "messages": [1]}'):
         for name in ("settings", "theme", "prompt", "chat.x", "mode", "current", "draft"):
             page.evaluate(
@@ -205,8 +205,8 @@ def test_settings_are_sent(page):
     assert {*bodies[1]} == {"temperature", "top_p", "messages", "model", "stream", "stream_options"}
 
 
-def test_streams_in_pieces_of_any_size(page):
-    """Chunks that end within a line and within a character, line ends of either kind, comments, other fields."""
+def test_streams_in_chunks_of_any_size(page):
+    """Chunks that end within a line or a character, both kinds of line ends, comments, other fields."""
     body = ': keepalive\r\n\r\nevent: x\r\ndata: {"a": "é🦙"}\r\n\r\ndata:{"a": 2}\n\ndata: [DONE]\n\ndata: {}\n\n'
     read = """async ([bytes, size]) => {
         const stream = new ReadableStream({ start(to) {

@@ -1,4 +1,4 @@
-"""Errors of the server and of the network, as the page explains them."""
+"""Errors of the server and the network, and how the page explains them."""
 
 import pytest
 from serving import serving
@@ -22,7 +22,7 @@ from page.actions import (
 
 
 def recover(page):
-    """The server answers again: the same question gets its answer."""
+    """The server works again: the same question is answered."""
     page.unroute("**/v1/chat/completions")
     configure(page, temperature="0")
     press(page, "Regenerate")

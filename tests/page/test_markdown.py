@@ -1,4 +1,4 @@
-"""Markdown in answers, which never becomes markup of their own."""
+"""Markdown in answers. It never becomes arbitrary HTML."""
 
 import re
 
@@ -32,8 +32,8 @@ def test_markdown(page):
     assert page.evaluate("copied") == 'def f(x):\n\n    return "<b>"  # not *em*'
 
 
-def test_copying_without_the_clipboards_interface(page):
-    """Browsers have it in secure contexts alone: not over plain HTTP from another machine."""
+def test_copying_without_the_clipboard_api(page):
+    """Browsers have navigator.clipboard in secure contexts only, not over plain HTTP from another machine."""
     page.evaluate("void Object.defineProperty(navigator, 'clipboard', { value: undefined })")
     ask(page)
     copy = answers(page).get_by_role("button").first
@@ -63,7 +63,7 @@ HOSTILE = """<script>window.bad = 1</script> <img src=x onerror="window.bad = 1"
 """
 
 
-def test_an_answer_is_never_markup(page):
+def test_answers_never_become_html(page):
     reply_with(page, events(*(said(part) for part in re.findall(r".{1,5}", HOSTILE, re.DOTALL)), said("", "stop")))
     send(page, HOSTILE)
     idle(page)
@@ -102,8 +102,8 @@ SIGNS = [
 ]
 
 
-def test_no_markdown_is_too_much(page):
-    """Nor what is nested deeper than anything meaningful, or never ends: neither the stack nor patience does."""
+def test_extreme_markdown(page):
+    """Deep nesting and unclosed markup neither overflow the stack nor take long."""
     draw = "text => { const to = document.createElement('div'); update(to, text); return to.textContent.length; }"
     for sign in SIGNS:
         for text in (sign * 20_000, (sign + "\n") * 3000, (sign + "a" + sign + "\n") * 3000):
@@ -111,8 +111,8 @@ def test_no_markdown_is_too_much(page):
         assert page.evaluate(draw, "x " + " " * 20_000 + sign) >= 1
 
 
-def test_a_growing_answer_ends_as_if_it_had_come_whole(page):
-    """Whatever was shown of its beginnings."""
+def test_streamed_and_whole_answers_look_the_same(page):
+    """Whatever was shown for its prefixes."""
     grow = """text => {
         const [growing, whole] = [document.createElement("div"), document.createElement("div")];
         for (let i = 0; i <= text.length; i++) update(growing, text.slice(0, i));

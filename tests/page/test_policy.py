@@ -1,4 +1,4 @@
-"""The page as the server sends it: its headers, and what its Content-Security-Policy allows."""
+"""The page as it is sent: its headers, and its Content-Security-Policy."""
 
 import base64
 import gzip
@@ -29,7 +29,7 @@ def test_the_policy_lets_only_this_script_run():
 
 
 def test_the_policy_is_in_force(browser, client):
-    """Markup from a string, a script that was not there, another host: all are refused."""
+    """HTML from a string, an added script, and another host are refused."""
     page = browser.new_page()
     page.goto(client.url)
     attempt = "async (attempt) => { try { await attempt(); return 'done'; } catch (error) { return error.name; } }"

@@ -1,4 +1,4 @@
-"""The HTTP server, asked by OpenAI's client, against the library's own answers."""
+"""The HTTP server, called with OpenAI's client, against the library's results."""
 
 import base64
 import signal
@@ -33,7 +33,7 @@ SAMPLED = {"temperature": 1.2, "top_p": 0.95, "seed": 5}
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, SAMPLED], ids=["greedy", "sampled"])
-def test_a_completion_is_the_librarys(client, llama, sampling):
+def test_completions_equal_the_librarys(client, llama, sampling):
     [own] = llama.text_completion([PROMPT], max_gen_len=12, **{"top_p": 1, **sampling})
     asked = {"model": "small-chat", "prompt": PROMPT, "max_tokens": 12, **sampling}
     whole = client.completions.create(**asked)
@@ -45,7 +45,7 @@ def test_a_completion_is_the_librarys(client, llama, sampling):
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, SAMPLED], ids=["greedy", "sampled"])
-def test_a_chat_is_the_librarys(client, llama, sampling):
+def test_chat_completions_equal_the_librarys(client, llama, sampling):
     [own] = llama.chat_completion([DIALOG], max_gen_len=20, **{"top_p": 1, **sampling})
     asked = {"model": "small-chat", "messages": DIALOG, "max_completion_tokens": 20, **sampling}
     whole = client.chat.completions.create(**asked)
@@ -61,7 +61,7 @@ def test_a_chat_is_the_librarys(client, llama, sampling):
     assert chunks[-1].choices == []
 
 
-def test_several_choices_have_seeds_of_their_own(client, llama):
+def test_choices_have_different_seeds(client, llama):
     own = llama.text_completion([PROMPT] * 3, max_gen_len=8, temperature=1.2, top_p=0.95, seed=[5, 6, 7])
     asked = {"model": "small-chat", "prompt": [PROMPT, "Once"], "max_tokens": 8, "n": 3, **SAMPLED}
     whole = client.completions.create(**asked)
@@ -78,7 +78,7 @@ def test_several_choices_have_seeds_of_their_own(client, llama):
 
 @pytest.mark.parametrize("most", [0, 6])
 def test_logprobs_of_completions(client, llama, most):
-    """With echo: the prompt's, as `score` has them, whose first is null; then the answer's."""
+    """With echo: the prompt's, as from `score`, the first of which is null, and then the answer's."""
     asked = {"model": "small-chat", "prompt": PROMPT, "temperature": 0, "logprobs": 2, "echo": True}
     [choice] = client.completions.create(**asked, max_tokens=most).choices
     found, ids = choice.logprobs, llama.tokenizer.encode(PROMPT, bos=True, eos=False)
@@ -118,7 +118,7 @@ def test_logprobs_of_chats(client, llama):
     assert [token.token for part in parts[0] for token in part.content] == own["tokens"]
 
 
-def test_stop_strings_over_token_borders(client, llama):
+def test_stop_strings_across_token_borders(client, llama):
     [own] = llama.text_completion([PROMPT], max_gen_len=12, temperature=0, logprobs=True)
     pieces = own["tokens"]
     stop = (pieces[0] + pieces[1])[-2 - len(pieces[1]) // 2 :][: len(pieces[1]) // 2 + 1] or pieces[1]
@@ -147,7 +147,7 @@ def test_options_reach_the_library(client, llama):
     assert found.choices[0].text == own["generation"]
 
 
-def test_usage_and_what_the_cache_held(client):
+def test_usage_and_cached_tokens(client):
     text = "One day a little fox went into the wood to find a friend. " * 3
     asked = {"model": "small-chat", "prompt": text, "max_tokens": 3, "temperature": 0, "extra_body": {"min_tokens": 3}}
     first, second = client.completions.create(**asked).usage, client.completions.create(**asked).usage
@@ -156,13 +156,13 @@ def test_usage_and_what_the_cache_held(client):
     assert second.prompt_tokens_details.cached_tokens == second.prompt_tokens - 1
 
 
-def test_a_dialog_that_is_resent_costs_its_new_turn():
+def test_a_resent_dialog_computes_only_its_new_turn():
     with serving(build(max_seq_len=640)) as client:
         dialog, before = [], 0
         for number in range(20):
             dialog.append({"role": "user", "content": f"What is {number} + 1?"})
             found = client.chat.completions.create(model="small-chat", messages=dialog, temperature=0, max_tokens=12)
-            # All that was said until now, but at most the end of an answer, which as a text may have other tokens.
+            # All earlier tokens, except perhaps the end of an answer, whose text may be encoded as other tokens.
             assert before - 2 <= found.usage.prompt_tokens_details.cached_tokens <= before
             dialog.append({"role": "assistant", "content": found.choices[0].message.content})
             before = found.usage.total_tokens
@@ -179,7 +179,7 @@ def test_messages(client):
     assert content({"role": "user", "content": parts, "name": "Ann"}) == content(*DIALOG)
 
 
-def test_answers_beyond_eos(client, llama):
+def test_ignore_eos(client, llama):
     [own] = llama.chat_completion([DIALOG], max_gen_len=40, temperature=0)
     assert own["finish_reason"] == "eos"
     asked = {"model": "small-chat", "messages": DIALOG, "temperature": 0, "max_tokens": 40}
@@ -192,7 +192,7 @@ def test_answers_beyond_eos(client, llama):
 
 
 @pytest.mark.parametrize("logprobs", [False, True])
-def test_a_message_that_goes_on(client, llama, logprobs):
+def test_continue_final_message(client, llama, logprobs):
     begun = [*DIALOG, {"role": "assistant", "content": "The opposite"}]
     ids = llama.tokenizer.encode(f"[INST] {DIALOG[0]['content']} [/INST] The opposite", bos=True, eos=False)
     [[*new]], _ = llama.generate([ids], max_gen_len=12, temperature=0)
@@ -211,7 +211,7 @@ def test_a_message_that_goes_on(client, llama, logprobs):
 @pytest.mark.parametrize("pieces", [["Hello"], ["Hello", "A little fox"]])
 def test_embeddings(client, llama, pieces):
     own = llama.embed(pieces)
-    found = client.embeddings.create(model="small-chat", input=pieces)  # which asks for base64
+    found = client.embeddings.create(model="small-chat", input=pieces)  # which requests base64
     assert torch.allclose(torch.tensor([row.embedding for row in found.data]), own, atol=1e-5)
     body = {"model": "small-chat", "input": [llama.tokenizer.encode(text, bos=True, eos=False) for text in pieces]}
     rows = httpx.post(f"{client.url}/v1/embeddings", json=body).json()["data"]
@@ -232,7 +232,7 @@ def test_models_tokens_and_health(client, llama):
     assert httpx.get(f"{client.url}/health").json() == {"status": "ok"}
 
 
-def test_a_client_that_leaves_frees_its_slot(client, slow):
+def test_a_disconnected_client_frees_its_slot(client, slow):
     stream = client.completions.create(**LONG, stream=True)
     next(stream)
     assert gauge(client, "num_requests_running") == 1
@@ -245,7 +245,7 @@ def test_a_client_that_leaves_frees_its_slot(client, slow):
     assert 'finished_reason="abort"} 2' in httpx.get(f"{client.url}/metrics").text
 
 
-def test_streams_run_beside_each_other_and_too_many_are_refused(llama, slow):
+def test_streams_run_concurrently_and_too_many_are_refused(llama, slow):
     with serving(llama, max_waiting=1) as client:
         streams = [client.completions.create(**LONG, stream=True) for _ in range(4)]  # of 4 slots
         waiting = threading.Thread(target=lambda: streams.append(client.completions.create(**LONG, stream=True)))
@@ -266,7 +266,7 @@ def test_streams_run_beside_each_other_and_too_many_are_refused(llama, slow):
         wait_for(lambda: gauge(client, "num_requests_running") == 0, 2)
 
 
-def test_numbers_that_are_not_finite_end_the_request_that_has_them():
+def test_non_finite_logits_end_only_their_request():
     llama = build()
     weight = llama.model.tok_embeddings.weight.clone()
     weight[99] = float("nan")
@@ -293,7 +293,7 @@ BODIES = [
 
 
 def answers(port):
-    """What a server answers to all bodies, asked at the same time; after one that leaves early."""
+    """A server's answers to all bodies, requested concurrently, after a client that disconnects early."""
     url, found = f"http://127.0.0.1:{port}", {}
     wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
     with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True, "min_tokens": 200}) as stream:
@@ -310,7 +310,7 @@ def answers(port):
 
 
 def served_by_ranks():
-    """On every rank: the first also asks, in a thread."""
+    """On every rank. The first one also sends requests, in a thread."""
     llama = build()
     if parallel.rank():
         return Loop(llama, Metrics("")).run()
@@ -337,7 +337,7 @@ def test_ranks_change_nothing(client, ranks):
     assert torch.allclose(torch.tensor(found[1]), torch.tensor(rows), atol=1e-4)
 
 
-def test_the_command_ends_when_its_requests_have(tmp_path):
+def test_the_command_ends_after_its_requests(tmp_path):
     (tmp_path / "keys").write_text("one\ntwo\n")
     flags = ["--api_key_file", str(tmp_path / "keys"), "--max_batch_size", "2"]
     with command(*flags, LLAMA_API_KEYS="three") as [process]:

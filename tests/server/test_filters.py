@@ -1,4 +1,4 @@
-"""The server's filters of input and output."""
+"""The server's input and output filters."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def test_input_filters(llama, module):
 
 
 def test_output_filters_see_whole_answers(llama, module):
-    """A stream holds an answer back until it is whole, as a stop string may be in its last token."""
+    """A stream holds its answer back until it is complete, as a stop string may end in its last token."""
     [own] = llama.chat_completion([DIALOG], max_gen_len=20, temperature=0)
     assert "small" in own["generation"]["content"]
     with serving(llama, filters=load_filters(["own_filters:Answers"])) as client:
@@ -87,7 +87,7 @@ def test_output_filters_see_whole_answers(llama, module):
         assert texts == {0: own["generation"]["content"]}
 
 
-def test_a_filter_that_fails_or_waits_stops_nobody_else(llama, module, caplog, monkeypatch):
+def test_a_failing_or_slow_filter_does_not_affect_others(llama, module, caplog, monkeypatch):
     def ask(text):
         body = {**CHAT, "messages": [{"role": "user", "content": text}]}
         return httpx.post(f"{client.url}/v1/chat/completions", json=body, timeout=30)
@@ -131,7 +131,7 @@ def test_the_command_with_filters_and_json(module, tmp_path):
     assert error == "error: the filter own_filters:nothing has neither a function input_filter nor one output_filter\n"
 
 
-def test_filters_that_are_none(module):
+def test_invalid_filters(module):
     for name in ("own_filters:nothing", "own_filters:Absent", "absent_module", "", "own_filters:Odd.output_filter.x"):
         with pytest.raises(ValueError, match=f"the filter {re.escape(name)}"):
             load_filters([name])

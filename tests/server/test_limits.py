@@ -1,4 +1,4 @@
-"""Limits of the server: how long requests may run and wait, and clients that are slow."""
+"""The server's limits: how long requests may run and wait, and slow clients."""
 
 import json
 import socket
@@ -18,7 +18,7 @@ from llama.server.process import Server
 
 @pytest.fixture(scope="module")
 def whole(llama):
-    """The text whose first part is what is cut."""
+    """The complete text, of which a time limit leaves a prefix."""
     [own] = llama.text_completion(["Once"], max_gen_len=200, min_gen_len=200, temperature=0)
     return own["generation"]
 
@@ -44,7 +44,7 @@ def test_an_answer_that_takes_too_long_is_cut(llama, whole, slow):
 
 
 def test_all_prompts_of_a_request_are_cut(llama, slow):
-    """Also those that had no slot yet, whose answers are empty."""
+    """Also those without a slot, whose answers are empty."""
     with serving(llama, max_time=0.3) as client:
         found = client.completions.create(**{**GREEDY, "prompt": ["Once"] * 6})
         assert [choice.finish_reason for choice in found.choices] == ["length"] * 6
@@ -54,7 +54,7 @@ def test_all_prompts_of_a_request_are_cut(llama, slow):
         assert refused.value.status_code == 503
 
 
-def test_who_waits_too_long_for_a_slot_hears_so(llama, slow):
+def test_waiting_too_long_for_a_slot_is_an_error(llama, slow):
     with serving(llama, max_wait=0.3) as client:
         streams = [client.completions.create(**GREEDY, stream=True) for _ in range(4)]
         for asked in ({}, {"stream": True}):
@@ -68,7 +68,7 @@ def test_who_waits_too_long_for_a_slot_hears_so(llama, slow):
 
 
 def cut_on_ranks():
-    """On every rank; the first also asks, in a thread: what is cut, and the same once more, in time."""
+    """On every rank. The first also sends a request, in a thread, which is cut, and then one that is not."""
     llama = build()
     if parallel.rank():
         return Loop(llama, Metrics("")).run()
@@ -109,7 +109,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
 
 
 def sent(client, *parts, pause=0.02):
-    """What comes back until the server closes, of parts that are sent one after another."""
+    """The server's response, until it closes the connection, to parts that are sent one after another."""
     with socket.create_connection(("127.0.0.1", client.server.port), timeout=20) as connection:
         try:
             for part in parts:
@@ -131,7 +131,7 @@ def test_clients_that_send_slowly(llama, monkeypatch):
     with serving(llama) as client:
         slowly = [bytes([byte]) for byte in HEAD * 5]
         assert sent(client, *slowly) == b""
-        assert sent(client) == b""  # who says nothing
+        assert sent(client) == b""  # a client that sends nothing
         assert client.completions.create(model="small-chat", prompt="a", max_tokens=1).choices
         body = HEAD + b"Content-Length: 1000\r\n\r\n"
         assert sent(client, body, *[b"1"] * 100) == b""
@@ -148,7 +148,7 @@ def test_a_body_that_takes_too_long(llama, monkeypatch):
         assert b"longer than 0.3 seconds" in reply
 
 
-def test_requests_that_are_none(llama):
+def test_malformed_http(llama):
     with serving(llama) as client:
         huge = HEAD + b"X: " + b"x" * 2**20 + b"\r\n\r\n"
         assert sent(client, huge).startswith(b"HTTP/1.1 4") or sent(client, huge) == b""
@@ -159,7 +159,7 @@ def test_requests_that_are_none(llama):
 
 
 def test_a_client_that_does_not_read(llama, monkeypatch):
-    """Its requests end, also where the answer fills all buffers between."""
+    """Its requests end even if the answer fills all socket buffers."""
     monkeypatch.setattr(protocol, "READING", 0.5)
     body = json.dumps({"prompt": ["Once"] * 100, "max_tokens": 1, "echo": True, "logprobs": 20}).encode()
     with serving(llama, max_waiting=100) as client, socket.socket() as connection:

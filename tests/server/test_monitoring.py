@@ -1,4 +1,4 @@
-"""What operators see of the server: its log and its metrics."""
+"""Monitoring of the server: its log and metrics."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from llama.server.metrics import HISTOGRAMS, Metrics
 # The log
 
 
-def test_the_log_has_no_prompt_unless_it_shall(llama, caplog):
+def test_prompts_are_logged_only_on_request(llama, caplog):
     caplog.set_level(logging.INFO, "llama.server")
     with serving(llama) as client:
         client.chat.completions.create(**CHAT)
@@ -59,7 +59,7 @@ def test_json_lines_of_other_records():
     assert (found["level"], found["message"]) == ("WARNING", 'a "b\n"')
 
 
-def test_a_full_disk_of_the_log_ends_nothing():
+def test_a_full_log_disk_does_not_stop_the_server():
     with open("/dev/full", "w") as full, command("--log_json", stderr=full) as [process]:
         wait_until_ready(process)
         for _ in range(100):
@@ -132,7 +132,7 @@ def test_metrics_add_up(llama):
         assert gauge(client, "kv_cache_usage_perc") == 0
 
 
-def test_the_cache_that_is_used(llama, slow):
+def test_kv_cache_usage(llama, slow):
     with serving(llama) as client:
         stream = client.completions.create(**GREEDY, stream=True)
         next(stream)

@@ -1,4 +1,4 @@
-"""The server's processes: loading, signals, ranks that die, and how little they do when idle."""
+"""The server's processes: loading, signals, killed ranks, and CPU time when idle."""
 
 import importlib
 import os
@@ -19,7 +19,7 @@ LONG = {"model": "small-chat", "prompt": "Once", "max_tokens": 400, "extra_body"
 
 @pytest.fixture
 def jobs():
-    """Two ranks that serve, with a client."""
+    """Servers on two ranks, and a client."""
     with command(ranks=2) as processes:
         wait_until_ready(processes[0])
         yield processes
@@ -32,7 +32,7 @@ def client_of(process):
 
 
 def ended(process, seconds=30):
-    """Exit code and stderr."""
+    """(exit code, stderr) of a process that ends."""
     code = process.wait(seconds)
     return code, process.stderr.read()
 
@@ -52,7 +52,8 @@ def test_503_while_loading():
 
 
 def test_sigterm_under_load(jobs):
-    """What runs ends as it would, newcomers hear that the server ends, and all ranks end well."""
+    """Running requests are completed, new ones are told that the server is shutting down, and all ranks end with exit
+    code 0."""
     client = client_of(jobs[0])
     streams = [client.completions.create(**LONG, stream=True) for _ in range(4)]
     for process in jobs:  # as torchrun sends it to all
@@ -97,7 +98,7 @@ def test_a_rank_that_is_killed_ends_the_job(jobs, victim, busy):
     ],
 )
 def test_a_wrong_flag_is_named(flags, message):
-    """It was "bind(): port must be 0-65535" and "No such file or directory"."""
+    """Regression: "bind(): port must be 0-65535" and "No such file or directory"."""
     with pytest.raises((ValueError, OSError), match=message):
         serve(str(ROOT / "models" / "small-chat"), **{"port": 0, **flags})
 
@@ -119,7 +120,7 @@ def test_idle_ranks_do_nothing(jobs):
 
 
 def test_a_short_soak(capsys, monkeypatch):
-    """benchmarks/serving_soak.py, which fails by itself where an answer is wrong, with few requests."""
+    """benchmarks/serving_soak.py with few requests. It fails by itself if an answer is wrong."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     importlib.import_module("serving_soak").main(requests=(n := cases(400)), at_once=16, fuzz_count=n)
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Requests that the server refuses: what is wrong with them is said, and no body is the server's fault."""
+"""Requests that the server refuses: the error says what is wrong, and no body causes a server error."""
 
 import json
 
@@ -66,7 +66,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_requests_are_told_what_is_wrong(client, name):
+def test_errors_of_bad_requests(client, name):
     path, body, status, param = BAD[name]
     sent = body if isinstance(body, bytes) else json.dumps(body).encode()
     reply = httpx.post(f"{client.url}/v1/{path}", content=sent)
@@ -77,7 +77,7 @@ def test_bad_requests_are_told_what_is_wrong(client, name):
     assert (error["code"] == "context_length_exceeded") == (name in ("too long", "no space"))
 
 
-def test_clients_raise_what_they_know(client):
+def test_openais_client_raises_its_own_errors(client):
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-4", messages=DIALOG)
     with pytest.raises(openai.BadRequestError, match="top_p"):
@@ -110,7 +110,7 @@ PATHS = ("v1/completions", "v1/chat/completions", "v1/embeddings", "tokenize", "
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3), st.booleans())
-def test_no_body_is_the_servers_fault(client, path, body, sound):
+def test_no_body_causes_a_server_error(client, path, body, sound):
     usual = {"prompt": "a", "messages": DIALOG, "input": "a", "tokens": [1], "max_tokens": 2} if sound else {}
     reply = httpx.post(f"{client.url}/{path}", content=json.dumps({**usual, **body}), timeout=30)
     assert 200 <= reply.status_code < 500, reply.text
