@@ -151,7 +151,7 @@ def byte_pair_keys(content: Mapping[str, Any], n_words: int) -> dict[str, Any]:
         f"tokens such as {odd[:1]} take in spaces": odd,
     }
     if found := [problem for problem, holds in problems.items() if holds]:
-        raise ValueError(f"a GGUF file has no place for this tokenizer: {found[0]}")
+        raise ValueError(f"a GGUF file cannot hold this tokenizer: {found[0]}")
     texts = {id: text for text, id in model["vocab"].items()} | {id: token["content"] for id, token in added.items()}
     types = {id: CONTROL if token["special"] else USER_DEFINED for id, token in added.items()}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]

@@ -71,7 +71,7 @@ class InputProcessor:
         if not prompt:
             raise ValueError(f"{name} is empty; it needs at least one token, such as bos_id")
         if odd := [id for id in prompt if type(id) is not int or not 0 <= id < size]:
-            raise ValueError(f"{name} holds {shorten(odd[0])}, which is no int from 0 to {size - 1}")
+            raise ValueError(f"{name} contains {shorten(odd[0])}; ids are ints from 0 to {size - 1}")
         self.check_length(prompt, name)
 
     def check_length(self, ids: Sequence[int], name: str) -> None:

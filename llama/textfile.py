@@ -59,7 +59,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
         raise ValueError(f"{path} is not JSON: {reason}") from error
     if not isinstance(content, kind):
         wanted = "an object of keys and values" if kind is dict else "a list"
-        raise ValueError(f"{path} holds {type(content).__name__} and not {wanted}")
+        raise ValueError(f"{path} contains a {type(content).__name__}, not {wanted}")
     return content
 
 

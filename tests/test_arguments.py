@@ -19,9 +19,9 @@ def roomy(tokenizer):
     [
         (lambda m: m.generate([[1] * 65], 3), "prompt 0 has 65 tokens, more than max_seq_len 64"),
         (lambda m: m.generate([[1], []], 3), "prompt 1 is empty"),
-        (lambda m: m.generate([[1, 1024]], 3), "prompt 0 holds 1024, which is no int from 0 to 1023"),
-        (lambda m: m.generate([[-1]], 3), "holds -1"),
-        (lambda m: m.generate([[1.0]], 3), "holds 1.0"),
+        (lambda m: m.generate([[1, 1024]], 3), "prompt 0 contains 1024; ids are ints from 0 to 1023"),
+        (lambda m: m.generate([[-1]], 3), "contains -1"),
+        (lambda m: m.generate([[1.0]], 3), "contains 1.0"),
         (lambda m: m.generate([1, 2], 3), "must be a list of lists"),
         (lambda m: m.generate([[1]], -1), "max_gen_len is -1"),
         (lambda m: m.generate([[1]], 3, temperature=10**400), "temperature is 1000"),

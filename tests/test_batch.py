@@ -228,7 +228,7 @@ def test_files_that_are_not_batch_files(tmp_path):
         b'{"id": [1]}\n',
     ):
         (tmp_path / "diary").write_bytes(content)
-        with pytest.raises(ValueError, match="is no answer of a batch; choose another outfile"):
+        with pytest.raises(ValueError, match="is not a batch's answer; choose another outfile"):
             Files(source, tmp_path / "diary")
         assert (tmp_path / "diary").read_bytes() == content
 

@@ -207,7 +207,7 @@ def test_an_error_ends_all_replicas(tmp_path):
     err = process.communicate(timeout=80)[1]
     assert process.returncode == 1
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert "which is no answer of a batch" in line
+    assert "which is not a batch's answer" in line
 
 
 # Nodes

@@ -209,7 +209,7 @@ def test_search_is_the_default_of_four_bits(folder, tmp_path):
         (("--quantize", "int4", "--calibrate", "nowhere.txt"), "calibrate nowhere.txt is not an existing file"),
         (("--quantize", "int4", "--calibrate", "EMPTY"), "has 1 tokens; at least 1,024 are needed"),
         (("--quantize", "int4", "--calibrate", "SHORT"), "has 26 tokens; at least 1,024 are needed"),
-        (("--quantize", "int4", "--to", "hf", "--calibrate", "auto"), "Hugging Face's layout has no place for int4"),
+        (("--quantize", "int4", "--to", "hf", "--calibrate", "auto"), "Hugging Face's layout cannot hold int4"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_files(folder, tmp_path, flags, message):
@@ -242,7 +242,7 @@ def test_non_finite_inputs_are_named(tmp_path, ids):
 
 
 def test_ids_outside_of_the_vocabulary_are_named():
-    with pytest.raises(ValueError, match="ids outside of 0 to 99"):
+    with pytest.raises(ValueError, match="ids outside 0 to 99"):
         windows([100] * LEAST, 100)
 
 

@@ -144,7 +144,7 @@ def test_files_that_are_not_text_are_named(tmp_path):
     with pytest.raises(ValueError, match=f"{path} is not JSON: maximum recursion depth"):
         checkpoint.read_json(path)
     path.write_text("{}")
-    with pytest.raises(ValueError, match="holds dict and not a list"):
+    with pytest.raises(ValueError, match="contains a dict, not a list"):
         checkpoint.read_json(path, list)
 
 

@@ -142,7 +142,7 @@ def overlap():
         (lambda: train(treat_whitespace_as_suffix=True), "treat_whitespace_as_suffix is set"),
         (lambda: train(normalization_rule_name="nmt_nfkc_cf"), "its normalization is 'nmt_nfkc_cf'"),
         (lambda: append(train(), ("fox", -1e9), kind=5), r"it has unused pieces: \['fox'\]"),
-        (lambda: append(train(), ("你好", 0.0)), "its piece '你好' contains '你', which is none"),
+        (lambda: append(train(), ("你好", 0.0)), "its piece '你好' contains '你', which is not a piece"),
         (overlap, "'(jkj|kjk)' would be .* instead of"),
     ],
 )

@@ -278,7 +278,10 @@ DAMAGE = {
     "a rank that lies": (config(r=8), r"misshapen: .*lora_A.weight \(4, 64\) instead of \(8, 64\)"),
     "no rank": (config(r="4"), f"{CONFIG}: r of model.layers.0.self_attn.q_proj is '4', not a positive whole number"),
     "no alpha": (config(lora_alpha=[1]), r"lora_alpha of model.layers.0.self_attn.q_proj is \[1\], not a number"),
-    "a pattern that is none": (config(rank_pattern={"q(": 2}), r"rank_pattern holds .*q\(.*, no regular expression"),
+    "a pattern that is none": (
+        config(rank_pattern={"q(": 2}),
+        r"rank_pattern contains .*q\(.*, which is not a regular expression",
+    ),
     "patterns in a list": (config(alpha_pattern=[2]), r"alpha_pattern is \[2\], not an object of names and numbers"),
     "another method": (config(peft_type="IA3"), f"{CONFIG}: peft_type 'IA3' is not supported; only 'LORA' is"),
     "no method": (config(peft_type=None), "peft_type None is not supported; only 'LORA' is"),

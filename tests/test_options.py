@@ -211,7 +211,7 @@ def test_errors_are_unchanged(llama):
         llama.text_completion(None)
     with pytest.raises(ValueError, match=r"temperature is 0\.5; it must be|temperature has 3 values for 2 rows"):
         llama.generate(IDS, 3, temperature=np.array([0.5, 0.5, 0.5]))
-    with pytest.raises(ValueError, match="prompt 1 holds 1.5"):
+    with pytest.raises(ValueError, match="prompt 1 contains 1.5"):
         llama.generate([[1], np.array([1.5])], 3)
     with pytest.raises(ValueError, match="prompt 1 is nan, which is not a str"):
         llama.text_completion(Column(["a", float("nan")]))

@@ -304,7 +304,7 @@ def test_a_quantized_checkpoint_is_of_one_scheme(folder, tmp_path):
     with pytest.raises(ValueError, match="is quantized already, to int8; it cannot become int8 in groups of 32"):
         build(tmp_path / "q", "int8", 32)
     done = in_process(convert, tmp_path / "q", tmp_path / "hf", "--to", "hf", *flags)
-    assert "Hugging Face's layout has no place for int8" in done.stderr
+    assert "Hugging Face's layout cannot hold int8" in done.stderr
     edit_params(tmp_path / "q", quantization={"bits": 5})
     with pytest.raises(ValueError, match=r"params.json: quantization is \{'bits': 5\}"):
         build(tmp_path / "q")

@@ -97,7 +97,7 @@ def test_prompt_files_of_other_programs(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps([[{"role": "user", "content": "Hello"}]]).encode())
     assert example(CHAT).read_dialogs(str(path), []) == [[{"role": "user", "content": "Hello"}]]
     path.write_text("{}")
-    with pytest.raises(ValueError, match="prompts holds dict and not a list"):
+    with pytest.raises(ValueError, match="prompts contains a dict, not a list"):
         example(CHAT).read_dialogs(str(path), [])
 
 

@@ -41,7 +41,7 @@ def windows(ids: Sequence[int], vocab_size: int) -> Tensor:
         raise ValueError(f"the text to calibrate with has {len(ids):,} tokens; at least {LEAST:,} are needed")
     tokens = torch.tensor(ids[: min(len(ids), MOST) // WINDOW * WINDOW]).view(-1, WINDOW)
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-        raise ValueError(f"the text to calibrate with holds ids outside of 0 to {vocab_size - 1}")
+        raise ValueError(f"the calibration text contains ids outside 0 to {vocab_size - 1}")
     return tokens
 
 

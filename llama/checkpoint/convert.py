@@ -123,17 +123,15 @@ def check_target(job: Job, to: str, mp: int, text: object) -> None:
     if mp != 1:
         raise ValueError(f"mp is {mp}; it is the number of shards of meta, and means nothing for {to}")
     if to == "hf" and job.scheme:
-        raise ValueError(
-            f"Hugging Face's layout has no place for {job.scheme}; write Meta's, or give an unquantized source"
-        )
+        raise ValueError(f"Hugging Face's layout cannot hold {job.scheme}; write Meta's, or give an unquantized source")
     if to == "gguf":
         source = job.checkpoint.scheme
         if isinstance(source, Scheme):
             raise ValueError(f"{job.checkpoint.folder} is quantized, to {source}; write a GGUF file of the original")
         if job.args.n_labels:
-            raise ValueError("a score head has no place in a GGUF file; write hf or meta")
+            raise ValueError("a GGUF file cannot hold a score head; write hf or meta")
         if job.scheme and job.scheme not in gguf_write.WRITTEN:
-            raise ValueError(f"a GGUF file has no place for {job.scheme}; int8 and int4 are written in groups of 32")
+            raise ValueError(f"a GGUF file cannot hold {job.scheme}; int8 and int4 are written in groups of 32")
         if text:
             raise ValueError("calibrate is for meta; a GGUF file is rounded to the nearest numbers")
 

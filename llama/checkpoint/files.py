@@ -109,7 +109,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_cpu
         for name, tensor in state.items()
     ):
-        raise ValueError(f"{path} holds something else than named tensors")
+        raise ValueError(f"{path} contains something other than named tensors")
     return state
 
 

@@ -101,7 +101,7 @@ def rope_scaling(keys: Mapping[str, Any], found: Mapping[str, Any], divisors: Te
             scaled = scale_rope_frequencies(frequencies, scaling)
             if torch.allclose(frequencies / divisors, scaled, rtol=1e-4, atol=0):
                 return scaling._asdict()
-    raise ValueError(f"{DIVISORS} {tuple(divisors.shape)} is no scaling of RoPE as Llama 3 has it")
+    raise ValueError(f"{DIVISORS} {tuple(divisors.shape)} is not a RoPE scaling like Llama 3's")
 
 
 def fitted(frequencies: Tensor, divisors: Tensor) -> RopeScaling:

@@ -75,7 +75,7 @@ def tokenizer_keys(tokenizer: Tokenizer, ends: Iterable[int]) -> dict[str, Any]:
         found = byte_pair_keys(kind.json(), tokenizer.n_words)
     others = sorted({*ends} - {tokenizer.eos_id}, key=lambda id: id != special.get("<|eot_id|>"))
     if len(others) > 2:
-        log.warning("of the ids that end an answer a GGUF file has no place for %s", listed(others[2:]))
+        log.warning("a GGUF file cannot hold all ids that end an answer: it lacks %s", listed(others[2:]))
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
     ids |= {"unknown": special.get("<unk>", -1), **dict(zip(("eot", "eom"), others, strict=False))}
     found |= {f"tokenizer.ggml.{role}_token_id": id for role, id in ids.items() if id >= 0}
@@ -91,7 +91,7 @@ def check_model(model: Model) -> None:
         "it removes extra spaces": model.normalizer.get(REMOVE_SPACES, 1),
     }
     if found := [problem for problem, holds in problems.items() if holds]:
-        raise ValueError(f"a GGUF file has no place for this SentencePiece model: {found[0]}")
+        raise ValueError(f"a GGUF file cannot hold this SentencePiece model: {found[0]}")
 
 
 def kinds_of(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, BlockType]:

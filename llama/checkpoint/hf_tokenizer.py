@@ -146,7 +146,7 @@ def merges_of(pieces: Sequence[Piece]) -> list[Merge]:
             if not missing:
                 found.append(Merge(piece.score, i, *halves))
             elif all(len(half) == 1 and half not in symbols for half in missing):
-                refuse(f"its piece {piece.text!r} contains {missing[0]!r}, which is none")
+                refuse(f"its piece {piece.text!r} contains {missing[0]!r}, which is not a piece")
     found.sort(key=lambda merge: -merge.score)
     groups = (list(group) for _, group in itertools.groupby(found, key=lambda merge: merge.score))
     return [merge for group in groups for merge in leftmost_first(group)]

@@ -206,7 +206,9 @@ class Adapter:
             found = (v for k, v in self.config[pattern].items() if re.match(rf"(.*\.)?({k})$", module))
             value = next(found, self.config[key])
         except re.error as error:
-            raise ValueError(f"{path}: {pattern} holds {error.pattern!r}, no regular expression: {error}") from error
+            raise ValueError(
+                f"{path}: {pattern} contains {error.pattern!r}, which is not a regular expression: {error}"
+            ) from error
         if type(value) not in (int, float) or not math.isfinite(value) or (key == "r" and value not in range(1, 2**31)):
             raise ValueError(f"{path}: {key} of {module} is {value!r}, not a {'positive whole ' * (key == 'r')}number")
         return value

@@ -85,5 +85,5 @@ def shard_paths(ckpt_dir: Path) -> list[Path]:
     if missing := [name for name in wanted if name not in found]:
         raise FileNotFoundError(f"{ckpt_dir} lacks {listed(missing)}; download it again")
     if odd := sorted(set(found) - set(wanted)):
-        raise ValueError(f"{ckpt_dir} holds {listed(odd)}, no name of a shard such as consolidated.00.pth")
+        raise ValueError(f"{ckpt_dir} contains {listed(odd)}, which is not named like a shard, consolidated.00.pth")
     return [found[name] for name in wanted]

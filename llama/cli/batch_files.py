@@ -62,7 +62,7 @@ class Files:
 
     def _foreign(self, number: int, line: bytes) -> ValueError:
         return ValueError(
-            f"line {number} of {self.target} is {line[:40]!r}, which is no answer of a batch; choose another outfile"
+            f"line {number} of {self.target} is {line[:40]!r}, which is not a batch's answer; choose another outfile"
         )
 
     def unanswered(self) -> Iterator[tuple[int, bytes]]:

@@ -161,7 +161,7 @@ def verify_sums(folder: Path, tokenizer: Path | None, needed: Sequence[Path]) ->
     for path in sorted(lists):
         for line in filter(str.strip, read_text(path).split("\n")):
             if not (match := re.fullmatch(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{64}) [ *]?(.+)", line.strip())):
-                raise ValueError(f"{path}: {line!r} is no line of md5sum or sha256sum")
+                raise ValueError(f"{path}: {line!r} is not a line of md5sum's or sha256sum's output")
             expected.append((path.parent / match[2].strip(), match[1].lower()))
     missing = [file for file, _ in expected if not file.is_file()]
     present = [(file, sum) for file, sum in expected if file not in missing]

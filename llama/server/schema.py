@@ -235,7 +235,7 @@ def read_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         raise ApiError(400, f"this server does not support {kind} in {field}", field)
     valid, option = STRUCTURES[kind]
     if not valid(value):
-        raise ApiError(400, f"{field} has the {kind} {shorten(value)}, which is none", field)
+        raise ApiError(400, f"{field} has the {kind} {shorten(value)}, which is not valid", field)
     return option(value), field
 
 
