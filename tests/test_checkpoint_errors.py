@@ -47,7 +47,7 @@ class Malicious:
         (lambda f: edit_params(f, n_layers=2), r"unexpected: layers\.2\.attention\.wq\.weight, "),
         (lambda f: edit_params(f, multiple_of=7), r"misshapen: .*w1\.weight \(192, 64\) instead of \(175, 64\), "),
         (lambda f: torch.save({1: torch.ones(3)}, f / "consolidated.00.pth"), "something other than named tensors"),
-        (lambda f: torch.save({"a": torch.ones(3).to_sparse()}, f / "consolidated.00.pth"), "not a readable|other than"),
+        (lambda f: torch.save({"a": torch.ones(3).to_sparse()}, f / "consolidated.00.pth"), "not a readable|other"),
         (lambda f: edit_shard(f, lambda s: s.pop("norm.weight")), r"missing: norm\.weight"),
         (
             lambda f: edit_shard(f, lambda s: s.update({"output.weight": s["output.weight"].to(torch.int8)})),
@@ -55,7 +55,7 @@ class Malicious:
         ),
         (lambda f: (f / "consolidated.00.pth").rename(f / "consolidated.01.pth"), r"lacks consolidated\.00\.pth"),
         (lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.02.pth"), r"lacks consolidated\.01\.pth"),
-        (lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.old.pth"), r"contains consolidated\.old\.pth"),
+        (lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.old.pth"), r"consolidated\.old\.pth"),
         (
             lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.01.pth"),
             r"weights in .* 2048: not a pair",
