@@ -162,8 +162,8 @@ INLINE void group_dots_int4(const uint8_t *w, bool cold, const X *x, int64_t beg
         for (int v = 0; v < V; v++) dots[r][v] = HALVES == 2 ? widen_add(dots[r][v], part[r][v]) : part[r][v];
 }
 
-// Micro-kernel of R rows x V vectors of outputs, from output `first` of a tile on, of which n are stored. `same`: the
-// groups of the weights are those of x. `cold`: the weights come from memory, and are prefetched.
+// Micro-kernel: computes R rows x V vectors of outputs, beginning with output `first` of a tile, and stores the first n of
+// each row. `same`: weights and x have the same groups. `cold`: the weights are not cached yet and are prefetched.
 template <int R, int V, int bits, int group, bool same>
 __attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, int64_t first, const QuantizedRow *x,
                                                  float *y, int64_t stride, int64_t n, bool cold) {

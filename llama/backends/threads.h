@@ -19,7 +19,7 @@ class ThreadPool {
     std::condition_variable wake;
     std::atomic<uint64_t> ticket{0};  // high half: the job's number; low half: chunks not yet claimed
     std::atomic<int64_t> done{0};  // chunks
-    std::atomic<int> sleeping{0}, active{1};  // threads, of which the caller is the first
+    std::atomic<int> sleeping{0}, active{1};  // numbers of threads; `active` includes the caller
     std::atomic<bool> idle{true};  // no job follows soon: workers sleep instead of spinning
     int started = 1;
     void (*work)(const void *, int64_t) = nullptr;

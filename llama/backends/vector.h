@@ -18,7 +18,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-// Register blocking: a micro-kernel accumulates R rows x V vectors of outputs in registers, of which there are 32, or 16
+// Register blocking: a micro-kernel accumulates R rows x V vectors of outputs in registers. There are 32 registers, or 16
 // with AVX2 and SSE. FLOAT_ROWS x FLOAT_V is the largest block for floats, INT8_ROWS or INT4_ROWS x INT_V for integers, and
 // DOT_ROWS the most rows of one that computes dot products. BYTES is the vector width; a tile of packed integer weights is
 // TILE_V vectors wide.
@@ -157,7 +157,7 @@ constexpr auto LANES = std::make_integer_sequence<int, L>();
 INLINE F interleave_low(F a, F b) { return interleave<0>(a, b, LANES); }       // a0 b0 a1 b1 .. of the lower halves
 INLINE F interleave_high(F a, F b) { return interleave<L / 2>(a, b, LANES); }  // of the upper halves
 
-// Transposes L x L floats: log2(L) rounds, each of which interleaves the first half of the vectors with the second.
+// Transposes L x L floats in log2(L) rounds. Each round interleaves the first half of the vectors with the second.
 INLINE void transpose(F *x) {
     for (int round = 1; round < L; round *= 2) {
         F y[L];

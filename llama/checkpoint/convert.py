@@ -196,7 +196,7 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     write_json(folder / "params.json", job.checkpoint.params | words | scaled | quantization)
     if head := job.score_head():
         write_json(folder / "config.json", head)
-    # Slices are even, of key-value heads too, of which there may be fewer than shards.
+    # All shards are equally large, even if there are more shards than key-value heads.
     blank = {
         key: torch.empty(slice_shape(key, shape, 0, shape[shard_dim(key) or 0] // mp), dtype=dtype)
         for key, (shape, dtype) in job.stored().items()

@@ -129,7 +129,7 @@ def unreadable(path: Path, error: Exception) -> Exception:
 
 
 def identity(found: os.stat_result) -> tuple[int, ...]:
-    """Numbers of which at least one changes when a file is replaced or written to."""
+    """A key that changes when a file is replaced or written to."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
