@@ -167,9 +167,9 @@ def tokenizer_json(
     path: Path, content: Mapping[str, Any], names: Mapping[str, str], vocab_size: float = math.inf
 ) -> Vocabulary:
     """The vocabulary of a tokenizer.json's content. Llama 3's is read as tiktoken's, since the ids of its tokens are
-    their ranks; any other needs Hugging Face's package tokenizers. `names` is from `special_names`. Padding tokens that
-    were added to a model of `vocab_size`, whose weights have no rows for them, are left out. ValueError names a file
-    that is no tokenizer."""
+    their ranks; any other needs Hugging Face's package tokenizers. `names` is from `special_names`. Added padding
+    tokens with ids from `vocab_size` on, for which the weights have no rows, are left out. ValueError if the content is
+    not that of a tokenizer.json."""
     try:
         vocab, added = content["model"]["vocab"], content.get("added_tokens") or []
         added = [token for token in added if token["id"] < vocab_size or "pad" not in token["content"].lower()]

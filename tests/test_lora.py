@@ -274,11 +274,11 @@ DAMAGE = {
     "truncated": (cut, rf"{SAFETENSORS} \([\d,]+ bytes\) is not a readable shard; download it again"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), f"no {CONFIG} in .*lora; is it the folder of a LoRA"),
     "no weights": (lambda folder: (folder / SAFETENSORS).unlink(), f"lora lacks {SAFETENSORS}; download it again"),
-    "a config that is no JSON": (lambda folder: (folder / CONFIG).write_text("{r: 4"), f"{CONFIG} is not JSON"),
+    "a config that is not JSON": (lambda folder: (folder / CONFIG).write_text("{r: 4"), f"{CONFIG} is not JSON"),
     "a rank that lies": (config(r=8), r"misshapen: .*lora_A.weight \(4, 64\) instead of \(8, 64\)"),
     "no rank": (config(r="4"), f"{CONFIG}: r of model.layers.0.self_attn.q_proj is '4', not a positive whole number"),
     "no alpha": (config(lora_alpha=[1]), r"lora_alpha of model.layers.0.self_attn.q_proj is \[1\], not a number"),
-    "a pattern that is none": (
+    "an invalid pattern": (
         config(rank_pattern={"q(": 2}),
         r"rank_pattern contains .*q\(.*, which is not a regular expression",
     ),

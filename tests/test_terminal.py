@@ -31,7 +31,7 @@ def leave(child):
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory, tokenizer):
-    """A model whose answers do not end by themselves and take minutes."""
+    """A model whose answers never end with EOS and take minutes."""
     folder = tmp_path_factory.mktemp("endless")
     save_random(folder, {**GQA, "n_layers": 12}, mp=2)
     return ["--ckpt_dir", str(folder), "--tokenizer_path", str(MODELS / "tokenizer.model"), "--max_seq_len", "50000"]

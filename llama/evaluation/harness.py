@@ -208,7 +208,7 @@ class HarnessModel(TemplateLM):
 
 def register(build: Callable[[], HarnessModel]) -> None:
     """Let the harness's command line make its model `NAME` by `build`."""
-    import lm_eval.models  # noqa: F401 - registers the others, which it does only where there is none
+    import lm_eval.models  # noqa: F401 - registers lm-eval's own models, but only while no other is registered
     from lm_eval.api.registry import register_model
 
     class Registered(HarnessModel):

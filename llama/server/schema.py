@@ -159,7 +159,7 @@ def read_completion(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
     if body.get("best_of", 1) > body.get("n", 1):
         raise ApiError(400, "this server does not support best_of larger than n", "best_of")
     prompts, most = read_prompts(llama, body, "prompt"), body.get("max_tokens", 16)
-    if body.get("echo") and "logprobs" in body:  # who scores a prompt counts on one token behind it, never EOS
+    if body.get("echo") and "logprobs" in body:  # clients that score a prompt expect one token after it, not EOS
         body = {**body, "min_tokens": max(1, body.get("min_tokens", 0))}
     work = Work(prompts, [], "logprobs" in body, body.get("logprobs", 0), body.get("echo", False))
     return completion_request(llama, body, work, most, "prompt")
