@@ -208,7 +208,7 @@ class HarnessModel(TemplateLM):
 
 def register(build: Callable[[], HarnessModel]) -> None:
     """Let the harness's command line make its model `NAME` by `build`."""
-    import lm_eval.models  # noqa: F401 - registers lm-eval's own models, but only while no other is registered
+    import lm_eval.models  # noqa: F401 - registers its own models, if no other is registered yet
     from lm_eval.api.registry import register_model
 
     class Registered(HarnessModel):
