@@ -95,7 +95,7 @@ OLD_NAMES = {"judge_input": "input_filter", "judge_output": "output_filter"}
 
 
 def pop_filters(options: dict[str, Any]) -> tuple[InputFilter | None, OutputFilter | None]:
-    """Take the filters out of options, under their present or earlier names. ValueError for one that is not callable."""
+    """Take the filters out of options, under their present or earlier names. ValueError if one is not callable."""
     for old, new in OLD_NAMES.items():
         if old in options:
             warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
