@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +22,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..gguf import BlockType
+from ..backends.quantized import MATRICES, Quantized, Scheme, Schemes, dequantize, stack
 from ..textfile import mistaken
 from . import hf
+from .paths import listed
 
 # RoPE frequencies in older files, which follow from params.json.
 IGNORED = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs|.*rotary_emb\.inv_freq")
 MAP_NORESERVE = {"linux": 0x4000, "darwin": 0x40}.get(sys.platform, 0)  # the module mmap has no name for it
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 READABLE = set(SAFETENSORS_DTYPES.values())
+# Of quantized matrices.
+SAFETENSORS_DTYPES |= {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+SAFETENSORS_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32, "Double": torch.float64}
 STORAGES |= {"Char": torch.int8, "Byte": torch.uint8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}
 # The globals that the pickle in a .pth file may import, and what stands in for each.
@@ -49,7 +53,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype  # uint8 for one that cannot be read
     offset: int  # in the file; the address of a tensor that torch has read
-    blocks: BlockType | None = None  # of a GGUF file, where it is not of floats
+    packed: Any = None  # how it is stored, where that is not in floats
 
 
 class HeaderUnpickler(pickle.Unpickler):
@@ -161,22 +165,23 @@ class File:
         """`length` rows or columns of a tensor, from `begin` on: a view of the file's pages, which processes share, or
         a copy where rows are in another order. Writing to it does not change the file, and is lost at `release`. The
         file must not be truncated while the view is in use."""
+        entry = self.tensors[name]
         if not (self.head_dim and hf.is_permuted(name)):
-            return self.view(name, dim, begin, length)
+            return self.view(entry, dim, begin, length)
         first = begin - begin % self.head_dim  # rows are permuted within a head
         last = -(-(begin + length) // self.head_dim) * self.head_dim
-        pairs = hf.to_pairs(self.view(name, dim, first, last - first), self.head_dim)  # a copy
+        pairs = hf.to_pairs(self.view(entry, dim, first, last - first), self.head_dim)  # a copy
         self.release()
         return pairs.narrow(0, begin - first, length)
 
-    def view(self, name: str, dim: int, begin: int, length: int) -> Tensor:
+    def view(self, entry: Entry, dim: int, begin: int, length: int) -> Tensor:
         """`read`, with the rows in the order of the file."""
-        _, shape, dtype, offset, _ = self.tensors[name]
+        key, shape, dtype, offset, _ = entry
         first, rows = (begin, length) if dim == 0 else (0, shape[0])
         row = math.prod(shape[1:])
         start = offset + first * row * dtype.itemsize
         if start + rows * row * dtype.itemsize > len(self.pages):
-            raise ValueError(f"{self.path} ends inside of {name}; download it again")
+            raise ValueError(f"{self.path} ends inside of {key}; download it again")
         part = torch.frombuffer(self.pages, dtype=dtype, offset=start, count=rows * row).view(rows, *shape[1:])
         return part if dim == 0 else part.narrow(dim, begin, length)
 
@@ -193,12 +198,61 @@ class LoadedFile(File):
         self.state = read_shard(path)
         super().__init__(path, {k: Entry(k, tuple(t.shape), t.dtype, t.data_ptr()) for k, t in self.state.items()})
 
-    def view(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        entry = self.tensors[name]
-        return self.state[entry.key][: entry.shape[0]].narrow(dim, begin, length)
+    def view(self, entry: Entry, dim: int, begin: int, length: int) -> Tensor:
+        return self.state[entry.key].reshape(-1, *entry.shape[1:])[: entry.shape[0]].narrow(dim, begin, length)
 
     def release(self) -> None:
         pass
+
+
+class PackedFile(File):
+    """A file with weights that are not stored as floats: those whose `packed` is not None."""
+
+    def kind(self, name: str) -> str:
+        """How such a weight is stored, in words."""
+        raise NotImplementedError
+
+    def scheme(self, name: str) -> Scheme | None:
+        """The scheme of a quantized matrix with the same values; None if there is none."""
+        raise NotImplementedError
+
+    def slices(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized | Tensor]:
+        """Rows or columns `begin` to `end` of such a weight, along `dim`, some rows at a time: floats if it has no
+        `scheme`."""
+        raise NotImplementedError
+
+    def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized | Tensor]:
+        """`slices`. ValueError for columns that divide a group."""
+        scheme, shape = self.scheme(name), self.tensors[name].shape
+        if dim == 1 and scheme and scheme.group and (begin % scheme.group or end % scheme.group):
+            kind, group = self.kind(name), scheme.group
+            raise ValueError(f"{name} {shape} of {kind} cannot be divided so: its groups have {group} columns")
+        return self.slices(name, dim, begin, end)
+
+    def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
+        """Rows or columns of a weight that has a `scheme`."""
+        return stack([part for part in self.unpacked(name, dim, begin, end) if isinstance(part, Quantized)])
+
+    def dequantized(self, name: str, dim: int, begin: int, end: int, out: Tensor) -> Tensor:
+        """The same of any such weight in floats, written to `out`."""
+        row = 0
+        for part in self.unpacked(name, dim, begin, end):
+            values = dequantize(part) if isinstance(part, Quantized) else part
+            out[row : row + len(values)] = values
+            row += len(values)
+        return out
+
+
+def schemes(files: Sequence[File]) -> Schemes | None:
+    """The schemes of a model's matrices; None if none is quantized."""
+    found, kinds = dict[str, Scheme](), set[str]()
+    for file in files:
+        if isinstance(file, PackedFile):
+            for name, entry in file.tensors.items():
+                if entry.packed and name.split(".")[-2] in MATRICES and (own := file.scheme(name)):
+                    found[name] = own
+                    kinds.add(file.kind(name))
+    return Schemes(found, listed(sorted(kinds))) if found else None
 
 
 def open_file(path: Path) -> File:

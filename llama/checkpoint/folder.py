@@ -19,9 +19,10 @@ from ..args import ModelArgs
 from ..backends.quantized import Quantization, Quantized, Scheme, scheme
 from ..gguf import is_gguf, read_gguf, split_files
 from ..textfile import read_json
-from . import gguf, hf
-from .files import READABLE, File, open_file
+from . import gguf, hf, hf_quantized
+from .files import READABLE, File, PackedFile, open_file, schemes
 from .gguf import GgufFile
+from .hf_quantized import QuantizedFile
 from .load import read_parts
 from .meta import read_params, read_scheme, shard_paths
 from .paths import NO_CONFIG, advice, listed
@@ -61,19 +62,27 @@ class Checkpoint:
         self.holders = {name: self.files for file in self.files for name in file.tensors}
 
     def _open_hf(self, source: Path) -> None:
-        self.layout, self.source, self.scheme = "hf", source, None
+        self.layout, self.source = "hf", source
         config = read_json(source)
         try:
             self.params = hf.params(config)
+            quantization = hf_quantized.settings(config)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         names = hf.names(self.params["n_layers"], self.params.get("n_labels", 0))
         files = [open_file(path) for path in hf.weight_files(self.folder)]
+        head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
+        if quantization:
+            try:
+                files.append(QuantizedFile(files, quantization, head_dim))
+            except ValueError as error:
+                raise ValueError(f"{self.folder}: {error}") from error
         for file in files:
             file.rename(names)
-            file.head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
+            file.head_dim = head_dim
         tied = bool(config.get("tie_word_embeddings")) and not self.params.get("n_labels")
         self._hold(files, tied, config.get("max_position_embeddings"))
+        self.scheme = schemes(files)
 
     def _open_gguf(self, source: Path) -> None:
         self.layout, self.source = "gguf", source
@@ -93,7 +102,7 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         self._hold(files, True, keys.get("llama.context_length"))
-        self.scheme = gguf.schemes(files)  # of the output matrix too, if it is tied
+        self.scheme = schemes(files)  # of the output matrix too, if it is tied
 
     def _hold(self, files: Sequence[File], tied: bool, positions: object) -> None:
         """Take files of whole weights. If `tied` and no file has the output matrix, it is the embeddings."""
@@ -211,13 +220,13 @@ class Checkpoint:
         expected = [name for name in stored if self.layout == "meta" or self.holders.get(name) == [file]]
         missing = [name for name in expected if name not in file.tensors]
         problems = defaultdict(list, {"missing": missing, "unexpected": []})  # are named first
-        for name, (_, shape, dtype, *_) in file.tensors.items():
+        for name, (_, shape, dtype, _, packed) in file.tensors.items():
             whole, dtypes = stored.get(name, (None, READABLE))
             if whole is None:
                 problems["unexpected"].append(name)
             elif name in expected and shape not in (allowed := self.slice_shapes(name, whole)):
                 problems["misshapen"].append(f"{name} {shape} instead of {allowed[0]}")
-            if dtype not in dtypes:
+            if dtype not in dtypes and not (packed and len(shape) > 1):
                 problems["of a dtype that cannot be read"].append(f"{name} {dtype}")
             if name in first.tensors and first.tensors[name].dtype != dtype:
                 problems[f"of another dtype than in {first.path.name}"].append(f"{name} {dtype}")
@@ -229,8 +238,8 @@ class Checkpoint:
         for name, shape in shapes(args).items():
             if isinstance(self.scheme, Scheme) and (own := self.scheme.of(name)):
                 found |= {key: (s, {dtype}) for key, (s, dtype) in own.stored(name, shape).items()}
-            else:  # a GGUF file may have any matrix in blocks, which are bytes
-                found[name] = (shape, READABLE | ({torch.uint8} if self.layout == "gguf" and len(shape) > 1 else set()))
+            else:
+                found[name] = shape, READABLE
         return found
 
     def slice_shapes(self, name: str, whole: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -302,7 +311,7 @@ class Checkpoint:
         """A slice, as in `read`, of a matrix that was saved quantized; None for any other weight."""
         own = self.scheme.of(name) if self.scheme else None
         file = self.holders[name][0]
-        if own and isinstance(file, GgufFile):
+        if own and isinstance(file, PackedFile):
             return file.quantized(name, shard_dim(name) or 0, begin, end)
         return read_parts(self, name, shape, begin, end, own) if own else None
 
@@ -313,10 +322,12 @@ class Checkpoint:
         A slice that is contiguous in one file, in this dtype, is returned as a view of the file, unless `out` is on a
         GPU. Any other is copied to `out`, or to a new tensor."""
         files, dim = self.holders[name], shard_dim(name)
-        if isinstance(file := files[0], GgufFile) and file.tensors[name].blocks:
+        if isinstance(file := files[0], PackedFile) and file.tensors[name].packed:
             if out is None:
                 out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype)
-            return file.dequantized(name, dim or 0, begin, end, out)
+            file.dequantized(name, dim or 0, begin, end, out)
+            file.release()
+            return out
         if dim is None:
             parts, dim = [files[0].read(name, 0, begin, end - begin)], 0
         elif len(files) > 1 and files[0].tensors[name].shape[dim] == shape[dim]:  # split along the other dimension

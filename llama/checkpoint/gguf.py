@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ..args import RopeScaling
-from ..backends.quantized import MATRICES, Quantized, Schemes, dequantize, stack
+from ..backends.quantized import Quantized, Scheme
 from ..gguf import Gguf
 from ..model import scale_rope_frequencies, unscaled_rope_frequencies
 from .blocks import CODECS, from_blocks
-from .files import Entry, File
+from .files import Entry, PackedFile
 from .hf import params_of
-from .paths import listed
 
 # Meta's name -> GGUF's, outside the layers and inside one. Rows of wq and wk are in Meta's order there too.
 OUTSIDE = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
@@ -131,7 +130,7 @@ def divisors(files: Sequence[GgufFile]) -> Tensor | None:
     for file in files:
         if entry := file.tensors.get(DIVISORS):
             if entry.dtype != torch.float32 or len(entry.shape) != 1:
-                kind = entry.blocks.name if entry.blocks else entry.dtype
+                kind = entry.packed.name if entry.packed else entry.dtype
                 raise ValueError(f"{DIVISORS} is of type {kind} and shape {entry.shape}")
             found = file.read(DIVISORS, 0, 0, *entry.shape)
             del file.tensors[DIVISORS]
@@ -139,7 +138,7 @@ def divisors(files: Sequence[GgufFile]) -> Tensor | None:
     return None
 
 
-class GgufFile(File):
+class GgufFile(PackedFile):
     """One file of a GGUF model, its tensors by Meta's names."""
 
     def __init__(self, path: Path, header: Gguf, names: Mapping[str, str]) -> None:
@@ -150,41 +149,18 @@ class GgufFile(File):
         super().__init__(path, tensors)
         self.rename(names)
 
-    def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized]:
-        """Rows or columns of a tensor in blocks, some rows at a time. ValueError for columns that divide a group."""
-        _, shape, _, offset, kind = self.tensors[name]
-        assert kind is not None
-        rows, columns = shape
-        group = CODECS[kind.name].scheme.group
-        if dim == 1 and (begin % group or end % group):
-            raise ValueError(f"{name} {shape} of {kind.name} cannot be divided so: its groups have {group} columns")
-        blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=kind.size(shape))
+    def scheme(self, name: str) -> Scheme:
+        return CODECS[self.kind(name)].scheme
+
+    def kind(self, name: str) -> str:
+        return self.tensors[name].packed.name
+
+    def slices(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized]:
+        _, (rows, columns), _, offset, kind = self.tensors[name]
+        blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=kind.size((rows, columns)))
         blocks = blocks.view(rows, columns // kind.values, kind.nbytes)
         for part in (blocks[begin:end] if dim == 0 else blocks).split(max(1, AT_ONCE // columns)):
             matrix = from_blocks(kind.name, part)
             if dim == 1:  # the same fraction of q's, of the scales' and of the minima's columns
                 matrix = matrix.map(lambda p: p[:, p.shape[1] * begin // columns : p.shape[1] * end // columns])
             yield matrix
-
-    def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
-        """Rows or columns `begin` to `end` of a tensor in blocks, along `dim`."""
-        return stack([*self.unpacked(name, dim, begin, end)])
-
-    def dequantized(self, name: str, dim: int, begin: int, end: int, out: Tensor) -> Tensor:
-        """The same in floats, written to `out`."""
-        rows = max(1, AT_ONCE // self.tensors[name].shape[1])
-        for target, part in zip(out.split(rows), self.unpacked(name, dim, begin, end), strict=True):
-            target.copy_(dequantize(part))
-        return out
-
-
-def schemes(files: Sequence[GgufFile]) -> Schemes | None:
-    """The schemes of a model's matrices; None if none is quantized."""
-    kinds = {
-        name: entry.blocks.name
-        for file in files
-        for name, entry in file.tensors.items()
-        if entry.blocks and name.split(".")[-2] in MATRICES
-    }
-    found = {name: CODECS[kind].scheme for name, kind in kinds.items()}
-    return Schemes(found, listed(sorted({*kinds.values()}))) if found else None

@@ -117,9 +117,6 @@ def params(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, allowed in SUPPORTED.items():
         if (value := config.get(key)) not in (None, *allowed):
             raise ValueError(f"{key} {value!r} is not supported; only {allowed[0]!r} is")
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", quantization) if isinstance(quantization, Mapping) else quantization
-        raise ValueError(f"weights quantized by {method} are not read; take the original ones, and give --quantize")
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if missing := [key for key in needed if key not in config]:
         raise ValueError(f"lacks the keys {listed(missing)}")

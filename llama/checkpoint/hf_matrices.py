@@ -1,0 +1,307 @@
+"""How GPTQ, AWQ, compressed-tensors, bitsandbytes and FP8 store a quantized matrix, and how it is read.
+
+A matrix (out, in) is stored in several tensors. Integers of 4 or 8 bits, with a scale and perhaps a zero point for each
+group of columns, become the quantized format with the same values, up to float16's rounding of scales and minima.
+Floats of 4 or 8 bits become floats of the model's dtype, as do integers whose groups are not of neighbouring columns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.quantized import GROUPS, Quantized, Scheme, pack, unpack
+from .files import Entry, File
+from .paths import listed
+
+# The ends of the names of a quantized matrix's tensors; bitsandbytes' begin with "weight." too.
+PARTS = {
+    *("qweight", "qzeros", "scales", "g_idx", "bias", "weight", "SCB", "weight_packed", "weight_shape"),
+    *("weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx"),
+}
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = (torch.float16, torch.bfloat16, torch.float32)
+AWQ_ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where each of 8 columns is among the 8 numbers of a word
+
+
+class Parts:
+    """The tensors of one module, by the ends of their names."""
+
+    def __init__(self, name: str, tensors: Mapping[str, tuple[File, Entry]]) -> None:
+        self.name, self.tensors = name, tensors
+
+    def __contains__(self, part: str) -> bool:
+        return part in self.tensors
+
+    def entry(self, part: str) -> Entry:
+        if part not in self.tensors:
+            raise ValueError(f"{self.name} lacks {part}")
+        return self.tensors[part][1]
+
+    def check(self, part: str, dtypes: Sequence[torch.dtype], *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a tensor. ValueError if it has none of these dtypes, or none of these shapes, if any."""
+        _, shape, dtype, *_ = self.entry(part)
+        if dtype not in dtypes or (shapes and shape not in shapes):
+            expected = f"{' or '.join(map(str, shapes))} {' or '.join(map(str, dtypes))}".strip()
+            raise ValueError(f"{self.name}.{part} is {shape} {dtype}; it must be {expected}")
+        return shape
+
+    def matrix(self, part: str, *dtypes: torch.dtype) -> tuple[int, int]:
+        """The shape of a tensor that must have two dimensions."""
+        shape = self.check(part, dtypes)
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"{self.name}.{part} {shape} is not a matrix")
+        return shape[0], shape[1]
+
+    def __call__(self, part: str, dim: int = 0, begin: int = 0, end: int | None = None) -> Tensor:
+        """Rows or columns `begin` to `end` of a tensor, or all of it."""
+        (file, _), entry = self.tensors[part], self.entry(part)
+        entry = entry._replace(shape=entry.shape or (1,))
+        return file.view(entry, dim, begin, (entry.shape[dim] if end is None else end) - begin)
+
+    def by_row(self, part: str, out: int) -> Tensor:
+        """Numbers (out, groups) that a tensor has for each row, or for all of them."""
+        found = self(part)
+        if found.numel() == 1:
+            return found.view(1, 1).expand(out, 1)
+        if found.dim() > 2 or len(found) != out:
+            raise ValueError(f"{self.name}.{part} is {tuple(found.shape)}, for {out} rows")
+        return found.view(out, -1)
+
+
+class Packed(NamedTuple):
+    """A matrix that is stored in several tensors."""
+
+    shape: tuple[int, int]
+    rows: Callable[[int, int], Quantized | Tensor]  # reads rows; the first is a multiple of 8
+    scheme: Scheme | None = None  # None if `rows` gives floats
+
+
+class Integers(NamedTuple):
+    """Rows of the matrix scale * (q - zero)."""
+
+    q: Tensor  # unsigned, (out, in) of 8 bits, or (out, in / 2) of 4
+    scale: Tensor  # (out, groups)
+    zero: Tensor | None  # (out, groups); None: 128
+
+    def quantized(self, bits: int, group: int) -> Quantized:
+        """The same values in groups of this many columns, or of whole rows if `group` is 0."""
+        times = self.q.shape[1] * 8 // bits // group // self.scale.shape[1] if group else 1
+        scale = self.scale.half().repeat_interleave(times, 1)
+        q = self.q if bits == 4 else (self.q ^ 128).view(torch.int8)  # less by 128
+        if self.zero is None:
+            return Quantized(q, scale)
+        least = (0 if bits == 4 else 128) - self.zero.float().repeat_interleave(times, 1)
+        return Quantized(q, scale, (scale.float() * least).half())
+
+    def values(self, bits: int, order: Tensor) -> Tensor:
+        """The values, where column i is in group order[i]."""
+        q, zero = unpack(self.q) if bits == 4 else self.q, 128.0 if self.zero is None else self.zero[:, order].float()
+        return (q.float() - zero) * self.scale[:, order].float()
+
+
+def packed_integers(
+    shape: tuple[int, int],
+    bits: int,
+    groups: int,
+    read: Callable[[int, int], Integers],
+    order: Tensor | None = None,
+    symmetric: bool = False,
+) -> Packed:
+    """A matrix whose rows `read` reads. ValueError for groups of other than a multiple of 16 columns."""
+    if order is not None:
+        return Packed(shape, lambda begin, end: read(begin, end).values(bits, order))
+    fit = [0] if groups == 1 and symmetric else [group for group in GROUPS if shape[1] % (groups * group) == 0]
+    if not fit:
+        raise ValueError(f"{shape[1]} columns in {groups} groups are not supported; a group must have 16, 32, ...")
+    scheme = Scheme(bits, fit[-1], symmetric)
+    return Packed(shape, lambda begin, end: read(begin, end).quantized(bits, scheme.group), scheme)
+
+
+def unsigned(words: Tensor, bits: int) -> Tensor:
+    """The numbers in words of 32 bits (rows, words), the first in the lowest bits -> (rows, numbers) uint8."""
+    found = words.contiguous().view(torch.uint8)
+    return unpack(found) if bits == 4 else found
+
+
+def order_of(parts: Parts, part: str, columns: int, groups: int) -> Tensor | None:
+    """The group (in,) of each column; None if these are in order."""
+    if part not in parts:
+        return None
+    parts.check(part, [torch.int32], (columns,))
+    found = parts(part).long()
+    if (found < 0).any() or (found >= groups).any():
+        raise ValueError(f"{parts.name}.{part} names groups beyond the {groups} of each row")
+    return None if torch.equal(found, torch.arange(columns) * groups // columns) else found
+
+
+def gptq(parts: Parts, found: Mapping[str, Any]) -> Packed:
+    """qweight (in * bits / 32, out), packed along the columns of the matrix, scales (groups, out), and qzeros, packed
+    along its rows. In the first version of the format zeros are less by one."""
+    bits = found.get("bits") or 4
+    per, less = 32 // bits, found.get("checkpoint_format") != "gptq_v2"
+    words, out = parts.matrix("qweight", torch.int32)
+    groups, _ = parts.matrix("scales", *SCALES)
+    parts.check("scales", SCALES, (groups, out))
+    parts.check("qzeros", [torch.int32], (groups, -(-out // per)))
+
+    def read(begin: int, end: int) -> Integers:
+        q = parts("qweight", 1, begin, end).T.contiguous().view(torch.uint8)
+        zeros = unsigned(parts("qzeros", 1, begin // per, -(-end // per)), bits)[:, : end - begin]
+        return Integers(q, parts("scales", 1, begin, end).T, (zeros + less & 2**bits - 1).T)
+
+    return packed_integers((out, words * per), bits, groups, read, order_of(parts, "g_idx", words * per, groups))
+
+
+def awq(parts: Parts, found: Mapping[str, Any]) -> Packed:
+    """qweight (in, out / 8) and qzeros (groups, out / 8), packed along the rows of the matrix, each eight in the order
+    of `AWQ_ORDER`, and scales (groups, out)."""
+    columns, words = parts.matrix("qweight", torch.int32)
+    groups, _ = parts.matrix("scales", *SCALES)
+    parts.check("scales", SCALES, (groups, 8 * words))
+    if zeros := "qzeros" in parts:
+        parts.check("qzeros", [torch.int32], (groups, words))
+
+    def unpacked(part: str, begin: int, end: int) -> Tensor:
+        eights = unsigned(parts(part, 1, begin // 8, end // 8), 4).unflatten(1, (-1, 8))
+        return eights[..., AWQ_ORDER].flatten(1).T
+
+    def read(begin: int, end: int) -> Integers:
+        scale = parts("scales", 1, begin, end).T
+        zero = unpacked("qzeros", begin, end) if zeros else torch.full_like(scale, 8)
+        return Integers(pack(unpacked("qweight", begin, end)), scale, zero)
+
+    return packed_integers((8 * words, columns), 4, groups, read)
+
+
+def pack_quantized(parts: Parts, found: Mapping[str, Any]) -> Packed:
+    """weight_packed (out, in * bits / 32), packed along the columns of the matrix, weight_scale (out, groups), and
+    weight_zero_point, if there is one, packed along its rows."""
+    if (bits := of_weights(found, "num_bits")) not in (4, 8):
+        raise ValueError(f"num_bits of {parts.name} is {bits!r}; only 4 and 8 are supported")
+    per = 32 // bits
+    out, words = parts.matrix("weight_packed", torch.int32)
+    _, groups = parts.matrix("weight_scale", *SCALES)
+    parts.check("weight_scale", SCALES, (out, groups))
+    if zeros := "weight_zero_point" in parts:
+        parts.check("weight_zero_point", [torch.int32], (-(-out // per), groups))
+
+    def read(begin: int, end: int) -> Integers:
+        q, scale = parts("weight_packed", 0, begin, end).view(torch.uint8), parts("weight_scale", 0, begin, end)
+        if not zeros:
+            return Integers(q, scale, torch.full_like(scale, 2 ** (bits - 1)))
+        zero = unsigned(parts("weight_zero_point", 0, begin // per, -(-end // per)).T, bits)
+        return Integers(q, scale, zero[:, : end - begin].T)
+
+    order = order_of(parts, "weight_g_idx", words * per, groups)
+    return packed_integers((out, words * per), bits, groups, read, order)
+
+
+def int8(parts: Parts, found: Mapping[str, Any]) -> Packed:
+    """weight (out, in), with weight_scale and perhaps weight_zero_point of the matrix, its rows or groups, or with
+    bitsandbytes' SCB (out,), the largest magnitude of each row."""
+    out, columns = parts.matrix("weight", torch.int8)
+    scale, divisor = ("SCB", 127) if "SCB" in parts else ("weight_scale", 1)
+    parts.check(scale, SCALES)
+    groups = parts.by_row(scale, out).shape[1]
+    if zeros := "weight_zero_point" in parts:
+        parts.check("weight_zero_point", [torch.int8], parts.entry(scale).shape)
+
+    def read(begin: int, end: int) -> Integers:
+        zero = parts.by_row("weight_zero_point", out)[begin:end].float() + 128 if zeros else None
+        q = parts("weight", 0, begin, end).view(torch.uint8) ^ 128
+        return Integers(q, parts.by_row(scale, out)[begin:end] / divisor, zero)
+
+    return packed_integers((out, columns), 8, groups, read, symmetric=not zeros)
+
+
+def float8(parts: Parts, found: Mapping[str, Any]) -> Packed:
+    """weight (out, in), with weight_scale or weight_scale_inv, by which it is multiplied, of the matrix, its rows, or
+    blocks of rows and columns."""
+    shape = out, columns = parts.matrix("weight", *FLOAT8)
+    part = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
+    of_rows = math.prod(parts.check(part, SCALES)) in (1, out)
+    height, width = (1, columns) if of_rows else block_size(found)
+    if not of_rows:
+        parts.check(part, SCALES, (-(-out // height), -(-columns // width)))
+
+    def rows(begin: int, end: int) -> Tensor:
+        scale = parts.by_row(part, out) if of_rows else parts(part)
+        scale = scale[torch.arange(begin, end) // height].float().repeat_interleave(width, 1)[:, :columns]
+        return parts("weight", 0, begin, end).float() * scale
+
+    return Packed(shape, rows)
+
+
+def float4(parts: Parts, found: Mapping[str, Any]) -> Packed:
+    """bitsandbytes' nf4 and fp4: weight (out * in / 2, 1), two numbers to a byte, the first in the higher bits. Each is
+    the index of a value in quant_map, which is multiplied by its block's absmax; absmax may be quantized too."""
+    names = [part for part in parts.tensors if part.startswith("weight.quant_state.")]
+    try:
+        state = json.loads(bytes(parts(names[0]).tolist()))
+        (out, columns), size, half = state["shape"], state["blocksize"], math.prod(state["shape"]) // 2
+        blocks = -(-2 * half // size)
+        nested = (state["nested_blocksize"], state["nested_offset"]) if "weight.nested_absmax" in parts else None
+        nested_blocks = -(-blocks // nested[0]) if nested else 0
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{parts.name}.weight.quant_state cannot be read: {error!r}") from error
+    shape = parts.check("weight", [torch.uint8], (half, 1), (1, half))
+    parts.check("weight.quant_map", [torch.float32], (16,))
+    parts.check("weight.absmax", [torch.uint8 if nested else torch.float32], (blocks,))
+    if nested:
+        parts.check("weight.nested_quant_map", [torch.float32], (256,))
+        parts.check("weight.nested_absmax", [torch.float32], (nested_blocks,))
+
+    def largest(begin: int, end: int) -> Tensor:
+        absmax = parts("weight.absmax", 0, begin, end)
+        if not nested:
+            return absmax
+        scale = parts("weight.nested_absmax")[torch.arange(begin, end) // nested[0]]
+        return parts("weight.nested_quant_map")[absmax.long()] * scale + nested[1]
+
+    def rows(begin: int, end: int) -> Tensor:
+        first, last = begin * columns, end * columns
+        two = parts("weight", shape.index(half), first // 2, last // 2).flatten()
+        values = parts("weight.quant_map")[torch.stack((two >> 4, two & 15), -1).flatten().long()]
+        block = first // size
+        scale = largest(block, -(-last // size))[torch.arange(first, last) // size - block]
+        return (values * scale).view(-1, columns)
+
+    return Packed((out, columns), rows)
+
+
+def block_size(found: Mapping[str, Any]) -> tuple[int, int]:
+    """The rows and columns that share a scale, by config.json."""
+    size = of_weights(found, "block_structure") or found.get("weight_block_size")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+        raise ValueError(f"weight_block_size is {size!r}, not the numbers of rows and of columns of a block")
+    return size[0], size[1]
+
+
+def of_weights(found: Mapping[str, Any], key: str) -> Any:
+    """What compressed-tensors' groups of modules have in common. ValueError if they differ."""
+    groups = found.get("config_groups") or {}
+    try:
+        values = [(group.get("weights") or {}).get(key) for group in groups.values()]
+    except AttributeError:
+        raise ValueError(f"config_groups is {groups!r}, not groups of modules with settings of their weights") from None
+    if any(value != values[0] for value in values):
+        raise ValueError(f"config_groups that differ in {key}, {listed(map(str, values))}, are not supported")
+    return values[0] if values else None
+
+
+def reader(parts: Parts, method: str) -> Callable[[Parts, Mapping[str, Any]], Packed] | None:
+    """What reads a module's matrix; None if it is not quantized."""
+    if "qweight" in parts:
+        return awq if method == "awq" else gptq
+    if "weight_packed" in parts:
+        return pack_quantized
+    if "weight.absmax" in parts:
+        return float4
+    dtype = parts.entry("weight").dtype if "weight" in parts else None
+    return int8 if dtype == torch.int8 else float8 if dtype in FLOAT8 else None

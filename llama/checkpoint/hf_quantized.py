@@ -1,0 +1,107 @@
+"""Quantized matrices of Hugging Face folders: the methods that are supported, and reading slices of the matrices."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.quantized import Quantized, Scheme
+from . import hf
+from .files import Entry, File, PackedFile
+from .hf_matrices import PARTS, Parts, reader
+from .paths import listed
+
+# The quant_method of config.json -> keys that change the values, and what is supported of each, besides null.
+METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gptq": {"bits": (4, 8), "checkpoint_format": ("gptq", "gptq_v2"), "is_marlin_format": (False,)},
+    "awq": {"bits": (4,), "version": ("gemm",)},
+    "compressed-tensors": {
+        "format": ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+        "transform_config": ({},),
+        "sparsity_config": ({},),
+    },
+    "bitsandbytes": {},
+    "fp8": {},
+    "fbgemm_fp8": {},
+}
+MODULE = re.compile(r"(.+_proj|lm_head)\.(.+)")
+# Tensors for the rounding of activations and of the KV cache, which is not done here.
+UNUSED = ("input_scale", "input_scale_ub", "input_zero_point", "output_scale", "k_scale", "v_scale", "weight_format")
+AT_ONCE = 2**20  # values that are unpacked at a time
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the weights are quantized by config.json; None if they are not. ValueError names what is not supported."""
+    if not (found := config.get("quantization_config")):
+        return None
+    method = found.get("quant_method") if isinstance(found, Mapping) else found
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(
+            f"weights quantized by {method} are not read, only by {listed(METHODS)}; take the original ones, and give "
+            "--quantize"
+        )
+    for key, allowed in METHODS[method].items():
+        value = found.get(key)
+        value = value.lower() if isinstance(value, str) else value
+        if value not in (None, *allowed) or (key == "bits" and type(value) is not int):
+            raise ValueError(f"weights quantized by {method} with {key} {found.get(key)!r} are not read")
+    return dict(found)
+
+
+class QuantizedFile(PackedFile):
+    """The quantized matrices of a Hugging Face folder, which are taken from its files."""
+
+    def __init__(self, files: Sequence[File], found: Mapping[str, Any], head_dim: int) -> None:
+        """`found` is what `settings` returned. ValueError names a matrix that cannot be read."""
+        self.files, self.path, self.head_dim = [*files], files[0].path.parent, head_dim
+        self.tensors, self.method = {}, found["quant_method"]
+        modules = defaultdict[str, dict[str, tuple[File, Entry]]](dict)
+        for file in files:
+            file.tensors = {key: entry for key, entry in file.tensors.items() if key.rpartition(".")[2] not in UNUSED}
+            for key, entry in file.tensors.items():
+                if match := MODULE.fullmatch(key):
+                    modules[match[1]][match[2]] = file, entry
+        for name, tensors in modules.items():
+            parts = Parts(name, tensors)
+            if not (read := reader(parts, self.method)):
+                continue
+            matrix = read(parts, found)
+            if "bias" in parts and parts("bias").any():
+                raise ValueError(f"{name}.bias is not zero; only matrices without a bias are supported")
+            for part, (file, entry) in tensors.items():
+                if part in PARTS or part.startswith("weight."):
+                    del file.tensors[entry.key]
+            self.tensors[f"{name}.weight"] = Entry(f"{name}.weight", matrix.shape, torch.uint8, 0, matrix)
+
+    def kind(self, name: str) -> str:
+        return f"{self.scheme(name)} by {self.method}"
+
+    def scheme(self, name: str) -> Scheme | None:
+        return self.tensors[name].packed.scheme
+
+    def slices(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized | Tensor]:
+        _, (out, columns), _, _, matrix = self.tensors[name]
+        first, last = (begin, end) if dim == 0 else (0, out)
+        heads = self.head_dim if hf.is_permuted(name) else 1  # rows are permuted within a head
+        unit = math.lcm(8, heads)
+        step = unit * max(1, AT_ONCE // (columns * unit))
+        for start in range(first - first % unit, last, step):
+
+            def part(p: Tensor, start: int = start) -> Tensor:
+                p = hf.to_pairs(p, heads) if heads > 1 else p
+                p = p[max(first - start, 0) : last - start]
+                whole = dim == 0 or p.shape[1] == 1  # one scale for a whole row
+                return p if whole else p[:, p.shape[1] * begin // columns : p.shape[1] * end // columns]
+
+            rows = matrix.rows(start, min(start + step, out))
+            yield rows.map(part) if isinstance(rows, Quantized) else part(rows)
+
+    def release(self) -> None:
+        for file in self.files:
+            file.release()

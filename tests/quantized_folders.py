@@ -1,0 +1,183 @@
+"""Hugging Face folders with quantized matrices, written as published ones are, and the values of their matrices."""
+
+import json
+
+import torch
+from safetensors.torch import load_file, save_file
+from small import hugging_face
+
+GROUP = 32
+
+
+def words(numbers, bits, dim):
+    """Unsigned numbers, packed along `dim` into words of 32 bits, the first in the lowest bits."""
+    numbers, per = numbers.long().movedim(dim, -1), 32 // bits
+    short = -numbers.shape[-1] % per
+    numbers = torch.nn.functional.pad(numbers, (0, short)).unflatten(-1, (-1, per))
+    total = sum(numbers[..., i] << bits * i for i in range(per))
+    return torch.where(total >= 2**31, total - 2**32, total).int().movedim(-1, dim).contiguous()
+
+
+def rounded(weight, bits, group, generator, off=2):
+    """Unsigned numbers (out, in), scales and zeros (out, groups) near a matrix, and scale * (q - zero). Zeros are up to
+    `off` from the middle."""
+    groups = weight.unflatten(1, (-1, group))
+    scale = (groups.amax(-1) - groups.amin(-1)).div(2**bits - 1).half()
+    zero = 2 ** (bits - 1) + torch.randint(-off, off + 1, scale.shape, generator=generator)
+    q = (groups / scale[..., None] + zero[..., None]).round().clamp(0, 2**bits - 1)
+    return q.flatten(1), scale, zero, ((q - zero[..., None]) * scale[..., None].float()).flatten(1)
+
+
+def gptq(weight, generator, bits=4, group=GROUP, version="gptq", order=None):
+    out, columns = weight.shape
+    order = torch.arange(columns) if order is None else torch.randperm(columns, generator=generator)
+    q, scale, zero, values = rounded(weight[:, order], bits, group or columns, generator)
+    back = order.argsort()
+    stored = (zero - int(version == "gptq")) & 2**bits - 1
+    tensors = {
+        "qweight": words(q[:, back], bits, 1).T.contiguous(),
+        "qzeros": words(stored, bits, 0).T.contiguous(),
+        "scales": scale.T.contiguous(),
+        "g_idx": (back // (group or columns)).int(),
+        "bias": torch.zeros(out, dtype=torch.float16),
+    }
+    return tensors, values[:, back]
+
+
+AWQ_PLACES = [0, 2, 4, 6, 1, 3, 5, 7]  # the column in each of the eight places of a word
+
+
+def awq(weight, generator):
+    q, scale, zero, values = rounded(weight, 4, GROUP, generator)
+
+    def packed(numbers):
+        places = numbers.T.unflatten(1, (-1, 8))[..., AWQ_PLACES].flatten(1)
+        return words(places, 4, 1)
+
+    return {"qweight": packed(q), "qzeros": packed(zero), "scales": scale.T.contiguous()}, values
+
+
+def compressed(weight, generator, bits=4, group=GROUP, symmetric=True):
+    q, scale, zero, values = rounded(weight, bits, group, generator, 0 if symmetric else 2)
+    tensors = {"weight_packed": words(q, bits, 1), "weight_shape": torch.tensor(weight.shape), "weight_scale": scale}
+    return {**tensors, **({} if symmetric else {"weight_zero_point": words(zero, bits, 0)})}, values
+
+
+def int8(weight, generator, zeros=False):
+    scale = weight.abs().amax(1, keepdim=True).div(120)
+    zero = torch.randint(-5, 6, scale.shape, generator=generator) if zeros else torch.zeros_like(scale)
+    q = (weight / scale + zero).round().clamp(-128, 127)
+    tensors = {"weight": q.to(torch.int8), "weight_scale": scale.bfloat16()}
+    tensors |= {"weight_zero_point": zero.to(torch.int8)} if zeros else {}
+    return tensors, (q - zero) * scale.bfloat16().float()
+
+
+def llm_int8(weight, generator):
+    largest = weight.abs().amax(1)
+    q = (weight / largest[:, None] * 127).round()
+    weight_format = torch.tensor(0, dtype=torch.uint8)
+    return {"weight": q.to(torch.int8), "SCB": largest, "weight_format": weight_format}, q * largest[:, None] / 127
+
+
+def float8(weight, generator, by="row", name="weight_scale", dtype=torch.float8_e4m3fn):
+    out, columns = weight.shape
+    if by == "block":
+        scale = torch.rand(-(-out // 128), -(-columns // 128), generator=generator) / 100 + 0.001
+        wide = scale.repeat_interleave(128, 0)[:out].repeat_interleave(128, 1)[:, :columns]
+    elif by == "row":
+        scale = wide = weight.abs().amax(1, keepdim=True) / 448
+    else:
+        scale = wide = weight.abs().amax() / 448
+    q = (weight / wide).clamp(-448, 448).to(dtype)
+    return {"weight": q, name: scale, "input_scale": torch.tensor(1.0)}, q.float() * wide
+
+
+def four_bits(weight, generator, kind="nf4", nested=True):
+    from bitsandbytes import functional as bnb
+
+    q, state = bnb.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+    tensors = {f"weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+    return {"weight": q, **tensors}, bnb.dequantize_4bit(q, state).float()
+
+
+def ct(format, inputs=None, **values):
+    """quantization_config of compressed-tensors."""
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "symmetric": True, **values}}
+    group |= (
+        {"input_activations": {**group["weights"], "symmetric": True, "strategy": "token", "dynamic": True}}
+        if inputs
+        else {}
+    )
+    status = {"quantization_status": "compressed", "ignore": ["lm_head"]}
+    return {"quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": group}, **status}
+
+
+W4 = {"num_bits": 4, "strategy": "group", "group_size": GROUP}
+# What writes a matrix, its arguments, and quantization_config.
+METHODS = {
+    "gptq": (gptq, {}, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False}),
+    "gptq of whole rows": (gptq, {"group": 0}, {"quant_method": "gptq", "bits": 4, "group_size": -1}),
+    "gptq v2": (gptq, {"version": "v2"}, {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}),
+    "gptq of 8 bits": (gptq, {"bits": 8, "group": 128}, {"quant_method": "gptq", "bits": 8, "group_size": 128}),
+    "gptq in another order": (gptq, {"order": True}, {"quant_method": "gptq", "bits": 4, "desc_act": True}),
+    "awq": (awq, {}, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}),
+    "w4a16": (compressed, {}, ct("pack-quantized", **W4)),
+    "w4a16 with zeros": (compressed, {"symmetric": False}, ct("pack-quantized", **W4 | {"symmetric": False})),
+    "w8a16": (compressed, {"bits": 8, "group": 128}, ct("pack-quantized", strategy="group", group_size=128)),
+    "w8a8": (int8, {}, ct("int-quantized", True, strategy="channel")),
+    "w8a8 with zeros": (int8, {"zeros": True}, ct("int-quantized", True, strategy="channel", symmetric=False)),
+    "fp8 by rows": (float8, {}, ct("float-quantized", True, strategy="channel", type="float")),
+    "fp8": (float8, {"by": "matrix"}, {"quant_method": "fp8"}),
+    "fp8 by blocks": (
+        float8,
+        {"by": "block", "name": "weight_scale_inv"},
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    ),
+    "fp8 e5m2": (float8, {"dtype": torch.float8_e5m2}, {"quant_method": "fbgemm_fp8"}),
+    "llm.int8": (llm_int8, {}, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+    "nf4": (four_bits, {}, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "fp4": (four_bits, {"kind": "fp4", "nested": False}, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+}
+
+
+def write(folder, model, method, output=False, seed=0):
+    """Write a model with its matrices quantized, perhaps the `output` matrix too, in two files. Returns Hugging Face's
+    model with the same values."""
+    quantize, options, config = METHODS[method]
+    theirs, generator = hugging_face(model.params, model.state_dict()), torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, value in theirs.state_dict().items():
+        if name.endswith("_proj.weight") or (output and name == "lm_head.weight"):
+            parts, values = quantize(value, generator, **options)
+            tensors |= {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in parts.items()}
+            value.copy_(values)
+        else:
+            tensors[name] = value
+    folder.mkdir()
+    theirs.config.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config, "dtype": "float32"}))
+    names = sorted(tensors)  # parts of one matrix in different files
+    files = {"model-00001-of-00002.safetensors": names[0::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, held in files.items():
+        save_file({name: tensors[name].clone().contiguous() for name in held}, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return theirs
+
+
+def edited(folder, config, tensors):
+    """Change config.json, and the tensors of all files, which become one file."""
+    if config:
+        path = folder / "config.json"
+        found = json.loads(path.read_text())
+        config(found)
+        path.write_text(json.dumps(found))
+    if tensors:
+        found = {}
+        for file in folder.glob("*.safetensors"):
+            found |= load_file(file)
+            file.unlink()
+        tensors(found)
+        (folder / "model.safetensors.index.json").unlink()
+        save_file(found, folder / "model.safetensors", {"format": "pt"})

@@ -1,0 +1,247 @@
+"""Hugging Face folders whose weights are quantized: GPTQ, AWQ, compressed-tensors, bitsandbytes and FP8."""
+
+import json
+import shutil
+
+import pytest
+import quantized_folders
+import torch
+from quantized_folders import METHODS, edited
+from safetensors.torch import load_file
+from small import GQA, TOKENIZER, in_process, needs_cpp, random_model, relative_error
+from transformers import AutoModelForCausalLM
+
+from llama import Llama
+from llama.checkpoint import Checkpoint
+from llama.checkpoint.convert import convert
+from llama.checkpoint.hf import names, to_pairs
+from llama.checkpoint.plan import shard_dim
+from llama.cli.inspect import inspect
+
+WIDE = {**GQA, "dim": 256, "n_layers": 2, "multiple_of": 256}
+TOKENS = torch.tensor([[1, 300, 301, 4, 550, 7, 1000, 1023] * 4, [1, 9, 8, 7, 6, 5, 4, 3] * 4])
+FLOATS = {"gptq in another order", "nf4", "fp4", *(method for method in METHODS if method.startswith("fp8"))}
+
+
+def write(folder, method, shape=WIDE, **options):
+    """A folder of a method, with a tokenizer, and Hugging Face's model of the dequantized weights."""
+    if method in ("nf4", "fp4"):
+        pytest.importorskip("bitsandbytes")
+    theirs = quantized_folders.write(folder, random_model(shape, 1024), method, **options)
+    shutil.copy(TOKENIZER, folder)
+    return theirs
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def written(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    return folder, request.param, write(folder, request.param)
+
+
+def build(path, **options):
+    return Llama.build(path, max_seq_len=64, device="cpu", dtype="float32", **options)
+
+
+def logits(path, **options):
+    llama = build(path, **options)
+    with torch.inference_mode():
+        return llama.model(TOKENS, 0).clone()
+
+
+def exact(theirs):
+    with torch.inference_mode():
+        return theirs(TOKENS).logits
+
+
+def test_values_are_those_of_the_folder(written):
+    """Exactly, or up to the rounding to float16 of a scale and of a minimum, which is up to 15 or 128 scales."""
+    folder, method, theirs = written
+    checkpoint = Checkpoint(folder)
+    assert (checkpoint.scheme is None) == (method in FLOATS)
+    state = theirs.state_dict()
+    for name, key in names(2).items():
+        whole = to_pairs(state[key], 32) if ".wq." in name or ".wk." in name else state[key]
+        bound = 1e-6 * whole.abs()
+        if checkpoint.scheme and (own := checkpoint.scheme.of(name)):
+            matrix = checkpoint.quantized(name, whole.shape, 0, whole.shape[shard_dim(name)])
+            most = sum(part.abs().amax() for part in matrix[1:] if part is not None).float()
+            bound = whole.abs() * 2**-10 + most * 2**-10
+            assert (matrix.bits, matrix.min is None) == (own.bits, own.symmetric)
+            assert matrix.shape[1] // matrix.scale.shape[1] == own.columns(matrix.shape[1])
+        dim = shard_dim(name) or 0
+        for begin, end in ((0, whole.shape[dim]), (whole.shape[dim] // 2, whole.shape[dim])):
+            found = checkpoint.read(name, whole.shape, begin, end, torch.float32)
+            expected = whole.narrow(dim, begin, end - begin)
+            assert ((found - expected).abs() <= bound.narrow(dim, begin, end - begin)).all(), name
+
+
+def test_logits(written):
+    folder, method, theirs = written
+    assert relative_error(logits(folder, compile=False), exact(theirs)) < (1e-5 if method in FLOATS else 5e-3)
+
+
+@needs_cpp
+def test_logits_of_the_native_backend(written):
+    """It quantizes activations to 8 bits where weights are quantized."""
+    folder, method, theirs = written
+    assert relative_error(logits(folder, compile=True), exact(theirs)) < (1e-5 if method in FLOATS else 0.05)
+
+
+def test_on_two_ranks(written, ranks):
+    folder, method, theirs = written
+    for found in ranks(2).run(logits, folder):
+        assert relative_error(found, exact(theirs)) < (1e-5 if method in FLOATS else 5e-3)
+
+
+# Against the packages that write such folders
+
+
+@pytest.mark.parametrize("method", ["w4a16", "w8a16"])
+def test_transformers_loads_the_same(tmp_path, method):
+    """With 8-bit activations, as of w8a8, it would round these too."""
+    pytest.importorskip("compressed_tensors")
+    theirs = write(tmp_path / "model", method)
+    assert torch.equal(exact(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), exact(theirs))
+
+
+PARTS = {"w4a16 with zeros": "PackedQuantizationCompressor", "w8a8 with zeros": "IntQuantizationCompressor"}
+
+
+@pytest.mark.parametrize("method", PARTS)
+def test_zero_points_are_those_of_compressed_tensors(tmp_path, method):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors import compressors
+    from compressed_tensors.quantization import QuantizationConfig
+
+    theirs = write(tmp_path / "model", method)
+    config = QuantizationConfig(**json.loads((tmp_path / "model/config.json").read_text())["quantization_config"])
+    stem, tensors = "model.layers.0.mlp.up_proj.", {}
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        tensors |= {key.removeprefix(stem): tensor for key, tensor in load_file(file).items() if key.startswith(stem)}
+    found = getattr(compressors, PARTS[method]).decompress(tensors, config.config_groups["group_0"])["weight"]
+    expected = theirs.state_dict()[f"{stem}weight"]
+    assert relative_error(found.float(), expected) < 4e-3  # it computes in the dtype of the scale, bfloat16
+
+
+def test_awq_is_unpacked_as_by_compressed_tensors(tmp_path):
+    converters = pytest.importorskip("compressed_tensors.entrypoints.convert.converters")
+    weight, generator = torch.randn(64, 96), torch.Generator().manual_seed(0)
+    tensors, values = quantized_folders.awq(weight, generator)
+    found = converters.AutoAWQConverter()._convert_gemm_module(**tensors)
+    q, scale, zero = (part.float().repeat_interleave(96 // part.shape[1], 1) for part in found)
+    assert torch.equal((q - zero) * scale, values)
+
+
+# Other folders
+
+
+def test_an_output_matrix_is_quantized_too(tmp_path):
+    theirs = write(tmp_path / "model", "gptq", output=True)
+    assert Checkpoint(tmp_path / "model").scheme.of("output.weight") == (4, 32, False)
+    assert relative_error(logits(tmp_path / "model", compile=False), exact(theirs)) < 5e-3
+
+
+def test_a_bin_file(tmp_path):
+    theirs = write(tmp_path / "model", "fp8")
+    tensors = {}
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    torch.save(tensors, tmp_path / "model" / "pytorch_model.bin")
+    assert relative_error(logits(tmp_path / "model", compile=False), exact(theirs)) < 1e-5
+
+
+def test_commands_take_a_folder(tmp_path):
+    write(tmp_path / "model", "awq")
+    done = in_process(inspect, tmp_path / "model", "--max_seq_len", 64)
+    assert done.returncode == 0 and "in int4 in groups of 32 by awq" in done.stdout
+    done = in_process(inspect, tmp_path / "model", "--quantize", "int8")
+    assert "model is quantized already, to int4 in groups of 32 by awq; it cannot become int8" in done.stderr
+    for to in ("meta", "hf"):
+        convert(tmp_path / "model", tmp_path / to, to, 1, torch.float32)
+        assert relative_error(logits(tmp_path / to, compile=False), logits(tmp_path / "model", compile=False)) < 1e-5
+    write(tmp_path / "fp8", "fp8")
+    assert build(tmp_path / "fp8", quantize="int8").text_completion(["Once"], max_gen_len=4, temperature=0)
+
+
+def part(name, change):
+    """A change of the tensors of one matrix."""
+
+    def edit(tensors):
+        key = f"model.layers.1.mlp.up_proj.{name}"
+        tensors[key] = change(tensors[key]).contiguous()
+
+    return edit
+
+
+def without(name):
+    return lambda tensors: tensors.pop(f"model.layers.1.mlp.up_proj.{name}")
+
+
+def settings(**changes):
+    return lambda config: config["quantization_config"].update(changes)
+
+
+SCALES = r"model\.layers\.1\.mlp\.up_proj\.scales is \(8, 767\) torch\.float16; it must be \(8, 768\)"
+ERRORS = {
+    "another method": ("gptq", settings(quant_method="quip"), None, "by quip are not read, only by gptq, awq, "),
+    "no method": ("gptq", settings(quant_method=None), None, "by None are not read"),
+    "3 bits": ("gptq", settings(bits=3), None, "by gptq with bits 3 are not read"),
+    "marlin": ("gptq", settings(checkpoint_format="marlin"), None, "checkpoint_format 'marlin' are not read"),
+    "gemv": ("awq", settings(version="GEMV"), None, "with version 'GEMV' are not read"),
+    "nvfp4": ("w4a16", settings(format="nvfp4-pack-quantized"), None, "format 'nvfp4-pack-quantized' are not"),
+    "rotated": ("w4a16", settings(transform_config={"u": 1}), None, r"transform_config {'u': 1} are not read"),
+    "2 bits": ("w4a16", settings(config_groups={"a": {"weights": {"num_bits": 2}}}), None, "is 2; only 4 and 8 are"),
+    "mixed bits": (
+        "w4a16",
+        settings(config_groups={"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}),
+        None,
+        "config_groups that differ in num_bits, 4, 8, are not supported",
+    ),
+    "no groups": ("w4a16", settings(config_groups=[1]), None, r"config_groups is \[1\], not groups"),
+    "no zeros": ("gptq", None, without("qzeros"), r"model\.layers\.1\.mlp\.up_proj lacks qzeros"),
+    "short scales": ("gptq", None, part("scales", lambda t: t[:, :-1]), SCALES),
+    "other groups": ("gptq", None, part("g_idx", lambda t: t + 7), "g_idx names groups beyond the 8 of each row"),
+    "a bias": ("gptq", None, part("bias", lambda t: t + 1), r"up_proj\.bias is not zero"),
+    "floats": ("gptq", None, part("qweight", lambda t: t.float()), "float32; it must be torch.int32"),
+    "another shape": (
+        "w4a16",
+        None,
+        part("weight_packed", lambda t: t[:, :-4]),
+        "224 columns in 8 groups are not supp",
+    ),
+    "a global scale": (
+        "w4a16",
+        None,
+        lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight_global_scale": torch.ones(1)}),
+        r"unexpected: model\.layers\.1\.mlp\.up_proj\.weight_global_scale",
+    ),
+    "fewer rows": ("fp8", None, part("weight", lambda t: t[:-8]), r"misshapen: layers\.1\.feed_forward\.w3\.weight"),
+    "blocks of another size": ("fp8 by blocks", settings(weight_block_size=[64, 64]), None, r"must be \(12, 4\)"),
+    "blocks of no size": ("fp8 by blocks", settings(weight_block_size=None), None, "weight_block_size is None, not"),
+    "no state": ("nf4", None, without("weight.quant_state.bitsandbytes__nf4"), "quant_state cannot be read"),
+    "another state": (
+        "nf4",
+        None,
+        part("weight.quant_state.bitsandbytes__nf4", lambda t: t[5:]),
+        "quant_state cannot be read",
+    ),
+    "a short table": ("nf4", None, part("weight.quant_map", lambda t: t[:15]), r"\(15,\) torch.float32; it must be"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_cannot_be_read_is_named(tmp_path, case):
+    method, config, tensors, message = ERRORS[case]
+    write(tmp_path / "model", method)
+    edited(tmp_path / "model", config, tensors)
+    with pytest.raises(ValueError, match=message) as error:
+        build(tmp_path / "model", compile=False)
+    assert "model" in str(error.value)
+
+
+def test_a_group_is_not_divided_between_ranks(tmp_path, ranks):
+    write(tmp_path / "model", "w8a16", {**WIDE, "n_heads": 8})
+    for _, error in ranks(4).outcomes(logits, tmp_path / "model"):
+        assert error[0] == "ValueError"
+        assert "of int8 in groups of 128 by compressed-tensors cannot be divided so: its groups have 128" in error[1]
