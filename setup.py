@@ -18,7 +18,8 @@ setup(
     extras_require={
         "test": [
             *("pytest", "pytest-cov", "pytest-xdist", "hypothesis", "pexpect", "ruff", "mypy"),
-            *("transformers", "peft", "gguf", "bitsandbytes", "compressed-tensors; python_version >= '3.11'", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
+            *("transformers", "peft", "gguf", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
+            *("bitsandbytes", "compressed-tensors; python_version >= '3.11'"),
             *("starlette", "uvicorn", "httpx", "openai", "playwright", "llguidance"),
             "triton; platform_system == 'Linux'",  # whose interpreter runs the CUDA kernels on a CPU
         ],
