@@ -185,7 +185,7 @@ def test_tied_embeddings(tmp_path, tied):
         ({"model_type": "mistral"}, "model_type 'mistral' is not supported; only 'llama' is"),
         ({"head_dim": 16}, "misshapen: .*wq.weight"),
         ({"head_dim": 7}, "heads of even size"),
-        ({"quantization_config": {"quant_method": "aqlm"}}, "weights quantized by aqlm are not read, only by gptq, awq"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "weights quantized by aqlm are not read, only by gptq"),
         ({"quantization_config": "hqq"}, "weights quantized by hqq are not read"),
         ({"num_hidden_layers": 4}, "missing: layers.3.attention.wq.weight"),
         ({"num_hidden_layers": 2}, "unexpected: model.layers.2."),

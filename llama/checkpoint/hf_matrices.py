@@ -231,9 +231,11 @@ def float8(parts: Parts, found: Mapping[str, Any]) -> Packed:
         parts.check(part, SCALES, (-(-out // height), -(-columns // width)))
 
     def rows(begin: int, end: int) -> Tensor:
-        scale = parts.by_row(part, out) if of_rows else parts(part)
-        scale = scale[torch.arange(begin, end) // height].float().repeat_interleave(width, 1)[:, :columns]
-        return parts("weight", 0, begin, end).float() * scale
+        scale = parts.by_row(part, out)[begin:end] if of_rows else parts(part)[torch.arange(begin, end) // height]
+        scale = scale if of_rows else scale.repeat_interleave(width, 1)[:, :columns]
+        q = parts("weight", 0, begin, end)
+        values = torch.arange(256, dtype=torch.uint8).view(q.dtype).float()  # faster than q.float()
+        return lookup(values, q.view(torch.uint8)).view_as(q).mul_(scale)
 
     return Packed(shape, rows)
 
@@ -266,13 +268,18 @@ def float4(parts: Parts, found: Mapping[str, Any]) -> Packed:
 
     def rows(begin: int, end: int) -> Tensor:
         first, last = begin * columns, end * columns
-        two = parts("weight", shape.index(half), first // 2, last // 2).flatten()
-        values = parts("weight.quant_map")[torch.stack((two >> 4, two & 15), -1).flatten().long()]
-        block = first // size
-        scale = largest(block, -(-last // size))[torch.arange(first, last) // size - block]
-        return (values * scale).view(-1, columns)
+        values = parts("weight.quant_map")
+        of_bytes = torch.stack((values.repeat_interleave(16), values.repeat(16)), -1)  # (256, 2)
+        q = lookup(of_bytes, parts("weight", shape.index(half), first // 2, last // 2))
+        scale = largest(first // size, -(-last // size)).repeat_interleave(size)[first % size :][: last - first]
+        return q.view(-1, columns).mul_(scale.view(-1, columns))
 
     return Packed((out, columns), rows)
+
+
+def lookup(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table, by the bytes of an index. Twice as fast as table[index]."""
+    return table.index_select(0, index.flatten().int())
 
 
 def block_size(found: Mapping[str, Any]) -> tuple[int, int]:
