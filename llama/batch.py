@@ -11,6 +11,7 @@ begins with a prompt of 3:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,6 +37,14 @@ class Batch(NamedTuple):
     positions: Tensor  # (N,) int64, of each token in its sequence
     slots: Tensor  # (N,) int64, where the keys and values of each token are stored
     sequences: tuple[Span, ...]  # in the order of the tokens; the lengths sum to N
+    outputs: Sequence[int] | None = None  # of the last tokens of each, whose hidden states are needed; None: all
+
+    def needed(self) -> list[int] | None:
+        """The rows whose hidden states are needed; None if all are."""
+        if self.outputs is None or sum(self.outputs) == len(self.tokens):
+            return None
+        ends = itertools.accumulate(sequence.length for sequence in self.sequences)
+        return [row for end, count in zip(ends, self.outputs, strict=True) for row in range(end - count, end)]
 
     @staticmethod
     def of(parts: Iterable[tuple[int, int, Sequence[int]]], device: torch.device | str = "cpu") -> Batch:
@@ -45,13 +54,13 @@ class Batch(NamedTuple):
         return Batch.arrange(tokens, [Span(slot, start, len(ids)) for slot, start, ids in parts])
 
     @staticmethod
-    def arrange(tokens: Tensor, sequences: Sequence[Span]) -> Batch:
+    def arrange(tokens: Tensor, sequences: Sequence[Span], outputs: Sequence[int] | None = None) -> Batch:
         """A batch of tokens (N,) of `sequences`. The tokens may still be in computation on a GPU."""
         positions = torch.tensor([s.start + i for s in sequences for i in range(s.length)], device="cpu")
         slots = torch.tensor([s.slot for s in sequences for _ in range(s.length)], device="cpu")
         # This does not wait for a GPU.
         positions, slots = (part.to(tokens.device, non_blocking=True) for part in (positions, slots))
-        return Batch(tokens, positions, slots, tuple(sequences))
+        return Batch(tokens, positions, slots, tuple(sequences), outputs)
 
     @staticmethod
     def rows(tokens: Tensor, start_pos: int | Sequence[int] | Tensor, params: ModelArgs) -> Batch:

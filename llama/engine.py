@@ -254,7 +254,8 @@ class Engine:
         if not rows:
             return None
         spans = [Span(row.request.slot, row.start, row.length) for row in rows]
-        return self._sample(rows, self.backend.hidden(Batch.arrange(tokens, spans)))
+        outputs = [row.length if row.of_prompt and row.request.observe else row.samples for row in rows]
+        return self._sample(rows, self.backend.hidden(Batch.arrange(tokens, spans, outputs)))
 
     def _sample(self, rows: list[Row], hidden: Tensor) -> Pass:
         """Sample from hidden states (N, dim). This does not wait for a GPU, unless a request has an observer."""

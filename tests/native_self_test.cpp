@@ -171,7 +171,7 @@ static void test_attention(int64_t H, int64_t K, int64_t D) {
             const int64_t n = std::min(chunk, tokens - t);
             std::vector<float> qkv(start.begin() + t * width, start.begin() + (t + n) * width), twice(2 * n * H * D);
             qkv.insert(qkv.end(), start.begin() + t * width, start.begin() + (t + n) * width);
-            const Sequence sequences[] = {{1, t, n}, {0, t, n}};
+            const Sequence sequences[] = {{1, t, n, n}, {0, t, n, n}};
             attention(heads, qkv.data(), cos_sin.data(), cache.data(), sequences, 2, twice.data());
             std::copy_n(twice.begin(), n * H * D, y.begin() + t * H * D);
             expect(std::equal(twice.begin(), twice.begin() + n * H * D, twice.begin() + n * H * D), "two sequences", chunk, t);

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from llama import Llama, backends, engine
 from llama.backends import cuda, quantized
 from llama.backends.quantized import Scheme
-from llama.batch import Batch
+from llama.batch import Batch, Span
 
 PROMPTS = [[5, 17, 99, 3], [64], [127, 0, 7, 7, 7, 8, 9, 100, 101, 102]]
 SHORT = {name: {**SHAPES[name], "n_layers": 1} for name in ("GQA", "MQA", "odd FFN")}
@@ -47,6 +47,20 @@ def test_prompts_and_steps_give_the_models_logits(shape):
     for parts in passes:
         plain, found = both(ways, parts)
         assert relative_error(found, plain) < 1e-5
+
+
+@pytest.mark.parametrize("few", [0, 64])
+def test_the_last_layer_is_computed_only_where_it_is_needed(few, monkeypatch):
+    monkeypatch.setitem(cuda.FEW, 16, few)
+    model, sequences = random_model(SHORT["GQA"]), [(0, 0, 5), (2, 0, 1), (1, 0, 7)]
+    batch = Batch.arrange(torch.arange(13), [Span(*sequence) for sequence in sequences])
+    exact, embedded = model.hidden(batch), model.tok_embeddings(batch.tokens)
+    for outputs in ([1, 1, 2], [0, 1, 0], [0, 0, 0], [5, 1, 7]):
+        found = Interpreted(random_model(SHORT["GQA"])).hidden(batch._replace(outputs=outputs))
+        needed = [row for end, count in zip((5, 6, 13), outputs, strict=True) for row in range(end - count, end)]
+        rest = [row for row in range(13) if row not in needed]
+        assert torch.allclose(found[needed], exact[needed], rtol=1e-4, atol=1e-5)
+        assert torch.equal(found[rest], embedded[rest])  # the input of the only layer
 
 
 def on_two_ranks():

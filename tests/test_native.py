@@ -81,6 +81,32 @@ def test_native_equals_plain(quantize, dtype, bound, sequences, tokens, monkeypa
 
 
 @needs_cpp
+@pytest.mark.parametrize("tokens", [512, 30, 7])
+@pytest.mark.parametrize("outputs", [[1, 1, 2], [0, 0, 0], [20, 0, 1], [24, 5, 17], [0, 3, 17]], ids=str)
+@pytest.mark.parametrize(
+    ("quantize", "dtype"), [(None, torch.float32), (None, torch.bfloat16), ("int4", torch.float32)]
+)
+def test_the_last_layer_is_computed_only_where_it_is_needed(quantize, dtype, outputs, tokens, monkeypatch):
+    """The rows that are needed, and the cache, are as without `outputs`; other rows are the last layer's input."""
+    monkeypatch.setattr(cpu, "PASS", tokens)
+    model = loaded(WIDE, quantize, dtype)
+    sequences = [Span(0, 0, 24), Span(1, 3, 5), Span(2, 0, 17)]
+    batch = Batch.arrange(torch.randint(0, 128, (46,)), sequences)
+    fewer = loaded(WIDE | {"n_layers": 2}, quantize, dtype)
+    ends = [24, 29, 46]
+    needed = [row for end, count in zip(ends, outputs, strict=True) for row in range(end - count, end)]
+    rest = [row for row in range(46) if row not in needed]
+    with torch.inference_mode():
+        exact, before = compiled(model).hidden(batch).clone(), compiled(fewer).hidden(batch).clone()
+        cache = torch.stack([*model.buffers()])
+        model.allocate_cache()
+        found = compiled(model).hidden(batch._replace(outputs=outputs))
+    assert torch.equal(torch.stack([*model.buffers()]), cache)
+    assert torch.allclose(found[needed], exact[needed], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[rest], before[rest])
+
+
+@needs_cpp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_native_is_more_accurate_than_plain_in_16_bits(dtype):
     """It rounds only keys and values to 16 bits."""
@@ -160,9 +186,12 @@ def test_native_generates_the_same_text(quantize, monkeypatch):
 
 def test_batches_are_split_into_passes():
     sequences = [Span(0, 0, 7), Span(1, 5, 1), Span(2, 2, 2)]
-    assert cpu.passes(sequences, 10) == [sequences]
-    assert cpu.passes(sequences, 9) == [[(0, 0, 5)], [(0, 5, 2), (1, 5, 1), (2, 2, 2)]]
-    assert cpu.passes([Span(0, 4, 7), *sequences[1:]], 4) == [[(0, 4, 4)], [(0, 8, 3), (1, 5, 1)], [(2, 2, 2)]]
+    whole = [(0, 0, 7, 7), (1, 5, 1, 1), (2, 2, 2, 2)]
+    assert cpu.passes(sequences, None, 10) == [whole]
+    assert cpu.passes(sequences, None, 9) == [[(0, 0, 5, 5)], [(0, 5, 2, 2), (1, 5, 1, 1), (2, 2, 2, 2)]]
+    longer = cpu.passes([Span(0, 4, 7), *sequences[1:]], [1, 0, 2], 4)
+    assert longer == [[(0, 4, 4, 0)], [(0, 8, 3, 1), (1, 5, 1, 0)], [(2, 2, 2, 2)]]
+    assert cpu.passes([Span(0, 0, 7)], [5], 4) == [[(0, 0, 4, 2)], [(0, 4, 3, 3)]]
 
 
 @needs_cpp

@@ -3,8 +3,9 @@
 
 #include "matmul.h"
 
-struct Sequence {  // consecutive tokens of one sequence: its slot of the cache, the first position, the number of tokens
-    int64_t slot, start, length;
+struct Sequence {  // consecutive tokens of one sequence
+    int64_t slot, start, length;  // of the cache; the first position; the number of tokens
+    int64_t outputs;  // how many of the last tokens need attention's output
 };
 
 // Applies RoPE to adjacent pairs of x (D,), with cos and sin interleaved in cos_sin (D,), and multiplies by `scale`.
@@ -93,11 +94,12 @@ static void pack_values(const T *v, int64_t S, int64_t D, float *to) {
 }
 
 // Attention of a sequence of many tokens, whose queries in `qkv` have RoPE applied: matmuls for a panel of queries of one
-// head at a time, with keys and values packed once.
+// head at a time, with keys and values packed once. Panels without outputs are left out.
 template <typename T>
 static void attend_prefill(const Heads &h, const float *qkv, const T *cache, const Sequence &sequence, float *y) {
     constexpr int64_t panel = 48, N = PER_LANE<T>;
     const int64_t H = h.H, K = h.K, D = h.D, width = D / N, panels = (sequence.length + panel - 1) / panel;
+    const int64_t computed = panels - (sequence.length - sequence.outputs) / panel;
     const int64_t kv_length = sequence.start + sequence.length, S = (kv_length + FLOAT_N - 1) / FLOAT_N * FLOAT_N;
     float *keys = (float *)scratch<PACKED_KV>(2 * K * S * width * sizeof(float)), *values = keys + K * S * width;
     parallel_for(K, 1, [&](int64_t head, int64_t end) {
@@ -108,7 +110,7 @@ static void attend_prefill(const Heads &h, const float *qkv, const T *cache, con
             pack_values(v, kv_length, D, values + head * S * width);
         }
     });
-    parallel_for(H * panels, 1, [&](int64_t i, int64_t stop) {
+    parallel_for(H * computed, 1, [&](int64_t i, int64_t stop) {
         float *scores = (float *)scratch<SCORES>(panel * (S + 1 + D) * sizeof(float)), *inverse_sum = scores + panel * S;
         for (; i < stop; i++) {
             const int64_t head = i % H, from = (panels - 1 - i / H) * panel;  // the longest first, for load balance
@@ -166,7 +168,7 @@ static void attend_decode(const Heads &h, const float *qkv, const T *cache, cons
             int64_t n = 0;
             for (int64_t j = 0; j < i; j++) n += sequences[j].length;
             const T *k = keys(part), *v = k + K * size, *next_keys = keys(std::min(part + 1, end - 1));
-            for (int64_t t = 0; t < sequence.length; t++)
+            for (int64_t t = sequence.length - sequence.outputs; t < sequence.length; t++)
                 for_blocks<Q_HEADS>(first, std::min(G, first + Q_HEADS), [&](auto Q, int64_t g) {
                     const int64_t j = head * G + g;
                     attend<Q>(qkv + (n + t) * h.width() + j * D, k, v, y + ((n + t) * H + j) * D, sequence.start + t + 1, D,
@@ -177,7 +179,7 @@ static void attend_decode(const Heads &h, const float *qkv, const T *cache, cons
 }
 
 // qkv (n, (H + 2 K) D) of the tokens of all sequences -> y (n, H D). Applies RoPE, stores keys and values in the cache
-// (slots, 2 K, max_seq_len, D), and attends causally within each sequence.
+// (slots, 2 K, max_seq_len, D), and attends causally within each sequence; y has only the outputs that are needed.
 template <typename T>
 static void attention(const Heads &h, float *qkv, const float *cos_sin, T *cache, const Sequence *sequences, int64_t count,
                       float *y) {
@@ -195,7 +197,7 @@ static void attention(const Heads &h, float *qkv, const float *cos_sin, T *cache
                 for (int64_t j = 0; j < 2 * K; j++)
                     convert(row + (H + j) * D, slot + (j * h.max_seq_len + position) * D, D);
             });
-            if (sequence.length >= MIN_PREFILL) attend_prefill(h, begin, prefill_cache, sequence, y + n * H * D);
+            if (sequence.length >= MIN_PREFILL && sequence.outputs) attend_prefill(h, begin, prefill_cache, sequence, y + n * H * D);
         }
         attend_decode<T>(h, qkv, cache, sequences, count, y);
     };

@@ -275,9 +275,9 @@ class Native:
         self.lib.llama_threads(threads())
         x = self.embed(batch.tokens)
         y, begin = torch.empty(min(len(x), PASS), x.shape[1], dtype=torch.float32), 0
-        for spans in passes(batch.sequences, PASS):
-            rows = sum(length for _, _, length in spans)
-            c_spans = (ctypes.c_int64 * (3 * len(spans)))(*(number for span in spans for number in span))
+        for spans in passes(batch.sequences, batch.outputs if world_size() == 1 else None, PASS):
+            rows = sum(length for _, _, length, _ in spans)
+            c_spans = (ctypes.c_int64 * (4 * len(spans)))(*(number for span in spans for number in span))
             self.layers(x[begin : begin + rows], y[:rows], c_spans, len(spans))
             begin += rows
         return x
@@ -313,18 +313,22 @@ class Native:
         return y if self.model.params.n_labels else all_gather(y)  # every rank has the whole score head
 
 
-def passes(sequences: Sequence[Span], most: int) -> list[list[Span]]:
-    """The sequences of a batch, cut into passes of up to `most` tokens and about equal length."""
+def passes(
+    sequences: Sequence[Span], outputs: Sequence[int] | None, most: int
+) -> list[list[tuple[int, int, int, int]]]:
+    """The sequences of a batch, cut into passes of up to `most` tokens and about equal length, as `Sequence` in
+    attention.h: slot, start, length, and how many of the last tokens are among the `outputs` of their sequence."""
     total = sum(length for _, _, length in sequences)
     size = -(-total // -(-total // most))
-    found: list[list[Span]] = [[]]
+    found: list[list[tuple[int, int, int, int]]] = [[]]
     left = size
-    for slot, start, length in sequences:
+    for i, (slot, start, length) in enumerate(sequences):
+        wanted = length if outputs is None else outputs[i]
         while length:
             if not left:
                 found.append([])
                 left = size
             some = min(length, left)
-            found[-1].append(Span(slot, start, some))
+            found[-1].append((slot, start, some, min(some, max(0, wanted - (length - some)))))
             start, length, left = start + some, length - some, left - some
     return found

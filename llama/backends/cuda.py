@@ -89,23 +89,31 @@ class Cuda:
             return all_gather(kernels.linear(hidden, self.output, norm=self.norm, eps=self.eps, dtype=torch.float32))
 
     def layers_output(self, tokens: Tensor, positions: Tensor, slots: Tensor, batch: Batch | None = None) -> Tensor:
-        """`hidden` for one token of each sequence, or for a `batch`."""
+        """`hidden` for one token of each sequence, or for a `batch`; the last layer only for the rows that it needs."""
         few = len(tokens) <= self.few
         rope = Rope(self.cos_sin, positions, slots, self.layers[0].cache, self.n_heads)
         attention = Attention(self, rope, batch)
-        x = all_gather(F.embedding(tokens, self.embeddings))  # (N, dim)
+        needed = batch.needed() if batch else None
+        x = inputs = all_gather(F.embedding(tokens, self.embeddings))  # (N, dim)
         for layer in self.layers:
             rope = rope._replace(cache=layer.cache)
             if few:
                 q = kernels.linear(x, layer.qkv, ROPE, layer.attention_norm, self.eps, rope=rope)
-                x = self.add(x, attention(q, rope), layer.wo, few)
-                h = kernels.linear(x, layer.w13, SWIGLU, layer.ffn_norm, self.eps)
             else:
                 q = kernels.apply_rope(self.normed(x, layer.attention_norm, layer.qkv), rope)
-                x = self.add(x, attention(q, rope), layer.wo, few)
+            if layer is self.layers[-1] and needed == []:
+                return x
+            y = attention(q, rope)
+            if layer is self.layers[-1] and needed:
+                rows = torch.tensor(needed).to(self.device, non_blocking=True)
+                inputs, x, y, few = x, x[rows], y[rows], len(needed) <= self.few
+            x = self.add(x, y, layer.wo, few)
+            if few:
+                h = kernels.linear(x, layer.w13, SWIGLU, layer.ffn_norm, self.eps)
+            else:
                 h = kernels.swiglu(self.normed(x, layer.ffn_norm, layer.w13))
             x = self.add(x, h, layer.w2, few)
-        return x
+        return inputs.index_copy(0, rows, x) if needed else x
 
     def normed(self, x: Tensor, norm: Tensor, weight: Matrix) -> Tensor:
         h = F.rms_norm(x, norm.shape, norm, self.eps)

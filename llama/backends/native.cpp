@@ -1,5 +1,7 @@
 // The forward pass of a Llama on a CPU: whole layers, behind a C interface for ctypes.
 
+#include <vector>
+
 #include "attention.h"
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -37,15 +39,16 @@ static void add_rms_norm(float *x, const float *y, const float *weight, double e
     });
 }
 
-static void attention_layer(const Model &m, const Layer &l, float *x, const float *add, float *y, const Sequence *sequences,
-                            int64_t count, int64_t rows) {
+// x += add, unless it is null; the heads' outputs of attention (rows, H D), before wo.
+static float *attention_heads(const Model &m, const Layer &l, float *x, const float *add, const Sequence *sequences,
+                              int64_t count, int64_t rows) {
     const Heads &h = m.heads;
     float *normed = (float *)scratch<ACTIVATIONS>(rows * (m.dim + h.width() + h.H * h.D) * sizeof(float));
     float *qkv = normed + rows * m.dim, *attended = qkv + rows * h.width();
     add_rms_norm(x, add, l.attention_norm, m.eps, normed, rows, m.dim);
     matmul(l.qkv, 3, normed, qkv, rows);
     dispatch(m.cache_kind, l.cache, [&](auto *cache) { attention(h, qkv, m.cos_sin, cache, sequences, count, attended); });
-    matmul(&l.wo, 1, attended, y, rows);
+    return attended;
 }
 
 static void feed_forward_layer(const Model &m, const Layer &l, float *x, const float *add, float *y, int64_t rows) {
@@ -65,6 +68,32 @@ static void feed_forward_layer(const Model &m, const Layer &l, float *x, const f
         });
         matmul(&l.w2, 1, gated, y + r * m.dim, n);
     }
+}
+
+static void add_rows(float *x, const float *y, int64_t rows, int64_t dim) {
+    for (int64_t k = 0; k < rows * dim; k++) x[k] += y[k];
+}
+
+// The last layer, of which only the sequences' outputs are needed: the other rows of x become its input.
+static void last_layer(const Model &m, const Layer &l, float *x, const float *add, float *y, const Sequence *sequences,
+                       int64_t count, int64_t rows) {
+    float *attended = attention_heads(m, l, x, add, sequences, count, rows);
+    std::vector<int64_t> needed;
+    for (int64_t i = 0, end = 0; i < count; i++) {
+        end += sequences[i].length;
+        for (int64_t r = end - sequences[i].outputs; r < end; r++) needed.push_back(r);
+    }
+    const int64_t n = needed.size(), width = m.heads.H * m.heads.D;
+    std::vector<float> few(n * m.dim);
+    for (int64_t r = 0; r < n; r++) {
+        memmove(attended + r * width, attended + needed[r] * width, width * sizeof(float));
+        memcpy(&few[r * m.dim], x + needed[r] * m.dim, m.dim * sizeof(float));
+    }
+    if (!n) return;
+    matmul(&l.wo, 1, attended, y, n);
+    feed_forward_layer(m, l, few.data(), y, y, n);
+    add_rows(few.data(), y, n, m.dim);
+    for (int64_t r = 0; r < n; r++) memcpy(x + needed[r] * m.dim, &few[r * m.dim], m.dim * sizeof(float));
 }
 
 extern "C" {
@@ -93,19 +122,28 @@ int64_t llama_embed(const Model *m, const int64_t *tokens, float *x, int64_t row
 // One half of layer i, as tensor-parallel ranks all-reduce y after each: x += add, unless it is null, then y = half(x).
 void llama_attention(const Model *m, int64_t i, float *x, const float *add, float *y, const Sequence *sequences,
                      int64_t count, int64_t rows) {
-    attention_layer(*m, m->layer[i], x, add, y, sequences, count, rows);
+    const Layer &l = m->layer[i];
+    matmul(&l.wo, 1, attention_heads(*m, l, x, add, sequences, count, rows), y, rows);
 }
 void llama_feed_forward(const Model *m, int64_t i, float *x, const float *add, float *y, int64_t rows) {
     feed_forward_layer(*m, m->layer[i], x, add, y, rows);
 }
 
-// All layers: embeddings x (rows, dim) become the last layer's output; y (rows, dim) is scratch.
+// All layers: embeddings x (rows, dim) become the last layer's output, where the sequences need it; y (rows, dim) is
+// scratch.
 void llama_layers(const Model *m, float *x, float *y, const Sequence *sequences, int64_t count, int64_t rows) {
-    for (int64_t i = 0; i < m->layers; i++) {
-        attention_layer(*m, m->layer[i], x, i ? y : nullptr, y, sequences, count, rows);
-        feed_forward_layer(*m, m->layer[i], x, y, y, rows);
+    std::vector<Sequence> whole(sequences, sequences + count);
+    int64_t outputs = 0;
+    for (Sequence &sequence : whole) outputs += std::exchange(sequence.outputs, sequence.length);
+    const int64_t last = m->layers - 1, full = outputs < rows ? last : m->layers;
+    for (int64_t i = 0; i < full; i++) {
+        llama_attention(m, i, x, i ? y : nullptr, y, whole.data(), count, rows);
+        llama_feed_forward(m, i, x, y, y, rows);
     }
-    for (int64_t k = 0; k < rows * m->dim; k++) x[k] += y[k];
+    if (full == last)
+        last_layer(*m, m->layer[last], x, last ? y : nullptr, y, sequences, count, rows);
+    else
+        add_rows(x, y, rows, m->dim);
     pool->set_idle();
 }
 
