@@ -34,14 +34,7 @@ def batch(
     max_batch_size: int = 8,
     model_parallel_size: int | None = None,
     seed: int = 1,
-    device: str | None = None,
-    dtype: str | None = None,
-    check_memory: bool = True,
-    quantize: str | None = None,
-    group_size: int | None = None,
-    compile: bool | None = None,
-    chat_format: str | None = None,
-    lora: str | list | None = None,
+    **options: Any,
 ) -> None:
     """Answer each line of INFILE in OUTFILE. The same command resumes an interrupted job; see docs/batch.md.
 
@@ -58,8 +51,6 @@ def batch(
     with parallel.all_or_none():
         if parallel.rank() == parallel.replica()[0] == 0:
             files = Files(check_path(infile, "infile", "file"), Path(outfile).expanduser())
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
-    options |= {"compile": compile, "chat_format": chat_format, "lora": lora, "check_memory": check_memory}
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **options)
     answer_lines(llama, files, seed, Path(os.path.abspath(os.path.expanduser(ckpt_dir))).name)
 
