@@ -29,8 +29,8 @@ OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class Continuations(Scores):
-    """Scores of continuations that have all ids but the last in common: `row` is what the model sees, with the common ids
-    from index `begin` on, and `ends` are the last ids. It observes a request for `row`."""
+    """Scores of continuations that have all ids but the last in common: `row` is what the model sees, with the common
+    ids from index `begin` on, and `ends` are the last ids. It observes a request for `row`."""
 
     def __init__(self, row: Sequence[int], begin: int, ends: Sequence[int]) -> None:
         super().__init__([*row, ends[0]], begin, top=1)
