@@ -72,7 +72,7 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
                 if line.error:
                     raise line.error
                 tasks[number] = Task(llama, line, seed, model)
-                works.append((number, tasks[number].job.work))
+                works.append((number, tasks[number].work))
             except Exception as error:  # whatever it is, the others are answered
                 known = error if isinstance(error, ApiError) else ApiError(500, repr(error))
                 share.put(failed(line, known), 0, True)
@@ -87,15 +87,14 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
         if more and free > 0:
             works, more = parallel.ask_first_rank(take, free)
             for number, work in works:
-                running[number] = tasks[number].job if share else Job(work)
+                running[number] = tasks.pop(number) if share else Job(work)
                 running[number].submit(llama)
         if any(not request.finish for job in running.values() for request in job.requests):
             llama.engine.step()
         for number in [n for n, job in running.items() if all(request.finish for request in job.requests)]:
-            del running[number]
-            if share:
-                task = tasks.pop(number)
-                share.put(*task.answer())
+            job = running.pop(number)
+            if share and isinstance(job, Task):
+                share.put(*job.answer())
 
 
 class Share:

@@ -144,11 +144,10 @@ class Service:
         reply = replies.Reply(loop.llama.tokenizer, body.get("model", self.config.model), completion, ticket)
         if completion.stream:
             return EventStream(self.stream(request, reply, ticket), loop, ticket)
-        parts: list[list[replies.Part]] = [[] for _ in completion.work.prompts]
         async for event in self.until_gone(request, loop, ticket):
-            parts[event.row].append(reply.take(event))
+            reply.take(event)
         note(request, ticket, reply.usage())
-        return json_response(reply.whole(parts))
+        return json_response(reply.whole())
 
     async def refused(self, completion: CompletionRequest, body: Mapping[str, Any]) -> str | None:
         """What a filter says instead of an answer. The prompt of a completion is a message of the user; where one of

@@ -41,6 +41,7 @@ class Choice:
     def __init__(self, tokenizer: Tokenizer, completion: CompletionRequest, request: Request) -> None:
         self.tokenizer, self.request, self.work = tokenizer, request, completion.work
         self.decoder = Decoder(tokenizer, request.prompt if self.work.continues and not self.work.echo else ())
+        self.parts: list[Part] = []
         self.held: list[Token] = []
         self.preface = len(request.prompt) if self.work.echo else 0  # tokens of the first event that are the prompt's
         self.characters = self.final = 0  # of the tokens so far, and of the text that is final
@@ -50,11 +51,12 @@ class Choice:
         preface, self.preface = min(self.preface, len(event.tokens)), 0
         self.count += len(event.tokens) - preface
         self.final += len(event.text)
-        reason = REASONS.get(event.finish_reason, event.finish_reason)
-        if not self.work.logprobs or event.finish_reason == "refused":
-            return Part(event.text, [], reason)
-        self._hold(event, preface)
-        return Part(event.text, self._release(event.finish_reason is not None), reason)
+        tokens: list[Token] = []
+        if self.work.logprobs and event.finish_reason != "refused":
+            self._hold(event, preface)
+            tokens = self._release(event.finish_reason is not None)
+        self.parts.append(Part(event.text, tokens, REASONS.get(event.finish_reason, event.finish_reason)))
+        return self.parts[-1]
 
     def _hold(self, event: Event, preface: int) -> None:
         logprobs: list[float | None] = [*event.logprobs]
@@ -100,26 +102,20 @@ class Reply:
 
     def head(self, chunk: bool = False) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": None,
-        }
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": None}
 
-    def whole(self, parts: Sequence[Sequence[Part]]) -> dict[str, Any]:
-        """The reply that is not streamed, of all parts of each choice."""
+    def whole(self) -> dict[str, Any]:
+        """The reply that is not streamed, of all that has been taken."""
         choices = []
-        for index, some in enumerate(parts):
-            text = "".join(part.text for part in some)
+        for index, choice in enumerate(self.choices):
+            text = "".join(part.text for part in choice.parts)
             message = {"role": "assistant", "content": text, "refusal": None}
             choices.append(
                 {
                     "index": index,
                     **({"message": message} if self.chat else {"text": text}),
-                    "logprobs": self.logprobs([token for part in some for token in part.tokens]),
-                    "finish_reason": some[-1].finish_reason,
+                    "logprobs": self.logprobs([token for part in choice.parts for token in part.tokens]),
+                    "finish_reason": choice.parts[-1].finish_reason,
                 }
             )
         return {**self.head(), "choices": choices, "usage": self.usage()}
