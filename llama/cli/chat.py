@@ -54,12 +54,7 @@ def chat(
     """
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, **options)
     sampling = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "prompt_lookup": prompt_lookup}
-    converse(llama, system, **sampling)
-
-
-def converse(llama: Llama, system: str | None, **options: Any) -> None:
-    """Answer each line that the user enters, until the input ends."""
-    chat = Chat(llama, system, **options)
+    chat = Chat(llama, system, **sampling)  # type: ignore[arg-type]
     with terminal() as (read, interrupted, tty):
         say("Ask something, or /help.\n" if tty else "")
         while (line := next_line(read)) is not None:
