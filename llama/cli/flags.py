@@ -11,6 +11,7 @@ FLAGS = {
     "ckpt_dir": "folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub",
     "tokenizer_path": "tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up",
     "max_seq_len": "maximum number of tokens of a prompt and its answer",
+    "max_batch_size": "maximum number of requests that run at the same time; others wait",
     "device": "cuda, mps or cpu; by default the first of them that is available",
     "dtype": "bfloat16, float16 or float32; by default as Llama.build chooses",
     "check_memory": "refuse a model that does not fit into memory",

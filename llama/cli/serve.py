@@ -32,7 +32,6 @@ def serve(
     Args:
         host: address to listen on; the default is reachable from this machine only
         port: port to listen on
-        max_batch_size: maximum number of requests that run at the same time; others wait
         model_name: name of the model in the API; by default that of the folder
         any_model: answer requests for models of any name
         api_key_file: file of API keys, one per line; clients must send one of them. The environment variable
