@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from html import escape
 from itertools import zip_longest
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -16,28 +17,7 @@ from .comparison import Comparison, Row
 LIMIT = 280_000  # bytes of the report
 CLIPPED = 4_000  # characters of an answer that it shows
 NARROWEST = 24  # characters of a column
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Comparison of models</title><style>
-:root{color-scheme:light dark;--line:#c9ced6;--soft:#f3f5f8;--dim:#59616e;--dot:#2457c5;--add:#d5efd9;--cut:#f9dcdc}
-@media (prefers-color-scheme:dark){:root{--line:#434a55;--soft:#1d2127;--dim:#a3acb9;--dot:#8db4ff;--add:#1f4a2c;
---cut:#5a2527}}
-body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2.2rem}h3{font-size:1rem;margin:0 0 .4rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}.wide{overflow-x:auto;margin:1rem 0}
-th,td{border-bottom:1px solid var(--line);padding:.35rem .7rem .35rem 0;text-align:right;vertical-align:top}
-th:first-child,td:first-child,.models :is(th,td):nth-child(2){text-align:left}
-th{font-weight:600}caption{text-align:left;color:var(--dim)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.8rem}
-.card{border:1px solid var(--line);border-radius:.5rem;padding:.8rem}.pre{white-space:pre-wrap;overflow-wrap:anywhere}
-.task{background:var(--soft);border-radius:.5rem;padding:.6rem .9rem;margin-bottom:.8rem}
-dl{display:grid;grid-template-columns:auto 1fr;gap:0 .8rem;margin:.6rem 0 0;color:var(--dim);font-size:.85rem}
-dd{margin:0;text-align:right;white-space:nowrap}ins,mark{background:var(--add);color:inherit;text-decoration:none;border-radius:.2rem}
-del{background:var(--cut);border-radius:.2rem}.error{color:#b3261e}svg{max-width:34rem;width:100%;height:auto}
-svg text{fill:currentColor;font:12px system-ui,sans-serif}circle{fill:var(--dot)}line{stroke:var(--line)}
-@media (prefers-color-scheme:dark){.error{color:#ff9b93}}</style></head><body><main><h1>Comparison of models</h1>
-"""
+HEAD = Path(__file__).with_name("report.html").read_text("utf-8")  # of the page, with its style
 END = "</main></body></html>\n"
 
 
@@ -124,7 +104,7 @@ def cell(row: Row) -> str:
 def to_html(found: Comparison) -> str:
     """The report: at most 300 KB, so that the last tasks of many are left out, and it says so."""
     models = summaries(found)
-    page = PAGE + models_table(models, found["judge"]) + plot(models) + precision_table(found, models)
+    page = HEAD + models_table(models, found["judge"]) + plot(models) + precision_table(found, models)
     page += "<h2>Answers</h2>"
     for i, task in enumerate(found["tasks"]):
         part = section(found, task)
