@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..request import Event, Request
+from ..request import Event
 from ..tokenizer import Decoder, Tokenizer
 from .loop import REASONS, Job
 from .schema import CompletionRequest
@@ -38,12 +38,13 @@ class Choice:
     """An answer as it grows. With log probabilities, tokens are held back as long as their text is, so that streams
     never contain a part of a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, completion: CompletionRequest, request: Request) -> None:
-        self.tokenizer, self.request, self.work = tokenizer, request, completion.work
-        self.decoder = Decoder(tokenizer, request.prompt if self.work.continues and not self.work.echo else ())
+    def __init__(self, tokenizer: Tokenizer, job: Job, row: int) -> None:
+        self.tokenizer, self.job, self.row, self.work = tokenizer, job, row, job.work
+        prompt = self.work.prompts[row]
+        self.decoder = Decoder(tokenizer, prompt if self.work.continues and not self.work.echo else ())
         self.parts: list[Part] = []
         self.held: list[Token] = []
-        self.preface = len(request.prompt) if self.work.echo else 0  # tokens of the first event that are the prompt's
+        self.preface = len(prompt) if self.work.echo else 0  # tokens of the first event that are the prompt's
         self.characters = self.final = 0  # of the tokens so far, and of the text that is final
         self.count = 0  # tokens that were generated
 
@@ -62,7 +63,7 @@ class Choice:
         logprobs: list[float | None] = [*event.logprobs]
         tops: list[list[tuple[int, float]] | None] = [*(event.top_logprobs or [[] for _ in event.tokens])]
         if preface:
-            scores: Any = self.request.observe  # scoring.Scores
+            scores: Any = self.job.requests[self.row].observe  # scoring.Scores
             tops = [None, *scores.top_logprobs, *(tops if event.top_logprobs else tops[preface:])]
             logprobs[0] = None
         for id, logprob, top in zip(event.tokens, logprobs, tops, strict=True):
@@ -93,11 +94,9 @@ class Reply:
         self.tokenizer, self.completion, self.job, self.model = tokenizer, completion, job, model
         self.chat, self.created = completion.work.chat, int(time.time())
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.choices: list[Choice] = []
+        self.choices = [Choice(tokenizer, job, row) for row in range(len(job.work.prompts))]
 
     def take(self, event: Event) -> Part:
-        if not self.choices:
-            self.choices = [Choice(self.tokenizer, self.completion, request) for request in self.job.requests]
         return self.choices[event.row].take(event)
 
     def head(self, chunk: bool = False) -> dict[str, Any]:
