@@ -127,7 +127,6 @@ def plain_body(line: Line, most: int) -> tuple[str, dict[str, Any]]:
 
 
 def own_seed(seed: int, number: int) -> int:
-    """The seed for a line that has none."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "big") >> 1
 
 

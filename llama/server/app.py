@@ -118,7 +118,6 @@ class Service:
             raise ApiError(404, text, "model", "model_not_found")
 
     async def read(self, read: Callable[[Llama, Mapping[str, Any]], T], body: Mapping[str, Any]) -> T:
-        """What `read` makes of a body."""
         llama = self.ready().llama
         async with self.reading:
             return await asyncio.to_thread(read_with, read, llama, body)

@@ -120,7 +120,6 @@ class Reply:
         return {**self.head(), "choices": choices, "usage": self.usage()}
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """What a stream begins with."""
         roles: dict[str, Any] = {"role": "assistant", "content": ""}
         return [self.chunk(i, roles) for i in range(self.completion.n)] if self.chat else []
 

@@ -285,7 +285,6 @@ def check_length(llama: Llama, prompts: Sequence[Sequence[int]], more: int, para
 
 
 def encode_chat(llama: Llama, body: Mapping[str, Any]) -> list[int]:
-    """The ids of `messages`, in the model's chat format."""
     goes_on = continues(body)
     return llama.inputs.encode_dialog(read_dialog(body), "messages", answered=goes_on, unfinished=goes_on)
 
