@@ -34,14 +34,7 @@ def batch(
     max_batch_size: int = 8,
     model_parallel_size: int | None = None,
     seed: int = 1,
-    device: str | None = None,
-    dtype: str | None = None,
-    check_memory: bool = True,
-    quantize: str | None = None,
-    group_size: int | None = None,
-    compile: bool | None = None,
-    chat_format: str | None = None,
-    lora: str | list | None = None,
+    **options: Any,
 ) -> None:
     """Answer each line of INFILE in OUTFILE. The same command resumes an interrupted job; see docs/batch.md.
 
@@ -58,8 +51,6 @@ def batch(
     with parallel.all_or_none():
         if parallel.rank() == parallel.replica()[0] == 0:
             files = Files(check_path(infile, "infile", "file"), Path(outfile).expanduser())
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
-    options |= {"compile": compile, "chat_format": chat_format, "lora": lora, "check_memory": check_memory}
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **options)
     answer_lines(llama, files, seed, Path(os.path.abspath(os.path.expanduser(ckpt_dir))).name)
 
@@ -81,7 +72,7 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
                 if line.error:
                     raise line.error
                 tasks[number] = Task(llama, line, seed, model)
-                works.append((number, tasks[number].job.work))
+                works.append((number, tasks[number].work))
             except Exception as error:  # whatever it is, the others are answered
                 known = error if isinstance(error, ApiError) else ApiError(500, repr(error))
                 share.put(failed(line, known), 0, True)
@@ -96,15 +87,14 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
         if more and free > 0:
             works, more = parallel.ask_first_rank(take, free)
             for number, work in works:
-                running[number] = tasks[number].job if share else Job(work)
+                running[number] = tasks.pop(number) if share else Job(work)
                 running[number].submit(llama)
         if any(not request.finish for job in running.values() for request in job.requests):
             llama.engine.step()
         for number in [n for n, job in running.items() if all(request.finish for request in job.requests)]:
-            del running[number]
-            if share:
-                task = tasks.pop(number)
-                share.put(*task.answer())
+            job = running.pop(number)
+            if share and isinstance(job, Task):
+                share.put(*job.answer())
 
 
 class Share:

@@ -56,8 +56,8 @@ def parse_line(number: int, content: bytes) -> Line:
         return Line(number, fields, error)
 
 
-class Task:
-    """A line submitted to the engine. Raises ApiError, which says what is wrong, if it cannot be answered."""
+class Task(Job):
+    """The job of a line. Raises ApiError, which says what is wrong, if the line cannot be answered."""
 
     def __init__(self, llama: Llama, line: Line, seed: int, model: str) -> None:
         self.line, self.llama = line, llama
@@ -66,28 +66,32 @@ class Task:
         read: Callable[[Llama, Mapping[str, Any]], Any] = READ[url]
         # Neither other lines nor how many of them are answered already change an answer.
         found = schema.read_with(read, llama, {"seed": own_seed(seed, line.number), **body})
+        super().__init__(found[0])
         self.completion: schema.CompletionRequest | None = None if url == EMBED else found
-        self.job, self.base64 = Job(found[0]), url == EMBED and found[1]
+        self.base64 = url == EMBED and found[1]
         if self.completion and self.completion.stream:
             raise ApiError(400, "a batch does not support stream", "stream")
-        if not line.openai and len(self.job.work.prompts) != 1:
+        if not line.openai and len(self.work.prompts) != 1:
             raise ApiError(400, "a line has one prompt, and n is 1")
 
     def answer(self) -> tuple[bytes, int, bool]:
         """The answer, once all requests have ended; the number of new tokens; and whether it is an error."""
-        tokens = sum(len(request.ids) - len(request.prompt) for request in self.job.requests)
+        tokens = sum(len(request.ids) - len(request.prompt) for request in self.requests)
         try:
-            for request in self.job.requests:
-                self.job.check(request.outputs[-1])
+            for request in self.requests:
+                self.check(request.outputs[-1])
             return self._reply(), tokens, False
         except ApiError as error:
             return failed(self.line, error), tokens, True
 
     def _reply(self) -> bytes:
         if self.completion is None:
-            return openai_answer(self.line, 200, replies.embeddings(self.model, self.job, self.base64))
-        reply = replies.Reply(self.llama.tokenizer, self.model, self.completion, self.job)
-        body = reply.whole([[*map(reply.take, request.outputs)] for request in self.job.requests])
+            return openai_answer(self.line, 200, replies.embeddings(self.model, self, self.base64))
+        reply = replies.Reply(self.llama.tokenizer, self.model, self.completion, self)
+        for request in self.requests:
+            for event in request.outputs:
+                reply.take(event)
+        body = reply.whole()
         if self.line.openai:
             return openai_answer(self.line, 200, body)
         choice = {name: value for name, value in body["choices"][0].items() if name != "index" and value is not None}
@@ -123,7 +127,6 @@ def plain_body(line: Line, most: int) -> tuple[str, dict[str, Any]]:
 
 
 def own_seed(seed: int, number: int) -> int:
-    """The seed for a line that has none."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "big") >> 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +69,8 @@ def prepare(
         weights, args, _ = with_lora(checkpoint, checkpoint.args(tokenizer.n_words), lora)
         rounding, saved = checkpoint.scheme_for(quantize, group_size, device=target), checkpoint.dtype()
     args.check_output()
-    args = measure.fitting(args, cases)
+    longest = max(case.prompt + case.tokens for case in cases)
+    args = replace(args, max_seq_len=longest, max_batch_size=max(case.batch for case in cases))
     ranks = parallel.world_size()
     native = backends.native(args, target, footprint(args, ranks, saved, rounding).weights, compile)
     final = devices.choose_dtype(dtype, target, saved, native)

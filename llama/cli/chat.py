@@ -38,14 +38,8 @@ def chat(
     max_gen_len: int | None = None,
     max_seq_len: int = 2048,
     seed: int = 1,
-    device: str | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    group_size: int | None = None,
     prompt_lookup: int = 0,
-    compile: bool | None = None,
-    chat_format: str | None = None,
-    lora: str | list | None = None,
+    **options: Any,
 ) -> None:
     """Chat with a model in the terminal, or pipe in prompts, one per line; /help lists the commands.
 
@@ -58,16 +52,9 @@ def chat(
         seed: random seed; the same seed gives the same answers
         prompt_lookup: number of draft tokens per step, taken from the conversation; faster where answers repeat it
     """
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
-    options |= {"compile": compile, "chat_format": chat_format, "lora": lora}
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, **options)
     sampling = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "prompt_lookup": prompt_lookup}
-    converse(llama, system, **sampling)
-
-
-def converse(llama: Llama, system: str | None, **options: Any) -> None:
-    """Answer each line that the user enters, until the input ends."""
-    chat = Chat(llama, system, **options)
+    chat = Chat(llama, system, **sampling)  # type: ignore[arg-type]
     with terminal() as (read, interrupted, tty):
         say("Ask something, or /help.\n" if tty else "")
         while (line := next_line(read)) is not None:

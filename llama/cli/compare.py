@@ -25,10 +25,7 @@ def compare(
     temperature: float = 0.0,
     max_seq_len: int = 2048,
     seed: int = 1,
-    device: str | None = None,
-    dtype: str | None = None,
-    compile: bool | None = None,
-    chat_format: str | None = None,
+    **options: Any,
 ) -> None:
     """Give the same tasks to MODELS, loading one model at a time, and print their answers side by side.
 
@@ -51,8 +48,7 @@ def compare(
         if parallel.rank() == 0:
             print(f"{name} ...", file=sys.stderr, flush=True)
 
-    options: dict[str, Any] = {"max_seq_len": max_seq_len, "seed": seed, "device": device, "dtype": dtype}
-    options |= {"compile": compile, "chat_format": chat_format}
+    options |= {"max_seq_len": max_seq_len, "seed": seed}
     names = [*map(str, models)]
     found = comparison.compare(names, tasks, judge, reference, max_tokens, temperature, progress, **options)
     if parallel.rank():

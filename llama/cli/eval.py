@@ -13,22 +13,18 @@ from .. import parallel
 from ..args import ModelArgs
 from ..checkpoint import find_folder
 from ..generation import Llama
-from .flags import FLAGS
-
-# Flags of this library; all others are the harness's own.
-OWN = {
-    **dict.fromkeys(("tokenizer_path", "device", "dtype", "quantize", "chat_format", "lora"), str),
-    **dict.fromkeys(("max_seq_len", "max_batch_size", "group_size"), int),
-}
-TEXTS = {
-    **FLAGS,
-    "max_seq_len": f"{FLAGS['max_seq_len']}; by default 2048",
-    "max_batch_size": "maximum number of requests that run at the same time; by default 8",
-    "lora": "folder of a PEFT LoRA adapter to merge",
-}
+from .flags import FLAGS, loading
+from .script import texts
 
 
-def eval(ckpt_dir: str, harness: Sequence[str] = (), card: bool = False, **options: Any) -> None:
+def eval(
+    ckpt_dir: str,
+    harness: Sequence[str] = (),
+    card: bool = False,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 8,
+    **options: Any,
+) -> None:
     """Evaluate CKPT with lm-evaluation-harness; its flags, such as --tasks, --num_fewshot and --limit, follow."""
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -37,10 +33,10 @@ def eval(ckpt_dir: str, harness: Sequence[str] = (), card: bool = False, **optio
     from ..evaluation import harness as own
 
     find_folder(ckpt_dir, "ckpt_dir")  # before the harness reads its tasks, which takes seconds
-    options = {"max_seq_len": 2048, "max_batch_size": 8, **options}
 
     def build() -> own.HarnessModel:
-        return own.HarnessModel(Llama.build(ckpt_dir, **options), ckpt_dir)
+        llama = Llama.build(ckpt_dir, max_seq_len=max_seq_len, max_batch_size=max_batch_size, **options)
+        return own.HarnessModel(llama, ckpt_dir)
 
     if card:
         return evaluate_card(build, harness)
@@ -73,8 +69,11 @@ def parse(args: Sequence[str]) -> Callable[[], None]:
     about = "Evaluate a model with lm-evaluation-harness, whose flags, such as --tasks and --limit, follow."
     parser = argparse.ArgumentParser("python -m llama eval", description=about, allow_abbrev=False)
     parser.add_argument("ckpt_dir", help=FLAGS["ckpt_dir"])
-    for name, kind in OWN.items():
-        parser.add_argument(f"--{name}", type=kind, help=TEXTS[name])
+    for name, kind in (texts(loading) | {"tokenizer_path": str}).items():
+        parser.add_argument(f"--{name}", type=kind, help=FLAGS[name])
+    parser.add_argument("--group_size", type=int, help=FLAGS["group_size"])
+    for name, default in {"max_seq_len": 2048, "max_batch_size": 8}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{FLAGS[name]}; by default {default}")
     parser.add_argument("--card", action="store_true", help="run MODEL_CARD.md's benchmarks, next to the published row")
     found, harness = parser.parse_known_args(args)
     options = {name: value for name, value in vars(found).items() if value is not None}

@@ -1,9 +1,9 @@
-"""Help texts of the flags that several commands share."""
+"""The flags that several commands share, and their help texts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
+from inspect import Parameter, signature
 from typing import TypeVar
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -11,6 +11,7 @@ FLAGS = {
     "ckpt_dir": "folder in Meta's or Hugging Face's layout, a GGUF file, or an id of the Hugging Face Hub",
     "tokenizer_path": "tokenizer.model or tokenizer.json; by default the one in ckpt_dir or one folder up",
     "max_seq_len": "maximum number of tokens of a prompt and its answer",
+    "max_batch_size": "maximum number of requests that run at the same time; others wait",
     "device": "cuda, mps or cpu; by default the first of them that is available",
     "dtype": "bfloat16, float16 or float32; by default as Llama.build chooses",
     "check_memory": "refuse a model that does not fit into memory",
@@ -24,9 +25,30 @@ FLAGS = {
 }
 
 
+def loading(
+    device: str | None = None,
+    dtype: str | None = None,
+    check_memory: bool = True,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    compile: bool | None = None,
+    chat_format: str | None = None,
+    lora: str | list | None = None,
+) -> None:
+    """The flags that `**options` of a command stand for: options of Llama.build."""
+
+
 def documented(command: F) -> F:
-    """Add the help texts above to the docstring of a command with these flags; fire reads the docstring."""
+    """Put the flags of `loading` in place of a command's `**options`, and the help texts above into its docstring: fire
+    reads its signature and its docstring."""
+    found = signature(command)
+    parameters = {name: p for name, p in found.parameters.items() if p.kind is not Parameter.VAR_KEYWORD}
+    if len(parameters) < len(found.parameters):
+        more = signature(loading).parameters
+        parameters |= {name: more[name].replace(kind=Parameter.KEYWORD_ONLY) for name in more}
+        command.__signature__ = found.replace(parameters=[*parameters.values()])  # type: ignore[attr-defined]
+        command.__annotations__ |= {name: p.annotation for name, p in more.items()}
     doc = command.__doc__ or ""
-    names = [name for name in signature(command).parameters if name in FLAGS and f"\n        {name}:" not in doc]
+    names = [name for name in parameters if name in FLAGS and f"\n        {name}:" not in doc]
     command.__doc__ = "\n".join([doc.rstrip(), *(f"        {name}: {FLAGS[name]}" for name in names), "    "])
     return command

@@ -86,7 +86,6 @@ def inspect(
 
 
 def command(ranks: object, folder: Path, tokenizer: Path | None, args: ModelArgs, lora: object) -> str:
-    """The command that runs a model."""
     if args.n_labels:
         return f"Llama.build({str(folder)!r}).classify(texts), on {ranks} rank(s)"
     inside = tokenizer == folder  # a GGUF file
@@ -99,7 +98,6 @@ def command(ranks: object, folder: Path, tokenizer: Path | None, args: ModelArgs
 
 
 def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
-    """A description of a checkpoint, from its headers."""
     return {
         "layout": LAYOUTS[checkpoint.layout],
         "parameters": f"{sum(math.prod(shape) for shape in shapes(args).values()):,}",
@@ -138,7 +136,6 @@ def fit(
 
 
 def computes(device: torch.device, native: bool) -> str:
-    """The backend that computes a model on a device."""
     if device.type == "cuda" and importlib.util.find_spec("triton"):
         return "Triton kernels and CUDA graphs"
     if native:

@@ -65,12 +65,6 @@ class Case(NamedTuple):
         return f"prefill {self.prompt}" if self.is_prefill else f"decode, batch {self.batch}"
 
 
-def fitting(args: ModelArgs, cases: list[Case]) -> ModelArgs:
-    """The same model with a KV cache for the largest of the cases."""
-    longest = max(case.prompt + case.tokens for case in cases)
-    return replace(args, max_seq_len=longest, max_batch_size=max(case.batch for case in cases))
-
-
 class RandomWeights:
     """Random weights in place of a checkpoint, generated on the device and the same each time."""
 

@@ -24,11 +24,7 @@ def perplexity(
     window: int = 512,
     stride: int | None = None,
     batch: int = 4,
-    device: str | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    group_size: int | None = None,
-    lora: str | list | None = None,
+    **options: Any,
 ) -> None:
     """Print the perplexity of the text in FILE, computed in a sliding window, and the bits per byte, which can be
     compared between models with different tokenizers.
@@ -43,8 +39,7 @@ def perplexity(
     if type(window) is not int or type(step) is not int or not 0 < step < window:
         raise ValueError(f"window is {window!r} and stride {step!r}; they must be whole, 0 < stride < window")
     texts = read_texts(check_path(file, "file", "file"))
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
-    llama = Llama.build(ckpt_dir, tokenizer_path, window, batch, lora=lora, **options)
+    llama = Llama.build(ckpt_dir, tokenizer_path, window, batch, **options)
     rows = [ids for ids in llama.inputs.encode(texts) if len(ids) > 1]
     if not rows:
         raise ValueError(f"{file} is empty")

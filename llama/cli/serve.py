@@ -25,16 +25,13 @@ def serve(
     api_key_file: str | None = None, allow_origins: str | list | None = None,
     max_waiting: int = 64, max_wait: int = 60, max_time: int = 600, max_body: int = 4,
     filter: str | list | None = None, log_json: bool = False, log_prompts: bool = False,
-    seed: int = 1, device: str | None = None, dtype: str | None = None, check_memory: bool = True,
-    quantize: str | None = None, group_size: int | None = None, compile: bool | None = None,
-    chat_format: str | None = None, lora: str | list | None = None,
+    seed: int = 1, **options: Any,
 ) -> None:  # fmt: skip
     """Serve a model with an OpenAI-compatible API; docs/server.md describes what is supported.
 
     Args:
         host: address to listen on; the default is reachable from this machine only
         port: port to listen on
-        max_batch_size: maximum number of requests that run at the same time; others wait
         model_name: name of the model in the API; by default that of the folder
         any_model: answer requests for models of any name
         api_key_file: file of API keys, one per line; clients must send one of them. The environment variable
@@ -66,8 +63,6 @@ def serve(
         "log_prompts": log_prompts,
     }
     run = listen(host, port, config, api_key_file, listed(filter))
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, "group_size": group_size}
-    options |= {"compile": compile, "chat_format": chat_format, "lora": lora, "check_memory": check_memory}
     run(Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **options))
 
 

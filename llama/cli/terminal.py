@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from .. import parallel
 
@@ -109,6 +108,4 @@ def _line_editor() -> Callable[[str], str] | None:
         from prompt_toolkit import PromptSession
     except ImportError:
         return None
-    session: Any = PromptSession()
-    prompt: Callable[[str], str] = session.prompt
-    return prompt
+    return PromptSession[str]().prompt

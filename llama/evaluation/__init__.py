@@ -1,17 +1,18 @@
 """Evaluation: this library as a model of lm-evaluation-harness, and models side by side."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .comparison import compare
+
 if TYPE_CHECKING:
-    from .comparison import compare as compare
-    from .harness import HarnessModel as HarnessModel
+    from .harness import HarnessModel
 
 __all__ = ["HarnessModel", "compare"]
-MODULES = {"HarnessModel": "harness", "compare": "comparison"}  # imported when first used: one needs the extra `eval`
 
 
 def __getattr__(name: str) -> Any:
-    if name in MODULES:
-        return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    if name == "HarnessModel":  # imported when first used, as it needs the extra `eval`
+        from .harness import HarnessModel
+
+        return HarnessModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

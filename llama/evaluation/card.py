@@ -30,42 +30,25 @@ class Group(NamedTuple):
     same: bool = True  # it measures what was published
 
 
+COMMONSENSE = (
+    *(Task(name, 0, "acc_norm") for name in ("piqa", "hellaswag", "arc_easy", "arc_challenge", "openbookqa")),
+    *(Task(name, 0, "acc") for name in ("social_iqa", "winogrande")),
+    Task("commonsense_qa", 7, "acc"),
+)
+CODE_TASKS = Task("humaneval", 0, "pass@1"), Task("mbpp", 3, "pass_at_1")
+JUDGED = "multiple choice; published: answers judged by a model"
+GENERATED = "classifies given texts; published: share of toxic generations"
 GROUPS = (
-    Group(
-        "code",
-        [Task("humaneval", 0, "pass@1"), Task("mbpp", 3, "pass_at_1")],
-        "runs code that the model has written",
-        True,
-    ),
-    Group(
-        "commonsense",
-        [
-            *(Task(name, 0, "acc_norm") for name in ("piqa", "hellaswag", "arc_easy", "arc_challenge", "openbookqa")),
-            *(Task(name, 0, "acc") for name in ("social_iqa", "winogrande")),
-            Task("commonsense_qa", 7, "acc"),
-        ],
-        "acc_norm where the harness has it",
-    ),
+    Group("code", CODE_TASKS, "runs code that the model has written", code=True),
+    Group("commonsense", COMMONSENSE, "acc_norm where the harness has it"),
     Group("world knowledge", [Task("nq_open", 5, "exact_match"), Task("triviaqa", 5, "exact_match")]),
-    Group(
-        "reading", [Task("squadv2", 0, "f1"), Task("boolq", 0, "acc")], "without QuAC, which the harness does not have"
-    ),
+    Group("reading", [Task("squadv2", 0, "f1"), Task("boolq", 0, "acc")], "without QuAC, which the harness lacks"),
     Group("math", [Task("gsm8k_cot", 8, "exact_match"), Task("minerva_math", 4, "exact_match")]),
     Group("MMLU", [Task("mmlu", 5, "acc")]),
     Group("BBH", [Task("bbh_cot_fewshot", 3, "exact_match")]),
     Group("AGIEval", [Task("agieval_en", 3, "acc")], "3 examples; the paper has 3 to 5"),
-    Group(
-        "TruthfulQA",
-        [Task("truthfulqa_mc2", 0, "acc")],
-        "multiple choice; published: answers judged by a model",
-        same=False,
-    ),
-    Group(
-        "ToxiGen",
-        [Task("toxigen", 0, "acc")],
-        "classifies given texts; published: share of toxic generations",
-        same=False,
-    ),
+    Group("TruthfulQA", [Task("truthfulqa_mc2", 0, "acc")], JUDGED, same=False),
+    Group("ToxiGen", [Task("toxigen", 0, "acc")], GENERATED, same=False),
 )
 # As MODEL_CARD.md has them, in the order of GROUPS.
 NAMES = [group.name for group in GROUPS if group.same]
@@ -150,8 +133,10 @@ def run_task(model: HarnessModel, task: Task, limit: float | None, manager: Any,
 
 def metric(found: dict[str, Any], name: str) -> float:
     """A metric, by the first filter that the harness has for it."""
-    values = (value for key, value in found.items() if key.partition(",")[0] == name)
-    return float(next(values))
+    values = [value for key, value in found.items() if key.partition(",")[0] == name]
+    if not values:
+        raise LookupError(f"the harness has no metric {name}, but {', '.join(found)}")
+    return float(values[0])
 
 
 def table(scores: Iterable[Score]) -> str:

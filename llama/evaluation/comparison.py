@@ -120,9 +120,8 @@ def parse(name: str) -> tuple[str, dict[str, str]]:
 
 def references(models: Sequence[str], reference: str | None = None) -> dict[str, str | None]:
     """The model that each is compared with, None for those that are references, or alone."""
-    floats = sorted(models, key=lambda name: "quantize" in parse(name)[1])
     first: dict[str, str] = {}
-    for name in floats:
+    for name in sorted(models, key=lambda name: "quantize" in parse(name)[1]):
         first.setdefault(parse(name)[0], name)
     chosen = {name: reference or first[parse(name)[0]] for name in models}
     return {name: None if other == name else other for name, other in chosen.items()}
@@ -145,13 +144,11 @@ def load(name: str, about: Model, options: dict[str, Any]) -> Llama:
     llama = build(name, options)
     about["load"] = time.perf_counter() - began
     model = llama.model
-    parts = {id(part): part for part in model.parameters()}
     weights: list[Any] = [getattr(module, "weight", None) for module in model.modules()]
-    kernels = [weight for weight in weights if weight is not None and not isinstance(weight, torch.Tensor)]
-    about["weights"] = sum(part.nbytes for part in parts.values()) + sum(kernel.nbytes for kernel in kernels)
+    quantized = [weight for weight in weights if weight is not None and not isinstance(weight, torch.Tensor)]
+    about["weights"] = sum(weight.nbytes for weight in [*model.parameters(), *quantized])
     dtype = dtype_name(next(model.parameters()).dtype)
-    # "quantized" is a file that is.
-    about["dtype"] = parse(name)[1].get("quantize") or ("quantized" if kernels else dtype)
+    about["dtype"] = parse(name)[1].get("quantize") or ("quantized" if quantized else dtype)  # in its file
     about["chat_format"] = llama.chat_format.name
     llama.generate([[llama.tokenizer.bos_id if llama.tokenizer.bos_id >= 0 else 0]], 2, temperature=0)  # first passes
     return llama

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .. import parallel
 from ..generation import Llama
 from ..request import Request
-from ..scoring import AT_ONCE
+from ..scoring import Scores
 
 NAME = "llama"  # what the harness calls it
 QUEUE = 16  # requests per slot that the engine is given at a time: each step looks at all that wait
@@ -28,31 +28,27 @@ MAX_GEN_TOKS = 256  # the harness's default
 OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-class Continuations:
-    """Log probabilities of continuations that have all ids but the last in common: `row` is what the model sees, from
-    number `begin` on ids of the continuations, and `ends` are their last ids. It observes a request for `row`."""
+class Continuations(Scores):
+    """Scores of continuations that have all ids but the last in common: `row` is what the model sees, with the common
+    ids from index `begin` on, and `ends` are the last ids. It observes a request for `row`."""
 
     def __init__(self, row: Sequence[int], begin: int, ends: Sequence[int]) -> None:
-        self.row, self.begin, self.ends = row, begin, ends
-        self.sum, self.greedy = 0.0, True  # of the ids in the row
-        self.last: list[float] = []  # log probabilities of the ends
-        self.best = -1  # the argmax in their place
+        super().__init__([*row, ends[0]], begin, top=1)
+        self.row, self.ends = row, ends
+        self.others: list[float] = []  # log probabilities of the ends but the first
 
     def __call__(self, hidden: Tensor, start: int, logits: Callable[[Tensor], Tensor]) -> bool:
-        """Take hidden states (n, dim) of the positions from `start` on; whether all was finite."""
-        hidden = hidden[max(0, self.begin - 1 - start) :]
-        start = max(start, self.begin - 1)
-        for part in hidden.split(AT_ONCE):
-            logprobs = torch.log_softmax(logits(part), -1)
-            best = logprobs.argmax(-1)
-            targets = torch.tensor(self.row[start + 1 : start + 1 + len(part)], device=part.device)
-            inner = logprobs[: len(targets)].gather(-1, targets[:, None])
-            self.sum += inner.double().sum().item()
-            self.greedy = self.greedy and bool((best[: len(targets)] == targets).all())
-            start += len(part)
-            if start == len(self.row):
-                self.last, self.best = logprobs[-1, list(self.ends)].tolist(), int(best[-1])
-        return math.isfinite(self.sum) and all(map(math.isfinite, self.last))
+        if len(self.ends) > 1 and start + len(hidden) == len(self.row):
+            self.others = torch.log_softmax(logits(hidden[-1:])[0], -1)[[*self.ends[1:]]].tolist()
+        return super().__call__(hidden, start, logits) and all(map(math.isfinite, self.others))
+
+    def results(self) -> list[tuple[float, bool]]:
+        """Of each continuation the sum of its log probabilities, and whether each of its ids is the argmax."""
+        *common, first = self.logprobs
+        *argmax, best = [row[0][0] for row in self.top_logprobs]
+        total, greedy = math.fsum(common), argmax == [*self.row[self.begin :]]
+        ends = zip(self.ends, [first, *self.others], strict=True)
+        return [(total + logprob, greedy and best == end) for end, logprob in ends]
 
 
 class HarnessModel(TemplateLM):
@@ -136,11 +132,11 @@ class HarnessModel(TemplateLM):
                 alike[tuple(ids[:-1]), len(ids) - len(continuation)].append(i)
         keys = sorted(alike)  # neighbours share a prefix, which is computed once
         observers = [Continuations(row, begin, [ends[i] for i in alike[row, begin]]) for row, begin in keys]
-        queued = [Request(o.row, len(o.row), observe=o, first=o.begin - 1) for o in observers]
+        queued = [Request(o.row, len(o.row), observe=o, first=o.first) for o in observers]
         self._run(queued, disable_tqdm, "log likelihoods")
         for key, observer in zip(keys, observers, strict=True):
-            for i, logprob in zip(alike[key], observer.last, strict=True):
-                found[i] = observer.sum + logprob, observer.greedy and observer.best == ends[i]
+            for i, result in zip(alike[key], observer.results(), strict=True):
+                found[i] = result
                 if (texts := requests[i][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, found[i])
         return found

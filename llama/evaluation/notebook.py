@@ -22,27 +22,18 @@ def get(model: str) -> Llama:
     there are more than `most_loaded`, or when memory is short."""
     lower = {name.lower(): path for name, path in aliases.items()}
     name = lower.get(model.lower(), model)
-    if name not in loaded:
-        while len(loaded) >= max(most_loaded, 1):
-            drop()
-        loaded[name] = load(name)
+    while name not in loaded:
+        if len(loaded) < max(most_loaded, 1):
+            try:
+                loaded[name] = build(name, options)
+                break
+            except MemoryError:
+                if not loaded:
+                    raise
+        loaded.popitem(last=False)
+        free()
     loaded.move_to_end(name)
     return loaded[name]
-
-
-def load(name: str) -> Llama:
-    while True:
-        try:
-            return build(name, options)
-        except MemoryError:
-            if not loaded:
-                raise
-        drop()
-
-
-def drop() -> None:
-    loaded.popitem(last=False)
-    free()
 
 
 def llama(

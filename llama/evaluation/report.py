@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from html import escape
 from itertools import zip_longest
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -16,28 +17,7 @@ from .comparison import Comparison, Row
 LIMIT = 280_000  # bytes of the report
 CLIPPED = 4_000  # characters of an answer that it shows
 NARROWEST = 24  # characters of a column
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Comparison of models</title><style>
-:root{color-scheme:light dark;--line:#c9ced6;--soft:#f3f5f8;--dim:#59616e;--dot:#2457c5;--add:#d5efd9;--cut:#f9dcdc}
-@media (prefers-color-scheme:dark){:root{--line:#434a55;--soft:#1d2127;--dim:#a3acb9;--dot:#8db4ff;--add:#1f4a2c;
---cut:#5a2527}}
-body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2.2rem}h3{font-size:1rem;margin:0 0 .4rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}.wide{overflow-x:auto;margin:1rem 0}
-th,td{border-bottom:1px solid var(--line);padding:.35rem .7rem .35rem 0;text-align:right;vertical-align:top}
-th:first-child,td:first-child,.models :is(th,td):nth-child(2){text-align:left}
-th{font-weight:600}caption{text-align:left;color:var(--dim)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.8rem}
-.card{border:1px solid var(--line);border-radius:.5rem;padding:.8rem}.pre{white-space:pre-wrap;overflow-wrap:anywhere}
-.task{background:var(--soft);border-radius:.5rem;padding:.6rem .9rem;margin-bottom:.8rem}
-dl{display:grid;grid-template-columns:auto 1fr;gap:0 .8rem;margin:.6rem 0 0;color:var(--dim);font-size:.85rem}
-dd{margin:0;text-align:right;white-space:nowrap}ins,mark{background:var(--add);color:inherit;text-decoration:none;border-radius:.2rem}
-del{background:var(--cut);border-radius:.2rem}.error{color:#b3261e}svg{max-width:34rem;width:100%;height:auto}
-svg text{fill:currentColor;font:12px system-ui,sans-serif}circle{fill:var(--dot)}line{stroke:var(--line)}
-@media (prefers-color-scheme:dark){.error{color:#ff9b93}}</style></head><body><main><h1>Comparison of models</h1>
-"""
+HEAD = Path(__file__).with_name("report.html").read_text("utf-8")  # of the page, with its style
 END = "</main></body></html>\n"
 
 
@@ -50,13 +30,12 @@ def summaries(found: Comparison) -> list[dict[str, Any]]:
     every = []
     for model in found["models"]:
         rows = [row for row in found["rows"] if row["model"] == model["name"] and "error" not in row]
-        first = over(rows, "first_token", median)
         own = {
             "tokens": sum(row["tokens"] for row in rows),
             "score": over(rows, "score", fmean),
             "logprob": over(rows, "logprob", sum),
             "speed": over(rows, "tokens_per_s", median),
-            "first_ms": None if first is None else 1000 * first,
+            "first_ms": over(rows, "first_token", lambda seconds: 1000 * median(seconds)),
             "equal": over(rows, "equal", fmean),
             "judged": over(rows, "judged", fmean),
         }
@@ -81,17 +60,16 @@ def printable(text: str) -> str:
 
 def to_text(found: Comparison, width: int = 80) -> str:
     """Answers side by side, as many columns as fit, and a line for each model."""
+    rows = {(row["task"], row["model"]): row for row in found["rows"]}
     names, lines = [model["name"] for model in found["models"]], []
     fit = max(1, (width + 2) // (NARROWEST + 2))
     for task in found["tasks"]:
-        rows = {row["model"]: row for row in found["rows"] if row["task"] == task["name"]}
         lines += [printable(f"== {task['name']}"), ""]
         for some in (names[i : i + fit] for i in range(0, len(names), fit)):
             each = (width + 2) // len(some) - 2
-            cells = [wrapped(name, each) + wrapped(cell(rows[name]), each) for name in some]
-            lines += [
-                "  ".join(f"{part:{each}}" for part in line).rstrip() for line in zip_longest(*cells, fillvalue="")
-            ]
+            cells = [wrapped(f"{name}\n{cell(rows[task['name'], name])}", each) for name in some]
+            for line in zip_longest(*cells, fillvalue=""):
+                lines.append("  ".join(f"{part:{each}}" for part in line).rstrip())
             lines.append("")
     lines.append(f"{'model':28} {'score':>6} {'log prob':>9} {'first ms':>9} {'tokens/s':>9} {'equal':>6} {'MB':>9}")
     for own in summaries(found):
@@ -125,12 +103,12 @@ def cell(row: Row) -> str:
 
 def to_html(found: Comparison) -> str:
     """The report: at most 300 KB, so that the last tasks of many are left out, and it says so."""
-    page = PAGE + models_table(found) + plot(found) + precision_table(found) + "<h2>Answers</h2>"
-    size = len(page.encode())
+    models = summaries(found)
+    page = HEAD + models_table(models, found["judge"]) + plot(models) + precision_table(found, models)
+    page += "<h2>Answers</h2>"
     for i, task in enumerate(found["tasks"]):
         part = section(found, task)
-        size += len(part.encode())
-        if size > LIMIT:
+        if len((page + part).encode()) > LIMIT:
             left = len(found["tasks"]) - i
             page += f"<p>{left} more tasks are left out here; --json writes them all.</p>"
             break
@@ -147,26 +125,24 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     )
 
 
-def models_table(found: Comparison) -> str:
+def models_table(models: Sequence[dict[str, Any]], judge: str | None) -> str:
     head = ["#", "Model", "Precision", "Weights, MB", "Score", "Log prob", "Tokens", "First token, ms", "Tokens/s"]
+    head += [f"Judge: {judge}"] if judge else []
     rows = []
-    for i, own in enumerate(summaries(found), 1):
+    for i, own in enumerate(models, 1):
         if "error" in own:
-            rows.append([str(i), own["name"], own["error"][:300], *["–"] * (6 + bool(found["judge"]))])
+            rows.append([str(i), own["name"], own["error"][:300], *["–"] * (len(head) - 3)])
             continue
         row = [str(i), own["name"], own["dtype"], number(own["weights"] / 1e6, 1), number(own["score"])]
         row += [number(own["logprob"]), str(own["tokens"]), number(own["first_ms"], 1), number(own["speed"], 1)]
-        rows.append(row + ([number(own["judged"])] if found["judge"] else []))
-    head += [f"Judge: {found['judge']}"] if found["judge"] else []
+        rows.append(row + ([number(own["judged"])] if judge else []))
     caption = "Score: mean over tasks. Log prob: sum over expected answers. First token and speed: medians."
     return f'<h2>Models</h2><div class="models">{table(caption, head, rows)}</div>'
 
 
-def plot(found: Comparison) -> str:
+def plot(models: Sequence[dict[str, Any]]) -> str:
     """Speed against score, a dot for each model with its number."""
-    points = [
-        (i, own) for i, own in enumerate(summaries(found), 1) if own.get("speed") and own.get("score") is not None
-    ]
+    points = [(i, own) for i, own in enumerate(models, 1) if own.get("speed") and own.get("score") is not None]
     if not points:
         return ""
     most = max(own["speed"] for _, own in points) * 1.1
@@ -192,12 +168,12 @@ def plot(found: Comparison) -> str:
     return head + "".join(parts) + "</svg>"
 
 
-def precision_table(found: Comparison) -> str:
+def precision_table(found: Comparison, models: Sequence[dict[str, Any]]) -> str:
     """What another precision of the same model costs, on these prompts."""
-    by_name = {own["name"]: own for own in summaries(found)}
+    by_name = {own["name"]: own for own in models}
     rows_of = {(row["task"], row["model"]): row for row in found["rows"] if "error" not in row}
     parts = []
-    for own in by_name.values():
+    for own in models:
         other = by_name.get(own.get("reference") or "")
         if not other or "error" in own or "error" in other:
             continue
@@ -212,9 +188,7 @@ def precision_table(found: Comparison) -> str:
         head = ["Task", "Its answer: reference", "here", "Expected: reference", "here", "Same answer", "Speed ratio"]
         speed = own["speed"] / other["speed"] if own["speed"] and other["speed"] else None
         words = f"{own['name']} against {other['name']}: {number(100 * (own['equal'] or 0), 0)}% of answers are equal, "
-        words += (
-            f"{number(speed)} times its speed, {number(own['weights'] / other['weights'])} times its weights' memory. "
-        )
+        words += f"{number(speed)} times its speed, {number(own['weights'] / other['weights'])} times its memory. "
         words += "Log probabilities of the reference's answer, and of the expected one, under both."
         parts.append(table(words, head, rows))
     return "<h2>What precision costs</h2>" + "".join(parts) if parts else ""
@@ -227,14 +201,14 @@ def section(found: Comparison, task: dict[str, Any]) -> str:
     for model in found["models"]:
         name, row = model["name"], rows[model["name"]]
         if "error" in row:
-            shown, facts = f'<p class="error">{escape(row["error"][:1000])}</p>', ""
+            shown = f'<p class="error">{escape(row["error"][:1000])}</p>'
         else:
             other = model.get("reference") or (first if name != first else None)
             base = rows[other].get("answer") if other else None
             text = row["answer"].strip()[:CLIPPED] or "(empty)"
             marked = difference(base.strip()[:CLIPPED], text, bool(model.get("reference"))) if base else escape(text)
-            shown, facts = f'<div class="pre">{marked}</div>', listed(row)
-        cards.append(f'<article class="card"><h3>{escape(name)}</h3>{shown}{facts}</article>')
+            shown = f'<div class="pre">{marked}</div>{listed(row)}'
+        cards.append(f'<article class="card"><h3>{escape(name)}</h3>{shown}</article>')
     prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in task["messages"])
     right = task["label"] or task["expected"] or ", ".join(fact.replace("|", " or ") for fact in task["facts"])
     expected = f"<p>Expected: {escape(right[:500])}</p>" if right else ""

@@ -39,7 +39,6 @@ class Task(NamedTuple):
 
     @property
     def reference(self) -> str:
-        """The right answer."""
         return self.label or self.expected
 
     @property
@@ -86,11 +85,8 @@ def to_task(item: Any, place: str) -> Task:
         raise ValueError(f"{place}: give either prompt or messages")
     messages: Any = item.get("messages") or [{"role": "user", "content": item.get("prompt", "")}]
     for message in messages:
-        if (
-            not isinstance(message, dict)
-            or {*map(type, message.values())} != {str}
-            or {*message} != {"role", "content"}
-        ):
+        texts = isinstance(message, dict) and all(isinstance(value, str) for value in message.values())
+        if not texts or {*message} != {"role", "content"}:
             raise ValueError(f'{place}: messages has {shorten(message)}; it must be {{"role": ..., "content": ...}}')
     if system := item.get("system"):
         messages = [{"role": "system", "content": system}, *messages]

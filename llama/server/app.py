@@ -118,7 +118,6 @@ class Service:
             raise ApiError(404, text, "model", "model_not_found")
 
     async def read(self, read: Callable[[Llama, Mapping[str, Any]], T], body: Mapping[str, Any]) -> T:
-        """What `read` makes of a body."""
         llama = self.ready().llama
         async with self.reading:
             return await asyncio.to_thread(read_with, read, llama, body)
@@ -144,11 +143,10 @@ class Service:
         reply = replies.Reply(loop.llama.tokenizer, body.get("model", self.config.model), completion, ticket)
         if completion.stream:
             return EventStream(self.stream(request, reply, ticket), loop, ticket)
-        parts: list[list[replies.Part]] = [[] for _ in completion.work.prompts]
         async for event in self.until_gone(request, loop, ticket):
-            parts[event.row].append(reply.take(event))
+            reply.take(event)
         note(request, ticket, reply.usage())
-        return json_response(reply.whole(parts))
+        return json_response(reply.whole())
 
     async def refused(self, completion: CompletionRequest, body: Mapping[str, Any]) -> str | None:
         """What a filter says instead of an answer. The prompt of a completion is a message of the user; where one of

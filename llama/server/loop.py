@@ -198,21 +198,17 @@ class Loop:
         return count
 
     def _count_end(self, ticket: Ticket, row: int, now: float) -> None:
-        times = ticket.times[row]
-        found = {
-            "request_prompt_tokens": len(ticket.work.prompts[row]),
-            "request_generation_tokens": times.tokens,
-            "e2e_request_latency_seconds": now - ticket.arrived,
-        }
+        times, observe = ticket.times[row], self.metrics.observe
+        observe("request_prompt_tokens", len(ticket.work.prompts[row]))
+        observe("request_generation_tokens", times.tokens)
+        observe("e2e_request_latency_seconds", now - ticket.arrived)
         if ticket.work.settings:
-            found["request_params_max_tokens"] = ticket.work.settings[row].max_new
+            observe("request_params_max_tokens", ticket.work.settings[row].max_new)
         if times.admitted:
-            found["request_queue_time_seconds"] = times.admitted - ticket.arrived
+            observe("request_queue_time_seconds", times.admitted - ticket.arrived)
         if times.first:
-            found["request_prefill_time_seconds"] = times.first - times.admitted
-            found["request_decode_time_seconds"] = times.latest - times.first
-        for name, value in found.items():
-            self.metrics.observe(name, value)
+            observe("request_prefill_time_seconds", times.first - times.admitted)
+            observe("request_decode_time_seconds", times.latest - times.first)
 
     # -----------------------------------------------------------------------------------------------------------------
     # In the engine's thread, on every rank

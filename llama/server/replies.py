@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..request import Event, Request
+from ..request import Event
 from ..tokenizer import Decoder, Tokenizer
 from .loop import REASONS, Job
 from .schema import CompletionRequest
@@ -38,11 +38,13 @@ class Choice:
     """An answer as it grows. With log probabilities, tokens are held back as long as their text is, so that streams
     never contain a part of a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, completion: CompletionRequest, request: Request) -> None:
-        self.tokenizer, self.request, self.work = tokenizer, request, completion.work
-        self.decoder = Decoder(tokenizer, request.prompt if self.work.continues and not self.work.echo else ())
+    def __init__(self, tokenizer: Tokenizer, job: Job, row: int) -> None:
+        self.tokenizer, self.job, self.row, self.work = tokenizer, job, row, job.work
+        prompt = self.work.prompts[row]
+        self.decoder = Decoder(tokenizer, prompt if self.work.continues and not self.work.echo else ())
+        self.parts: list[Part] = []
         self.held: list[Token] = []
-        self.preface = len(request.prompt) if self.work.echo else 0  # tokens of the first event that are the prompt's
+        self.preface = len(prompt) if self.work.echo else 0  # tokens of the first event that are the prompt's
         self.characters = self.final = 0  # of the tokens so far, and of the text that is final
         self.count = 0  # tokens that were generated
 
@@ -50,17 +52,18 @@ class Choice:
         preface, self.preface = min(self.preface, len(event.tokens)), 0
         self.count += len(event.tokens) - preface
         self.final += len(event.text)
-        reason = REASONS.get(event.finish_reason, event.finish_reason)
-        if not self.work.logprobs or event.finish_reason == "refused":
-            return Part(event.text, [], reason)
-        self._hold(event, preface)
-        return Part(event.text, self._release(event.finish_reason is not None), reason)
+        tokens: list[Token] = []
+        if self.work.logprobs and event.finish_reason != "refused":
+            self._hold(event, preface)
+            tokens = self._release(event.finish_reason is not None)
+        self.parts.append(Part(event.text, tokens, REASONS.get(event.finish_reason, event.finish_reason)))
+        return self.parts[-1]
 
     def _hold(self, event: Event, preface: int) -> None:
         logprobs: list[float | None] = [*event.logprobs]
         tops: list[list[tuple[int, float]] | None] = [*(event.top_logprobs or [[] for _ in event.tokens])]
         if preface:
-            scores: Any = self.request.observe  # scoring.Scores
+            scores: Any = self.job.requests[self.row].observe  # scoring.Scores
             tops = [None, *scores.top_logprobs, *(tops if event.top_logprobs else tops[preface:])]
             logprobs[0] = None
         for id, logprob, top in zip(event.tokens, logprobs, tops, strict=True):
@@ -91,41 +94,32 @@ class Reply:
         self.tokenizer, self.completion, self.job, self.model = tokenizer, completion, job, model
         self.chat, self.created = completion.work.chat, int(time.time())
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.choices: list[Choice] = []
+        self.choices = [Choice(tokenizer, job, row) for row in range(len(job.work.prompts))]
 
     def take(self, event: Event) -> Part:
-        if not self.choices:
-            self.choices = [Choice(self.tokenizer, self.completion, request) for request in self.job.requests]
         return self.choices[event.row].take(event)
 
     def head(self, chunk: bool = False) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": None,
-        }
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": None}
 
-    def whole(self, parts: Sequence[Sequence[Part]]) -> dict[str, Any]:
-        """The reply that is not streamed, of all parts of each choice."""
+    def whole(self) -> dict[str, Any]:
+        """The reply that is not streamed, of all that has been taken."""
         choices = []
-        for index, some in enumerate(parts):
-            text = "".join(part.text for part in some)
+        for index, choice in enumerate(self.choices):
+            text = "".join(part.text for part in choice.parts)
             message = {"role": "assistant", "content": text, "refusal": None}
             choices.append(
                 {
                     "index": index,
                     **({"message": message} if self.chat else {"text": text}),
-                    "logprobs": self.logprobs([token for part in some for token in part.tokens]),
-                    "finish_reason": some[-1].finish_reason,
+                    "logprobs": self.logprobs([token for part in choice.parts for token in part.tokens]),
+                    "finish_reason": choice.parts[-1].finish_reason,
                 }
             )
         return {**self.head(), "choices": choices, "usage": self.usage()}
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """What a stream begins with."""
         roles: dict[str, Any] = {"role": "assistant", "content": ""}
         return [self.chunk(i, roles) for i in range(self.completion.n)] if self.chat else []
 

@@ -203,8 +203,9 @@ def completion_request(llama: Llama, body: Mapping[str, Any], work: Work, most: 
     if body.get("ignore_eos") and not structure:  # it is never sampled, unless it is one of the request's own ends
         ends = {id for id in llama.tokenizer.eos_ids if id >= 0} - {*body.get("stop_token_ids", ())}
         options["logit_bias"] |= dict.fromkeys(ends, -math.inf)
-    if (seed := body.get("seed")) is not None:  # each choice has one of its own, the first that of the request
-        options["seed"] = [seed if i % n == 0 else wrapped(seed + i % n) for i in range(len(prompts))]
+    if (seed := body.get("seed")) is not None:  # each choice has one of its own of 64 bits, the first the request's
+        others = [(seed + k + 2**63) % 2**64 - 2**63 for k in range(1, n)]
+        options["seed"] = [seed, *others] * len(work.prompts)
     try:
         settings = llama.inputs.settings(len(prompts), {**options, **structure}, not work.continues)
     except ValueError as error:
@@ -237,11 +238,6 @@ def read_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if not valid(value):
         raise ApiError(400, f"{field} has the {kind} {shorten(value)}, which is not valid", field)
     return option(value), field
-
-
-def wrapped(seed: int) -> int:
-    """A number of 64 bits."""
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 def read_embeddings(llama: Llama, body: Mapping[str, Any]) -> tuple[Work, bool]:
@@ -289,7 +285,6 @@ def check_length(llama: Llama, prompts: Sequence[Sequence[int]], more: int, para
 
 
 def encode_chat(llama: Llama, body: Mapping[str, Any]) -> list[int]:
-    """The ids of `messages`, in the model's chat format."""
     goes_on = continues(body)
     return llama.inputs.encode_dialog(read_dialog(body), "messages", answered=goes_on, unfinished=goes_on)
 
