@@ -123,6 +123,7 @@ METHODS = {
     "awq": (awq, {}, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}),
     "w4a16": (compressed, {}, ct("pack-quantized", **W4)),
     "w4a16 with zeros": (compressed, {"symmetric": False}, ct("pack-quantized", **W4 | {"symmetric": False})),
+    "w4a16 in groups of 4": (compressed, {"group": 4}, ct("pack-quantized", **W4 | {"group_size": 4})),
     "w8a16": (compressed, {"bits": 8, "group": 128}, ct("pack-quantized", strategy="group", group_size=128)),
     "w8a8": (int8, {}, ct("int-quantized", True, strategy="channel")),
     "w8a8 with zeros": (int8, {"zeros": True}, ct("int-quantized", True, strategy="channel", symmetric=False)),
@@ -181,3 +182,54 @@ def edited(folder, config, tensors):
         tensors(found)
         (folder / "model.safetensors.index.json").unlink()
         save_file(found, folder / "model.safetensors", {"format": "pt"})
+
+
+# Changes of a folder's tensors and of config.json, for `edited`
+
+
+def part(name, change):
+    """A change of the tensors of one matrix."""
+
+    def edit(tensors):
+        key = f"model.layers.1.mlp.up_proj.{name}"
+        tensors[key] = change(tensors[key]).contiguous()
+
+    return edit
+
+
+def without(name):
+    return lambda tensors: tensors.pop(f"model.layers.1.mlp.up_proj.{name}")
+
+
+def settings(**changes):
+    return lambda config: config["quantization_config"].update(changes)
+
+
+def state(**changes):
+    """A change of the numbers of bitsandbytes that describe one matrix."""
+
+    def change(tensor):
+        return torch.tensor([*json.dumps(json.loads(bytes(tensor.tolist())) | changes).encode()], dtype=torch.uint8)
+
+    return part("weight.quant_state.bitsandbytes__nf4", change)
+
+
+def groups(count):
+    """A change of one matrix of GPTQ to the first groups, without their columns."""
+
+    def edit(tensors):
+        for name in ("scales", "qzeros"):
+            part(name, lambda t: t[:count])(tensors)
+        without("g_idx")(tensors)
+
+    return edit
+
+
+def widened(words, offset=0):
+    """Words of 4-bit numbers, plus an offset, as 8-bit numbers."""
+    b = words.contiguous().view(torch.uint8)
+    return (torch.stack((b & 15, b >> 4), -1).flatten(1) + offset).view(torch.int32)
+
+
+def both(*changes):
+    return lambda tensors: [change(tensors) for change in changes]

@@ -33,7 +33,7 @@ MAP_NORESERVE = {"linux": 0x4000, "darwin": 0x40}.get(sys.platform, 0)  # the mo
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 READABLE = set(SAFETENSORS_DTYPES.values())
 # Of quantized matrices.
-SAFETENSORS_DTYPES |= {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+SAFETENSORS_DTYPES |= {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
 SAFETENSORS_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32, "Double": torch.float64}
 STORAGES |= {"Char": torch.int8, "Byte": torch.uint8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
     key: str  # its name in the file
     shape: tuple[int, ...]
-    dtype: torch.dtype  # uint8 for one that cannot be read
+    dtype: torch.dtype  # bool or uint8 for one that cannot be read
     offset: int  # in the file; the address of a tensor that torch has read
     packed: Any = None  # how it is stored, where that is not in floats
 
@@ -276,7 +276,7 @@ def read_safetensors_header(path: Path) -> dict[str, Entry]:
         key: Entry(
             key,
             tuple(entry["shape"]),
-            SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8),
+            SAFETENSORS_DTYPES.get(entry["dtype"], torch.bool),
             8 + size + entry["data_offsets"][0],
         )
         for key, entry in header.items()

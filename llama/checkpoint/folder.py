@@ -66,7 +66,7 @@ class Checkpoint:
         config = read_json(source)
         try:
             self.params = hf.params(config)
-            quantization = hf_quantized.settings(config)
+            quantization = hf_quantized.settings(config, self.folder)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         names = hf.names(self.params["n_layers"], self.params.get("n_labels", 0))

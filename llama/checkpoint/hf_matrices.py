@@ -17,12 +17,11 @@ from torch import Tensor
 
 from ..backends.quantized import GROUPS, Quantized, Scheme, pack, unpack
 from .files import Entry, File
-from .paths import listed
 
 # The ends of the names of a quantized matrix's tensors; bitsandbytes' begin with "weight." too.
 PARTS = {
-    *("qweight", "qzeros", "scales", "g_idx", "bias", "weight", "SCB", "weight_packed", "weight_shape"),
-    *("weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx"),
+    *("qweight", "qzeros", "scales", "g_idx", "bias", "weight", "SCB", "weight_format", "weight_packed"),
+    *("weight_shape", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx"),
 }
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,9 +43,9 @@ class Parts:
         return self.tensors[part][1]
 
     def check(self, part: str, dtypes: Sequence[torch.dtype], *shapes: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a tensor. ValueError if it has none of these dtypes, or none of these shapes, if any."""
+        """The shape of a tensor. ValueError if it is empty, or of other dtypes, or other shapes if any."""
         _, shape, dtype, *_ = self.entry(part)
-        if dtype not in dtypes or (shapes and shape not in shapes):
+        if dtype not in dtypes or 0 in shape or (shapes and shape not in shapes):
             expected = f"{' or '.join(map(str, shapes))} {' or '.join(map(str, dtypes))}".strip()
             raise ValueError(f"{self.name}.{part} is {shape} {dtype}; it must be {expected}")
         return shape
@@ -54,7 +53,7 @@ class Parts:
     def matrix(self, part: str, *dtypes: torch.dtype) -> tuple[int, int]:
         """The shape of a tensor that must have two dimensions."""
         shape = self.check(part, dtypes)
-        if len(shape) != 2 or 0 in shape:
+        if len(shape) != 2:
             raise ValueError(f"{self.name}.{part} {shape} is not a matrix")
         return shape[0], shape[1]
 
@@ -87,7 +86,7 @@ class Integers(NamedTuple):
 
     q: Tensor  # unsigned, (out, in) of 8 bits, or (out, in / 2) of 4
     scale: Tensor  # (out, groups)
-    zero: Tensor | None  # (out, groups); None: 128
+    zero: Tensor | None  # (out, groups); None: half of the numbers are below, 8 or 128
 
     def quantized(self, bits: int, group: int) -> Quantized:
         """The same values in groups of this many columns, or of whole rows if `group` is 0."""
@@ -101,11 +100,13 @@ class Integers(NamedTuple):
 
     def values(self, bits: int, order: Tensor) -> Tensor:
         """The values, where column i is in group order[i]."""
-        q, zero = unpack(self.q) if bits == 4 else self.q, 128.0 if self.zero is None else self.zero[:, order].float()
-        return (q.float() - zero) * self.scale[:, order].float()
+        q = (unpack(self.q) if bits == 4 else self.q)[:, : len(order)].float()
+        zero = 2.0 ** (bits - 1) if self.zero is None else self.zero[:, order].float()
+        return (q - zero) * self.scale[:, order].float()
 
 
 def packed_integers(
+    parts: Parts,
     shape: tuple[int, int],
     bits: int,
     groups: int,
@@ -113,12 +114,14 @@ def packed_integers(
     order: Tensor | None = None,
     symmetric: bool = False,
 ) -> Packed:
-    """A matrix whose rows `read` reads. ValueError for groups of other than a multiple of 16 columns."""
-    if order is not None:
-        return Packed(shape, lambda begin, end: read(begin, end).values(bits, order))
-    fit = [0] if groups == 1 and symmetric else [group for group in GROUPS if shape[1] % (groups * group) == 0]
-    if not fit:
-        raise ValueError(f"{shape[1]} columns in {groups} groups are not supported; a group must have 16, 32, ...")
+    """A matrix whose rows `read` reads: floats if columns are in another order, or groups not of a multiple of 16."""
+    columns, whole = shape[1], groups == 1 and symmetric and bits == 8
+    if order is None and columns % groups:
+        raise ValueError(f"{parts.name} has {columns} columns in {groups} groups, which differ in size")
+    fit = [0] if whole else [group for group in GROUPS if columns % (groups * group) == 0]
+    if order is not None or not fit:
+        group_of = torch.arange(columns) * groups // columns if order is None else order
+        return Packed(shape, lambda begin, end: read(begin, end).values(bits, group_of))
     scheme = Scheme(bits, fit[-1], symmetric)
     return Packed(shape, lambda begin, end: read(begin, end).quantized(bits, scheme.group), scheme)
 
@@ -135,6 +138,8 @@ def order_of(parts: Parts, part: str, columns: int, groups: int) -> Tensor | Non
         return None
     parts.check(part, [torch.int32], (columns,))
     found = parts(part).long()
+    if part == "weight_g_idx" and (found < 0).any():  # not used
+        return None
     if (found < 0).any() or (found >= groups).any():
         raise ValueError(f"{parts.name}.{part} names groups beyond the {groups} of each row")
     return None if torch.equal(found, torch.arange(columns) * groups // columns) else found
@@ -143,19 +148,20 @@ def order_of(parts: Parts, part: str, columns: int, groups: int) -> Tensor | Non
 def gptq(parts: Parts, found: Mapping[str, Any]) -> Packed:
     """qweight (in * bits / 32, out), packed along the columns of the matrix, scales (groups, out), and qzeros, packed
     along its rows. In the first version of the format zeros are less by one."""
-    bits = found.get("bits") or 4
-    per, less = 32 // bits, found.get("checkpoint_format") != "gptq_v2"
+    less = str(found.get("checkpoint_format") or found.get("format")).lower() != "gptq_v2"
     words, out = parts.matrix("qweight", torch.int32)
     groups, _ = parts.matrix("scales", *SCALES)
     parts.check("scales", SCALES, (groups, out))
-    parts.check("qzeros", [torch.int32], (groups, -(-out // per)))
+    packed = {(groups, -(-out * bits // 32)): bits for bits in (4, 8)}
+    bits = packed[groups, parts.check("qzeros", [torch.int32], *packed)[1]]
+    per = 32 // bits
 
     def read(begin: int, end: int) -> Integers:
         q = parts("qweight", 1, begin, end).T.contiguous().view(torch.uint8)
         zeros = unsigned(parts("qzeros", 1, begin // per, -(-end // per)), bits)[:, : end - begin]
         return Integers(q, parts("scales", 1, begin, end).T, (zeros + less & 2**bits - 1).T)
 
-    return packed_integers((out, words * per), bits, groups, read, order_of(parts, "g_idx", words * per, groups))
+    return packed_integers(parts, (out, words * per), bits, groups, read, order_of(parts, "g_idx", words * per, groups))
 
 
 def awq(parts: Parts, found: Mapping[str, Any]) -> Packed:
@@ -168,38 +174,46 @@ def awq(parts: Parts, found: Mapping[str, Any]) -> Packed:
         parts.check("qzeros", [torch.int32], (groups, words))
 
     def unpacked(part: str, begin: int, end: int) -> Tensor:
-        eights = unsigned(parts(part, 1, begin // 8, end // 8), 4).unflatten(1, (-1, 8))
-        return eights[..., AWQ_ORDER].flatten(1).T
+        eights = unsigned(parts(part, 1, begin // 8, -(-end // 8)), 4).unflatten(1, (-1, 8))
+        return eights[..., AWQ_ORDER].flatten(1)[:, : end - begin].T
 
     def read(begin: int, end: int) -> Integers:
-        scale = parts("scales", 1, begin, end).T
-        zero = unpacked("qzeros", begin, end) if zeros else torch.full_like(scale, 8)
-        return Integers(pack(unpacked("qweight", begin, end)), scale, zero)
+        zero = unpacked("qzeros", begin, end) if zeros else None
+        return Integers(pack(unpacked("qweight", begin, end)), parts("scales", 1, begin, end).T, zero)
 
-    return packed_integers((8 * words, columns), 4, groups, read)
+    return packed_integers(parts, (8 * words, columns), 4, groups, read, symmetric=not zeros)
 
 
 def pack_quantized(parts: Parts, found: Mapping[str, Any]) -> Packed:
-    """weight_packed (out, in * bits / 32), packed along the columns of the matrix, weight_scale (out, groups), and
-    weight_zero_point, if there is one, packed along its rows."""
-    if (bits := of_weights(found, "num_bits")) not in (4, 8):
-        raise ValueError(f"num_bits of {parts.name} is {bits!r}; only 4 and 8 are supported")
-    per = 32 // bits
+    """weight_packed (out, in * bits / 32), packed along the columns of the matrix, weight_shape, which shows the bits,
+    weight_scale of the matrix, its rows or groups, and perhaps weight_zero_point (out, groups), packed along its rows,
+    or signed numbers."""
     out, words = parts.matrix("weight_packed", torch.int32)
-    _, groups = parts.matrix("weight_scale", *SCALES)
-    parts.check("weight_scale", SCALES, (out, groups))
+    parts.check("weight_shape", [torch.int64, torch.int32], (2,))
+    rows, columns = parts("weight_shape").tolist()
+    [bits] = [n for n in (4, 8) if words == -(-columns * n // 32)] or [0]
+    if not bits or rows != out:
+        raise ValueError(
+            f"{parts.name}.weight_packed {(out, words)} does not hold a matrix {(rows, columns)} of 4 or 8 bits"
+        )
+    parts.check("weight_scale", SCALES)
+    groups, per = parts.by_row("weight_scale", out).shape[1], 32 // bits
     if zeros := "weight_zero_point" in parts:
-        parts.check("weight_zero_point", [torch.int32], (-(-out // per), groups))
+        signed = parts.entry("weight_zero_point").dtype == torch.int8
+        shape = parts.entry("weight_scale").shape if signed else (-(-out // per), groups)
+        parts.check("weight_zero_point", [torch.int32, torch.int8], shape)
+
+    def zero(begin: int, end: int) -> Tensor:
+        if signed:
+            return parts.by_row("weight_zero_point", out)[begin:end].float() + 2 ** (bits - 1)
+        return unsigned(parts("weight_zero_point", 0, begin // per, -(-end // per)).T, bits)[:, : end - begin].T
 
     def read(begin: int, end: int) -> Integers:
-        q, scale = parts("weight_packed", 0, begin, end).view(torch.uint8), parts("weight_scale", 0, begin, end)
-        if not zeros:
-            return Integers(q, scale, torch.full_like(scale, 2 ** (bits - 1)))
-        zero = unsigned(parts("weight_zero_point", 0, begin // per, -(-end // per)).T, bits)
-        return Integers(q, scale, zero[:, : end - begin].T)
+        q = parts("weight_packed", 0, begin, end).view(torch.uint8)[:, : -(-columns * bits // 8)]
+        return Integers(q, parts.by_row("weight_scale", out)[begin:end], zero(begin, end) if zeros else None)
 
-    order = order_of(parts, "weight_g_idx", words * per, groups)
-    return packed_integers((out, words * per), bits, groups, read, order)
+    order = order_of(parts, "weight_g_idx", columns, groups)
+    return packed_integers(parts, (out, columns), bits, groups, read, order, not zeros)
 
 
 def int8(parts: Parts, found: Mapping[str, Any]) -> Packed:
@@ -209,6 +223,10 @@ def int8(parts: Parts, found: Mapping[str, Any]) -> Packed:
     scale, divisor = ("SCB", 127) if "SCB" in parts else ("weight_scale", 1)
     parts.check(scale, SCALES)
     groups = parts.by_row(scale, out).shape[1]
+    if "weight_format" in parts and parts("weight_format").any():
+        raise ValueError(
+            f"{parts.name}.weight_format is {parts('weight_format').tolist()}; only rows in order, 0, are read"
+        )
     if zeros := "weight_zero_point" in parts:
         parts.check("weight_zero_point", [torch.int8], parts.entry(scale).shape)
 
@@ -217,22 +235,27 @@ def int8(parts: Parts, found: Mapping[str, Any]) -> Packed:
         q = parts("weight", 0, begin, end).view(torch.uint8) ^ 128
         return Integers(q, parts.by_row(scale, out)[begin:end] / divisor, zero)
 
-    return packed_integers((out, columns), 8, groups, read, symmetric=not zeros)
+    return packed_integers(parts, (out, columns), 8, groups, read, symmetric=not zeros)
 
 
 def float8(parts: Parts, found: Mapping[str, Any]) -> Packed:
-    """weight (out, in), with weight_scale or weight_scale_inv, by which it is multiplied, of the matrix, its rows, or
-    blocks of rows and columns."""
+    """weight (out, in), with weight_scale or weight_scale_inv, by which it is multiplied, of the matrix, its rows or
+    their groups, or blocks of rows and columns."""
     shape = out, columns = parts.matrix("weight", *FLOAT8)
     part = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
-    of_rows = math.prod(parts.check(part, SCALES)) in (1, out)
+    scales = parts.check(part, SCALES)
+    of_rows = math.prod(scales) == 1 or scales[0] == out
     height, width = (1, columns) if of_rows else block_size(found)
-    if not of_rows:
+    if of_rows:
+        width = columns // parts.by_row(part, out).shape[1]
+        parts.check(part, SCALES, (), (1,), (1, 1), (out,), (out, -(-columns // max(width, 1))))
+    else:
         parts.check(part, SCALES, (-(-out // height), -(-columns // width)))
 
     def rows(begin: int, end: int) -> Tensor:
         scale = parts.by_row(part, out)[begin:end] if of_rows else parts(part)[torch.arange(begin, end) // height]
-        scale = scale if of_rows else scale.repeat_interleave(width, 1)[:, :columns]
+        if scale.shape[1] > 1:
+            scale = scale.repeat_interleave(width, 1)[:, :columns]
         q = parts("weight", 0, begin, end)
         values = torch.arange(256, dtype=torch.uint8).view(q.dtype).float()  # faster than q.float()
         return lookup(values, q.view(torch.uint8)).view_as(q).mul_(scale)
@@ -241,23 +264,31 @@ def float8(parts: Parts, found: Mapping[str, Any]) -> Packed:
 
 
 def float4(parts: Parts, found: Mapping[str, Any]) -> Packed:
-    """bitsandbytes' nf4 and fp4: weight (out * in / 2, 1), two numbers to a byte, the first in the higher bits. Each is
-    the index of a value in quant_map, which is multiplied by its block's absmax; absmax may be quantized too."""
+    """bitsandbytes' nf4 and fp4: weight (out * in / 2, 1), two numbers to a byte, the first in the higher bits, or the
+    same bytes as floats. Each number is the index of a value in quant_map, which is multiplied by its block's absmax;
+    absmax may be quantized too."""
     names = [part for part in parts.tensors if part.startswith("weight.quant_state.")]
     try:
         state = json.loads(bytes(parts(names[0]).tolist()))
-        (out, columns), size, half = state["shape"], state["blocksize"], math.prod(state["shape"]) // 2
-        blocks = -(-2 * half // size)
-        nested = (state["nested_blocksize"], state["nested_offset"]) if "weight.nested_absmax" in parts else None
-        nested_blocks = -(-blocks // nested[0]) if nested else 0
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        (out, columns), size, nested = state["shape"], state["blocksize"], None
+        if "weight.nested_absmax" in parts:
+            nested = state["nested_blocksize"], state["nested_offset"]
+        sizes = [out, columns, size, *(nested or ())[:1]]
+        if not all(type(n) is int and 0 < n < 2**31 for n in sizes) or size > 4096:
+            raise ValueError(f"shape and block sizes {sizes}")
+        if nested and not math.isfinite(nested[1]):
+            raise ValueError(f"nested_offset {nested[1]}")
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{parts.name}.weight.quant_state cannot be read: {error!r}") from error
-    shape = parts.check("weight", [torch.uint8], (half, 1), (1, half))
+    dtype, blocks = parts.entry("weight").dtype, -(-out * columns // size)
+    at_once = 2 * dtype.itemsize  # numbers in an element
+    count = -(-out * columns // at_once)
+    dim = parts.check("weight", (torch.uint8, *SCALES), (count, 1), (1, count)).index(count)
     parts.check("weight.quant_map", [torch.float32], (16,))
     parts.check("weight.absmax", [torch.uint8 if nested else torch.float32], (blocks,))
     if nested:
         parts.check("weight.nested_quant_map", [torch.float32], (256,))
-        parts.check("weight.nested_absmax", [torch.float32], (nested_blocks,))
+        parts.check("weight.nested_absmax", [torch.float32], (-(-blocks // nested[0]),))
 
     def largest(begin: int, end: int) -> Tensor:
         absmax = parts("weight.absmax", 0, begin, end)
@@ -270,7 +301,8 @@ def float4(parts: Parts, found: Mapping[str, Any]) -> Packed:
         first, last = begin * columns, end * columns
         values = parts("weight.quant_map")
         of_bytes = torch.stack((values.repeat_interleave(16), values.repeat(16)), -1)  # (256, 2)
-        q = lookup(of_bytes, parts("weight", shape.index(half), first // 2, last // 2))
+        stored = parts("weight", dim, first // at_once, -(-last // at_once)).flatten().view(torch.uint8)
+        q = lookup(of_bytes, stored).flatten()[: last - first]
         scale = largest(first // size, -(-last // size)).repeat_interleave(size)[first % size :][: last - first]
         return q.view(-1, columns).mul_(scale.view(-1, columns))
 
@@ -284,22 +316,17 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
 
 def block_size(found: Mapping[str, Any]) -> tuple[int, int]:
     """The rows and columns that share a scale, by config.json."""
-    size = of_weights(found, "block_structure") or found.get("weight_block_size")
-    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
-        raise ValueError(f"weight_block_size is {size!r}, not the numbers of rows and of columns of a block")
-    return size[0], size[1]
-
-
-def of_weights(found: Mapping[str, Any], key: str) -> Any:
-    """What compressed-tensors' groups of modules have in common. ValueError if they differ."""
     groups = found.get("config_groups") or {}
     try:
-        values = [(group.get("weights") or {}).get(key) for group in groups.values()]
+        sizes = [(group.get("weights") or {}).get("block_structure") for group in groups.values()]
     except AttributeError:
         raise ValueError(f"config_groups is {groups!r}, not groups of modules with settings of their weights") from None
-    if any(value != values[0] for value in values):
-        raise ValueError(f"config_groups that differ in {key}, {listed(map(str, values))}, are not supported")
-    return values[0] if values else None
+    size, *others = [size for size in sizes if size] or [found.get("weight_block_size")]
+    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in size):
+        raise ValueError(f"weight_block_size is {size!r}, not the numbers of rows and of columns of a block")
+    if any(other != size for other in others):
+        raise ValueError(f"config_groups with blocks of different sizes, {size} and {others}, are not supported")
+    return size[0], size[1]
 
 
 def reader(parts: Parts, method: str) -> Callable[[Parts, Mapping[str, Any]], Packed] | None:

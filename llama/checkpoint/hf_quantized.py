@@ -6,41 +6,66 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.quantized import Quantized, Scheme
+from ..textfile import read_json
 from . import hf
 from .files import Entry, File, PackedFile
-from .hf_matrices import PARTS, Parts, reader
+from .hf_matrices import PARTS, SCALES, Parts, reader
 from .paths import listed
 
+COMPRESSED: dict[str, tuple[Any, ...]] = {
+    "format": (
+        *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+        *("mixed-precision", "dense"),
+    ),
+    "transform_config": ({},),
+    "sparsity_config": ({}, "dense"),
+}
 # The quant_method of config.json -> keys that change the values, and what is supported of each, besides null.
 METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gptq": {"bits": (4, 8), "checkpoint_format": ("gptq", "gptq_v2"), "is_marlin_format": (False,)},
-    "awq": {"bits": (4,), "version": ("gemm",)},
-    "compressed-tensors": {
-        "format": ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
-        "transform_config": ({},),
-        "sparsity_config": ({},),
+    "gptq": {
+        "bits": (4, 8),
+        "checkpoint_format": ("gptq", "gptq_v2"),
+        "format": ("gptq", "gptq_v2"),
+        "is_marlin_format": (False,),
     },
+    "awq": {"bits": (4,), "w_bit": (4,), "version": ("gemm",), "checkpoint_format": ("gemm",), "format": ("gemm",)},
+    "compressed-tensors": COMPRESSED,
+    "sparseml": COMPRESSED,  # its older name
     "bitsandbytes": {},
     "fp8": {},
     "fbgemm_fp8": {},
+    "modelopt": {"quant_algo": ("fp8",)},
 }
+# Files in place of quantization_config, and the method of each.
+FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 MODULE = re.compile(r"(.+_proj|lm_head)\.(.+)")
 # Tensors for the rounding of activations and of the KV cache, which is not done here.
-UNUSED = ("input_scale", "input_scale_ub", "input_zero_point", "output_scale", "k_scale", "v_scale", "weight_format")
+UNUSED = re.compile(r".+\.((input|output|[qkv]|kv|act|prob)_(scale|zero_point)|input_scale_ub)")
 AT_ONCE = 2**20  # values that are unpacked at a time
 
 
-def settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How the weights are quantized by config.json; None if they are not. ValueError names what is not supported."""
-    if not (found := config.get("quantization_config")):
-        return None
-    method = found.get("quant_method") if isinstance(found, Mapping) else found
+def settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """How the weights are quantized by config.json, or else by one of `FILES`; None if they are not. ValueError names
+    what is not supported."""
+    found, method = config.get("quantization_config") or config.get("compression_config"), None
+    if not found:
+        if not (path := next((folder / name for name in FILES if (folder / name).is_file()), None)):
+            return None
+        found, method = read_json(path), FILES[path.name]
+    found = found if isinstance(found, Mapping) else {"quant_method": found}
+    for nested in ("quantization", "quantization_config"):
+        if isinstance(found.get(nested), Mapping):
+            found = {**found, **found[nested]}
+    if found.get("load_in_4bit") or found.get("load_in_8bit"):
+        method = "bitsandbytes"
+    method = found.get("quant_method") or method
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
             f"weights quantized by {method} are not read, only by {listed(METHODS)}; take the original ones, and give "
@@ -49,9 +74,10 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
     for key, allowed in METHODS[method].items():
         value = found.get(key)
         value = value.lower() if isinstance(value, str) else value
-        if value not in (None, *allowed) or (key == "bits" and type(value) is not int):
+        value = value.get("format", value) if isinstance(value, Mapping) else value
+        if value not in (None, *allowed) or (key in ("bits", "w_bit") and type(value) not in (int, type(None))):
             raise ValueError(f"weights quantized by {method} with {key} {found.get(key)!r} are not read")
-    return dict(found)
+    return {**found, "quant_method": method}
 
 
 class QuantizedFile(PackedFile):
@@ -63,7 +89,7 @@ class QuantizedFile(PackedFile):
         self.tensors, self.method = {}, found["quant_method"]
         modules = defaultdict[str, dict[str, tuple[File, Entry]]](dict)
         for file in files:
-            file.tensors = {key: entry for key, entry in file.tensors.items() if key.rpartition(".")[2] not in UNUSED}
+            file.tensors = {key: entry for key, entry in file.tensors.items() if not UNUSED.fullmatch(key)}
             for key, entry in file.tensors.items():
                 if match := MODULE.fullmatch(key):
                     modules[match[1]][match[2]] = file, entry
@@ -72,8 +98,10 @@ class QuantizedFile(PackedFile):
             if not (read := reader(parts, self.method)):
                 continue
             matrix = read(parts, found)
-            if "bias" in parts and parts("bias").any():
-                raise ValueError(f"{name}.bias is not zero; only matrices without a bias are supported")
+            if "bias" in parts:
+                parts.check("bias", SCALES, matrix.shape[:1])
+                if parts("bias").any():
+                    raise ValueError(f"{name}.bias is not zero; only matrices without a bias are supported")
             for part, (file, entry) in tensors.items():
                 if part in PARTS or part.startswith("weight."):
                     del file.tensors[entry.key]
@@ -100,6 +128,10 @@ class QuantizedFile(PackedFile):
                 return p if whole else p[:, p.shape[1] * begin // columns : p.shape[1] * end // columns]
 
             rows = matrix.rows(start, min(start + step, out))
+            if isinstance(rows, Quantized) and not all(p.isfinite().all() for p in rows[1:] if p is not None):
+                raise ValueError(
+                    f"{self.path}: {name} has scales beyond the range of float16, {torch.finfo(torch.float16).max:.0f}"
+                )
             yield rows.map(part) if isinstance(rows, Quantized) else part(rows)
 
     def release(self) -> None:
