@@ -1,5 +1,6 @@
 """Hugging Face folders whose weights are quantized: GPTQ, AWQ, compressed-tensors, bitsandbytes and FP8."""
 
+import hashlib
 import json
 import shutil
 
@@ -252,6 +253,11 @@ def test_commands_take_a_folder(tmp_path):
     write(tmp_path / "model", "awq")
     done = in_process(inspect, tmp_path / "model", "--max_seq_len", 64)
     assert done.returncode == 0 and "in int4 in groups of 32 by awq" in done.stdout
+    names = [file.name for file in (tmp_path / "model").iterdir() if file.suffix in (".safetensors", ".model")]
+    sums = [f"{hashlib.md5((tmp_path / 'model' / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (tmp_path / "model" / "checklist.chk").write_text("".join(sums))
+    done = in_process(inspect, tmp_path / "model", "--verify")
+    assert done.returncode == 0 and "files: 2, in int4" in done.stdout
     done = in_process(inspect, tmp_path / "model", "--quantize", "int8")
     assert "model is quantized already, to int4 in groups of 32 by awq; it cannot become int8" in done.stderr
     for to in ("meta", "hf"):
@@ -293,7 +299,7 @@ ERRORS = {
         part("weight_scale", lambda t: t[None][:0]),
         r"weight_scale is \(0,\) torch.float32; it",
     ),
-    "columns of llm.int8": ("llm.int8", None, part("weight_format", lambda t: t + 1), r"weight_format is \[1\]; only"),
+    "columns of llm.int8": ("llm.int8", None, part("weight_format", lambda t: t + 1), "weight_format is 1; only"),
     "int16": ("nf4", None, part("weight", lambda t: t.view(1, -1).view(torch.int16)), "torch.bool; it must be"),
     "large blocks": ("nf4", None, state(blocksize=2**30), r"block sizes \[768, 256, 1073741824, 256\]"),
     "an infinite offset": ("nf4", None, state(nested_offset=float("inf")), "nested_offset inf"),
@@ -301,7 +307,16 @@ ERRORS = {
         "fp8 by blocks",
         settings(weight_block_size=[2**80, 1]),
         None,
-        "weight_block_size is .*, not the numb",
+        "weight_block_size is .*, not the rows",
+    ),
+    "no zeros of AWQ": ("awq", None, without("qzeros"), r"model\.layers\.1\.mlp\.up_proj lacks qzeros"),
+    "no zero points": ("w8a8 with zeros", None, without("weight_zero_point"), "up_proj lacks weight_zero_point"),
+    "no order": ("gptq in another order", None, without("g_idx"), "up_proj lacks g_idx"),
+    "a number as the output matrix": (
+        "fp8",
+        None,
+        lambda tensors: tensors.update({"lm_head.weight": torch.tensor(1.0)}),
+        "the tokenizer has 1024 pieces and the weights in .* 1: not a pair",
     ),
     "no zeros": ("gptq", None, without("qzeros"), r"model\.layers\.1\.mlp\.up_proj lacks qzeros"),
     "short scales": ("gptq", None, part("scales", lambda t: t[:, :-1]), SCALES),
@@ -323,7 +338,12 @@ ERRORS = {
     "fewer rows": ("fp8", None, part("weight", lambda t: t[:-8]), r"misshapen: layers\.1\.feed_forward\.w3\.weight"),
     "blocks of another size": ("fp8 by blocks", settings(weight_block_size=[64, 64]), None, r"must be \(12, 4\)"),
     "groups that differ": ("gptq", None, groups(7), "up_proj has 256 columns in 7 groups, which differ in size"),
-    "blocks of no size": ("fp8 by blocks", settings(weight_block_size=None), None, "weight_block_size is None, not"),
+    "blocks of no size": (
+        "fp8 by blocks",
+        settings(weight_block_size=None),
+        None,
+        "_proj has scales of blocks, and weight_block_size is None",
+    ),
     "no state": ("nf4", None, without("weight.quant_state.bitsandbytes__nf4"), "quant_state cannot be read"),
     "another state": (
         "nf4",

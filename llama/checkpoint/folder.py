@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,12 +114,16 @@ class Checkpoint:
         self.files, self.holders = files, {name: [file] for file in files for name in file.tensors}
         self.positions = positions if type(positions) is int and positions > 0 else None
 
+    def paths(self) -> list[Path]:
+        """The paths of the files of weights."""
+        return [file.path for file in self.files if not isinstance(file, QuantizedFile)]
+
     def vocab_size(self) -> int:
         """The number of rows of the output matrix, or with a score head of the embeddings; 0 if the files lack it."""
         scored = bool(self.params.get("n_labels"))
         name = "tok_embeddings.weight" if scored else "output.weight"
         files = self.holders.get(name, [])[: 1 if scored else None]  # embeddings are split by columns
-        return sum(file.tensors[name].shape[0] for file in files if name in file.tensors)
+        return sum(math.prod(file.tensors[name].shape[:1]) for file in files if name in file.tensors)
 
     def args(self, n_words: int) -> ModelArgs:
         """The model's shape, with the vocabulary of a tokenizer of `n_words` pieces. ValueError or FileNotFoundError if

@@ -155,6 +155,8 @@ def gptq(parts: Parts, found: Mapping[str, Any]) -> Packed:
     packed = {(groups, -(-out * bits // 32)): bits for bits in (4, 8)}
     bits = packed[groups, parts.check("qzeros", [torch.int32], *packed)[1]]
     per = 32 // bits
+    if found.get("desc_act") and groups > 1:
+        parts.entry("g_idx")
 
     def read(begin: int, end: int) -> Integers:
         q = parts("qweight", 1, begin, end).T.contiguous().view(torch.uint8)
@@ -170,7 +172,7 @@ def awq(parts: Parts, found: Mapping[str, Any]) -> Packed:
     columns, words = parts.matrix("qweight", torch.int32)
     groups, _ = parts.matrix("scales", *SCALES)
     parts.check("scales", SCALES, (groups, 8 * words))
-    if zeros := "qzeros" in parts:
+    if zeros := "qzeros" in parts or found.get("zero_point") is not False:
         parts.check("qzeros", [torch.int32], (groups, words))
 
     def unpacked(part: str, begin: int, end: int) -> Tensor:
@@ -198,7 +200,7 @@ def pack_quantized(parts: Parts, found: Mapping[str, Any]) -> Packed:
         )
     parts.check("weight_scale", SCALES)
     groups, per = parts.by_row("weight_scale", out).shape[1], 32 // bits
-    if zeros := "weight_zero_point" in parts:
+    if zeros := has_zeros(parts, found):
         signed = parts.entry("weight_zero_point").dtype == torch.int8
         shape = parts.entry("weight_scale").shape if signed else (-(-out // per), groups)
         parts.check("weight_zero_point", [torch.int32, torch.int8], shape)
@@ -223,11 +225,11 @@ def int8(parts: Parts, found: Mapping[str, Any]) -> Packed:
     scale, divisor = ("SCB", 127) if "SCB" in parts else ("weight_scale", 1)
     parts.check(scale, SCALES)
     groups = parts.by_row(scale, out).shape[1]
-    if "weight_format" in parts and parts("weight_format").any():
-        raise ValueError(
-            f"{parts.name}.weight_format is {parts('weight_format').tolist()}; only rows in order, 0, are read"
-        )
-    if zeros := "weight_zero_point" in parts:
+    if "weight_format" in parts:
+        parts.check("weight_format", [torch.uint8], (), (1,))
+        if number := int(parts("weight_format")):
+            raise ValueError(f"{parts.name}.weight_format is {number}; only rows in order, 0, are read")
+    if zeros := has_zeros(parts, found):
         parts.check("weight_zero_point", [torch.int8], parts.entry(scale).shape)
 
     def read(begin: int, end: int) -> Integers:
@@ -245,7 +247,7 @@ def float8(parts: Parts, found: Mapping[str, Any]) -> Packed:
     part = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
     scales = parts.check(part, SCALES)
     of_rows = math.prod(scales) == 1 or scales[0] == out
-    height, width = (1, columns) if of_rows else block_size(found)
+    height, width = (1, columns) if of_rows else block_size(parts, found)
     if of_rows:
         width = columns // parts.by_row(part, out).shape[1]
         parts.check(part, SCALES, (), (1,), (1, 1), (out,), (out, -(-columns // max(width, 1))))
@@ -314,19 +316,34 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index.flatten().int())
 
 
-def block_size(found: Mapping[str, Any]) -> tuple[int, int]:
+def block_size(parts: Parts, found: Mapping[str, Any]) -> tuple[int, int]:
     """The rows and columns that share a scale, by config.json."""
-    groups = found.get("config_groups") or {}
-    try:
-        sizes = [(group.get("weights") or {}).get("block_structure") for group in groups.values()]
-    except AttributeError:
-        raise ValueError(f"config_groups is {groups!r}, not groups of modules with settings of their weights") from None
+    sizes = of_weights(found, "block_structure")
     size, *others = [size for size in sizes if size] or [found.get("weight_block_size")]
     if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in size):
-        raise ValueError(f"weight_block_size is {size!r}, not the numbers of rows and of columns of a block")
+        raise ValueError(
+            f"{parts.name} has scales of blocks, and weight_block_size is {size!r}, not the rows and columns of a block"
+        )
     if any(other != size for other in others):
         raise ValueError(f"config_groups with blocks of different sizes, {size} and {others}, are not supported")
     return size[0], size[1]
+
+
+def has_zeros(parts: Parts, found: Mapping[str, Any]) -> bool:
+    """Whether compressed-tensors stores zero points. ValueError if they are missing."""
+    symmetric = of_weights(found, "symmetric")
+    if symmetric and all(value is False for value in symmetric):
+        parts.entry("weight_zero_point")
+    return "weight_zero_point" in parts
+
+
+def of_weights(found: Mapping[str, Any], key: str) -> list[Any]:
+    """A setting of the weights of each of compressed-tensors' groups of modules."""
+    groups = found.get("config_groups") or {}
+    try:
+        return [(group.get("weights") or {}).get(key) for group in groups.values()]
+    except AttributeError:
+        raise ValueError(f"config_groups is {groups!r}, not groups of modules with settings of their weights") from None
 
 
 def reader(parts: Parts, method: str) -> Callable[[Parts, Mapping[str, Any]], Packed] | None:
