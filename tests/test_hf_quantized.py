@@ -219,8 +219,10 @@ FILES = {
 def test_files_in_place_of_quantization_config(tmp_path, name):
     method, content = FILES[name]
     theirs = write(tmp_path / "model", method)
-    edited(tmp_path / "model", lambda config: config.pop("quantization_config"), None)
+    edited(tmp_path / "model", lambda config: config.pop("quantization_config"), lambda tensors: None)
     (tmp_path / "model" / name).write_text(json.dumps(content))
+    if method == "gptq":  # AutoGPTQ's name
+        (tmp_path / "model/model.safetensors").rename(tmp_path / "model/gptq_model-4bit-32g.safetensors")
     assert relative_error(logits(tmp_path / "model", compile=False), exact(theirs)) < 5e-3
 
 

@@ -47,7 +47,7 @@ BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")  # types of RoPE scaling tha
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights. safetensors files are preferred to torch's; of each, files that an index names,
     then a single file, then numbered parts, then a variant. FileNotFoundError names what is missing."""
-    for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
+    for stem, kind in (("model", "safetensors"), ("gptq_model", "safetensors"), ("pytorch_model", "bin")):
         for files in weight_file_sets(folder, stem, kind):
             if files and all((folder / file).is_file() for file in files):
                 return [folder / file for file in files]
