@@ -10,7 +10,7 @@ import torch
 from quantized_folders import METHODS, both, edited, groups, part, settings, state, widened, without
 from safetensors.torch import load_file
 from small import GQA, SHAPES, TOKENIZER, in_process, needs_cpp, random_model, relative_error
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llama import Llama
 from llama.checkpoint import Checkpoint
@@ -139,6 +139,22 @@ def test_awq_is_unpacked_as_by_compressed_tensors(tmp_path):
     assert torch.equal((q - zero) * scale, values)
 
 
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_bitsandbytes_as_saved_by_transformers(tmp_path, storage):
+    bnb = pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    write(tmp_path / "model", "fp8").save_pretrained(tmp_path / "float")
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": storage}
+    config = BitsAndBytesConfig(load_in_4bit=True, **options)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config, device_map="cpu")
+    saved.save_pretrained(tmp_path / "saved")
+    layer = saved.model.layers[1].mlp.down_proj.weight
+    expected = bnb.functional.dequantize_4bit(layer.data, layer.quant_state).float()
+    checkpoint = Checkpoint(tmp_path / "saved")
+    found = checkpoint.read("layers.1.feed_forward.w2.weight", expected.shape, 0, 768, torch.float32)
+    assert relative_error(found, expected) < 1e-6
+
+
 # Other folders
 
 
@@ -174,6 +190,8 @@ SAME = {
     ),
     "version in upper case": ("gptq v2", settings(checkpoint_format="GPTQ_V2"), None),
     "version by format": ("gptq v2", settings(checkpoint_format=None, format="gptq_v2"), None),
+    "AutoRound": ("gptq", settings(quant_method="auto-round", packing_format="auto_round:auto_gptq"), None),
+    "AutoRound by AWQ": ("awq", settings(quant_method="intel/auto-round", packing_format="auto_round:auto_awq"), None),
     "modelopt": ("fp8", settings(quant_method="modelopt", quant_algo="FP8"), None),
     "no method": ("llm.int8", settings(quant_method=None), None),
     "scales of the cache": (
@@ -266,6 +284,8 @@ def test_commands_take_a_folder(tmp_path):
         convert(tmp_path / "model", tmp_path / to, to, 1, torch.float32)
         assert relative_error(logits(tmp_path / to, compile=False), logits(tmp_path / "model", compile=False)) < 1e-5
     write(tmp_path / "fp8", "fp8")
+    done = in_process(inspect, tmp_path / "fp8")
+    assert "files: 2, in float32, with matrices by fp8 that are loaded as floats" in done.stdout
     assert build(tmp_path / "fp8", quantize="int8").text_completion(["Once"], max_gen_len=4, temperature=0)
 
 
@@ -285,6 +305,7 @@ ERRORS = {
         None,
         "'sparse-24-bitmask'} are not",
     ),
+    "another packing": ("gptq", settings(quant_method="auto-round"), None, "quantized by auto-round with None are not"),
     "text": ("w4a16", lambda config: config.update(quantization_config="gptq 4"), None, "quantized by gptq 4 are not"),
     "nvfp4 by modelopt": ("fp8", settings(quant_method="modelopt", quant_algo="NVFP4"), None, "quant_algo 'NVFP4'"),
     "float bits": ("gptq", settings(bits=4.0), None, "by gptq with bits 4.0 are not read"),

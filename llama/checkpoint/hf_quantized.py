@@ -43,6 +43,8 @@ METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
     "fbgemm_fp8": {},
     "modelopt": {"quant_algo": ("fp8",)},
 }
+# How AutoRound, which has packing_format, stores a matrix -> the method that stores it so.
+PACKING = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
 # Files in place of quantization_config, and the method of each.
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 MODULE = re.compile(r"(.+_proj|lm_head)\.(.+)")
@@ -66,6 +68,8 @@ def settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     if found.get("load_in_4bit") or found.get("load_in_8bit"):
         method = "bitsandbytes"
     method = found.get("quant_method") or method
+    if method in ("auto-round", "intel/auto-round"):
+        method = PACKING.get(str(found.get("packing_format")), f"{method} with {found.get('packing_format')!r}")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
             f"weights quantized by {method} are not read, only by {listed(METHODS)}; take the original ones, and give "

@@ -29,6 +29,7 @@ from ..checkpoint import (
     shortage,
     with_lora,
 )
+from ..checkpoint.hf_quantized import QuantizedFile
 from ..textfile import read_text
 from ..tokenizer import Tokenizer
 from .flags import documented
@@ -98,13 +99,15 @@ def command(ranks: object, folder: Path, tokenizer: Path | None, args: ModelArgs
 
 
 def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
+    methods = [file.method for file in checkpoint.files if isinstance(file, QuantizedFile) and not checkpoint.scheme]
     return {
         "layout": LAYOUTS[checkpoint.layout],
         "parameters": f"{sum(math.prod(shape) for shape in shapes(args).values()):,}",
         "model": f"{args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.kv_heads} key-value), "
         f"FFN {args.ffn_hidden}, vocabulary {args.vocab_size}",
         **({"labels": ", ".join(checkpoint.labels())} if args.n_labels else {}),
-        "files": f"{len(checkpoint.paths())}, in {checkpoint.scheme or devices.dtype_name(checkpoint.dtype())}",
+        "files": f"{len(checkpoint.paths())}, in {checkpoint.scheme or devices.dtype_name(checkpoint.dtype())}"
+        + "".join(f", with matrices by {method} that are loaded as floats" for method in methods),
     }
 
 
