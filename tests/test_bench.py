@@ -28,17 +28,18 @@ def command(*flags):
 
 
 def test_flops_and_bytes_worked_out_by_hand():
-    shape = {"dim": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "multiple_of": 1}  # hidden int(64 / 3) = 21
+    shape = {"dim": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "multiple_of": 1}  # hidden int(64 / 3) = 21
     model = random_model(shape, vocab_size=10, max_batch_size=2)
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 21  # wq; wk, wv; wo; w1, w2, w3
     head = 10 * 8
     # Two rows decode 4 tokens after 6: on average 8 positions are seen, each a key and a value of 4 numbers.
     nbytes, operations = measure.work(model, measure.Case(batch=2, prompt=6, tokens=4))
-    assert nbytes == 4 * (layer + head) + 4 * 2 * 2 * 8 * 4
-    assert operations == 2 * 2 * (layer + head) + 2 * (4 * 8 * 8)
-    # A prompt of 6: logits of its last token alone; each token looks at 3 others on average.
+    assert nbytes == 4 * (2 * layer + head) + 2 * 4 * 2 * 2 * 8 * 4
+    assert operations == 2 * 2 * (2 * layer + head) + 2 * 2 * (4 * 8 * 8)
+    # A prompt of 6, each of whose tokens looks at 3 others on average. In the last layer all but the last token, which
+    # looks at 6, need only wk and wv.
     _, operations = measure.work(model, measure.Case(batch=1, prompt=6, tokens=1))
-    assert operations == 2 * (6 * layer + head) + 6 * (4 * 8 * 3)
+    assert operations == 2 * (7 * layer + 5 * 2 * 8 * 4 + head) + 4 * 8 * (6 * 3 + 6)
 
 
 @pytest.mark.parametrize("kv_heads", [8, 4])

@@ -1,9 +1,9 @@
 """Tokens per second of this library and others, as a fraction of the machine's limits.
 
 MBU, model bandwidth utilization, is for decoding: a step reads every weight and the KV cache; bytes / seconds /
-bandwidth. MFU, model FLOPs utilization, is for prefill: each token is multiplied by every weight; operations / seconds
-/ the rate of a large matmul. Both limits are measured again for each case, because other processes use the machine too.
-The fraction of the limit that was measured at the start is printed next to it.
+bandwidth. MFU, model FLOPs utilization, is for prefill: each token is multiplied by every weight that it needs;
+operations / seconds / the rate of a large matmul. Both limits are measured again for each case, because other processes
+use the machine too. The fraction of the limit that was measured at the start is printed next to it.
 """
 
 from __future__ import annotations
@@ -179,21 +179,25 @@ def clock(run: Run, case: Case, vocab_size: int, device: torch.device) -> float:
 
 
 def work(model: Transformer, case: Case) -> tuple[float, float]:
-    """The minimum (bytes, operations) of this rank in a case, for one step or for the prefill."""
+    """The minimum (bytes, operations) of this rank in a case, for one step or for the prefill. Of a prompt's tokens but
+    the last, the last layer needs only keys and values."""
     linear = (ColumnParallelLinear, RowParallelLinear)
     matrices = [module.weight for module in model.modules() if isinstance(module, linear)]
     size = sum(math.prod(weight.shape) for weight in matrices)
-    head = math.prod(model.output.weight.shape)
+    layer: Any = model.layers[-1]
+    attention, ffn = layer.attention, layer.feed_forward
+    last = [model.output, attention.wq, attention.wo, ffn.w1, ffn.w2, ffn.w3]
+    once = sum(math.prod(module.weight.shape) for module in last)  # only for the last token
     p, ranks = model.params, parallel.world_size()
     width = max(p.kv_heads // ranks, 1) * p.head_dim
     if case.is_prefill:
         rows, queries, seen = 1, case.prompt, case.prompt / 2  # causal: half of the positions, on average
     else:
         rows, queries, seen = case.batch, 1, case.prompt + case.tokens / 2  # in the middle of decoding
-    attention = 4 * p.n_layers * rows * queries * seen * p.dim / ranks
+    pairs = (p.n_layers - 1) * queries * seen + (case.prompt if case.is_prefill else seen)
     cache = 2 * p.n_layers * rows * seen * width * model.norm.weight.itemsize
     nbytes = sum(weight.nbytes for weight in matrices) + cache
-    return nbytes, 2 * rows * (queries * (size - head) + head) + attention
+    return nbytes, rows * (2 * (queries * (size - once) + once) + 4 * pairs * p.dim / ranks)
 
 
 def ours(model: Transformer, compile: bool = False) -> Run:
