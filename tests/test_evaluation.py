@@ -256,3 +256,9 @@ def test_ranks_agree(ranks):
     assert one[1] == alone[1]
     for (a, x), (b, y) in zip(one[0], alone[0], strict=True):
         assert a == pytest.approx(b, abs=1e-4) and x == y
+
+
+def test_a_metric_that_the_harness_lacks_is_named():
+    assert card.metric({"alias": "a", "acc,none": 0.25, "acc,other": 0.5}, "acc") == 0.25
+    with pytest.raises(LookupError, match="no metric acc_norm, but alias, acc,none"):
+        card.metric({"alias": "a", "acc,none": 0.25}, "acc_norm")
