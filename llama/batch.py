@@ -37,7 +37,8 @@ class Batch(NamedTuple):
     positions: Tensor  # (N,) int64, of each token in its sequence
     slots: Tensor  # (N,) int64, where the keys and values of each token are stored
     sequences: tuple[Span, ...]  # in the order of the tokens; the lengths sum to N
-    outputs: Sequence[int] | None = None  # of the last tokens of each, whose hidden states are needed; None: all
+    # For each sequence, the number of last tokens whose hidden states are needed; None if all are.
+    outputs: Sequence[int] | None = None
 
     def needed(self) -> list[int] | None:
         """The rows whose hidden states are needed; None if all are."""

@@ -22,8 +22,8 @@ class Backend(Protocol):
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last layer's output (N, dim), before the final norm, for a packed batch. Stores its keys and values in
-        its slots of the model's cache. Where `batch.outputs` says that a row is not needed, it may be the last layer's
-        input. The next call may overwrite the result."""
+        its slots of the model's cache. Rows that are not needed, by `batch.outputs`, may be the last layer's input. The
+        next call may overwrite the result."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (N, V), or with a score head (N, n_labels), of rows (N, dim) that `hidden` returned. The next

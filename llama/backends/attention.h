@@ -5,7 +5,7 @@
 
 struct Sequence {  // consecutive tokens of one sequence
     int64_t slot, start, length;  // of the cache; the first position; the number of tokens
-    int64_t outputs;  // how many of the last tokens need attention's output
+    int64_t outputs;  // the number of last tokens whose attention output is computed
 };
 
 // Applies RoPE to adjacent pairs of x (D,), with cos and sin interleaved in cos_sin (D,), and multiplies by `scale`.
@@ -94,7 +94,7 @@ static void pack_values(const T *v, int64_t S, int64_t D, float *to) {
 }
 
 // Attention of a sequence of many tokens, whose queries in `qkv` have RoPE applied: matmuls for a panel of queries of one
-// head at a time, with keys and values packed once. Panels without outputs are left out.
+// head at a time, with keys and values packed once. Panels before the last `outputs` tokens are skipped.
 template <typename T>
 static void attend_prefill(const Heads &h, const float *qkv, const T *cache, const Sequence &sequence, float *y) {
     constexpr int64_t panel = 48, N = PER_LANE<T>;
@@ -179,7 +179,8 @@ static void attend_decode(const Heads &h, const float *qkv, const T *cache, cons
 }
 
 // qkv (n, (H + 2 K) D) of the tokens of all sequences -> y (n, H D). Applies RoPE, stores keys and values in the cache
-// (slots, 2 K, max_seq_len, D), and attends causally within each sequence; y has only the outputs that are needed.
+// (slots, 2 K, max_seq_len, D), and attends causally within each sequence. In y the rows of a sequence before its last
+// `outputs` are unspecified.
 template <typename T>
 static void attention(const Heads &h, float *qkv, const float *cos_sin, T *cache, const Sequence *sequences, int64_t count,
                       float *y) {
@@ -197,7 +198,8 @@ static void attention(const Heads &h, float *qkv, const float *cos_sin, T *cache
                 for (int64_t j = 0; j < 2 * K; j++)
                     convert(row + (H + j) * D, slot + (j * h.max_seq_len + position) * D, D);
             });
-            if (sequence.length >= MIN_PREFILL && sequence.outputs) attend_prefill(h, begin, prefill_cache, sequence, y + n * H * D);
+            if (sequence.length >= MIN_PREFILL && sequence.outputs)
+                attend_prefill(h, begin, prefill_cache, sequence, y + n * H * D);
         }
         attend_decode<T>(h, qkv, cache, sequences, count, y);
     };

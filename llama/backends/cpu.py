@@ -317,7 +317,7 @@ def passes(
     sequences: Sequence[Span], outputs: Sequence[int] | None, most: int
 ) -> list[list[tuple[int, int, int, int]]]:
     """The sequences of a batch, cut into passes of up to `most` tokens and about equal length, as `Sequence` in
-    attention.h: slot, start, length, and how many of the last tokens are among the `outputs` of their sequence."""
+    attention.h: slot, start, length, and the number of last tokens that are among the `outputs` of the sequence."""
     total = sum(length for _, _, length in sequences)
     size = -(-total // -(-total // most))
     found: list[list[tuple[int, int, int, int]]] = [[]]

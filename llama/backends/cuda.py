@@ -89,7 +89,7 @@ class Cuda:
             return all_gather(kernels.linear(hidden, self.output, norm=self.norm, eps=self.eps, dtype=torch.float32))
 
     def layers_output(self, tokens: Tensor, positions: Tensor, slots: Tensor, batch: Batch | None = None) -> Tensor:
-        """`hidden` for one token of each sequence, or for a `batch`; the last layer only for the rows that it needs."""
+        """`hidden` for one token of each sequence, or for a `batch`; the last layer for the needed rows only."""
         few = len(tokens) <= self.few
         rope = Rope(self.cos_sin, positions, slots, self.layers[0].cache, self.n_heads)
         attention = Attention(self, rope, batch)

@@ -39,8 +39,8 @@ static void add_rms_norm(float *x, const float *y, const float *weight, double e
     });
 }
 
-// x += add, unless it is null; the heads' outputs of attention (rows, H D), before wo.
-static float *attention_heads(const Model &m, const Layer &l, float *x, const float *add, const Sequence *sequences,
+// x += add, unless it is null. Returns the output of attention (rows, H D), before wo.
+static float *attention_output(const Model &m, const Layer &l, float *x, const float *add, const Sequence *sequences,
                               int64_t count, int64_t rows) {
     const Heads &h = m.heads;
     float *normed = (float *)scratch<ACTIVATIONS>(rows * (m.dim + h.width() + h.H * h.D) * sizeof(float));
@@ -74,10 +74,11 @@ static void add_rows(float *x, const float *y, int64_t rows, int64_t dim) {
     for (int64_t k = 0; k < rows * dim; k++) x[k] += y[k];
 }
 
-// The last layer, of which only the sequences' outputs are needed: the other rows of x become its input.
+// The last layer. Attention, wo and the feed-forward are computed only for the last `outputs` tokens of each sequence; the
+// other rows of x stay the layer's input.
 static void last_layer(const Model &m, const Layer &l, float *x, const float *add, float *y, const Sequence *sequences,
                        int64_t count, int64_t rows) {
-    float *attended = attention_heads(m, l, x, add, sequences, count, rows);
+    float *attended = attention_output(m, l, x, add, sequences, count, rows);
     std::vector<int64_t> needed;
     for (int64_t i = 0, end = 0; i < count; i++) {
         end += sequences[i].length;
@@ -123,14 +124,14 @@ int64_t llama_embed(const Model *m, const int64_t *tokens, float *x, int64_t row
 void llama_attention(const Model *m, int64_t i, float *x, const float *add, float *y, const Sequence *sequences,
                      int64_t count, int64_t rows) {
     const Layer &l = m->layer[i];
-    matmul(&l.wo, 1, attention_heads(*m, l, x, add, sequences, count, rows), y, rows);
+    matmul(&l.wo, 1, attention_output(*m, l, x, add, sequences, count, rows), y, rows);
 }
 void llama_feed_forward(const Model *m, int64_t i, float *x, const float *add, float *y, int64_t rows) {
     feed_forward_layer(*m, m->layer[i], x, add, y, rows);
 }
 
-// All layers: embeddings x (rows, dim) become the last layer's output, where the sequences need it; y (rows, dim) is
-// scratch.
+// All layers: embeddings x (rows, dim) become the last layer's output for the last `outputs` tokens of each sequence, and
+// its input for the others; y (rows, dim) is scratch.
 void llama_layers(const Model *m, float *x, float *y, const Sequence *sequences, int64_t count, int64_t rows) {
     std::vector<Sequence> whole(sequences, sequences + count);
     int64_t outputs = 0;

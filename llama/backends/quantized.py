@@ -78,7 +78,7 @@ class Scheme(NamedTuple):
 
 
 class Schemes(NamedTuple):
-    """How the matrices of a GGUF file are quantized, each in a scheme of its own."""
+    """How the matrices of a GGUF file or a Hugging Face folder are quantized, each in a scheme of its own."""
 
     matrices: Mapping[str, Scheme]  # by name; others are in floats
     name: str

@@ -216,18 +216,27 @@ class PackedFile(File):
         """The scheme of a quantized matrix with the same values; None if there is none."""
         raise NotImplementedError
 
-    def slices(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized | Tensor]:
-        """Rows or columns `begin` to `end` of such a weight, along `dim`, some rows at a time: floats if it has no
-        `scheme`."""
+    def rows(self, name: str, begin: int, end: int) -> Iterator[Quantized | Tensor]:
+        """Rows `begin` to `end` of such a weight, some at a time: floats if it has no `scheme`."""
         raise NotImplementedError
 
     def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized | Tensor]:
-        """`slices`. ValueError for columns that divide a group."""
+        """Rows or columns `begin` to `end`, along `dim`, some rows at a time. ValueError for columns that divide a
+        group."""
         scheme, shape = self.scheme(name), self.tensors[name].shape
-        if dim == 1 and scheme and scheme.group and (begin % scheme.group or end % scheme.group):
+        if dim == 0:
+            yield from self.rows(name, begin, end)
+            return
+        if scheme and scheme.group and (begin % scheme.group or end % scheme.group):
             kind, group = self.kind(name), scheme.group
             raise ValueError(f"{name} {shape} of {kind} cannot be divided so: its groups have {group} columns")
-        return self.slices(name, dim, begin, end)
+
+        def columns(part: Tensor) -> Tensor:  # the same fraction of q, of the scales and of the minima
+            width = part.shape[1]
+            return part if width == 1 else part[:, width * begin // shape[1] : width * end // shape[1]]
+
+        for rows in self.rows(name, 0, shape[0]):
+            yield rows.map(columns) if isinstance(rows, Quantized) else columns(rows)
 
     def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
         """Rows or columns of a weight that has a `scheme`."""

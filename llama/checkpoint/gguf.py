@@ -155,12 +155,9 @@ class GgufFile(PackedFile):
     def kind(self, name: str) -> str:
         return self.tensors[name].packed.name
 
-    def slices(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized]:
+    def rows(self, name: str, begin: int, end: int) -> Iterator[Quantized]:
         _, (rows, columns), _, offset, kind = self.tensors[name]
         blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=kind.size((rows, columns)))
         blocks = blocks.view(rows, columns // kind.values, kind.nbytes)
-        for part in (blocks[begin:end] if dim == 0 else blocks).split(max(1, AT_ONCE // columns)):
-            matrix = from_blocks(kind.name, part)
-            if dim == 1:  # the same fraction of q's, of the scales' and of the minima's columns
-                matrix = matrix.map(lambda p: p[:, p.shape[1] * begin // columns : p.shape[1] * end // columns])
-            yield matrix
+        for part in blocks[begin:end].split(max(1, AT_ONCE // columns)):
+            yield from_blocks(kind.name, part)

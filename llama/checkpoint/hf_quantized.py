@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,26 +118,25 @@ class QuantizedFile(PackedFile):
     def scheme(self, name: str) -> Scheme | None:
         return self.tensors[name].packed.scheme
 
-    def slices(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized | Tensor]:
+    def rows(self, name: str, begin: int, end: int) -> Iterator[Quantized | Tensor]:
         _, (out, columns), _, _, matrix = self.tensors[name]
-        first, last = (begin, end) if dim == 0 else (0, out)
         heads = self.head_dim if hf.is_permuted(name) else 1  # rows are permuted within a head
         unit = math.lcm(8, heads)
         step = unit * max(1, AT_ONCE // (columns * unit))
-        for start in range(first - first % unit, last, step):
 
-            def part(p: Tensor, start: int = start) -> Tensor:
-                p = hf.to_pairs(p, heads) if heads > 1 else p
-                p = p[max(first - start, 0) : last - start]
-                whole = dim == 0 or p.shape[1] == 1  # one scale for a whole row
-                return p if whole else p[:, p.shape[1] * begin // columns : p.shape[1] * end // columns]
+        def chosen(part: Tensor, wanted: slice) -> Tensor:
+            return (hf.to_pairs(part, heads) if heads > 1 else part)[wanted]
 
+        for start in range(begin - begin % unit, end, step):
             rows = matrix.rows(start, min(start + step, out))
-            if isinstance(rows, Quantized) and not all(p.isfinite().all() for p in rows[1:] if p is not None):
-                raise ValueError(
-                    f"{self.path}: {name} has scales beyond the range of float16, {torch.finfo(torch.float16).max:.0f}"
-                )
-            yield rows.map(part) if isinstance(rows, Quantized) else part(rows)
+            choose = partial(chosen, wanted=slice(max(begin - start, 0), end - start))
+            if not isinstance(rows, Quantized):
+                yield choose(rows)
+                continue
+            if not all(part.isfinite().all() for part in rows[1:] if part is not None):
+                limit = torch.finfo(torch.float16).max
+                raise ValueError(f"{self.path}: {name} has scales beyond the range of float16, {limit:.0f}")
+            yield rows.map(choose)
 
     def release(self) -> None:
         for file in self.files:
