@@ -184,7 +184,7 @@ static void test_attention(int64_t H, int64_t K, int64_t D) {
 int main(int count, char **arguments) {
     llama_threads(count > 1 ? atoi(arguments[1]) : 2);
     test_conversions_and_reductions();
-    for (int64_t rows : {1, 2, 3, 5, 6, 8, 11, 16, 17, 31, 33, 100})
+    for (int64_t rows : {1, 2, 3, 5, 6, 8, 11, 16, 17, 31, 63, 65, 100})
         for (Kind kind : {FLOAT32, FLOAT16, BFLOAT16})
             for (int64_t out : {7, 64, 100}) test_floats(kind, rows, out, out == 7 ? 304 : 320);
     for (int64_t bits : {4, 8})

@@ -29,16 +29,8 @@ INLINE void for_overlapping_blocks(int64_t r, int64_t rows, const Work &work) {
     if constexpr (most > 1) for_overlapping_blocks<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
 }
 
-// Where a micro-kernel stores its outputs. Those that it computes together are `output_stride` apart, so that each reads a
-// long sequential stream of weights: a core keeps more cache lines in flight when it reads several streams. Rows past
-// `last_row` repeat it.
-struct Outputs {
-    float *y;
-    int64_t row_stride, output_stride, last_row;
-    float &at(int64_t row, int64_t output) const {
-        return y[std::min(row, last_row) * row_stride + output * output_stride];
-    }
-};
+// The outputs that a micro-kernel computes together are `output_stride` apart, so that each reads a long sequential stream of
+// weights: a core keeps more cache lines in flight when it reads several streams.
 
 // Prefetches the weights of O outputs 2 KiB ahead of column k.
 template <int O, typename T>
@@ -49,12 +41,12 @@ INLINE void prefetch_rows(const T *w, int64_t in, int64_t output_stride, int64_t
 // Micro-kernel of R rows x O outputs: dot products along the columns, summed across lanes at the end. x is packed by
 // blocks of L columns (in / L, R, L).
 template <int R, int O, typename T>
-static void dot_kernel(const T *w, int64_t in, const float *x, const Outputs &to) {
+static void dot_kernel(const T *w, int64_t in, int64_t output_stride, const float *x, float *y, int64_t y_stride) {
     F total[R][O] = {};
     for (int64_t k = 0; k < in; k += L, x += R * L) {
-        prefetch_rows<O>(w, in, to.output_stride, k);
+        prefetch_rows<O>(w, in, output_stride, k);
         F weights[O];
-        for (int o = 0; o < O; o++) weights[o] = in_register(load(w + o * to.output_stride * in + k));
+        for (int o = 0; o < O; o++) weights[o] = in_register(load(w + o * output_stride * in + k));
         for (int r = 0; r < R; r++) {
             const F row = in_register(load(x + r * L));
             for (int o = 0; o < O; o++) total[r][o] = multiply_add<T>(total[r][o], weights[o], row);
@@ -65,11 +57,11 @@ static void dot_kernel(const T *w, int64_t in, const float *x, const Outputs &to
         F sums[L] = {};
 #pragma GCC unroll 16
         for (int i = 0; i < L; i++)
-            if (begin + i < R * O) sums[i] = total[(begin + i) / O][(begin + i) % O];
+            if (begin + i < R * O) sums[i] = total[(begin + i) % R][(begin + i) / R];
         const F result = sum_each(sums);
 #pragma GCC unroll 16
         for (int i = 0; i < L; i++)
-            if (begin + i < R * O) to.at((begin + i) / O, (begin + i) % O) = result[i];
+            if (begin + i < R * O) y[(begin + i) / R * y_stride + (begin + i) % R] = result[i];
     }
 }
 
@@ -78,12 +70,12 @@ static void dot_kernel(const T *w, int64_t in, const float *x, const Outputs &to
 // weights it reads O streams as fast as for one row, while dot products would have registers for three.
 constexpr int VECTOR_ROWS = std::min(L, 8), ROW_LANES = L / VECTOR_ROWS;
 template <int V, int O, typename T>
-static void interleaved_kernel(const T *w, int64_t in, const float *x, const Outputs &to) {
+static void interleaved_kernel(const T *w, int64_t in, int64_t output_stride, const float *x, float *y, int64_t y_stride) {
     F total[O][V] = {};
     for (int64_t k = 0; k < in; k += L) {
-        prefetch_rows<O>(w, in, to.output_stride, k);
+        prefetch_rows<O>(w, in, output_stride, k);
         float converted[O * L];
-        for (int o = 0; o < O; o++) store(converted + o * L, load(w + o * to.output_stride * in + k));
+        for (int o = 0; o < O; o++) store(converted + o * L, load(w + o * output_stride * in + k));
         for (int i = 0; i < VECTOR_ROWS; i++, x += V * L) {
             F rows[V];
             for (int v = 0; v < V; v++) rows[v] = in_register(load(x + v * L));
@@ -94,11 +86,12 @@ static void interleaved_kernel(const T *w, int64_t in, const float *x, const Out
         }
     }
     for (int o = 0; o < O; o++)
-        for (int r = 0; r < V * VECTOR_ROWS; r++) {
-            float sum = 0;
-            for (int i = 0; i < ROW_LANES; i++) sum += total[o][r / VECTOR_ROWS][r % VECTOR_ROWS * ROW_LANES + i];
-            to.at(r, o) = sum;
-        }
+        for (int v = 0; v < V; v++)
+            for (int r = 0; r < VECTOR_ROWS; r++) {
+                float sum = 0;
+                for (int i = 0; i < ROW_LANES; i++) sum += total[o][v][r * ROW_LANES + i];
+                y[o * y_stride + v * VECTOR_ROWS + r] = sum;
+            }
 }
 
 // Micro-kernel of R rows x V vectors of outputs: K outer products, y = x w, or y += x w if `accumulate`. w (K, V L) is a
@@ -137,7 +130,7 @@ static void pack_weight_tile(const T *w, int64_t stride, int64_t K, int64_t n, f
         }
 }
 
-constexpr int64_t DOT_MAX_ROWS = 32;  // more rows are a blocked GEMM
+constexpr int64_t DOT_MAX_ROWS = 64;  // more rows are a blocked GEMM
 constexpr int64_t DOT_N = 6;          // the most outputs of a micro-kernel of dot products
 constexpr int64_t BLOCK_K = 256, BLOCK_N = 4 * FLOAT_N;  // tiles (BLOCK_K, FLOAT_N) stay in the L2 cache, x in the L1 cache
 template <typename T>
@@ -180,19 +173,24 @@ static const float *pack_x(const float *x, int64_t rows, int64_t in) {
     return to;
 }
 
-// Outputs begin .. end - 1 of up to DOT_MAX_ROWS rows.
+// Outputs begin .. end - 1 of up to DOT_MAX_ROWS rows. Micro-kernels store them as columns, (outputs, rows): storing them in
+// y would touch a cache line for each.
 template <typename T>
 static void dot_matmul(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
                         int64_t end) {
+    const int64_t padded = rows == 1 ? 1 : rows + 2;  // the last block of rows may have two more
+    float *columns = rows == 1 ? y + begin : (float *)scratch<COLUMNS>((end - begin) * padded * sizeof(float));
     const auto block = [&](int64_t n, int64_t outputs, int64_t output_stride) {  // outputs n, n + output_stride, ..
         for_overlapping_blocks<GROUP_ROWS<T>>(0, rows, [&](auto R, int64_t r) {
             constexpr int accumulators = IS_INTERLEAVED<T, R> ? (BYTES == 64 ? 24 : 12) * VECTOR_ROWS : 3 * DOT_ROWS;
             constexpr int most = std::min<int>(DOT_N, accumulators / R);  // outputs whose accumulators are in registers
             const auto kernel = [&](auto O, int64_t o) {
-                const T *from = w + (n + o * output_stride) * in;
-                const Outputs to{y + r * stride + n + o * output_stride, stride, output_stride, rows - 1 - r};
-                if constexpr (IS_INTERLEAVED<T, R>) interleaved_kernel<R / VECTOR_ROWS, O>(from, in, x + r * in, to);
-                else dot_kernel<R, O>(from, in, x + r * in, to);
+                const int64_t first = n + o * output_stride;
+                const T *from = w + first * in;
+                float *to = columns + (first - begin) * padded + r;
+                if constexpr (IS_INTERLEAVED<T, R>)
+                    interleaved_kernel<R / VECTOR_ROWS, O>(from, in, output_stride, x + r * in, to, output_stride * padded);
+                else dot_kernel<R, O>(from, in, output_stride, x + r * in, to, output_stride * padded);
             };
             int64_t o = 0;
             for (; o + most <= outputs; o += most) kernel(constant<most>, o);
@@ -202,6 +200,8 @@ static void dot_matmul(const T *w, int64_t in, const float *x, float *y, int64_t
     const int64_t stream = (end - begin) / DOT_N, last = begin + stream * DOT_N;  // outputs of each of DOT_N streams
     for (int64_t n = begin; n < begin + stream; n++) block(n, DOT_N, stream);
     block(last, end - last, 1);
+    for (int64_t r = 0; r < rows && rows > 1; r++)
+        for (int64_t n = begin; n < end; n++) y[r * stride + n] = columns[(n - begin) * padded + r];
 }
 
 // Outputs begin .. end - 1 of more rows. Weights are packed by transposing, so that no sum needs to be taken across lanes.

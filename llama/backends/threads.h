@@ -109,7 +109,7 @@ static void parallel_for_rows(int64_t rows, int64_t size, const Work &work) {
 }
 
 // A thread's scratch buffers, which are kept for the next call, so that their pages are faulted in once.
-enum Buffer { WEIGHT_TILE, BF16_X, PACKED_X, QUANTIZED_X, SCORES, PACKED_KV, ACTIVATIONS };
+enum Buffer { WEIGHT_TILE, COLUMNS, BF16_X, PACKED_X, QUANTIZED_X, SCORES, PACKED_KV, ACTIVATIONS };
 template <Buffer>
 static void *scratch(size_t bytes) {
     static thread_local struct Memory {
