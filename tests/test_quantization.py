@@ -258,9 +258,9 @@ def test_ranks_share_a_quantized_model(ranks, folder, tmp_path, world_size, kind
         assert relative_error(found, expected) < 0.04  # each rank quantizes its own activations
 
 
-def default_on_ranks(path):
+def default_on_ranks(path, kind="int8"):
     with torch.inference_mode():
-        return build(path, "int8").model(TOKENS)
+        return build(path, kind).model(TOKENS)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -271,11 +271,37 @@ def test_ranks_share_int8_in_groups_that_divide_their_columns(ranks, folder, wor
         assert relative_error(found, expected) < 0.04
 
 
-def test_groups_that_ranks_cannot_divide_are_named(ranks, folder, tmp_path):
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_divide_groups(ranks, folder, tmp_path, world_size):
+    """Of wo's 128 columns, one group, each rank has 64 or 32; of w2's 384 in three groups, 192 or 96."""
     path, flags = tmp_path / "coarse", ("--quantize", "int4", "--group_size", 128, "--tokenizer_path", TOKENIZER)
     assert not in_process(convert, folder, path, *flags).returncode
-    for _, error in ranks(2).outcomes(on_ranks, path, None):
-        assert error[0] == "ValueError" and "groups are too large for this number of ranks" in error[1]
+    expected = logits(build(path).model)
+    for found in ranks(world_size).run(default_on_ranks, path, None):
+        assert relative_error(found, expected) < 0.04
+
+
+def test_groups_that_ranks_cannot_divide_are_named(ranks, tmp_path):
+    """Of w2's 368 columns each rank has 184."""
+    save_random(tmp_path / "odd", {**WIDE, "multiple_of": 368})
+    flags = ("--quantize", "int4", "--nosearch", "--tokenizer_path", TOKENIZER)
+    assert not in_process(convert, tmp_path / "odd", tmp_path / "saved", *flags).returncode
+    messages = [error[1] for _, error in ranks(2).outcomes(default_on_ranks, tmp_path / "saved", None)]
+    assert (
+        "feed_forward.w2.weight (128, 368) of int4 in groups of 32 cannot be divided at columns 0 and 184"
+        in messages[0]
+    )
+
+
+@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(8, 128), Scheme(4, 64), Scheme(4, 32, False)], ids=str)
+@pytest.mark.parametrize(("begin", "end"), [(0, 256), (0, 128), (64, 128), (48, 256), (208, 224)])
+def test_columns_keep_their_values(scheme, begin, end):
+    whole = quantize(torch.randn(5, 256), scheme)
+    assert torch.equal(dequantize(whole.columns(begin, end)), dequantize(whole)[:, begin:end])
+
+
+def test_groups_that_shards_cannot_divide_are_named(folder, tmp_path):
+    flags = ("--quantize", "int4", "--group_size", 128, "--tokenizer_path", TOKENIZER)
     done = in_process(convert, folder, tmp_path / "two", *flags, "--mp", 2)
     assert "wo.scales (128, 1) cannot be divided into mp 2 shards" in done.stderr
 

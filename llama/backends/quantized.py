@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,6 @@ from torch import Tensor
 
 from ..devices import cpu_has, zeros
 from ..layers import in_few_shapes
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 GROUPS = (16, 32, 64, 128)
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")  # weights of matmuls
@@ -134,6 +132,18 @@ class Quantized(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> Quantized:
         """The matrix with `change` applied to each of its tensors."""
         return Quantized(change(self.q), change(self.scale), None if self.min is None else change(self.min))
+
+    def columns(self, begin: int, end: int) -> Quantized:
+        """Columns `begin` to `end`. Groups that they cut are divided, which changes no value."""
+        columns, group = self.shape[1], self.shape[1] // self.scale.shape[1]
+
+        def cut(part: Tensor) -> Tensor:  # the same fraction of q, of the scales and of the minima
+            if part is not self.q and part.shape[1] > 1:
+                part = part.repeat_interleave(group // math.gcd(group, begin, end), 1)
+            width = part.shape[1]
+            return part if width == 1 else part[:, width * begin // columns : width * end // columns]
+
+        return self.map(cut)
 
 
 def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Quantized:
@@ -253,7 +263,7 @@ class Kernel:
     shape: tuple[int, int]
     nbytes: int
 
-    def __deepcopy__(self, memo: object) -> Self:
+    def __deepcopy__(self, memo: object) -> Kernel:
         return self  # nothing writes to it
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..backends.quantized import MATRICES, Quantized, Scheme, Schemes, dequantize, stack
+from ..backends.quantized import GROUPS, MATRICES, Quantized, Scheme, Schemes, dequantize, stack
 from ..textfile import mistaken
 from . import hf
 from .paths import listed
@@ -221,22 +221,16 @@ class PackedFile(File):
         raise NotImplementedError
 
     def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized | Tensor]:
-        """Rows or columns `begin` to `end`, along `dim`, some rows at a time. ValueError for columns that divide a
-        group."""
+        """Rows or columns `begin` to `end`, along `dim`, some rows at a time. ValueError for columns that divide groups
+        into parts of fewer than 16."""
         scheme, shape = self.scheme(name), self.tensors[name].shape
         if dim == 0:
             yield from self.rows(name, begin, end)
             return
-        if scheme and scheme.group and (begin % scheme.group or end % scheme.group):
-            kind, group = self.kind(name), scheme.group
-            raise ValueError(f"{name} {shape} of {kind} cannot be divided so: its groups have {group} columns")
-
-        def columns(part: Tensor) -> Tensor:  # the same fraction of q, of the scales and of the minima
-            width = part.shape[1]
-            return part if width == 1 else part[:, width * begin // shape[1] : width * end // shape[1]]
-
+        if scheme and scheme.group and math.gcd(scheme.group, begin, end) < GROUPS[0]:
+            raise ValueError(f"{name} {shape} of {self.kind(name)} cannot be divided at columns {begin} and {end}")
         for rows in self.rows(name, 0, shape[0]):
-            yield rows.map(columns) if isinstance(rows, Quantized) else columns(rows)
+            yield rows.columns(begin, end) if isinstance(rows, Quantized) else rows[:, begin:end]
 
     def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
         """Rows or columns of a weight that has a `scheme`."""

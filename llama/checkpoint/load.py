@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..args import ModelArgs
-from ..backends.quantized import Quantization, Quantized, Rows, Scheme, kernel, quantize, stack
+from ..backends.quantized import GROUPS, Quantization, Quantized, Rows, Scheme, kernel, quantize, stack
 from ..devices import in_threads, trim, zeros
 from ..parallel import gather_objects, rank, replica, world_size
 from .plan import fused_groups, rank_range, shapes, shard_dim, slice_shape
@@ -122,9 +123,13 @@ def read_quantized(
 def read_parts(weights: Weights, name: str, shape: tuple[int, ...], begin: int, end: int, scheme: Scheme) -> Quantized:
     """The slice, as in `read_quantized`, of a matrix that was saved in `scheme` in Meta's layout."""
     dim, found = shard_dim(name) or 0, []
+    unit = scheme.columns(shape[1]) if dim == 1 and scheme.group else 1  # whole groups are read
+    if unit > 1 and math.gcd(unit, begin, end) < GROUPS[0]:
+        raise ValueError(f"{name} {shape} of {scheme} cannot be divided at columns {begin} and {end}")
+    first, last = begin // unit * unit, -(-end // unit) * unit
     for key, (stored, dtype) in scheme.stored(name, shape).items():
-        first, last = (0, stored[0]) if shard_dim(key) is None else (n * stored[dim] / shape[dim] for n in (begin, end))
-        if first % 1 or last % 1:
-            raise ValueError(f"{key} {stored} cannot be divided so: its groups are too large for this number of ranks")
-        found.append(weights.read(key, stored, int(first), int(last), dtype))
-    return Quantized(*found)
+        whole = shard_dim(key) is None
+        part = (0, stored[0]) if whole else (first * stored[dim] // shape[dim], last * stored[dim] // shape[dim])
+        found.append(weights.read(key, stored, *part, dtype))
+    matrix = Quantized(*found)
+    return matrix if (first, last) == (begin, end) else matrix.columns(begin - first, end - first)
