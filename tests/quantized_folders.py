@@ -92,6 +92,45 @@ def float8(weight, generator, by="row", name="weight_scale", dtype=torch.float8_
     return {"weight": q, name: scale, "input_scale": torch.tensor(1.0)}, q.float() * wide
 
 
+def powers(scale):
+    """Powers of two above scales, as the bytes of their exponents, and their values."""
+    exponent = scale.log2().ceil()
+    return (exponent + 127).to(torch.uint8), torch.exp2(exponent)
+
+
+def mxfp8(weight, generator):
+    groups = weight.unflatten(1, (-1, GROUP))
+    stored, scale = powers(groups.abs().amax(-1) / 448)
+    q = (groups / scale[..., None]).to(torch.float8_e4m3fn)
+    return {"weight": q.flatten(1), "weight_scale": stored}, (q.float() * scale[..., None]).flatten(1)
+
+
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def fp4(weight, generator, kind="nvfp4"):
+    """NVFP4, as compressed-tensors or ModelOpt writes it, or MXFP4."""
+    groups = weight.unflatten(1, (-1, 32 if kind == "mxfp4" else 16))
+    scale = groups.abs().amax(-1) / 6
+    common = scale.amax() / 448
+    if kind == "mxfp4":
+        stored, scale = powers(scale)
+    else:
+        stored = (scale / common).to(torch.float8_e4m3fn)
+        scale = stored.float() * common
+    values = groups / scale[..., None]
+    q = (values.abs()[..., None] - FP4).abs().argmin(-1)
+    values = torch.where(values < 0, -FP4[q], FP4[q]) * scale[..., None]
+    q = (q + 8 * (groups < 0)).flatten(1).to(torch.uint8)
+    weight = q[:, 0::2] | q[:, 1::2] << 4
+    if kind == "modelopt":
+        tensors = {"weight": weight, "weight_scale_2": common, "input_scale": torch.tensor(1.0)}
+    else:
+        more = {"weight_global_scale": 1 / common[None], "input_global_scale": torch.ones(1)}
+        tensors = {"weight_packed": weight, **(more if kind == "nvfp4" else {})}
+    return {**tensors, "weight_scale": stored}, values.flatten(1)
+
+
 def four_bits(weight, generator, kind="nf4", nested=True):
     from bitsandbytes import functional as bnb
 
@@ -112,6 +151,7 @@ def ct(format, inputs=None, **values):
     return {"quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": group}, **status}
 
 
+F4 = {"num_bits": 4, "type": "float"}
 W4 = {"num_bits": 4, "strategy": "group", "group_size": GROUP}
 # What writes a matrix, its arguments, and quantization_config.
 METHODS = {
@@ -135,6 +175,10 @@ METHODS = {
         {"quant_method": "fp8", "weight_block_size": [128, 128]},
     ),
     "fp8 e5m2": (float8, {"dtype": torch.float8_e5m2}, {"quant_method": "fbgemm_fp8"}),
+    "mxfp8": (mxfp8, {}, ct("mxfp8-quantized", strategy="group", group_size=32, type="float")),
+    "nvfp4": (fp4, {}, ct("nvfp4-pack-quantized", strategy="tensor_group", group_size=16, **F4)),
+    "nvfp4 by ModelOpt": (fp4, {"kind": "modelopt"}, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    "mxfp4": (fp4, {"kind": "mxfp4"}, ct("mxfp4-pack-quantized", strategy="group", group_size=32, **F4)),
     "llm.int8": (llm_int8, {}, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "nf4": (four_bits, {}, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "fp4": (four_bits, {"kind": "fp4", "nested": False}, {"quant_method": "bitsandbytes", "load_in_4bit": True}),

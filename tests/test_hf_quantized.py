@@ -26,7 +26,7 @@ FLOATS = {
     "w4a16 in groups of 4",
     "nf4",
     "fp4",
-    *(method for method in METHODS if method.startswith("fp8")),
+    *(method for method in METHODS if method.startswith(("fp8", "mxfp8"))),
 }
 
 
@@ -111,11 +111,17 @@ def test_transformers_loads_the_same(tmp_path, method):
     assert torch.equal(exact(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), exact(theirs))
 
 
-PARTS = {"w4a16 with zeros": "PackedQuantizationCompressor", "w8a8 with zeros": "IntQuantizationCompressor"}
+PARTS = {
+    "w4a16 with zeros": "PackedQuantizationCompressor",
+    "w8a8 with zeros": "IntQuantizationCompressor",
+    "mxfp8": "MXFP8QuantizationCompressor",
+    "nvfp4": "NVFP4PackedCompressor",
+    "mxfp4": "MXFP4PackedCompressor",
+}
 
 
 @pytest.mark.parametrize("method", PARTS)
-def test_zero_points_are_those_of_compressed_tensors(tmp_path, method):
+def test_values_are_those_of_compressed_tensors(tmp_path, method):
     pytest.importorskip("compressed_tensors")
     from compressed_tensors import compressors
     from compressed_tensors.quantization import QuantizationConfig
@@ -296,7 +302,7 @@ ERRORS = {
     "3 bits": ("gptq", settings(bits=3), None, "by gptq with bits 3 are not read"),
     "marlin": ("gptq", settings(checkpoint_format="marlin"), None, "checkpoint_format 'marlin' are not read"),
     "gemv": ("awq", settings(version="GEMV"), None, "with version 'GEMV' are not read"),
-    "nvfp4": ("w4a16", settings(format="nvfp4-pack-quantized"), None, "format 'nvfp4-pack-quantized' are not"),
+    "mxfp6": ("w4a16", settings(format="mxfp6-pack-quantized"), None, "format 'mxfp6-pack-quantized' are not"),
     "rotated": ("w4a16", settings(transform_config={"u": 1}), None, r"transform_config {'u': 1} are not read"),
     "2 bits": ("w4a16", None, part("weight_packed", lambda t: t[:, ::2]), r"hold a matrix \(768, 256\) of 4 or 8 bits"),
     "sparse": (
@@ -307,7 +313,15 @@ ERRORS = {
     ),
     "another packing": ("gptq", settings(quant_method="auto-round"), None, "quantized by auto-round with None are not"),
     "text": ("w4a16", lambda config: config.update(quantization_config="gptq 4"), None, "quantized by gptq 4 are not"),
-    "nvfp4 by modelopt": ("fp8", settings(quant_method="modelopt", quant_algo="NVFP4"), None, "quant_algo 'NVFP4'"),
+    "scaled inputs": ("fp8", settings(quant_method="modelopt", quant_algo="NVFP4_AWQ"), None, "quant_algo 'NVFP4_AWQ'"),
+    "no scale": ("nvfp4", None, without("weight_scale"), "up_proj lacks weight_scale"),
+    "scales of other groups": (
+        "mxfp4",
+        None,
+        part("weight_scale", lambda t: t[:, :7]),
+        "256 columns in 7 groups, which",
+    ),
+    "exponents beyond float16": ("mxfp4", None, part("weight_scale", lambda t: t + 40), "scales beyond the range of"),
     "float bits": ("gptq", settings(bits=4.0), None, "by gptq with bits 4.0 are not read"),
     "no groups": ("fp8 by blocks", settings(config_groups=[1]), None, r"config_groups is \[1\], not groups"),
     "a large scale": (

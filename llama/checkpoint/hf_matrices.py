@@ -1,4 +1,4 @@
-"""How GPTQ, AWQ, compressed-tensors, bitsandbytes and FP8 store a quantized matrix, and how it is read.
+"""How GPTQ, AWQ, compressed-tensors, bitsandbytes, FP8 and FP4 store a quantized matrix, and how it is read.
 
 A matrix (out, in) is stored in several tensors. Integers of 4 or 8 bits, with a scale and perhaps a zero point for each
 group of columns, become the quantized format with the same values, up to float16's rounding of scales and minima.
@@ -18,13 +18,11 @@ from torch import Tensor
 from ..backends.quantized import GROUPS, Quantized, Scheme, pack, unpack
 from .files import Entry, File
 
-# The ends of the names of a quantized matrix's tensors; bitsandbytes' begin with "weight." too.
-PARTS = {
-    *("qweight", "qzeros", "scales", "g_idx", "bias", "weight", "SCB", "weight_format", "weight_packed"),
-    *("weight_shape", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx"),
-}
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
+TWICE_FP4 = torch.tensor(
+    [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
+)  # the numbers of FP4 (E2M1), times 2
 AWQ_ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where each of 8 columns is among the 8 numbers of a word
 
 
@@ -32,7 +30,7 @@ class Parts:
     """The tensors of one module, by the ends of their names."""
 
     def __init__(self, name: str, tensors: Mapping[str, tuple[File, Entry]]) -> None:
-        self.name, self.tensors = name, tensors
+        self.name, self.tensors, self.used = name, tensors, set[str]()
 
     def __contains__(self, part: str) -> bool:
         return part in self.tensors
@@ -40,6 +38,7 @@ class Parts:
     def entry(self, part: str) -> Entry:
         if part not in self.tensors:
             raise ValueError(f"{self.name} lacks {part}")
+        self.used.add(part)
         return self.tensors[part][1]
 
     def check(self, part: str, dtypes: Sequence[torch.dtype], *shapes: tuple[int, ...]) -> tuple[int, ...]:
@@ -242,17 +241,18 @@ def int8(parts: Parts, found: Mapping[str, Any]) -> Packed:
 
 def float8(parts: Parts, found: Mapping[str, Any]) -> Packed:
     """weight (out, in), with weight_scale or weight_scale_inv, by which it is multiplied, of the matrix, its rows or
-    their groups, or blocks of rows and columns."""
+    their groups, or blocks of rows and columns; in MXFP8 as `exponents`."""
     shape = out, columns = parts.matrix("weight", *FLOAT8)
     part = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
-    scales = parts.check(part, SCALES)
+    dtypes = (*SCALES, torch.uint8)
+    scales = parts.check(part, dtypes)
     of_rows = math.prod(scales) == 1 or scales[0] == out
     height, width = (1, columns) if of_rows else block_size(parts, found)
     if of_rows:
         width = columns // parts.by_row(part, out).shape[1]
-        parts.check(part, SCALES, (), (1,), (1, 1), (out,), (out, -(-columns // max(width, 1))))
+        parts.check(part, dtypes, (), (1,), (1, 1), (out,), (out, -(-columns // max(width, 1))))
     else:
-        parts.check(part, SCALES, (-(-out // height), -(-columns // width)))
+        parts.check(part, dtypes, (-(-out // height), -(-columns // width)))
 
     def rows(begin: int, end: int) -> Tensor:
         scale = parts.by_row(part, out)[begin:end] if of_rows else parts(part)[torch.arange(begin, end) // height]
@@ -260,9 +260,36 @@ def float8(parts: Parts, found: Mapping[str, Any]) -> Packed:
             scale = scale.repeat_interleave(width, 1)[:, :columns]
         q = parts("weight", 0, begin, end)
         values = torch.arange(256, dtype=torch.uint8).view(q.dtype).float()  # faster than q.float()
-        return lookup(values, q.view(torch.uint8)).view_as(q).mul_(scale)
+        return lookup(values, q.view(torch.uint8)).view_as(q).mul_(exponents(scale))
 
     return Packed(shape, rows)
+
+
+def exponents(scale: Tensor) -> Tensor:
+    """Scales, which are powers of two if they are bytes (E8M0)."""
+    return torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+
+
+def microscaling(parts: Parts, found: Mapping[str, Any]) -> Packed:
+    """NVFP4 and MXFP4: weight_packed or weight (out, in / 2), two numbers of FP4 to a byte, the first in the lower
+    bits, with weight_scale (out, groups) in FP8 or as `exponents`. NVFP4 has a scale of the matrix too, by which
+    compressed-tensors divides and ModelOpt multiplies. Twice these numbers are whole numbers of 8 bits."""
+    part = "weight_packed" if "weight_packed" in parts else "weight"
+    out, size = parts.matrix(part, torch.uint8)
+    groups = parts.matrix("weight_scale", torch.float8_e4m3fn, torch.uint8)[1]
+    parts.check("weight_scale", (torch.float8_e4m3fn, torch.uint8), (out, groups))
+    factor = torch.ones(1)
+    for whole, power in (("weight_global_scale", -1), ("weight_scale_2", 1)):
+        if whole in parts:
+            parts.check(whole, [torch.float32], (), (1,))
+            factor = parts(whole) ** power
+    of_bytes = torch.stack((TWICE_FP4.repeat(16), TWICE_FP4.repeat_interleave(16)), -1).add(128).to(torch.uint8)
+
+    def read(begin: int, end: int) -> Integers:
+        q = lookup(of_bytes, parts(part, 0, begin, end)).view(end - begin, 2 * size)
+        return Integers(q, exponents(parts("weight_scale", 0, begin, end)) * (factor / 2), None)
+
+    return packed_integers(parts, (out, 2 * size), 8, groups, read, symmetric=True)
 
 
 def float4(parts: Parts, found: Mapping[str, Any]) -> Packed:
@@ -350,9 +377,11 @@ def reader(parts: Parts, method: str) -> Callable[[Parts, Mapping[str, Any]], Pa
     """What reads a module's matrix; None if it is not quantized."""
     if "qweight" in parts:
         return awq if method == "awq" else gptq
-    if "weight_packed" in parts:
-        return pack_quantized
     if "weight.absmax" in parts:
         return float4
+    if "weight_packed" in parts:
+        return microscaling if parts.entry("weight_packed").dtype == torch.uint8 else pack_quantized
     dtype = parts.entry("weight").dtype if "weight" in parts else None
+    if dtype == torch.uint8 and "weight_scale" in parts:
+        return microscaling
     return int8 if dtype == torch.int8 else float8 if dtype in FLOAT8 else None

@@ -17,13 +17,13 @@ from ..backends.quantized import Quantized, Scheme
 from ..textfile import read_json
 from . import hf
 from .files import Entry, File, PackedFile
-from .hf_matrices import PARTS, SCALES, Parts, reader
+from .hf_matrices import SCALES, Parts, reader
 from .paths import listed
 
 COMPRESSED: dict[str, tuple[Any, ...]] = {
     "format": (
-        *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
-        *("mixed-precision", "dense"),
+        *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized"),
+        *("mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense"),
     ),
     "transform_config": ({},),
     "sparsity_config": ({}, "dense"),
@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
     "bitsandbytes": {},
     "fp8": {},
     "fbgemm_fp8": {},
-    "modelopt": {"quant_algo": ("fp8",)},
+    "modelopt": {"quant_algo": ("fp8", "nvfp4", "mxfp8")},
 }
 # How AutoRound, which has packing_format, stores a matrix -> the method that stores it so.
 PACKING = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
@@ -50,7 +50,7 @@ PACKING = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 MODULE = re.compile(r"(.+_proj|lm_head)\.(.+)")
 # Tensors for the rounding of activations and of the KV cache, which is not done here.
-UNUSED = re.compile(r".+\.((input|output|[qkv]|kv|act|prob)_(scale|zero_point)|input_scale_ub)")
+UNUSED = re.compile(r".+\.((input|output|[qkv]|kv|act|prob)_(global_)?(scale|zero_point)|input_scale_ub)")
 AT_ONCE = 2**20  # values that are unpacked at a time
 
 
@@ -107,9 +107,8 @@ class QuantizedFile(PackedFile):
                 parts.check("bias", SCALES, matrix.shape[:1])
                 if parts("bias").any():
                     raise ValueError(f"{name}.bias is not zero; only matrices without a bias are supported")
-            for part, (file, entry) in tensors.items():
-                if part in PARTS or part.startswith("weight."):
-                    del file.tensors[entry.key]
+            for file, entry in (tensors[part] for part in parts.used):
+                del file.tensors[entry.key]
             self.tensors[f"{name}.weight"] = Entry(f"{name}.weight", matrix.shape, torch.uint8, 0, matrix)
 
     def kind(self, name: str) -> str:
