@@ -277,3 +277,102 @@ def widened(words, offset=0):
 
 def both(*changes):
     return lambda tensors: [change(tensors) for change in changes]
+
+
+# Folders that cannot be read: the method, changes for `edited`, and the message
+
+SCALES = r"model\.layers\.1\.mlp\.up_proj\.scales is \(8, 767\) torch\.float16; it must be \(8, 768\)"
+ERRORS = {
+    "another method": ("gptq", settings(quant_method="quip"), None, "by quip are not read, only by gptq, awq, "),
+    "no method": ("gptq", settings(quant_method=None), None, "by None are not read"),
+    "3 bits": ("gptq", settings(bits=3), None, "by gptq with bits 3 are not read"),
+    "marlin": ("gptq", settings(checkpoint_format="marlin"), None, "checkpoint_format 'marlin' are not read"),
+    "gemv": ("awq", settings(version="GEMV"), None, "with version 'GEMV' are not read"),
+    "mxfp6": ("w4a16", settings(format="mxfp6-pack-quantized"), None, "format 'mxfp6-pack-quantized' are not"),
+    "rotated": ("w4a16", settings(transform_config={"u": 1}), None, r"transform_config {'u': 1} are not read"),
+    "2 bits": ("w4a16", None, part("weight_packed", lambda t: t[:, ::2]), r"hold a matrix \(768, 256\) of 4 or 8 bits"),
+    "sparse": (
+        "w4a16",
+        settings(sparsity_config={"format": "sparse-24-bitmask"}),
+        None,
+        "'sparse-24-bitmask'} are not",
+    ),
+    "another packing": ("gptq", settings(quant_method="auto-round"), None, "quantized by auto-round with None are not"),
+    "text": ("w4a16", lambda config: config.update(quantization_config="gptq 4"), None, "quantized by gptq 4 are not"),
+    "scaled inputs": ("fp8", settings(quant_method="modelopt", quant_algo="NVFP4_AWQ"), None, "quant_algo 'NVFP4_AWQ'"),
+    "no scale": ("nvfp4", None, without("weight_scale"), "up_proj lacks weight_scale"),
+    "scales of other groups": (
+        "mxfp4",
+        None,
+        part("weight_scale", lambda t: t[:, :7]),
+        "256 columns in 7 groups, which",
+    ),
+    "exponents beyond float16": ("mxfp4", None, part("weight_scale", lambda t: t + 40), "scales beyond the range of"),
+    "float bits": ("gptq", settings(bits=4.0), None, "by gptq with bits 4.0 are not read"),
+    "no groups": ("fp8 by blocks", settings(config_groups=[1]), None, r"config_groups is \[1\], not groups"),
+    "a large scale": (
+        "w8a8",
+        None,
+        part("weight_scale", lambda t: t * 1e9),
+        "has scales beyond the range of float16, 65",
+    ),
+    "empty scales": (
+        "fp8",
+        None,
+        part("weight_scale", lambda t: t[None][:0]),
+        r"weight_scale is \(0,\) torch.float32; it",
+    ),
+    "columns of llm.int8": ("llm.int8", None, part("weight_format", lambda t: t + 1), "weight_format is 1; only"),
+    "int16": ("nf4", None, part("weight", lambda t: t.view(1, -1).view(torch.int16)), "torch.bool; it must be"),
+    "large blocks": ("nf4", None, state(blocksize=2**30), r"block sizes \[768, 256, 1073741824, 256\]"),
+    "an infinite offset": ("nf4", None, state(nested_offset=float("inf")), "nested_offset inf"),
+    "huge blocks": (
+        "fp8 by blocks",
+        settings(weight_block_size=[2**80, 1]),
+        None,
+        "weight_block_size is .*, not the rows",
+    ),
+    "no zeros of AWQ": ("awq", None, without("qzeros"), r"model\.layers\.1\.mlp\.up_proj lacks qzeros"),
+    "no zero points": ("w8a8 with zeros", None, without("weight_zero_point"), "up_proj lacks weight_zero_point"),
+    "no order": ("gptq in another order", None, without("g_idx"), "up_proj lacks g_idx"),
+    "a number as the output matrix": (
+        "fp8",
+        None,
+        lambda tensors: tensors.update({"lm_head.weight": torch.tensor(1.0)}),
+        "the tokenizer has 1024 pieces and the weights in .* 1: not a pair",
+    ),
+    "no zeros": ("gptq", None, without("qzeros"), r"model\.layers\.1\.mlp\.up_proj lacks qzeros"),
+    "short scales": ("gptq", None, part("scales", lambda t: t[:, :-1]), SCALES),
+    "other groups": ("gptq", None, part("g_idx", lambda t: t + 7), "g_idx names groups beyond the 8 of each row"),
+    "a bias": ("gptq", None, part("bias", lambda t: t + 1), r"up_proj\.bias is not zero"),
+    "floats": ("gptq", None, part("qweight", lambda t: t.float()), "float32; it must be torch.int32"),
+    "another shape": (
+        "w4a16",
+        None,
+        part("weight_packed", lambda t: t[:, :-4]),
+        r"weight_packed \(768, 28\) does not hold a matrix \(768, 256\)",
+    ),
+    "a global scale": (
+        "w4a16",
+        None,
+        lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight_global_scale": torch.ones(1)}),
+        r"unexpected: model\.layers\.1\.mlp\.up_proj\.weight_global_scale",
+    ),
+    "fewer rows": ("fp8", None, part("weight", lambda t: t[:-8]), r"misshapen: layers\.1\.feed_forward\.w3\.weight"),
+    "blocks of another size": ("fp8 by blocks", settings(weight_block_size=[64, 64]), None, r"must be \(12, 4\)"),
+    "groups that differ": ("gptq", None, groups(7), "up_proj has 256 columns in 7 groups, which differ in size"),
+    "blocks of no size": (
+        "fp8 by blocks",
+        settings(weight_block_size=None),
+        None,
+        "_proj has scales of blocks, and weight_block_size is None",
+    ),
+    "no state": ("nf4", None, without("weight.quant_state.bitsandbytes__nf4"), "quant_state cannot be read"),
+    "another state": (
+        "nf4",
+        None,
+        part("weight.quant_state.bitsandbytes__nf4", lambda t: t[5:]),
+        "quant_state cannot be read",
+    ),
+    "a short table": ("nf4", None, part("weight.quant_map", lambda t: t[:15]), r"\(15,\) torch.float32; it must be"),
+}
