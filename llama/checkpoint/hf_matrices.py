@@ -241,7 +241,7 @@ def int8(parts: Parts, found: Mapping[str, Any]) -> Packed:
 
 def float8(parts: Parts, found: Mapping[str, Any]) -> Packed:
     """weight (out, in), with weight_scale or weight_scale_inv, by which it is multiplied, of the matrix, its rows or
-    their groups, or blocks of rows and columns; in MXFP8 as `exponents`."""
+    their groups, or blocks of rows and columns; in MXFP8 they are powers of two."""
     shape = out, columns = parts.matrix("weight", *FLOAT8)
     part = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
     dtypes = (*SCALES, torch.uint8)
@@ -258,36 +258,39 @@ def float8(parts: Parts, found: Mapping[str, Any]) -> Packed:
         scale = parts.by_row(part, out)[begin:end] if of_rows else parts(part)[torch.arange(begin, end) // height]
         if scale.shape[1] > 1:
             scale = scale.repeat_interleave(width, 1)[:, :columns]
-        q = parts("weight", 0, begin, end)
-        values = torch.arange(256, dtype=torch.uint8).view(q.dtype).float()  # faster than q.float()
-        return lookup(values, q.view(torch.uint8)).view_as(q).mul_(exponents(scale))
+        return decoded(parts("weight", 0, begin, end)).mul_(decoded(scale))
 
     return Packed(shape, rows)
 
 
-def exponents(scale: Tensor) -> Tensor:
-    """Scales, which are powers of two if they are bytes (E8M0)."""
-    return torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+def decoded(stored: Tensor) -> Tensor:
+    """Floats of any size in float32. Bytes are exponents of powers of two (E8M0)."""
+    if stored.dtype.itemsize > 1:
+        return stored.float()
+    every = torch.arange(256, dtype=torch.uint8)
+    values = torch.exp2(every.float() - 127) if stored.dtype == torch.uint8 else every.view(stored.dtype).float()
+    return lookup(values, stored.view(torch.uint8)).view(stored.shape)  # faster than stored.float()
 
 
 def microscaling(parts: Parts, found: Mapping[str, Any]) -> Packed:
     """NVFP4 and MXFP4: weight_packed or weight (out, in / 2), two numbers of FP4 to a byte, the first in the lower
-    bits, with weight_scale (out, groups) in FP8 or as `exponents`. NVFP4 has a scale of the matrix too, by which
+    bits, with weight_scale (out, groups) in FP8 or powers of two. NVFP4 has a scale of the matrix too, by which
     compressed-tensors divides and ModelOpt multiplies. Twice these numbers are whole numbers of 8 bits."""
     part = "weight_packed" if "weight_packed" in parts else "weight"
     out, size = parts.matrix(part, torch.uint8)
     groups = parts.matrix("weight_scale", torch.float8_e4m3fn, torch.uint8)[1]
     parts.check("weight_scale", (torch.float8_e4m3fn, torch.uint8), (out, groups))
-    factor = torch.ones(1)
-    for whole, power in (("weight_global_scale", -1), ("weight_scale_2", 1)):
-        if whole in parts:
-            parts.check(whole, [torch.float32], (), (1,))
-            factor = parts(whole) ** power
-    of_bytes = torch.stack((TWICE_FP4.repeat(16), TWICE_FP4.repeat_interleave(16)), -1).add(128).to(torch.uint8)
+    factor, divisor = torch.ones(1), "weight_scale_2" not in parts
+    if parts.entry("weight_scale").dtype != torch.uint8:
+        whole = "weight_global_scale" if divisor else "weight_scale_2"
+        parts.check(whole, [torch.float32], (), (1,))
+        factor = 1 / parts(whole) if divisor else parts(whole)
+    pairs = torch.stack((TWICE_FP4.repeat(16), TWICE_FP4.repeat_interleave(16)), -1).add(128).to(torch.uint8)
+    of_bytes = pairs.view(torch.int16).flatten()
 
     def read(begin: int, end: int) -> Integers:
-        q = lookup(of_bytes, parts(part, 0, begin, end)).view(end - begin, 2 * size)
-        return Integers(q, exponents(parts("weight_scale", 0, begin, end)) * (factor / 2), None)
+        q = lookup(of_bytes, parts(part, 0, begin, end)).view(torch.uint8).view(end - begin, 2 * size)
+        return Integers(q, decoded(parts("weight_scale", 0, begin, end)) * (factor / 2), None)
 
     return packed_integers(parts, (out, 2 * size), 8, groups, read, symmetric=True)
 
