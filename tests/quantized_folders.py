@@ -301,6 +301,7 @@ ERRORS = {
     "text": ("w4a16", lambda config: config.update(quantization_config="gptq 4"), None, "quantized by gptq 4 are not"),
     "scaled inputs": ("fp8", settings(quant_method="modelopt", quant_algo="NVFP4_AWQ"), None, "quant_algo 'NVFP4_AWQ'"),
     "no scale": ("nvfp4", None, without("weight_scale"), "up_proj lacks weight_scale"),
+    "no global scale": ("nvfp4", None, without("weight_global_scale"), "up_proj lacks weight_global_scale"),
     "scales of other groups": (
         "mxfp4",
         None,
