@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from llama import ModelArgs, Transformer, devices, parallel
 from llama.backends.quantized import scheme
-from llama.checkpoint import Checkpoint, gguf, gguf_write, load, save, shapes
+from llama.checkpoint import Checkpoint, gguf, gguf_write, hf, load, save, shapes
 from llama.checkpoint.convert import Job, write_hf, write_meta
 from llama.cli.measure import SHAPES
 from llama.gguf import aligned, header_bytes
@@ -63,7 +63,7 @@ def write_blocks(folder: Path, kind: str) -> None:
     """A GGUF file with all matrices in blocks of one type; all blocks are equal."""
     args = ModelArgs(**PARAMS, vocab_size=VOCAB)
     keys = gguf_write.keys_of(args, gguf_write.BY_NAME["Q4_0"], None, kind)
-    named = gguf.names(args.n_layers)
+    named = hf.names(args.n_layers, gguf.NAMES)
     kinds = {name: gguf_write.BY_NAME[kind if len(shape) > 1 else "F32"] for name, shape in shapes(args).items()}
     sizes = {name: (kinds[name], shape) for name, shape in shapes(args).items()}
     with (folder / f"{kind}.gguf").open("wb") as file:

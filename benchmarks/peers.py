@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama.backends.quantized import Scheme
 from llama.checkpoint import Checkpoint, hf, shapes, shard_dim
-from llama.checkpoint.gguf import DTYPES, names
+from llama.checkpoint.gguf import DTYPES, NAMES
 from llama.checkpoint.gguf_write import BY_NAME, keys_of
 from llama.cli.measure import Run, Source
 from llama.gguf import aligned, header_bytes, is_gguf
@@ -37,10 +37,10 @@ def transformers_model(source: Source) -> Any:
     config = transformers.LlamaConfig(**hf.config(args, "float32"))
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
-    state = {}
-    for name, theirs in hf.names(args.n_layers).items():
+    state, names = {}, hf.names(args.n_layers)
+    for name in shapes(args):
         weight = whole(source, name)
-        state[theirs] = hf.to_halves(weight, args.head_dim) if hf.is_permuted(name) else weight
+        state[names[name]] = hf.to_halves(weight, args.head_dim) if hf.is_permuted(name) else weight
     model.load_state_dict(state, assign=True)
     with source.device:  # its frequencies are not in the state dict, and are on the meta device still
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
@@ -164,7 +164,7 @@ def llama_cpp(source: Source, narrow: str = "F16") -> Run:
 
 def write_gguf(source: Source, path: Path, narrow: str = "F16") -> Path:
     """Write the model as a GGUF file, in F32 or, for 16-bit weights, in `narrow`. Its tokens are numbers as text."""
-    args, theirs = source.args, names(source.args.n_layers)
+    args, theirs = source.args, hf.names(source.args.n_layers, NAMES)
     dtype = "F32" if source.dtype == torch.float32 and not source.scheme else narrow
     types = {name: BY_NAME[dtype if len(shape) > 1 else "F32"] for name, shape in shapes(args).items()}
     keys = keys_of(args, BY_NAME[dtype], None, "model") | {

@@ -7,7 +7,8 @@ from sentencepiece import SentencePieceProcessor
 
 from llama.backends.quantized import dequantize
 from llama.checkpoint.blocks import from_blocks
-from llama.checkpoint.gguf import names
+from llama.checkpoint.gguf import NAMES
+from llama.checkpoint.hf import names
 
 TYPE = gguf.GGMLQuantizationType
 SUPERBLOCKS = ("Q4_K", "Q5_K", "Q6_K")  # that the package reads and does not write
@@ -68,7 +69,7 @@ def write(path, args, state, kind, tokenizer, tied=False, parts=0, divisors=None
     if divisors is not None:
         writer.add_tensor("rope_freqs.weight", divisors.numpy())
     found = {}
-    for seed, (meta, theirs) in enumerate(names(args.n_layers).items()):
+    for seed, (meta, theirs) in enumerate(names(args.n_layers, NAMES).items()):
         if tied and meta == "output.weight":
             found[meta] = found["tok_embeddings.weight"]
         elif state[meta].dim() == 1:

@@ -97,6 +97,8 @@ DAMAGE = {
     "YaRN": (rewritten(lambda keys, tensors: keys.update({"llama.rope.scaling.type": "yarn",
              "llama.rope.scaling.factor": 4.0})), "llama.rope.scaling.type is 'yarn'"),
     "missing tensors": (rewritten(lambda keys, tensors: None), r"does not fit model.gguf: missing: \S+"),
+    "an extra tensor in blocks": (rewritten(lambda keys, tensors: tensors.update(extra=(TYPES[2], (1, 32)))),
+                                  "does not fit model.gguf: unexpected: extra"),  # was an IndexError
     "an alignment": (key("general.alignment", 3), "general.alignment is 3, which is not a multiple of 8"),
     "no tokens": (rewritten(lambda keys, tensors: keys.pop("tokenizer.ggml.tokens")), "vocab_size is None|no tokens"),
     "a tokenizer": (key("tokenizer.ggml.model", "bert"), "model is 'bert'; llama and gpt2 are"),

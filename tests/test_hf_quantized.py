@@ -16,7 +16,7 @@ from llama import Llama
 from llama.checkpoint import Checkpoint
 from llama.checkpoint.convert import convert
 from llama.checkpoint.hf import names, to_pairs
-from llama.checkpoint.plan import shard_dim
+from llama.checkpoint.plan import shapes, shard_dim
 from llama.cli.inspect import inspect
 
 WIDE = {**GQA, "dim": 256, "n_layers": 2, "multiple_of": 256}
@@ -66,8 +66,10 @@ def test_values_are_those_of_the_folder(written):
     checkpoint = Checkpoint(folder)
     assert (checkpoint.scheme is None) == (method in FLOATS)
     state = theirs.state_dict()
-    for name, key in names(2).items():
-        whole = to_pairs(state[key], 32) if ".wq." in name or ".wk." in name else state[key]
+    keys = names(2)
+    for name in shapes(checkpoint.args(1024)):
+        whole = state[keys[name]]
+        whole = to_pairs(whole, 32) if ".wq." in name or ".wk." in name else whole
         bound = 1e-6 * whole.abs()
         if checkpoint.scheme and (own := checkpoint.scheme.of(name)):
             matrix = checkpoint.quantized(name, whole.shape, 0, whole.shape[shard_dim(name)])

@@ -235,7 +235,7 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
 
 def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int] = (2,)) -> None:
     """config.json, and one file of safetensors, or several with an index."""
-    whole, names = shapes(job.args), hf.names(job.args.n_layers, job.args.n_labels)
+    whole, names = shapes(job.args), hf.names(job.args.n_layers)
     if job.args.tie_word_embeddings:
         del whole["output.weight"]
     sizes = {name: torch.Size(shape).numel() * job.dtype.itemsize for name, shape in whole.items()}

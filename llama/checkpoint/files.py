@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 import io
 import json
 import math
@@ -14,7 +13,8 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ SAFETENSORS_DTYPES |= {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, 
 SAFETENSORS_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 STORAGES = {"BFloat16": torch.bfloat16, "Half": torch.float16, "Float": torch.float32, "Double": torch.float64}
 STORAGES |= {"Char": torch.int8, "Byte": torch.uint8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64}
+AT_ONCE = 2**20  # values of a packed matrix that are read at a time
 # The globals that the pickle in a .pth file may import, and what stands in for each.
 RESOLVED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -46,6 +47,14 @@ RESOLVED: dict[tuple[str, str], Any] = {
 }
 
 
+class Packed(NamedTuple):
+    """How a matrix is stored that is not in floats."""
+
+    kind: str  # in words
+    scheme: Scheme | None  # of the quantized matrix with the same values; None: it is read as floats
+    rows: Callable[[int, int], Quantized | Tensor]  # reads rows `begin` to `end`; `begin` is a multiple of 8
+
+
 class Entry(NamedTuple):
     """A tensor of a file."""
 
@@ -53,7 +62,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype  # bool or uint8 for one that cannot be read
     offset: int  # in the file; the address of a tensor that torch has read
-    packed: Any = None  # how it is stored, where that is not in floats
+    packed: Packed | None = None
 
 
 class HeaderUnpickler(pickle.Unpickler):
@@ -151,7 +160,7 @@ class File:
         ours = {theirs: meta for meta, theirs in names.items()}
         self.tensors = {ours.get(name, name): entry for name, entry in self.tensors.items()}
 
-    @functools.cached_property
+    @cached_property
     def pages(self) -> mmap.mmap:
         with self.path.open("rb") as file:
             if identity(os.fstat(file.fileno())) != self.state_of_file:
@@ -161,29 +170,65 @@ class File:
             # NORESERVE: the file may be larger than memory
             return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
 
-    def read(self, name: str, dim: int, begin: int, length: int) -> Tensor:
-        """`length` rows or columns of a tensor, from `begin` on: a view of the file's pages, which processes share, or
-        a copy where rows are in another order. Writing to it does not change the file, and is lost at `release`. The
-        file must not be truncated while the view is in use."""
-        entry = self.tensors[name]
-        if not (self.head_dim and hf.is_permuted(name)):
-            return self.view(entry, dim, begin, length)
-        first = begin - begin % self.head_dim  # rows are permuted within a head
-        last = -(-(begin + length) // self.head_dim) * self.head_dim
-        pairs = hf.to_pairs(self.view(entry, dim, first, last - first), self.head_dim)  # a copy
+    def read(self, name: str, dim: int, begin: int, end: int) -> Tensor:
+        """Rows or columns `begin` to `end`, along `dim`, of a tensor: a view of the file's pages, which processes
+        share, or a copy where rows are in another order. Writing to it does not change the file, and is lost at
+        `release`. The file must not be truncated while the view is in use."""
+        entry, head = self.tensors[name], self.head_dim
+        if not (head and hf.is_permuted(name)):
+            return self.view(entry, dim, begin, end)
+        first, last = begin - begin % head, -(-end // head) * head  # rows are permuted within a head
+        pairs = hf.to_pairs(self.view(entry, dim, first, last), head)  # a copy
         self.release()
-        return pairs.narrow(0, begin - first, length)
+        return pairs[begin - first : end - first]
 
-    def view(self, entry: Entry, dim: int, begin: int, length: int) -> Tensor:
+    def view(self, entry: Entry, dim: int, begin: int, end: int) -> Tensor:
         """`read`, with the rows in the order of the file."""
         key, shape, dtype, offset, _ = entry
-        first, rows = (begin, length) if dim == 0 else (0, shape[0])
+        first, last = (begin, end) if dim == 0 else (0, shape[0])
         row = math.prod(shape[1:])
-        start = offset + first * row * dtype.itemsize
-        if start + rows * row * dtype.itemsize > len(self.pages):
+        start, count = offset + first * row * dtype.itemsize, (last - first) * row
+        if start + count * dtype.itemsize > len(self.pages):
             raise ValueError(f"{self.path} ends inside of {key}; download it again")
-        part = torch.frombuffer(self.pages, dtype=dtype, offset=start, count=rows * row).view(rows, *shape[1:])
-        return part if dim == 0 else part.narrow(dim, begin, length)
+        part = torch.frombuffer(self.pages, dtype=dtype, offset=start, count=count).view(-1, *shape[1:])
+        return part if dim == 0 else part.narrow(dim, begin, end - begin)
+
+    def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized | Tensor]:
+        """Rows or columns `begin` to `end`, along `dim`, of a packed matrix, some rows at a time: floats if it has no
+        scheme. ValueError for columns that divide groups into parts of fewer than 16."""
+        (out, columns), packed = self.tensors[name].shape, self.tensors[name].packed
+        assert packed is not None
+        group = packed.scheme.group if packed.scheme else 0
+        if dim == 1 and group and math.gcd(group, begin, end) < GROUPS[0]:
+            of = f"{name} {(out, columns)} of {packed.kind}"
+            raise ValueError(f"{of} cannot be divided at columns {begin} and {end}")
+        first, last = (begin, end) if dim == 0 else (0, out)
+        head = self.head_dim if hf.is_permuted(name) else 0
+
+        def chosen(part: Tensor, start: int) -> Tensor:
+            return (hf.to_pairs(part, head) if head else part)[max(first - start, 0) : last - start]
+
+        unit = math.lcm(8, head or 1)  # rows are permuted within a head
+        step = unit * max(1, AT_ONCE // (columns * unit))
+        for start in range(first - first % unit, last, step):
+            rows, choose = packed.rows(start, min(start + step, out)), partial(chosen, start=start)
+            if isinstance(rows, Quantized):
+                yield rows.map(choose) if dim == 0 else rows.map(choose).columns(begin, end)
+            else:
+                yield choose(rows) if dim == 0 else choose(rows)[:, begin:end]
+
+    def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
+        """Rows or columns of a packed matrix that has a scheme."""
+        return stack([part for part in self.unpacked(name, dim, begin, end) if isinstance(part, Quantized)])
+
+    def dequantized(self, name: str, dim: int, begin: int, end: int, out: Tensor) -> Tensor:
+        """Rows or columns of any packed matrix in floats, written to `out`."""
+        row = 0
+        for part in self.unpacked(name, dim, begin, end):
+            values = dequantize(part) if isinstance(part, Quantized) else part
+            out[row : row + len(values)] = values
+            row += len(values)
+        return out
 
     def release(self) -> None:
         """Drop the pages that were read from this process's resident memory. Those in use are read again."""
@@ -198,63 +243,21 @@ class LoadedFile(File):
         self.state = read_shard(path)
         super().__init__(path, {k: Entry(k, tuple(t.shape), t.dtype, t.data_ptr()) for k, t in self.state.items()})
 
-    def view(self, entry: Entry, dim: int, begin: int, length: int) -> Tensor:
-        return self.state[entry.key].reshape(-1, *entry.shape[1:])[: entry.shape[0]].narrow(dim, begin, length)
+    def view(self, entry: Entry, dim: int, begin: int, end: int) -> Tensor:
+        return self.state[entry.key].reshape(-1, *entry.shape[1:])[: entry.shape[0]].narrow(dim, begin, end - begin)
 
     def release(self) -> None:
         pass
-
-
-class PackedFile(File):
-    """A file with weights that are not stored as floats: those whose `packed` is not None."""
-
-    def kind(self, name: str) -> str:
-        """How such a weight is stored, in words."""
-        raise NotImplementedError
-
-    def scheme(self, name: str) -> Scheme | None:
-        """The scheme of a quantized matrix with the same values; None if there is none."""
-        raise NotImplementedError
-
-    def rows(self, name: str, begin: int, end: int) -> Iterator[Quantized | Tensor]:
-        """Rows `begin` to `end` of such a weight, some at a time: floats if it has no `scheme`."""
-        raise NotImplementedError
-
-    def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized | Tensor]:
-        """Rows or columns `begin` to `end`, along `dim`, some rows at a time. ValueError for columns that divide groups
-        into parts of fewer than 16."""
-        scheme, shape = self.scheme(name), self.tensors[name].shape
-        if dim == 0:
-            yield from self.rows(name, begin, end)
-            return
-        if scheme and scheme.group and math.gcd(scheme.group, begin, end) < GROUPS[0]:
-            raise ValueError(f"{name} {shape} of {self.kind(name)} cannot be divided at columns {begin} and {end}")
-        for rows in self.rows(name, 0, shape[0]):
-            yield rows.columns(begin, end) if isinstance(rows, Quantized) else rows[:, begin:end]
-
-    def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
-        """Rows or columns of a weight that has a `scheme`."""
-        return stack([part for part in self.unpacked(name, dim, begin, end) if isinstance(part, Quantized)])
-
-    def dequantized(self, name: str, dim: int, begin: int, end: int, out: Tensor) -> Tensor:
-        """The same of any such weight in floats, written to `out`."""
-        row = 0
-        for part in self.unpacked(name, dim, begin, end):
-            values = dequantize(part) if isinstance(part, Quantized) else part
-            out[row : row + len(values)] = values
-            row += len(values)
-        return out
 
 
 def schemes(files: Sequence[File]) -> Schemes | None:
     """The schemes of a model's matrices; None if none is quantized."""
     found, kinds = dict[str, Scheme](), set[str]()
     for file in files:
-        if isinstance(file, PackedFile):
-            for name, entry in file.tensors.items():
-                if entry.packed and name.split(".")[-2] in MATRICES and (own := file.scheme(name)):
-                    found[name] = own
-                    kinds.add(file.kind(name))
+        for name, (*_, packed) in file.tensors.items():
+            if packed and packed.scheme and name.removesuffix(".weight").split(".")[-1] in MATRICES:
+                found[name] = packed.scheme
+                kinds.add(packed.kind)
     return Schemes(found, listed(sorted(kinds))) if found else None
 
 

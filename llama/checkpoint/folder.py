@@ -21,9 +21,7 @@ from ..backends.quantized import Quantization, Quantized, Scheme, scheme
 from ..gguf import is_gguf, read_gguf, split_files
 from ..textfile import read_json
 from . import gguf, hf, hf_quantized
-from .files import READABLE, File, PackedFile, open_file, schemes
-from .gguf import GgufFile
-from .hf_quantized import QuantizedFile
+from .files import READABLE, File, open_file, schemes
 from .load import read_parts
 from .meta import read_params, read_scheme, shard_paths
 from .paths import NO_CONFIG, advice, listed
@@ -70,20 +68,17 @@ class Checkpoint:
             quantization = hf_quantized.settings(config, self.folder)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        names = hf.names(self.params["n_layers"], self.params.get("n_labels", 0))
         files = [open_file(path) for path in hf.weight_files(self.folder)]
         head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
         if quantization:
             try:
-                files.append(QuantizedFile(files, quantization, head_dim))
+                hf_quantized.join_parts(files, quantization)
             except ValueError as error:
                 raise ValueError(f"{self.folder}: {error}") from error
         for file in files:
-            file.rename(names)
             file.head_dim = head_dim
         tied = bool(config.get("tie_word_embeddings")) and not self.params.get("n_labels")
-        self._hold(files, tied, config.get("max_position_embeddings"))
-        self.scheme = schemes(files)
+        self._hold(files, hf.NAMES, tied, config.get("max_position_embeddings"))
 
     def _open_gguf(self, source: Path) -> None:
         self.layout, self.source = "gguf", source
@@ -94,29 +89,29 @@ class Checkpoint:
             raise ValueError(f"{source} is one of {count} files; give the first by its whole name, ...-00001-of-...")
         try:
             self.params = gguf.params(keys)
-            files = [
-                GgufFile(path, header, gguf.names(self.params["n_layers"]))
-                for path, header in zip(paths, headers, strict=True)
-            ]
+            files = [gguf.open_gguf(path, header) for path, header in zip(paths, headers, strict=True)]
             if scaling := gguf.rope_scaling(keys, self.params, gguf.divisors(files)):
                 self.params["rope_scaling"] = scaling
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        self._hold(files, True, keys.get("llama.context_length"))
-        self.scheme = schemes(files)  # of the output matrix too, if it is tied
+        self._hold(files, gguf.NAMES, True, keys.get("llama.context_length"))
 
-    def _hold(self, files: Sequence[File], tied: bool, positions: object) -> None:
-        """Take files of whole weights. If `tied` and no file has the output matrix, it is the embeddings."""
+    def _hold(self, files: Sequence[File], names: Mapping[str, str], tied: bool, positions: object) -> None:
+        """Take files of whole weights, with the names of their layout. If `tied` and no file has the output matrix, it
+        is the embeddings."""
+        for file in files:
+            file.rename(hf.names(self.params["n_layers"], names))
         if tied and not any("output.weight" in file.tensors for file in files):
             for file in files:
                 if embeddings := file.tensors.get("tok_embeddings.weight"):
                     file.tensors["output.weight"] = embeddings
         self.files, self.holders = files, {name: [file] for file in files for name in file.tensors}
+        self.scheme = schemes(files)
         self.positions = positions if type(positions) is int and positions > 0 else None
 
     def paths(self) -> list[Path]:
         """The paths of the files of weights."""
-        return [file.path for file in self.files if not isinstance(file, QuantizedFile)]
+        return [file.path for file in self.files]
 
     def vocab_size(self) -> int:
         """The number of rows of the output matrix, or with a score head of the embeddings; 0 if the files lack it."""
@@ -225,10 +220,10 @@ class Checkpoint:
         expected = [name for name in stored if self.layout == "meta" or self.holders.get(name) == [file]]
         missing = [name for name in expected if name not in file.tensors]
         problems = defaultdict(list, {"missing": missing, "unexpected": []})  # are named first
-        for name, (_, shape, dtype, _, packed) in file.tensors.items():
+        for name, (key, shape, dtype, _, packed) in file.tensors.items():
             whole, dtypes = stored.get(name, (None, READABLE))
             if whole is None:
-                problems["unexpected"].append(name)
+                problems["unexpected"].append(key)
             elif name in expected and shape not in (allowed := self.slice_shapes(name, whole)):
                 problems["misshapen"].append(f"{name} {shape} instead of {allowed[0]}")
             if dtype not in dtypes and not (packed and len(shape) > 1):
@@ -315,10 +310,12 @@ class Checkpoint:
     def quantized(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Quantized | None:
         """A slice, as in `read`, of a matrix that was saved quantized; None for any other weight."""
         own = self.scheme.of(name) if self.scheme else None
+        if own is None:
+            return None
         file = self.holders[name][0]
-        if own and isinstance(file, PackedFile):
+        if file.tensors[name].packed:
             return file.quantized(name, shard_dim(name) or 0, begin, end)
-        return read_parts(self, name, shape, begin, end, own) if own else None
+        return read_parts(self, name, shape, begin, end, own)
 
     def read(
         self, name: str, shape: Sequence[int], begin: int, end: int, dtype: torch.dtype, out: Tensor | None = None
@@ -327,19 +324,19 @@ class Checkpoint:
         A slice that is contiguous in one file, in this dtype, is returned as a view of the file, unless `out` is on a
         GPU. Any other is copied to `out`, or to a new tensor."""
         files, dim = self.holders[name], shard_dim(name)
-        if isinstance(file := files[0], PackedFile) and file.tensors[name].packed:
+        if files[0].tensors[name].packed:
             if out is None:
                 out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype)
-            file.dequantized(name, dim or 0, begin, end, out)
-            file.release()
+            files[0].dequantized(name, dim or 0, begin, end, out)
+            self.release()  # the tensors of a matrix may be in several files
             return out
         if dim is None:
-            parts, dim = [files[0].read(name, 0, begin, end - begin)], 0
+            parts, dim = [files[0].read(name, 0, begin, end)], 0
         elif len(files) > 1 and files[0].tensors[name].shape[dim] == shape[dim]:  # split along the other dimension
-            parts, dim = [file.read(name, dim, begin, end - begin) for file in files], 1 - dim
+            parts, dim = [file.read(name, dim, begin, end) for file in files], 1 - dim
         else:
             plan = slices(shape[dim], len(files), begin, end)
-            parts = [files[part.shard].read(name, dim, part.begin, part.length) for part in plan]
+            parts = [files[part.shard].read(name, dim, part.begin, part.begin + part.length) for part in plan]
         final = parts[0].dtype == dtype and (out is None or out.device.type == "cpu")
         if len(parts) == 1 and final and parts[0].is_contiguous():
             return parts[0]

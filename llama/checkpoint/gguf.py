@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any
@@ -12,39 +12,32 @@ import torch
 from torch import Tensor
 
 from ..args import RopeScaling
-from ..backends.quantized import Quantized, Scheme
-from ..gguf import Gguf
+from ..backends.quantized import Quantized
+from ..gguf import BlockType, Gguf
 from ..model import scale_rope_frequencies, unscaled_rope_frequencies
 from .blocks import CODECS, from_blocks
-from .files import Entry, PackedFile
+from .files import Entry, File, Packed
 from .hf import params_of
 
-# Meta's name -> GGUF's, outside the layers and inside one. Rows of wq and wk are in Meta's order there too.
-OUTSIDE = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
-INSIDE = {
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up",
-    "attention_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
+# Meta's name -> GGUF's. Rows of wq and wk are in Meta's order there too.
+NAMES = {
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "output": "output",
+    "layers.{}.attention.wq": "blk.{}.attn_q",
+    "layers.{}.attention.wk": "blk.{}.attn_k",
+    "layers.{}.attention.wv": "blk.{}.attn_v",
+    "layers.{}.attention.wo": "blk.{}.attn_output",
+    "layers.{}.feed_forward.w1": "blk.{}.ffn_gate",
+    "layers.{}.feed_forward.w2": "blk.{}.ffn_down",
+    "layers.{}.feed_forward.w3": "blk.{}.ffn_up",
+    "layers.{}.attention_norm": "blk.{}.attn_norm",
+    "layers.{}.ffn_norm": "blk.{}.ffn_norm",
 }
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Keys that change what is computed, and the values that are supported.
 SUPPORTED = {"expert_count": 0, "attention.causal": True, "rope.scaling.attn_factor": 1.0, "attention.clamp_kqv": 0.0}
 DIVISORS = "rope_freqs.weight"  # of RoPE's frequencies: Llama 3's scaling, as numbers
-AT_ONCE = 2**20  # values that are dequantized at a time
-
-
-def names(n_layers: int) -> dict[str, str]:
-    """Meta's name of every parameter -> GGUF's."""
-    table = {f"{meta}.weight": f"{theirs}.weight" for meta, theirs in OUTSIDE.items()}
-    for i in range(n_layers):
-        table |= {f"layers.{i}.{meta}.weight": f"blk.{i}.{theirs}.weight" for meta, theirs in INSIDE.items()}
-    return table
 
 
 def params(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,12 +118,12 @@ def rounded(value: Tensor | float) -> float:
     return float(f"{float(value):.6g}")
 
 
-def divisors(files: Sequence[GgufFile]) -> Tensor | None:
+def divisors(files: Sequence[File]) -> Tensor | None:
     """The divisors of RoPE's frequencies, removed from the tensors of the file that has them; None without them."""
     for file in files:
         if entry := file.tensors.get(DIVISORS):
             if entry.dtype != torch.float32 or len(entry.shape) != 1:
-                kind = entry.packed.name if entry.packed else entry.dtype
+                kind = entry.packed.kind if entry.packed else entry.dtype
                 raise ValueError(f"{DIVISORS} is of type {kind} and shape {entry.shape}")
             found = file.read(DIVISORS, 0, 0, *entry.shape)
             del file.tensors[DIVISORS]
@@ -138,26 +131,21 @@ def divisors(files: Sequence[GgufFile]) -> Tensor | None:
     return None
 
 
-class GgufFile(PackedFile):
-    """One file of a GGUF model, its tensors by Meta's names."""
+def open_gguf(path: Path, header: Gguf) -> File:
+    """One file of a GGUF model."""
+    file = File(path, {})
+    for key, (kind, shape, offset) in header.tensors.items():
+        packed = blocks(file, kind, shape, offset) if kind.name in CODECS else None
+        file.tensors[key] = Entry(key, shape, DTYPES.get(kind.name, torch.uint8), offset, packed)
+    return file
 
-    def __init__(self, path: Path, header: Gguf, names: Mapping[str, str]) -> None:
-        tensors = {}
-        for key, (kind, shape, offset) in header.tensors.items():
-            blocks = kind if kind.name in CODECS else None
-            tensors[key] = Entry(key, shape, DTYPES.get(kind.name, torch.uint8), offset, blocks)
-        super().__init__(path, tensors)
-        self.rename(names)
 
-    def scheme(self, name: str) -> Scheme:
-        return CODECS[self.kind(name)].scheme
+def blocks(file: File, kind: BlockType, shape: Sequence[int], offset: int) -> Packed:
+    """A tensor that is stored in blocks."""
+    row = kind.size(shape[1:])  # bytes
 
-    def kind(self, name: str) -> str:
-        return self.tensors[name].packed.name
+    def rows(begin: int, end: int) -> Quantized:
+        part = torch.frombuffer(file.pages, dtype=torch.uint8, offset=offset + begin * row, count=(end - begin) * row)
+        return from_blocks(kind.name, part.view(end - begin, -1, kind.nbytes))
 
-    def rows(self, name: str, begin: int, end: int) -> Iterator[Quantized]:
-        _, (rows, columns), _, offset, kind = self.tensors[name]
-        blocks = torch.frombuffer(self.pages, dtype=torch.uint8, offset=offset, count=kind.size((rows, columns)))
-        blocks = blocks.view(rows, columns // kind.values, kind.nbytes)
-        for part in blocks[begin:end].split(max(1, AT_ONCE // columns)):
-            yield from_blocks(kind.name, part)
+    return Packed(kind.name, CODECS[kind.name].scheme, rows)

@@ -20,7 +20,9 @@ from ..tokenizer import Tokenizer
 from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary
 from .blocks import CODECS, to_blocks
 from .bpe_tokenizer import byte_pair_files
-from .gguf import AT_ONCE, DIVISORS, DTYPES, names
+from .files import AT_ONCE
+from .gguf import DIVISORS, DTYPES, NAMES
+from .hf import names
 from .hf_tokenizer import CHARSMAP, DUMMY_PREFIX, MODEL_TYPE, NAME, REMOVE_SPACES, SUFFIX, TYPE_BPE, Model
 from .load import Weights, read_whole
 from .paths import listed
@@ -127,7 +129,7 @@ def write_gguf(
     progress: Callable[[int], object],
 ) -> None:
     """Write the file. `search` is as in `read_quantized`; `progress` is called with the size of each part."""
-    whole, theirs, scaling = shapes(args), names(args.n_layers), divisors(args)
+    whole, theirs, scaling = shapes(args), names(args.n_layers, NAMES), divisors(args)
     tensors = {theirs[name]: (kind, whole[name]) for name, kind in kinds.items()}
     first = {} if scaling is None else {DIVISORS: (BY_NAME["F32"], tuple(scaling.shape))}
     header = header_bytes(keys, first | tensors)

@@ -14,18 +14,21 @@ from ..args import ModelArgs, RopeScaling, check_layers
 from ..textfile import read_json
 from .paths import NO_WEIGHTS, advice, listed
 
-# Meta's name -> Hugging Face's, outside the layers and inside one.
-OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head", "score": "score"}
-INSIDE = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
+# Meta's name -> Hugging Face's.
+NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "score": "score",
+    "layers.{}.attention.wq": "model.layers.{}.self_attn.q_proj",
+    "layers.{}.attention.wk": "model.layers.{}.self_attn.k_proj",
+    "layers.{}.attention.wv": "model.layers.{}.self_attn.v_proj",
+    "layers.{}.attention.wo": "model.layers.{}.self_attn.o_proj",
+    "layers.{}.feed_forward.w1": "model.layers.{}.mlp.gate_proj",
+    "layers.{}.feed_forward.w2": "model.layers.{}.mlp.down_proj",
+    "layers.{}.feed_forward.w3": "model.layers.{}.mlp.up_proj",
+    "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
+    "layers.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
 }
 # Keys of a Llama's config.json, and the values that this library can compute with, besides null.
 SUPPORTED = {
@@ -87,13 +90,10 @@ def files_in_index(index: Path) -> list[str]:
     return sorted(set(found.values()))
 
 
-def names(n_layers: int, n_labels: int = 0) -> dict[str, str]:
-    """Meta's name of every parameter -> Hugging Face's."""
-    other = "output" if n_labels else "score"
-    table = {f"{meta}.weight": f"{theirs}.weight" for meta, theirs in OUTSIDE.items() if meta != other}
-    for i in range(n_layers):
-        table |= {f"layers.{i}.{meta}.weight": f"model.layers.{i}.{theirs}.weight" for meta, theirs in INSIDE.items()}
-    return table
+def names(n_layers: int, table: Mapping[str, str] = NAMES) -> dict[str, str]:
+    """Meta's name of every parameter -> the name in another layout, by default Hugging Face's."""
+    layers = range(n_layers)
+    return {f"{a.format(i)}.weight": f"{b.format(i)}.weight" for a, b in table.items() for i in layers}
 
 
 def is_permuted(name: str) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends.quantized import GROUPS, Quantized, Scheme, pack, unpack
-from .files import Entry, File
+from .files import Entry, File, Packed
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,10 +27,10 @@ AWQ_ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where each of 8 columns is
 
 
 class Parts:
-    """The tensors of one module, by the ends of their names."""
+    """The tensors of one module, by the ends of their names, and what config.json says of its quantization."""
 
-    def __init__(self, name: str, tensors: Mapping[str, tuple[File, Entry]]) -> None:
-        self.name, self.tensors, self.used = name, tensors, set[str]()
+    def __init__(self, name: str, tensors: Mapping[str, tuple[File, Entry]], config: Mapping[str, Any]) -> None:
+        self.name, self.tensors, self.config, self.used = name, tensors, config, set[str]()
 
     def __contains__(self, part: str) -> bool:
         return part in self.tensors
@@ -60,7 +60,7 @@ class Parts:
         """Rows or columns `begin` to `end` of a tensor, or all of it."""
         (file, _), entry = self.tensors[part], self.entry(part)
         entry = entry._replace(shape=entry.shape or (1,))
-        return file.view(entry, dim, begin, (entry.shape[dim] if end is None else end) - begin)
+        return file.view(entry, dim, begin, entry.shape[dim] if end is None else end)
 
     def by_row(self, part: str, out: int) -> Tensor:
         """Numbers (out, groups) that a tensor has for each row, or for all of them."""
@@ -71,13 +71,13 @@ class Parts:
             raise ValueError(f"{self.name}.{part} is {tuple(found.shape)}, for {out} rows")
         return found.view(out, -1)
 
-
-class Packed(NamedTuple):
-    """A matrix that is stored in several tensors."""
-
-    shape: tuple[int, int]
-    rows: Callable[[int, int], Quantized | Tensor]  # reads rows; the first is a multiple of 8
-    scheme: Scheme | None = None  # None if `rows` gives floats
+    def packed(
+        self, shape: tuple[int, int], rows: Callable[[int, int], Quantized | Tensor], scheme: Scheme | None = None
+    ) -> Entry:
+        """The matrix (out, in) that these tensors store."""
+        method = self.config["quant_method"]
+        kind = f"{scheme} by {method}" if scheme else method
+        return Entry(f"{self.name}.weight", shape, torch.uint8, 0, Packed(kind, scheme, rows))
 
 
 class Integers(NamedTuple):
@@ -112,7 +112,7 @@ def packed_integers(
     read: Callable[[int, int], Integers],
     order: Tensor | None = None,
     symmetric: bool = False,
-) -> Packed:
+) -> Entry:
     """A matrix whose rows `read` reads: floats if columns are in another order, or groups not of a multiple of 16."""
     columns, whole = shape[1], groups == 1 and symmetric and bits == 8
     if order is None and columns % groups:
@@ -120,9 +120,17 @@ def packed_integers(
     fit = [0] if whole else [group for group in GROUPS if columns % (groups * group) == 0]
     if order is not None or not fit:
         group_of = torch.arange(columns) * groups // columns if order is None else order
-        return Packed(shape, lambda begin, end: read(begin, end).values(bits, group_of))
+        return parts.packed(shape, lambda begin, end: read(begin, end).values(bits, group_of))
     scheme = Scheme(bits, fit[-1], symmetric)
-    return Packed(shape, lambda begin, end: read(begin, end).quantized(bits, scheme.group), scheme)
+
+    def rows(begin: int, end: int) -> Quantized:
+        found = read(begin, end).quantized(bits, scheme.group)
+        if not all(part.isfinite().all() for part in found[1:] if part is not None):
+            limit = torch.finfo(torch.float16).max
+            raise ValueError(f"{parts.name} has scales beyond the range of float16, {limit:.0f}")
+        return found
+
+    return parts.packed(shape, rows, scheme)
 
 
 def unsigned(words: Tensor, bits: int) -> Tensor:
@@ -144,17 +152,17 @@ def order_of(parts: Parts, part: str, columns: int, groups: int) -> Tensor | Non
     return None if torch.equal(found, torch.arange(columns) * groups // columns) else found
 
 
-def gptq(parts: Parts, found: Mapping[str, Any]) -> Packed:
+def gptq(parts: Parts) -> Entry:
     """qweight (in * bits / 32, out), packed along the columns of the matrix, scales (groups, out), and qzeros, packed
     along its rows. In the first version of the format zeros are less by one."""
-    less = str(found.get("checkpoint_format") or found.get("format")).lower() != "gptq_v2"
+    less = str(parts.config.get("checkpoint_format") or parts.config.get("format")).lower() != "gptq_v2"
     words, out = parts.matrix("qweight", torch.int32)
     groups, _ = parts.matrix("scales", *SCALES)
     parts.check("scales", SCALES, (groups, out))
     packed = {(groups, -(-out * bits // 32)): bits for bits in (4, 8)}
     bits = packed[groups, parts.check("qzeros", [torch.int32], *packed)[1]]
     per = 32 // bits
-    if found.get("desc_act") and groups > 1:
+    if parts.config.get("desc_act") and groups > 1:
         parts.entry("g_idx")
 
     def read(begin: int, end: int) -> Integers:
@@ -165,13 +173,13 @@ def gptq(parts: Parts, found: Mapping[str, Any]) -> Packed:
     return packed_integers(parts, (out, words * per), bits, groups, read, order_of(parts, "g_idx", words * per, groups))
 
 
-def awq(parts: Parts, found: Mapping[str, Any]) -> Packed:
+def awq(parts: Parts) -> Entry:
     """qweight (in, out / 8) and qzeros (groups, out / 8), packed along the rows of the matrix, each eight in the order
     of `AWQ_ORDER`, and scales (groups, out)."""
     columns, words = parts.matrix("qweight", torch.int32)
     groups, _ = parts.matrix("scales", *SCALES)
     parts.check("scales", SCALES, (groups, 8 * words))
-    if zeros := "qzeros" in parts or found.get("zero_point") is not False:
+    if zeros := "qzeros" in parts or parts.config.get("zero_point") is not False:
         parts.check("qzeros", [torch.int32], (groups, words))
 
     def unpacked(part: str, begin: int, end: int) -> Tensor:
@@ -185,7 +193,7 @@ def awq(parts: Parts, found: Mapping[str, Any]) -> Packed:
     return packed_integers(parts, (8 * words, columns), 4, groups, read, symmetric=not zeros)
 
 
-def pack_quantized(parts: Parts, found: Mapping[str, Any]) -> Packed:
+def pack_quantized(parts: Parts) -> Entry:
     """weight_packed (out, in * bits / 32), packed along the columns of the matrix, weight_shape, which shows the bits,
     weight_scale of the matrix, its rows or groups, and perhaps weight_zero_point (out, groups), packed along its rows,
     or signed numbers."""
@@ -199,7 +207,7 @@ def pack_quantized(parts: Parts, found: Mapping[str, Any]) -> Packed:
         )
     parts.check("weight_scale", SCALES)
     groups, per = parts.by_row("weight_scale", out).shape[1], 32 // bits
-    if zeros := has_zeros(parts, found):
+    if zeros := has_zeros(parts):
         signed = parts.entry("weight_zero_point").dtype == torch.int8
         shape = parts.entry("weight_scale").shape if signed else (-(-out // per), groups)
         parts.check("weight_zero_point", [torch.int32, torch.int8], shape)
@@ -217,7 +225,7 @@ def pack_quantized(parts: Parts, found: Mapping[str, Any]) -> Packed:
     return packed_integers(parts, (out, columns), bits, groups, read, order, not zeros)
 
 
-def int8(parts: Parts, found: Mapping[str, Any]) -> Packed:
+def int8(parts: Parts) -> Entry:
     """weight (out, in), with weight_scale and perhaps weight_zero_point of the matrix, its rows or groups, or with
     bitsandbytes' SCB (out,), the largest magnitude of each row."""
     out, columns = parts.matrix("weight", torch.int8)
@@ -228,7 +236,7 @@ def int8(parts: Parts, found: Mapping[str, Any]) -> Packed:
         parts.check("weight_format", [torch.uint8], (), (1,))
         if number := int(parts("weight_format")):
             raise ValueError(f"{parts.name}.weight_format is {number}; only rows in order, 0, are read")
-    if zeros := has_zeros(parts, found):
+    if zeros := has_zeros(parts):
         parts.check("weight_zero_point", [torch.int8], parts.entry(scale).shape)
 
     def read(begin: int, end: int) -> Integers:
@@ -239,7 +247,7 @@ def int8(parts: Parts, found: Mapping[str, Any]) -> Packed:
     return packed_integers(parts, (out, columns), 8, groups, read, symmetric=not zeros)
 
 
-def float8(parts: Parts, found: Mapping[str, Any]) -> Packed:
+def float8(parts: Parts) -> Entry:
     """weight (out, in), with weight_scale or weight_scale_inv, by which it is multiplied, of the matrix, its rows or
     their groups, or blocks of rows and columns; in MXFP8 they are powers of two."""
     shape = out, columns = parts.matrix("weight", *FLOAT8)
@@ -247,7 +255,7 @@ def float8(parts: Parts, found: Mapping[str, Any]) -> Packed:
     dtypes = (*SCALES, torch.uint8)
     scales = parts.check(part, dtypes)
     of_rows = math.prod(scales) == 1 or scales[0] == out
-    height, width = (1, columns) if of_rows else block_size(parts, found)
+    height, width = (1, columns) if of_rows else block_size(parts)
     if of_rows:
         width = columns // parts.by_row(part, out).shape[1]
         parts.check(part, dtypes, (), (1,), (1, 1), (out,), (out, -(-columns // max(width, 1))))
@@ -260,7 +268,7 @@ def float8(parts: Parts, found: Mapping[str, Any]) -> Packed:
             scale = scale.repeat_interleave(width, 1)[:, :columns]
         return decoded(parts("weight", 0, begin, end)).mul_(decoded(scale))
 
-    return Packed(shape, rows)
+    return parts.packed(shape, rows)
 
 
 def decoded(stored: Tensor) -> Tensor:
@@ -272,7 +280,7 @@ def decoded(stored: Tensor) -> Tensor:
     return lookup(values, stored.view(torch.uint8)).view(stored.shape)  # faster than stored.float()
 
 
-def microscaling(parts: Parts, found: Mapping[str, Any]) -> Packed:
+def microscaling(parts: Parts) -> Entry:
     """NVFP4 and MXFP4: weight_packed or weight (out, in / 2), two numbers of FP4 to a byte, the first in the lower
     bits, with weight_scale (out, groups) in FP8 or powers of two. NVFP4 has a scale of the matrix too, by which
     compressed-tensors divides and ModelOpt multiplies. Twice these numbers are whole numbers of 8 bits."""
@@ -295,7 +303,7 @@ def microscaling(parts: Parts, found: Mapping[str, Any]) -> Packed:
     return packed_integers(parts, (out, 2 * size), 8, groups, read, symmetric=True)
 
 
-def float4(parts: Parts, found: Mapping[str, Any]) -> Packed:
+def float4(parts: Parts) -> Entry:
     """bitsandbytes' nf4 and fp4: weight (out * in / 2, 1), two numbers to a byte, the first in the higher bits, or the
     same bytes as floats. Each number is the index of a value in quant_map, which is multiplied by its block's absmax;
     absmax may be quantized too."""
@@ -338,7 +346,7 @@ def float4(parts: Parts, found: Mapping[str, Any]) -> Packed:
         scale = largest(first // size, -(-last // size)).repeat_interleave(size)[first % size :][: last - first]
         return q.view(-1, columns).mul_(scale.view(-1, columns))
 
-    return Packed((out, columns), rows)
+    return parts.packed((out, columns), rows)
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
@@ -346,10 +354,10 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index.flatten().int())
 
 
-def block_size(parts: Parts, found: Mapping[str, Any]) -> tuple[int, int]:
+def block_size(parts: Parts) -> tuple[int, int]:
     """The rows and columns that share a scale, by config.json."""
-    sizes = of_weights(found, "block_structure")
-    size, *others = [size for size in sizes if size] or [found.get("weight_block_size")]
+    sizes = of_weights(parts, "block_structure")
+    size, *others = [size for size in sizes if size] or [parts.config.get("weight_block_size")]
     if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in size):
         raise ValueError(
             f"{parts.name} has scales of blocks, and weight_block_size is {size!r}, not the rows and columns of a block"
@@ -359,32 +367,32 @@ def block_size(parts: Parts, found: Mapping[str, Any]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def has_zeros(parts: Parts, found: Mapping[str, Any]) -> bool:
+def has_zeros(parts: Parts) -> bool:
     """Whether compressed-tensors stores zero points. ValueError if they are missing."""
-    symmetric = of_weights(found, "symmetric")
+    symmetric = of_weights(parts, "symmetric")
     if symmetric and all(value is False for value in symmetric):
         parts.entry("weight_zero_point")
     return "weight_zero_point" in parts
 
 
-def of_weights(found: Mapping[str, Any], key: str) -> list[Any]:
+def of_weights(parts: Parts, key: str) -> list[Any]:
     """A setting of the weights of each of compressed-tensors' groups of modules."""
-    groups = found.get("config_groups") or {}
+    groups = parts.config.get("config_groups") or {}
     try:
         return [(group.get("weights") or {}).get(key) for group in groups.values()]
     except AttributeError:
         raise ValueError(f"config_groups is {groups!r}, not groups of modules with settings of their weights") from None
 
 
-def reader(parts: Parts, method: str) -> Callable[[Parts, Mapping[str, Any]], Packed] | None:
-    """What reads a module's matrix; None if it is not quantized."""
+def quantized_matrix(parts: Parts) -> Entry | None:
+    """A module's matrix; None if it is not quantized."""
     if "qweight" in parts:
-        return awq if method == "awq" else gptq
+        return awq(parts) if parts.config["quant_method"] == "awq" else gptq(parts)
     if "weight.absmax" in parts:
-        return float4
+        return float4(parts)
     if "weight_packed" in parts:
-        return microscaling if parts.entry("weight_packed").dtype == torch.uint8 else pack_quantized
+        return (microscaling if parts.entry("weight_packed").dtype == torch.uint8 else pack_quantized)(parts)
     dtype = parts.entry("weight").dtype if "weight" in parts else None
     if dtype == torch.uint8 and "weight_scale" in parts:
-        return microscaling
-    return int8 if dtype == torch.int8 else float8 if dtype in FLOAT8 else None
+        return microscaling(parts)
+    return int8(parts) if dtype == torch.int8 else float8(parts) if dtype in FLOAT8 else None

@@ -1,23 +1,16 @@
-"""Quantized matrices of Hugging Face folders: the methods that are supported, and reading slices of the matrices."""
+"""Quantized matrices of Hugging Face folders: the methods that are supported, and which tensors are of one matrix."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..backends.quantized import Quantized, Scheme
 from ..textfile import read_json
-from . import hf
-from .files import Entry, File, PackedFile
-from .hf_matrices import SCALES, Parts, reader
+from .files import Entry, File
+from .hf_matrices import SCALES, Parts, quantized_matrix
 from .paths import listed
 
 COMPRESSED: dict[str, tuple[Any, ...]] = {
@@ -51,7 +44,6 @@ FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_c
 MODULE = re.compile(r"(.+_proj|lm_head)\.(.+)")
 # Tensors for the rounding of activations and of the KV cache, which is not done here.
 UNUSED = re.compile(r".+\.((input|output|[qkv]|kv|act|prob)_(global_)?(scale|zero_point)|input_scale_ub)")
-AT_ONCE = 2**20  # values that are unpacked at a time
 
 
 def settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
@@ -85,58 +77,23 @@ def settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     return {**found, "quant_method": method}
 
 
-class QuantizedFile(PackedFile):
-    """The quantized matrices of a Hugging Face folder, which are taken from its files."""
-
-    def __init__(self, files: Sequence[File], found: Mapping[str, Any], head_dim: int) -> None:
-        """`found` is what `settings` returned. ValueError names a matrix that cannot be read."""
-        self.files, self.path, self.head_dim = [*files], files[0].path.parent, head_dim
-        self.tensors, self.method = {}, found["quant_method"]
-        modules = defaultdict[str, dict[str, tuple[File, Entry]]](dict)
-        for file in files:
-            file.tensors = {key: entry for key, entry in file.tensors.items() if not UNUSED.fullmatch(key)}
-            for key, entry in file.tensors.items():
-                if match := MODULE.fullmatch(key):
-                    modules[match[1]][match[2]] = file, entry
-        for name, tensors in modules.items():
-            parts = Parts(name, tensors)
-            if not (read := reader(parts, self.method)):
-                continue
-            matrix = read(parts, found)
-            if "bias" in parts:
-                parts.check("bias", SCALES, matrix.shape[:1])
-                if parts("bias").any():
-                    raise ValueError(f"{name}.bias is not zero; only matrices without a bias are supported")
-            for file, entry in (tensors[part] for part in parts.used):
-                del file.tensors[entry.key]
-            self.tensors[f"{name}.weight"] = Entry(f"{name}.weight", matrix.shape, torch.uint8, 0, matrix)
-
-    def kind(self, name: str) -> str:
-        return f"{self.scheme(name)} by {self.method}"
-
-    def scheme(self, name: str) -> Scheme | None:
-        return self.tensors[name].packed.scheme
-
-    def rows(self, name: str, begin: int, end: int) -> Iterator[Quantized | Tensor]:
-        _, (out, columns), _, _, matrix = self.tensors[name]
-        heads = self.head_dim if hf.is_permuted(name) else 1  # rows are permuted within a head
-        unit = math.lcm(8, heads)
-        step = unit * max(1, AT_ONCE // (columns * unit))
-
-        def chosen(part: Tensor, wanted: slice) -> Tensor:
-            return (hf.to_pairs(part, heads) if heads > 1 else part)[wanted]
-
-        for start in range(begin - begin % unit, end, step):
-            rows = matrix.rows(start, min(start + step, out))
-            choose = partial(chosen, wanted=slice(max(begin - start, 0), end - start))
-            if not isinstance(rows, Quantized):
-                yield choose(rows)
-                continue
-            if not all(part.isfinite().all() for part in rows[1:] if part is not None):
-                limit = torch.finfo(torch.float16).max
-                raise ValueError(f"{self.path}: {name} has scales beyond the range of float16, {limit:.0f}")
-            yield rows.map(choose)
-
-    def release(self) -> None:
-        for file in self.files:
-            file.release()
+def join_parts(files: Sequence[File], config: Mapping[str, Any]) -> None:
+    """Put one packed tensor in place of those that store a quantized matrix. `config` is what `settings` returned.
+    ValueError names a matrix that cannot be read."""
+    modules = defaultdict[str, dict[str, tuple[File, Entry]]](dict)
+    for file in files:
+        file.tensors = {key: entry for key, entry in file.tensors.items() if not UNUSED.fullmatch(key)}
+        for key, entry in file.tensors.items():
+            if match := MODULE.fullmatch(key):
+                modules[match[1]][match[2]] = file, entry
+    for name, tensors in modules.items():
+        parts = Parts(name, tensors, config)
+        if not (matrix := quantized_matrix(parts)):
+            continue
+        if "bias" in parts:
+            parts.check("bias", SCALES, matrix.shape[:1])
+            if parts("bias").any():
+                raise ValueError(f"{name}.bias is not zero; only matrices without a bias are supported")
+        for file, entry in (tensors[part] for part in sorted(parts.used)):
+            del file.tensors[entry.key]
+        file.tensors[matrix.key] = matrix

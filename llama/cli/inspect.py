@@ -29,7 +29,6 @@ from ..checkpoint import (
     shortage,
     with_lora,
 )
-from ..checkpoint.hf_quantized import QuantizedFile
 from ..textfile import read_text
 from ..tokenizer import Tokenizer
 from .flags import documented
@@ -99,7 +98,8 @@ def command(ranks: object, folder: Path, tokenizer: Path | None, args: ModelArgs
 
 
 def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
-    methods = [file.method for file in checkpoint.files if isinstance(file, QuantizedFile) and not checkpoint.scheme]
+    packed = [entry.packed for file in checkpoint.files for entry in file.tensors.values() if entry.packed]
+    methods = sorted({matrix.kind for matrix in packed if not matrix.scheme})
     return {
         "layout": LAYOUTS[checkpoint.layout],
         "parameters": f"{sum(math.prod(shape) for shape in shapes(args).values()):,}",
