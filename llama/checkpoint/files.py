@@ -155,11 +155,6 @@ class File:
         self.path, self.state_of_file = path, identity(path.stat())
         self.tensors = {name: entry for name, entry in tensors.items() if not IGNORED.fullmatch(name)}
 
-    def rename(self, names: Mapping[str, str]) -> None:
-        """Give the tensors Meta's names. `names` maps these to the names in the file."""
-        ours = {theirs: meta for meta, theirs in names.items()}
-        self.tensors = {ours.get(name, name): entry for name, entry in self.tensors.items()}
-
     @cached_property
     def pages(self) -> mmap.mmap:
         with self.path.open("rb") as file:

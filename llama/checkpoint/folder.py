@@ -99,8 +99,9 @@ class Checkpoint:
     def _hold(self, files: Sequence[File], names: Mapping[str, str], tied: bool, positions: object) -> None:
         """Take files of whole weights, with the names of their layout. If `tied` and no file has the output matrix, it
         is the embeddings."""
+        ours = {theirs: meta for meta, theirs in hf.names(self.params["n_layers"], names).items()}
         for file in files:
-            file.rename(hf.names(self.params["n_layers"], names))
+            file.tensors = {ours.get(name, name): entry for name, entry in file.tensors.items()}
         if tied and not any("output.weight" in file.tensors for file in files):
             for file in files:
                 if embeddings := file.tensors.get("tok_embeddings.weight"):

@@ -13,14 +13,6 @@ from .files import Entry, File
 from .hf_matrices import SCALES, Parts, quantized_matrix
 from .paths import listed
 
-COMPRESSED: dict[str, tuple[Any, ...]] = {
-    "format": (
-        *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized"),
-        *("mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense"),
-    ),
-    "transform_config": ({},),
-    "sparsity_config": ({}, "dense"),
-}
 # The quant_method of config.json -> keys that change the values, and what is supported of each, besides null.
 METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
     "gptq": {
@@ -30,13 +22,20 @@ METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
         "is_marlin_format": (False,),
     },
     "awq": {"bits": (4,), "w_bit": (4,), "version": ("gemm",), "checkpoint_format": ("gemm",), "format": ("gemm",)},
-    "compressed-tensors": COMPRESSED,
-    "sparseml": COMPRESSED,  # its older name
+    "compressed-tensors": {
+        "format": (
+            *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized"),
+            *("mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense"),
+        ),
+        "transform_config": ({},),
+        "sparsity_config": ({}, "dense"),
+    },
     "bitsandbytes": {},
     "fp8": {},
     "fbgemm_fp8": {},
     "modelopt": {"quant_algo": ("fp8", "nvfp4", "mxfp8")},
 }
+METHODS["sparseml"] = METHODS["compressed-tensors"]  # its older name
 # How AutoRound, which has packing_format, stores a matrix -> the method that stores it so.
 PACKING = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
 # Files in place of quantization_config, and the method of each.

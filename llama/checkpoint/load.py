@@ -15,7 +15,7 @@ from ..args import ModelArgs
 from ..backends.quantized import GROUPS, Quantization, Quantized, Rows, Scheme, kernel, quantize, stack
 from ..devices import in_threads, trim, zeros
 from ..parallel import gather_objects, rank, replica, world_size
-from .plan import fused_groups, rank_range, shapes, shard_dim, slice_shape
+from .plan import fused_groups, rank_range, shapes, shard_dim
 
 
 class Weights(Protocol):
@@ -113,9 +113,8 @@ def read_quantized(
     dim = shard_dim(name) or 0
     # A row's scale must not depend on the number of ranks that the row is split over.
     first, last = (0, shape[1]) if dim == 1 and not scheme.group else (begin, end)
-    dtype, part = weights.dtype(), slice_shape(name, shape, first, last)
-    matrix = weights.read(name, shape, first, last, dtype, torch.empty(part, dtype=dtype))
-    importance = torch.ones(part[1]) if search else None
+    matrix = weights.read(name, shape, first, last, weights.dtype())
+    importance = torch.ones(matrix.shape[1]) if search else None
     rounded = stack(in_threads(lambda rows: quantize(rows, scheme, importance), matrix.split(256)))
     return rounded if (first, last) == (begin, end) else rounded._replace(q=rounded.q[:, begin:end])
 
