@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..backends.quantized import GROUPS, MATRICES, Quantized, Scheme, Schemes, dequantize, stack
+from ..backends.quantized import GROUPS, MATRICES, Quantized, Scheme, Schemes
 from ..textfile import mistaken
 from . import hf
 from .paths import listed
@@ -211,19 +211,6 @@ class File:
                 yield rows.map(choose) if dim == 0 else rows.map(choose).columns(begin, end)
             else:
                 yield choose(rows) if dim == 0 else choose(rows)[:, begin:end]
-
-    def quantized(self, name: str, dim: int, begin: int, end: int) -> Quantized:
-        """Rows or columns of a packed matrix that has a scheme."""
-        return stack([part for part in self.unpacked(name, dim, begin, end) if isinstance(part, Quantized)])
-
-    def dequantized(self, name: str, dim: int, begin: int, end: int, out: Tensor) -> Tensor:
-        """Rows or columns of any packed matrix in floats, written to `out`."""
-        row = 0
-        for part in self.unpacked(name, dim, begin, end):
-            values = dequantize(part) if isinstance(part, Quantized) else part
-            out[row : row + len(values)] = values
-            row += len(values)
-        return out
 
     def release(self) -> None:
         """Drop the pages that were read from this process's resident memory. Those in use are read again."""

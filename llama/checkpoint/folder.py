@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..args import ModelArgs
-from ..backends.quantized import Quantization, Quantized, Scheme, scheme
+from ..backends.quantized import Quantization, Quantized, Scheme, dequantize, scheme, stack
 from ..gguf import is_gguf, read_gguf, split_files
 from ..textfile import read_json
 from . import gguf, hf, hf_quantized
@@ -315,7 +315,8 @@ class Checkpoint:
             return None
         file = self.holders[name][0]
         if file.tensors[name].packed:
-            return file.quantized(name, shard_dim(name) or 0, begin, end)
+            parts = file.unpacked(name, shard_dim(name) or 0, begin, end)
+            return stack([part for part in parts if isinstance(part, Quantized)])
         return read_parts(self, name, shape, begin, end, own)
 
     def read(
@@ -328,7 +329,11 @@ class Checkpoint:
         if files[0].tensors[name].packed:
             if out is None:
                 out = torch.empty(slice_shape(name, shape, begin, end), dtype=dtype)
-            files[0].dequantized(name, dim or 0, begin, end, out)
+            row = 0
+            for part in files[0].unpacked(name, dim or 0, begin, end):
+                values = dequantize(part) if isinstance(part, Quantized) else part
+                out[row : row + len(values)] = values
+                row += len(values)
             self.release()  # the tensors of a matrix may be in several files
             return out
         if dim is None:
