@@ -15,47 +15,47 @@ from torch import Tensor
 
 from ..backends.quantized import Quantized, Scheme, unpack
 
-# q (rows, blocks, values), or two numbers of 4 bits to a byte; scale and min (rows, blocks, groups)
-Parts = tuple[Tensor, Tensor, Tensor | None]
+# These read blocks (rows, blocks, bytes). q is (rows, blocks, values), or half as many bytes of two numbers each, and
+# scale and min are (rows, blocks, groups).
 
 
-def q4_0(b: Tensor) -> Parts:
-    return pairs(b[..., 2:]), float16(b[..., :2]), None
+def q4_0(b: Tensor) -> Quantized:
+    return Quantized(pairs(b[..., 2:]), float16(b[..., :2]))
 
 
-def q4_1(b: Tensor) -> Parts:
-    return pairs(b[..., 4:]), float16(b[..., :2]), float16(b[..., 2:4])
+def q4_1(b: Tensor) -> Quantized:
+    return Quantized(pairs(b[..., 4:]), float16(b[..., :2]), float16(b[..., 2:4]))
 
 
-def q5_0(b: Tensor) -> Parts:
-    return fifth(b[..., 2:6], b[..., 6:]).to(torch.int8) - 16, float16(b[..., :2]), None
+def q5_0(b: Tensor) -> Quantized:
+    return Quantized(fifth(b[..., 2:6], b[..., 6:]).to(torch.int8) - 16, float16(b[..., :2]))
 
 
-def q5_1(b: Tensor) -> Parts:
-    return fifth(b[..., 4:8], b[..., 8:]).to(torch.int8), float16(b[..., :2]), float16(b[..., 2:4])
+def q5_1(b: Tensor) -> Quantized:
+    return Quantized(fifth(b[..., 4:8], b[..., 8:]).to(torch.int8), float16(b[..., :2]), float16(b[..., 2:4]))
 
 
-def q8_0(b: Tensor) -> Parts:
-    return b[..., 2:].contiguous().view(torch.int8), float16(b[..., :2]), None
+def q8_0(b: Tensor) -> Quantized:
+    return Quantized(b[..., 2:].contiguous().view(torch.int8), float16(b[..., :2]))
 
 
-def q4_k(b: Tensor) -> Parts:
-    return pairs(b[..., 16:].unflatten(-1, (4, 32))).flatten(-2), *scales(b[..., :16])
+def q4_k(b: Tensor) -> Quantized:
+    return Quantized(pairs(b[..., 16:].unflatten(-1, (4, 32))).flatten(-2), *scales(b[..., :16]))
 
 
-def q5_k(b: Tensor) -> Parts:
+def q5_k(b: Tensor) -> Quantized:
     low = halves(b[..., 48:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(-3, -2)  # (.., 8, 32)
     high = b[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None] & 1
-    return (low | high << 4).to(torch.int8).flatten(-2), *scales(b[..., :16])
+    return Quantized((low | high << 4).to(torch.int8).flatten(-2), *scales(b[..., :16]))
 
 
-def q6_k(b: Tensor) -> Parts:
+def q6_k(b: Tensor) -> Quantized:
     low = halves(b[..., :128].unflatten(-1, (2, 64)))  # (.., 2, 128): of each half first the low halves of 64 bytes
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
     high = (b[..., 128:192].unflatten(-1, (2, 1, 32)) >> shifts & 3).flatten(-2)  # (.., 2, 128)
     q = (low | high << 4).to(torch.int8) - 32
     sub = b[..., 192:208].contiguous().view(torch.int8)
-    return q.flatten(-2), (float16(b[..., 208:]).float() * sub).half(), None
+    return Quantized(q.flatten(-2), (float16(b[..., 208:]).float() * sub).half())
 
 
 def halves(b: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class Codec(NamedTuple):
     """A type of blocks."""
 
     scheme: Scheme  # of the matrix that holds the same values
-    parts: Callable[[Tensor], Parts]  # of blocks (rows, blocks, bytes)
+    read: Callable[[Tensor], Quantized]
 
 
 CODECS = {
@@ -111,7 +111,7 @@ CODECS = {
 
 def from_blocks(kind: str, blocks: Tensor) -> Quantized:
     """Blocks (rows, blocks, bytes) of type `kind` -> a matrix."""
-    return Quantized(*CODECS[kind].parts(blocks)).map(lambda part: part.flatten(1))
+    return CODECS[kind].read(blocks).map(lambda part: part.flatten(1))
 
 
 def to_blocks(weight: Quantized) -> Tensor:

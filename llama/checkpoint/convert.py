@@ -217,9 +217,7 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     for name, shape in whole.items():
         if name not in matrices:
             yield name, read_whole(job.weights, name, shape, job.dtype)
-    if not job.scheme:
-        return
-    if job.text is not None:
+    if job.scheme and job.text is not None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         rounded = calibrated(job.weights, job.args, job.scheme, job.text, device)
     else:

@@ -110,10 +110,6 @@ class Checkpoint:
         self.scheme = schemes(files)
         self.positions = positions if type(positions) is int and positions > 0 else None
 
-    def paths(self) -> list[Path]:
-        """The paths of the files of weights."""
-        return [file.path for file in self.files]
-
     def vocab_size(self) -> int:
         """The number of rows of the output matrix, or with a score head of the embeddings; 0 if the files lack it."""
         scored = bool(self.params.get("n_labels"))

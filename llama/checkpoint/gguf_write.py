@@ -31,9 +31,10 @@ from .write import writing
 
 log = logging.getLogger(__name__)
 BY_NAME = {kind.name: kind for kind in TYPES.values()}
-OF_DTYPE = {dtype: BY_NAME[name] for name, dtype in DTYPES.items()}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type
-WRITTEN = {CODECS[name].scheme: BY_NAME[name] for name in ("Q8_0", "Q4_0")}
+# A dtype or scheme of matrices -> the type that they are written in.
+WRITTEN: dict[torch.dtype | Scheme, BlockType] = {dtype: BY_NAME[name] for name, dtype in DTYPES.items()}
+WRITTEN |= {CODECS[name].scheme: BY_NAME[name] for name in ("Q8_0", "Q4_0")}
 
 
 def keys_of(args: ModelArgs, kind: BlockType, positions: int | None, name: str) -> dict[str, Any]:
@@ -101,11 +102,14 @@ def kinds_of(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> dict
     the output matrix have 8 bits. ValueError for a matrix that does not divide into blocks."""
     found = {}
     for name, shape in shapes(args).items():
-        matrix = WRITTEN[scheme] if scheme else OF_DTYPE[dtype]
-        edge = scheme is not None and name.split(".")[-2] in ("tok_embeddings", "output")
-        found[name] = BY_NAME["F32"] if len(shape) == 1 else BY_NAME["Q8_0"] if edge else matrix
-        if shape[-1] % found[name].values:
-            raise ValueError(f"{name} {shape} cannot be written in blocks of {found[name].values} columns")
+        kind = WRITTEN[scheme or dtype]
+        if len(shape) == 1:
+            kind = BY_NAME["F32"]
+        elif scheme and name in ("tok_embeddings.weight", "output.weight"):
+            kind = BY_NAME["Q8_0"]
+        found[name] = kind
+        if shape[-1] % kind.values:
+            raise ValueError(f"{name} {shape} cannot be written in blocks of {kind.values} columns")
     if args.tie_word_embeddings:
         del found["output.weight"]
     return found

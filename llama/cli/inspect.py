@@ -82,7 +82,8 @@ def inspect(
     for title, value in rows.items():
         print(f"{title:>10}: {value}")
     if verify:
-        verify_sums(folder if folder.is_dir() else folder.parent, tokenizer, checkpoint.paths())
+        paths = [file.path for file in checkpoint.files]
+        verify_sums(folder if folder.is_dir() else folder.parent, tokenizer, paths)
 
 
 def command(ranks: object, folder: Path, tokenizer: Path | None, args: ModelArgs, lora: object) -> str:
@@ -106,7 +107,7 @@ def describe(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, object]:
         "model": f"{args.n_layers} layers, dim {args.dim}, {args.n_heads} heads ({args.kv_heads} key-value), "
         f"FFN {args.ffn_hidden}, vocabulary {args.vocab_size}",
         **({"labels": ", ".join(checkpoint.labels())} if args.n_labels else {}),
-        "files": f"{len(checkpoint.paths())}, in {checkpoint.scheme or devices.dtype_name(checkpoint.dtype())}"
+        "files": f"{len(checkpoint.files)}, in {checkpoint.scheme or devices.dtype_name(checkpoint.dtype())}"
         + "".join(f", with matrices by {method} that are loaded as floats" for method in methods),
     }
 
