@@ -28,14 +28,13 @@ from .bpe_tokenizer import byte_pair_files, has_usual_names, ranks_file
 from .calibrate import calibrated, windows
 from .folder import Checkpoint
 from .hf_tokenizer import tokenizer_files
-from .load import Weights, read_quantized, read_whole
+from .load import Stored, Weights, read_quantized, read_whole, stored_tensors
 from .lora import with_lora
 from .paths import find_tokenizer
 from .plan import check_divides, shapes, shard_dim, slice_shape
 from .write import LOCK, blank_file, check_new, new_folder, shards_of, write_checklist, write_file, write_json, writing
 
 HF_FILE = 2 * 10**9  # bytes of one model-0000n-of-0000m.safetensors, which are in memory together
-Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]  # names of tensors, their shapes and dtypes
 
 
 class Job(NamedTuple):
@@ -59,11 +58,7 @@ class Job(NamedTuple):
 
     def stored(self) -> Stored:
         """The tensors of Meta's layout."""
-        found: Stored = {}
-        for name, shape in shapes(self.args).items():
-            own = self.scheme and self.scheme.of(name)
-            found |= own.stored(name, shape) if own else {name: (shape, self.dtype)}
-        return found
+        return stored_tensors(self.args, self.scheme, self.dtype)
 
     def size(self) -> int:
         """The bytes of all of these."""

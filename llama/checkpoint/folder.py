@@ -22,13 +22,12 @@ from ..gguf import is_gguf, read_gguf, split_files
 from ..textfile import read_json
 from . import gguf, hf, hf_quantized
 from .files import READABLE, File, open_file, schemes
-from .load import read_parts
+from .load import Stored, read_parts, stored_tensors
 from .meta import read_params, read_scheme, shard_paths
 from .paths import NO_CONFIG, advice, listed
 from .plan import shapes, shard_dim, slice_shape, slices
 
 log = logging.getLogger(__name__)
-Stored = Mapping[str, tuple[tuple[int, ...], set[torch.dtype]]]  # tensors: whole shapes, and the dtypes they may have
 
 
 class Checkpoint:
@@ -193,7 +192,7 @@ class Checkpoint:
     def check(self, args: ModelArgs) -> None:
         """Compare the files with the model's shape. ValueError names every tensor of a file that is missing,
         unexpected, misshapen, of an unreadable dtype, or of another dtype than in the first shard."""
-        stored = self.stored(args)
+        stored = stored_tensors(args, self.scheme if isinstance(self.scheme, Scheme) else None, torch.float32)
         for file in self.files:
             problems = self._problems(file, stored)
             if found := [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]:
@@ -218,26 +217,17 @@ class Checkpoint:
         missing = [name for name in expected if name not in file.tensors]
         problems = defaultdict(list, {"missing": missing, "unexpected": []})  # are named first
         for name, (key, shape, dtype, _, packed) in file.tensors.items():
-            whole, dtypes = stored.get(name, (None, READABLE))
+            whole, wanted = stored.get(name, (None, torch.float32))
             if whole is None:
                 problems["unexpected"].append(key)
             elif name in expected and shape not in (allowed := self.slice_shapes(name, whole)):
                 problems["misshapen"].append(f"{name} {shape} instead of {allowed[0]}")
-            if dtype not in dtypes and not (packed and len(shape) > 1):
+            readable = dtype in READABLE if wanted == torch.float32 else dtype == wanted  # floats may be of any size
+            if not readable and not (packed and len(shape) > 1):
                 problems["of a dtype that cannot be read"].append(f"{name} {dtype}")
             if name in first.tensors and first.tensors[name].dtype != dtype:
                 problems[f"of another dtype than in {first.path.name}"].append(f"{name} {dtype}")
         return problems
-
-    def stored(self, args: ModelArgs) -> Stored:
-        """The tensors that the files must hold: names, whole shapes and allowed dtypes."""
-        found: dict[str, tuple[tuple[int, ...], set[torch.dtype]]] = {}
-        for name, shape in shapes(args).items():
-            if isinstance(self.scheme, Scheme) and (own := self.scheme.of(name)):
-                found |= {key: (s, {dtype}) for key, (s, dtype) in own.stored(name, shape).items()}
-            else:
-                found[name] = shape, READABLE
-        return found
 
     def slice_shapes(self, name: str, whole: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The shapes that a file's slice of a weight may have. Embeddings are split by columns in Llama 2's files, by

@@ -17,6 +17,8 @@ from ..devices import in_threads, trim, zeros
 from ..parallel import gather_objects, rank, replica, world_size
 from .plan import fused_groups, rank_range, shapes, shard_dim
 
+Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]  # names of tensors, their whole shapes and dtypes
+
 
 class Weights(Protocol):
     """What `load` reads from: a Checkpoint, one with LoRA adapters, or random weights."""
@@ -32,6 +34,15 @@ class Weights(Protocol):
 
     def quantized(self, name: str, shape: tuple[int, ...], begin: int, end: int) -> Quantized | None:
         """A slice of a matrix that was saved quantized; None for any other weight."""
+
+
+def stored_tensors(args: ModelArgs, scheme: Scheme | None, dtype: torch.dtype) -> Stored:
+    """The tensors of a model in Meta's layout: its matrices in a scheme, if any, and all other weights in `dtype`."""
+    found: Stored = {}
+    for name, shape in shapes(args).items():
+        own = scheme and scheme.of(name)
+        found |= own.stored(name, shape) if own else {name: (shape, dtype)}
+    return found
 
 
 def read_whole(weights: Weights, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
