@@ -56,7 +56,8 @@ class Text:
             self.stopped = True
             self.final += text[: end + minus_length]
             return
-        begun = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        begins = (n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+        begun = max(begins, default=0)
         self.final += text[: len(text) - begun]
         self.held = text[len(text) - begun :]
 

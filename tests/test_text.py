@@ -78,6 +78,20 @@ def test_a_stop_string_of_several_tokens_is_held_back(count):
         assert "".join(pieces) == OURS.decode([*before, *tokens[:-1], *before])
 
 
+def test_a_long_stop_string_is_compared_only_as_far_as_the_text_reaches():
+    """Regression: each token was compared with all of its beginnings, which took minutes for one of a few megabytes."""
+    compared = []
+
+    class Stop(str):
+        def __getitem__(self, part):
+            compared.append(part.stop)
+            return str(self)[part]
+
+    pieces, _ = streamed(OURS.encode("Hello", bos=False, eos=False), [Stop("lo" * 1000)])
+    assert "".join(pieces) == OURS.decode(OURS.encode("Hello", bos=False, eos=False))
+    assert max(compared) <= len("Hello")
+
+
 def test_stop_strings_match_whole_characters_only():
     """The last byte of 🙂 is also that of other characters: only the character itself is a match."""
     smile, other = (OURS.encode(c, bos=False, eos=False)[-4:] for c in "🙂🚂")

@@ -308,7 +308,7 @@ def read_message(i: int, message: Any) -> dict[str, str]:
         if message.get(field):
             raise ApiError(400, f"this server does not support {field}", f"{name}.{field}")
     if content is None and role == "assistant":
-        content = ""
+        content = message.get("refusal") or ""
     if isinstance(content, list):
         content = "".join(read_part(part, f"{name}.content[{k}]") for k, part in enumerate(content))
     if not isinstance(content, str):
@@ -317,8 +317,8 @@ def read_message(i: int, message: Any) -> dict[str, str]:
 
 
 def read_part(part: Any, name: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        kind = part.get("type") if isinstance(part, dict) else part
+    kind = part.get("type") if isinstance(part, dict) else part
+    if not isinstance(part, dict) or kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
         raise ApiError(400, f"this server takes parts of type text, not {shorten(kind)}", name)
-    text: str = part["text"]
+    text: str = part[kind]
     return text

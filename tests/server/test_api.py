@@ -179,6 +179,19 @@ def test_messages(client):
     assert content({"role": "user", "content": parts, "name": "Ann"}) == content(*DIALOG)
 
 
+@pytest.mark.parametrize(
+    "refused", [{"content": None, "refusal": "No."}, {"content": [{"type": "refusal", "refusal": "No."}]}]
+)
+def test_a_refusal_is_what_the_assistant_has_said(client, refused):
+    """OpenAI's models refuse so, and clients resend it. Regression: the text was lost, or the message an error."""
+
+    def tokens(message):
+        body = {"messages": [*DIALOG, {"role": "assistant", **message}, *DIALOG]}
+        return httpx.post(f"{client.url}/tokenize", json=body).json()["tokens"]
+
+    assert tokens(refused) == tokens({"content": "No.", "refusal": None})
+
+
 def test_ignore_eos(client, llama):
     [own] = llama.chat_completion([DIALOG], max_gen_len=40, temperature=0)
     assert own["finish_reason"] == "eos"
