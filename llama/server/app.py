@@ -28,7 +28,7 @@ from .loop import Loop, Ticket
 from .metrics import Metrics
 from .page import page
 from .protocol import BODY
-from .schema import ApiError, CompletionRequest, Work, encode_chat, parse, read_dialog, read_with
+from .schema import ApiError, Work, encode_chat, parse, read_dialog, read_with
 
 T = TypeVar("T")
 POLL = 0.1  # seconds between two checks whether a client that waits for a whole reply has disconnected
@@ -132,32 +132,30 @@ class Service:
     # -----------------------------------------------------------------------------------------------------------------
     # Routes
 
-    async def generate(
-        self, request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], CompletionRequest]
-    ) -> Response:
+    async def generate(self, request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], Work]) -> Response:
         loop, body = self.ready(), await self.body(request)
-        completion = await self.read(read, body)
-        refusal = await self.refused(completion, body)
-        ticket = self.submit(completion.work) if refusal is None else loop.refuse(completion.work, refusal)
-        self.metrics.observe("request_params_n", completion.n)
-        reply = replies.Reply(loop.llama.tokenizer, body.get("model", self.config.model), completion, ticket)
-        if completion.stream:
+        work = await self.read(read, body)
+        refusal = await self.refused(work, body)
+        ticket = self.submit(work) if refusal is None else loop.refuse(work, refusal)
+        self.metrics.observe("request_params_n", work.n)
+        reply = replies.Reply(loop.llama.tokenizer, body.get("model", self.config.model), ticket)
+        if work.stream:
             return EventStream(self.stream(request, reply, ticket), loop, ticket)
         async for event in self.until_gone(request, loop, ticket):
             reply.take(event)
         note(request, ticket, reply.usage())
         return json_response(reply.whole())
 
-    async def refused(self, completion: CompletionRequest, body: Mapping[str, Any]) -> str | None:
+    async def refused(self, work: Work, body: Mapping[str, Any]) -> str | None:
         """What a filter says instead of an answer. The prompt of a completion is a message of the user; where one of
         several is refused, all are."""
         filters, tokenizer = self.config.filters, self.ready().llama.tokenizer
         if not filters.input_filters:
             return None
-        if completion.work.chat:
+        if work.chat:
             dialogs = [read_dialog(body)]
         else:
-            prompts = completion.work.prompts[:: completion.n]
+            prompts = work.prompts[:: work.n]
             texts = await asyncio.to_thread(lambda: [*map(tokenizer.decode, prompts)])
             dialogs = [[{"role": "user", "content": text}] for text in texts]
         for dialog in dialogs:
@@ -177,7 +175,7 @@ class Service:
                     for chunk in reply.chunks(event.row, reply.take(event)):
                         yield data(chunk)
             note(request, ticket, reply.usage())
-            if reply.completion.include_usage:
+            if reply.work.include_usage:
                 yield data(reply.usage_chunk())
         except ApiError as error:
             yield data(error.body)
@@ -200,11 +198,10 @@ class Service:
 
     async def embed(self, request: HttpRequest) -> Response:
         loop, body = self.ready(), await self.body(request)
-        work, base64 = await self.read(schema.read_embeddings, body)
-        ticket = self.submit(work)
+        ticket = self.submit(await self.read(schema.read_embeddings, body))
         async for _ in self.until_gone(request, loop, ticket):
             pass
-        reply = replies.embeddings(body.get("model", self.config.model), ticket, base64)
+        reply = replies.embeddings(body.get("model", self.config.model), ticket)
         note(request, ticket, reply["usage"])
         return json_response(reply)
 

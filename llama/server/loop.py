@@ -85,10 +85,14 @@ class Ticket(Job):
         self.number, self.arrived = number, time.monotonic()
         self.updates: asyncio.Queue[list[Event]] = asyncio.Queue()
         self.times = [Times() for _ in work.prompts]  # `admitted` is set by the engine's thread
-        self.began = 0.0  # when the first request took a slot; set by the engine's thread
         self.late = ""  # why the time limits have ended it; set by the engine's thread
         self.started = asyncio.Event()  # a request has taken a slot or has ended
         self.open = len(work.prompts)  # requests that go on
+
+    @property
+    def began(self) -> float:
+        """When the first request took a slot; 0 before."""
+        return min((times.admitted for times in self.times if times.admitted), default=0.0)
 
     @property
     def first(self) -> float:
@@ -239,9 +243,10 @@ class Loop:
         for ticket in filter(None, map(self.tickets.get, running)):
             if ticket.late:
                 continue
-            if not ticket.began and now - ticket.arrived > self.max_wait:
+            began = ticket.began
+            if not began and now - ticket.arrived > self.max_wait:
                 ticket.late = f"no slot was free for {self.max_wait:g} seconds; try again"
-            elif ticket.began and now - ticket.began > self.max_time:
+            elif began and now - began > self.max_time:
                 ticket.late = f"the request has run for {self.max_time:g} seconds, as long as this server allows"
             if ticket.late:
                 self.inbox.put((ticket.number, None))
@@ -274,15 +279,13 @@ class Loop:
         found: list[tuple[Ticket, list[Event]]] = []
         for number, requests in running.items():
             if ticket := self.tickets.get(number):
-                events = list[Event]()
+                events, waited = list[Event](), not ticket.began
                 for request, times in zip(requests, ticket.times, strict=True):
                     if request.slot >= 0 and not times.admitted:
                         times.admitted = began
-                    new = [request.outputs.popleft() for _ in range(len(request.outputs))]
-                    events += [in_time(ticket, request, event) for event in new]
-                admitted = not ticket.began and any(times.admitted for times in ticket.times)
-                ticket.began = ticket.began or (began if admitted else 0.0)
-                if events or admitted:
+                    while request.outputs:
+                        events.append(in_time(ticket, request, request.outputs.popleft()))
+                if events or (waited and ticket.began):
                     found.append((ticket, events))
         if found:
             with suppress(RuntimeError):  # the event loop has ended, and with it all who wait

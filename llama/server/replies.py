@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from ..request import Event
 from ..tokenizer import Decoder, Tokenizer
 from .loop import REASONS, Job
-from .schema import CompletionRequest
 
 NEVER = -9999.0  # stands for minus infinity, which JSON does not have
 
@@ -90,11 +89,11 @@ class Choice:
 class Reply:
     """The JSON of a reply, whole or in chunks, from the events of a job."""
 
-    def __init__(self, tokenizer: Tokenizer, model: str, completion: CompletionRequest, job: Job) -> None:
-        self.tokenizer, self.completion, self.job, self.model = tokenizer, completion, job, model
-        self.chat, self.created = completion.work.chat, int(time.time())
+    def __init__(self, tokenizer: Tokenizer, model: str, job: Job) -> None:
+        self.tokenizer, self.model, self.job, self.work = tokenizer, model, job, job.work
+        self.chat, self.created = self.work.chat, int(time.time())
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.choices = [Choice(tokenizer, job, row) for row in range(len(job.work.prompts))]
+        self.choices = [Choice(tokenizer, job, row) for row in range(len(self.work.prompts))]
 
     def take(self, event: Event) -> Part:
         return self.choices[event.row].take(event)
@@ -121,7 +120,7 @@ class Reply:
 
     def first_chunks(self) -> list[dict[str, Any]]:
         roles: dict[str, Any] = {"role": "assistant", "content": ""}
-        return [self.chunk(i, roles) for i in range(self.completion.n)] if self.chat else []
+        return [self.chunk(i, roles) for i in range(self.work.n)] if self.chat else []
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
         """Of a part: its text, and in a chat the end behind it."""
@@ -136,21 +135,21 @@ class Reply:
     ) -> dict[str, Any]:
         choice = {"index": index, "delta" if self.chat else "text": new}
         choice |= {"logprobs": self.logprobs(tokens) if tokens else None, "finish_reason": finish_reason}
-        return {**self.head(True), "choices": [choice], **({"usage": None} if self.completion.include_usage else {})}
+        return {**self.head(True), "choices": [choice], **({"usage": None} if self.work.include_usage else {})}
 
     def usage_chunk(self) -> dict[str, Any]:
         return {**self.head(True), "choices": [], "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
         """A prompt counts once, whatever n is."""
-        once = self.job.requests[:: self.completion.n]
+        once = self.job.requests[:: self.work.n]
         prompt, new = sum(len(request.prompt) for request in once), sum(choice.count for choice in self.choices)
         cached = sum(request.cached for request in once)
         counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
         return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if not self.completion.work.logprobs:
+        if not self.work.logprobs:
             return None
         if self.chat:
             return {"content": [self._of_chat(token) for token in tokens], "refusal": None}
@@ -189,12 +188,12 @@ def finite(logprob: float | None) -> float | None:
     return NEVER if logprob == -math.inf else logprob
 
 
-def embeddings(model: str, job: Job, base64_: bool) -> dict[str, Any]:
+def embeddings(model: str, job: Job) -> dict[str, Any]:
     """The reply to a request for embeddings; base64 is of float32, little-endian, as clients expect."""
     rows = [] if job.embeddings is None else job.embeddings.tolist()
     data = []
     for index, row in enumerate(rows):
-        packed = base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() if base64_ else row
+        packed = base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() if job.work.base64 else row
         data.append({"object": "embedding", "index": index, "embedding": packed})
     count = sum(len(prompt) for prompt in job.work.prompts)
     usage = {"prompt_tokens": count, "total_tokens": count}

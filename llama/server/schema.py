@@ -33,7 +33,8 @@ class ApiError(Exception):
 
 
 class Work(NamedTuple):
-    """The engine's part of an HTTP request: a request for each prompt. It is sent to all ranks."""
+    """An HTTP request, read and checked: a request to the engine for each prompt, and how the client wants the reply.
+    It is sent to all ranks."""
 
     prompts: list[list[int]]  # each n times, one behind the other
     settings: list[Settings] = []  # noqa: RUF012 - of each; none for embeddings
@@ -42,15 +43,10 @@ class Work(NamedTuple):
     echo: bool = False
     chat: bool = False
     continues: bool = True  # the answer's text goes on from the prompt's
-
-
-class CompletionRequest(NamedTuple):
-    """A request for a completion or for an answer of a chat, and how the client wants the reply."""
-
-    work: Work
-    n: int
-    stream: bool
-    include_usage: bool
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    base64: bool = False  # of embeddings
 
 
 Test = Callable[[Any], bool]
@@ -154,7 +150,7 @@ def check_fields(body: Mapping[str, Any], fields: Mapping[str, tuple[Test, str]]
             raise ApiError(400, f"{name} is {shorten(value)}; it must be {fields[name][1]}", name)
 
 
-def read_completion(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
+def read_completion(llama: Llama, body: Mapping[str, Any]) -> Work:
     check_fields(body, OF_TEXT)
     if body.get("best_of", 1) > body.get("n", 1):
         raise ApiError(400, "this server does not support best_of larger than n", "best_of")
@@ -162,10 +158,10 @@ def read_completion(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
     if body.get("echo") and "logprobs" in body:  # clients that score a prompt expect one token after it, not EOS
         body = {**body, "min_tokens": max(1, body.get("min_tokens", 0))}
     work = Work(prompts, [], "logprobs" in body, body.get("logprobs", 0), body.get("echo", False))
-    return completion_request(llama, body, work, most, "prompt")
+    return with_settings(llama, body, work, most, "prompt")
 
 
-def read_chat(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
+def read_chat(llama: Llama, body: Mapping[str, Any]) -> Work:
     check_fields(body, OF_CHAT)
     if body.get("echo"):
         raise ApiError(400, "this server does not support echo in chats", "echo")
@@ -175,7 +171,7 @@ def read_chat(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
     prompt = encode_chat(llama, body)
     most = body.get("max_completion_tokens", body.get("max_tokens", llama.model.params.max_seq_len))
     work = Work([prompt], [], wanted, top, chat=True, continues=continues(body))
-    return completion_request(llama, body, work, most, "messages")
+    return with_settings(llama, body, work, most, "messages")
 
 
 def continues(body: Mapping[str, Any]) -> bool:
@@ -187,8 +183,8 @@ def continues(body: Mapping[str, Any]) -> bool:
     return goes_on
 
 
-def completion_request(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str) -> CompletionRequest:
-    """A request with the settings of each choice. A `most` beyond the context ends with it, as everywhere in this
+def with_settings(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str) -> Work:
+    """Each prompt n times, with its settings. A `most` beyond the context ends with it, as everywhere in this
     library; a prompt that leaves no token is an error."""
     n = body.get("n", 1)
     if len(work.prompts) * n > MOST_CHOICES:
@@ -213,8 +209,8 @@ def completion_request(llama: Llama, body: Mapping[str, Any], work: Work, most: 
             raise ApiError(400, str(error), field) from error
         raise
     include_usage = body.get("stream_options", {}).get("include_usage") is True
-    work = work._replace(prompts=prompts, settings=settings)
-    return CompletionRequest(work, n, body.get("stream", False), include_usage)
+    stream = body.get("stream", False)
+    return work._replace(prompts=prompts, settings=settings, n=n, stream=stream, include_usage=include_usage)
 
 
 def read_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -240,8 +236,7 @@ def read_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return option(value), field
 
 
-def read_embeddings(llama: Llama, body: Mapping[str, Any]) -> tuple[Work, bool]:
-    """What is to be embedded, and whether the client wants base64."""
+def read_embeddings(llama: Llama, body: Mapping[str, Any]) -> Work:
     check_fields(body, {"model": FIELDS["model"]})
     form = body.get("encoding_format", "float")
     if form not in ("float", "base64"):
@@ -253,7 +248,7 @@ def read_embeddings(llama: Llama, body: Mapping[str, Any]) -> tuple[Work, bool]:
     if "" in (body["input"] if isinstance(body["input"], list) else [body["input"]]):
         raise ApiError(400, "input has an empty string", "input")
     check_length(llama, prompts, 0, "input")
-    return Work(prompts), form == "base64"
+    return Work(prompts, base64=form == "base64")
 
 
 def read_prompts(llama: Llama, body: Mapping[str, Any], name: str) -> list[list[int]]:
