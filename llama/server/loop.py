@@ -23,7 +23,7 @@ from torch import Tensor
 from ..generation import Llama
 from ..parallel import broadcast_object, rank, world_size
 from ..request import Event, Request
-from ..scoring import to_embed
+from ..scoring import to_pool
 from ..stream import refused
 from .metrics import Metrics
 from .schema import ApiError, Work
@@ -62,7 +62,7 @@ class Job:
             options = work.logprobs, work.echo, not work.continues, work.top_logprobs
             self.requests = llama.inputs.requests(work.prompts, work.settings, *options)
         else:
-            self.requests, self.embeddings = to_embed(llama.engine, work.prompts, "mean")
+            self.requests, self.embeddings = to_pool(llama.engine, work.prompts, "mean")
         for row, request in enumerate(self.requests):
             request.row, request.outputs = row, deque(maxlen=1 if rank() else None)  # nobody reads others
         llama.engine.submit(*self.requests)
