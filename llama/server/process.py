@@ -32,6 +32,10 @@ class Server:
         except OSError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
         self.port = self.socket.getsockname()[1]
+        address = f"[{host}]" if v6 else host
+        log.info("serving %s on http://%s:%d/v1 once it is loaded", config.model, address, self.port)
+        if host not in ("127.0.0.1", "::1", "localhost") and not config.keys:
+            log.warning("anyone who reaches %s can use this server: it has no keys, see --api_key_file", host)
         self.service = Service(config)
         self.http = uvicorn.Server(
             uvicorn.Config(
