@@ -1,4 +1,4 @@
-"""Replies made of the engine's events: completions, answers of chats and their chunks, in OpenAI's shapes."""
+"""The engine's events -> completions, chat completions and their chunks, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..request import Event
 from ..tokenizer import Decoder, Tokenizer
 from .loop import REASONS, Job
 
-NEVER = -9999.0  # stands for minus infinity, which JSON does not have
+NEVER = -9999.0  # in place of minus infinity, which JSON lacks
 
 
 class Token(NamedTuple):
-    text: str  # what it adds
+    text: str  # that it adds
     bytes: list[int]
-    logprob: float | None  # None for the first of a prompt
+    logprob: float | None  # None for a prompt's first token
     top: list[tuple[int, float]] | None
-    offset: int  # characters of the text before it
+    offset: int  # in characters, of its text
 
 
 class Part(NamedTuple):
-    """What has become final of a choice."""
+    """The part of a choice that one event makes final."""
 
     text: str = ""
     tokens: list[Token] = []  # noqa: RUF012 - never changed
@@ -34,8 +34,8 @@ class Part(NamedTuple):
 
 
 class Choice:
-    """An answer as it grows. With log probabilities, tokens are held back as long as their text is, so that streams
-    never contain a part of a stop string."""
+    """An answer while it is generated. With log probabilities, tokens are held back until their text is final, so that
+    streams never contain part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, job: Job, row: int) -> None:
         self.tokenizer, self.job, self.row, self.work = tokenizer, job, row, job.work
@@ -43,9 +43,9 @@ class Choice:
         self.decoder = Decoder(tokenizer, prompt if self.work.continues and not self.work.echo else ())
         self.parts: list[Part] = []
         self.held: list[Token] = []
-        self.preface = len(prompt) if self.work.echo else 0  # tokens of the first event that are the prompt's
+        self.preface = len(prompt) if self.work.echo else 0  # prompt tokens in the first event
         self.characters = self.final = 0  # of the tokens so far, and of the text that is final
-        self.count = 0  # tokens that were generated
+        self.count = 0  # generated tokens
 
     def take(self, event: Event) -> Part:
         preface, self.preface = min(self.preface, len(event.tokens)), 0
@@ -71,7 +71,7 @@ class Choice:
             self.characters += len(text)
 
     def _release(self, end: bool) -> list[Token]:
-        """The tokens whose text is final; at the end all, cut where the text is."""
+        """The tokens whose text is final. At the end all tokens are, cut where the text ends."""
         if end:
             if self.held and (rest := self.decoder.flush()):
                 last = self.held[-1]
@@ -79,7 +79,7 @@ class Choice:
             cut = [token._replace(text=token.text[: max(0, self.final - token.offset)]) for token in self.held]
             self.held = []
             return cut
-        # A token without a text may be a part of a character, and is released with the last one of it.
+        # A token without text may be part of a character, and is released with the character's last token.
         final = [i for i, t in enumerate(self.held) if t.text and t.offset + len(t.text) <= self.final]
         count = final[-1] + 1 if final else 0
         released, self.held = self.held[:count], self.held[count:]
@@ -87,7 +87,7 @@ class Choice:
 
 
 class Reply:
-    """The JSON of a reply, whole or in chunks, from the events of a job."""
+    """A job's reply as JSON, whole or in chunks."""
 
     def __init__(self, tokenizer: Tokenizer, model: str, job: Job) -> None:
         self.tokenizer, self.model, self.job, self.work = tokenizer, model, job, job.work
@@ -103,7 +103,7 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": None}
 
     def whole(self) -> dict[str, Any]:
-        """The reply that is not streamed, of all that has been taken."""
+        """The reply to a request without `stream`."""
         choices = []
         for index, choice in enumerate(self.choices):
             text = "".join(part.text for part in choice.parts)
@@ -123,7 +123,7 @@ class Reply:
         return [self.chunk(i, roles) for i in range(self.work.n)] if self.chat else []
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
-        """Of a part: its text, and in a chat the end behind it."""
+        """The chunks of a part: its text, and in chats a separate one for the finish reason."""
         if not self.chat:
             new = part.text or part.tokens or part.finish_reason
             return [self.chunk(index, part.text, part.tokens, part.finish_reason)] if new else []
@@ -141,7 +141,7 @@ class Reply:
         return {**self.head(True), "choices": [], "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        """A prompt counts once, whatever n is."""
+        """Numbers of tokens. A prompt counts once, whatever n is."""
         once = self.job.requests[:: self.work.n]
         prompt, new = sum(len(request.prompt) for request in once), sum(choice.count for choice in self.choices)
         cached = sum(request.cached for request in once)
@@ -168,7 +168,8 @@ class Reply:
         return {"token": token.text, "logprob": finite(token.logprob), "bytes": token.bytes, "top_logprobs": top}
 
     def _of_text(self, token: Token) -> dict[str, float | None] | None:
-        """The most probable, and the chosen one; of several with one text the most probable."""
+        """Log probabilities of the most probable tokens and of the chosen one, by text; of tokens with the same text,
+        that of the most probable."""
         if token.top is None:
             return None
         found: dict[str, float | None] = {}
