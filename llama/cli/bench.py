@@ -78,7 +78,7 @@ def prepare(
 
 def numbers(**given: int | tuple[int, ...]) -> dict[str, list[int]]:
     """Each argument as a list. Raises ValueError for anything but positive integers; tokens must be at least 2."""
-    sizes = {name: [value] if isinstance(value, int) else [*value] for name, value in given.items()}
+    sizes = {name: [*value] if isinstance(value, (list, tuple)) else [value] for name, value in given.items()}
     for name, values in sizes.items():
         least = 2 if name == "tokens" else 1
         if not all(type(value) is int and value >= least for value in values):
