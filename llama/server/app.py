@@ -167,13 +167,12 @@ class Service:
         for chunk in reply.first_chunks():
             yield data(chunk)
         try:
-            async for events in self.config.filters.filter_outputs(ticket.events(KEEPALIVE)):
-                if not events:
+            async for event in self.config.filters.filter_outputs(ticket.events(KEEPALIVE)):
+                if event is None:
                     yield ": keepalive\n\n"
-                for event in events:
-                    check(ticket, event)
-                    for chunk in reply.chunks(event.row, reply.take(event)):
-                        yield data(chunk)
+                    continue
+                for chunk in reply.chunks(event.row, reply.take(event)):
+                    yield data(chunk)
             note(request, ticket, reply.usage())
             if reply.work.include_usage:
                 yield data(reply.usage_chunk())
@@ -185,9 +184,8 @@ class Service:
         """The events of a ticket, which is cancelled if the client disconnects."""
         checked = time.monotonic()
         try:
-            async for events in self.config.filters.filter_outputs(ticket.events(POLL)):
-                for event in events:
-                    check(ticket, event)
+            async for event in self.config.filters.filter_outputs(ticket.events(POLL)):
+                if event is not None:
                     yield event
                 if time.monotonic() - checked >= POLL:
                     if await request.is_disconnected():
@@ -255,19 +253,8 @@ class EventStream(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         await self.ticket.started.wait()
         if self.ticket.late and not self.ticket.began:
-            return await error_response(late(self.ticket))(self.scope, self.receive, send)
+            return await error_response(self.ticket.cancelled())(self.scope, self.receive, send)
         await super().stream_response(send)
-
-
-def check(ticket: Ticket, event: Event) -> None:
-    """Raise ApiError if the event's request has failed or was cancelled."""
-    ticket.check(event)
-    if event.finish_reason == "cancelled":
-        raise late(ticket)
-
-
-def late(ticket: Ticket) -> ApiError:
-    return ApiError(503, ticket.late or "the request was cancelled", retry_after=1)
 
 
 def note(request: HttpRequest, ticket: Ticket, usage: Mapping[str, Any]) -> None:

@@ -35,17 +35,16 @@ class Filters:
         """The text to return instead of an answer, or None to answer the dialog."""
         return await self._verdict(self.input_filters, dialog)
 
-    async def filter_outputs(self, events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
-        """Pass on events. With output filters, each answer is one event, once it is complete."""
+    async def filter_outputs(self, events: AsyncIterator[Event | None]) -> AsyncIterator[Event | None]:
+        """Pass on events. With output filters, each answer is one event, once it is complete; before, None."""
         held: dict[int, list[Event]] = {}
-        async for some in events:
-            yield [await self._filtered(answer) for answer in ended(held, some)] if self.output_filters else some
-
-    async def _filtered(self, answer: Event) -> Event:
-        if answer.finish_reason in ("error", "cancelled", "refused"):
-            return answer
-        verdict = await self._verdict(self.output_filters, answer.text)
-        return answer if verdict is None else answer._replace(text=verdict, finish_reason="refused")
+        async for event in events:
+            if event and self.output_filters:
+                event = next(iter(ended(held, [event])), None)
+            if event and event.finish_reason and event.finish_reason != "refused":
+                verdict = await self._verdict(self.output_filters, event.text)
+                event = event if verdict is None else event._replace(text=verdict, finish_reason="refused")
+            yield event
 
     async def _verdict(self, filters: Sequence[Callable[[Any], str | None]], value: object) -> str | None:
         """The first text that a filter returns, else None."""

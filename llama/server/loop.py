@@ -96,15 +96,27 @@ class Ticket(Job):
         """When the first token of any request was generated; 0 before."""
         return min((times.first for times in self.times if times.first), default=0.0)
 
-    async def events(self, timeout: float) -> AsyncIterator[list[Event]]:
-        """The events of each step, until all requests have ended; an empty list after `timeout` seconds without one."""
+    async def events(self, timeout: float) -> AsyncIterator[Event | None]:
+        """The events of all requests; None after `timeout` seconds without one. ApiError if a request has failed."""
         left = len(self.work.prompts)
         while left:
-            events: list[Event] = []
-            with suppress(asyncio.TimeoutError):
+            try:
                 events = await asyncio.wait_for(self.updates.get(), timeout)
-            left -= sum(event.finish_reason is not None for event in events)
-            yield events
+            except asyncio.TimeoutError:
+                yield None
+                continue
+            for event in events:
+                self.check(event)
+                left -= event.finish_reason is not None
+                yield event
+
+    def check(self, event: Event) -> None:
+        super().check(event)
+        if event.finish_reason == "cancelled":
+            raise self.cancelled()
+
+    def cancelled(self) -> ApiError:
+        return ApiError(503, self.late or "the request was cancelled", retry_after=1)
 
 
 class Loop:
