@@ -82,9 +82,8 @@ def parse(
     if own := getattr(chosen, "parse", None):  # most flags are another program's
         return [own(args[1:])]
     words = [*attached(args, chosen)]
-    noted = {name: note(each) for name, each in command.items()} if isinstance(command, Mapping) else note(command)
     with help_shown():
-        fire.Fire(noted, words)
+        fire.Fire({k: note(v) for k, v in command.items()} if isinstance(command, Mapping) else note(command), words)
     return calls
 
 
