@@ -14,7 +14,7 @@ from peers import PEERS
 
 from llama import parallel
 from llama.checkpoint import Checkpoint
-from llama.cli import script
+from llama.cli import measure, script
 from llama.cli.bench import prepare
 
 
@@ -32,7 +32,7 @@ def main(*peers: str, **flags: Any) -> None:
         readers = {"llama.cpp"} if weights.layout == "gguf" else set()
         if {*peers} - readers:
             raise ValueError(f"{flags['ckpt_dir']} is quantized already, which {', '.join(peers)} cannot read")
-    job.run({peer: PEERS[peer](job.source) for peer in peers})
+    measure.bench(*job, {peer: PEERS[peer](job.source) for peer in peers})
 
 
 if __name__ == "__main__":

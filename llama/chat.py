@@ -35,8 +35,7 @@ class ChatFormat:
     roles = ROLES  # that messages may have
 
     def check(self, dialog: Dialog, name: str = "the dialog", answered: bool = False) -> None:
-        """ValueError for a dialog that the format does not allow. Its last message must be the assistant's if
-        `answered`, and must not be otherwise."""
+        """ValueError for a dialog that the format does not allow."""
         if isinstance(dialog, (str, bytes)) or not isinstance(dialog, Sequence) or not dialog:
             raise ValueError(f"{name} is {dialog!r}; it must be a list of messages")
         for i, message in enumerate(dialog):
@@ -48,12 +47,14 @@ class ChatFormat:
             if not isinstance(content, str):
                 raise ValueError(f"message {i} of {name} has the content {content!r}, which is not a str")
             content.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
-        if is_answered(dialog) and not answered:
+        self.check_order([message["role"] for message in dialog], name, answered)
+
+    def check_order(self, roles: list[Role], name: str, answered: bool) -> None:
+        """The last message must be the assistant's if `answered`, and must not be otherwise."""
+        if roles[-1] == "assistant" and not answered:
             raise ValueError(f"{name} ends with the role assistant; there is nothing to answer")
-        if answered and not is_answered(dialog):
-            raise ValueError(
-                f"{name} ends with the role {dialog[-1]['role']}; its last message must be the assistant's"
-            )
+        if answered and roles[-1] != "assistant":
+            raise ValueError(f"{name} ends with the role {roles[-1]}; its last message must be the assistant's")
 
     def refusal(self, dialog: Dialog) -> str | None:
         """What to answer, without asking the model, to a dialog with a message that could pass for another role's."""
@@ -97,18 +98,15 @@ class Llama2Format(ChatFormat):
     name = "llama2"
     roles = ("system", "user", "assistant")
 
-    def check(self, dialog: Dialog, name: str = "the dialog", answered: bool = False) -> None:
+    def check_order(self, roles: list[Role], name: str, answered: bool) -> None:
         """User and assistant alternate after an optional system message, the user first, and last unless `answered`."""
-        if isinstance(dialog, Sequence) and not isinstance(dialog, (str, bytes)):
-            roles = [message.get("role") if isinstance(message, dict) else None for message in dialog]
-            turns = roles[1:] if roles[:1] == ["system"] else roles
-            expected = ["user", "assistant"] * (len(turns) // 2) + ["user"] * (not answered)
-            if None not in roles and turns != expected:
-                raise ValueError(
-                    f"{name} has the roles {roles}; an optional system message must be followed by user and "
-                    f"assistant in turn, beginning with user and ending with {'assistant' if answered else 'user'}"
-                )
-        super().check(dialog, name, answered)
+        turns = roles[1:] if roles[0] == "system" else roles
+        if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (not answered):
+            raise ValueError(
+                f"{name} has the roles {roles}; an optional system message must be followed by user and "
+                f"assistant in turn, beginning with user and ending with {'assistant' if answered else 'user'}"
+            )
+        super().check_order(roles, name, answered)  # a system message alone
 
     def refusal(self, dialog: Dialog) -> str | None:
         return REFUSAL if has_tags(dialog) else None

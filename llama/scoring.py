@@ -60,20 +60,10 @@ def score(engine: Engine, rows: Sequence[Sequence[int]], begins: Sequence[int], 
 def embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> Tensor:
     """The last hidden states of each row after the final norm, their mean or the last one: float32 (rows, dim).
     FloatingPointError names the first layer whose output is not finite."""
-    requests, sums = to_embed(engine, rows, pooling)
+    requests, pooled = to_pool(engine, rows, pooling)
     for _ in engine.run(requests):
         pass
-    return sums
-
-
-def to_embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> tuple[list[Request], Tensor]:
-    """Requests for the embeddings of rows, and the tensor that holds the embeddings once all have ended."""
-    norm, dim = engine.model.norm, engine.model.params.dim
-
-    def normed(hidden: Tensor, logits: object) -> Tensor:
-        return norm(hidden[:, :dim].type_as(next(norm.parameters(), hidden))).float()
-
-    return to_pool(engine, rows, pooling, dim, normed)
+    return pooled
 
 
 def classify(engine: Engine, rows: Sequence[Sequence[int]], pad_id: int | None = None) -> Tensor:
@@ -81,33 +71,33 @@ def classify(engine: Engine, rows: Sequence[Sequence[int]], pad_id: int | None =
     (rows, n_labels). FloatingPointError names the first layer whose output is not finite."""
     ends = [1 + max((t for t, id in enumerate(row) if id != pad_id), default=0) for row in rows]
     seen = [row[:end] for row, end in zip(rows, ends, strict=True)]  # later tokens change nothing
-    labels = engine.model.params.n_labels
-    requests, sums = to_pool(engine, seen, "last", labels, lambda hidden, logits: logits(hidden))
+    requests, pooled = to_pool(engine, seen, "last", head=True)
     for _ in engine.run(requests):
         pass
-    return sums
+    return pooled
 
 
 def to_pool(
-    engine: Engine,
-    rows: Sequence[Sequence[int]],
-    pooling: str,
-    width: int,
-    of: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor],
+    engine: Engine, rows: Sequence[Sequence[int]], pooling: str, head: bool = False
 ) -> tuple[list[Request], Tensor]:
-    """Requests that pool of(hidden (n, dim), logits) -> (n, width) over each row's positions, where `logits` is the
-    backend's; and the tensor that holds the means, or the last values, once all have ended: float32 (rows, width)."""
-    sums = torch.zeros(len(rows), width, device=engine.device, dtype=torch.float32)
+    """Requests that pool each row's hidden states after the final norm, or with `head` the score head's logits; and the
+    tensor that holds their means, or the last ones, once all have ended: float32 (rows, dim or n_labels)."""
+    norm, params = engine.model.norm, engine.model.params
+    pooled = torch.zeros(len(rows), params.n_labels if head else params.dim, device=engine.device, dtype=torch.float32)
 
     def add(i: int, hidden: Tensor, start: int, logits: Callable[[Tensor], Tensor]) -> bool:
         if pooling == "last" and start + len(hidden) < len(rows[i]):
             return True
-        found = of(hidden if pooling == "mean" else hidden[-1:], logits)
-        sums[i] += found.sum(0) / (len(rows[i]) if pooling == "mean" else 1)
+        hidden = hidden if pooling == "mean" else hidden[-1:]
+        if head:
+            found = logits(hidden)
+        else:
+            found = norm(hidden[:, : params.dim].type_as(next(norm.parameters(), hidden))).float()
+        pooled[i] += found.sum(0) / (len(rows[i]) if pooling == "mean" else 1)
         return bool(found.isfinite().all())
 
     first = 0 if pooling == "mean" else None
-    return [Request(row, len(row), observe=partial(add, i), first=first) for i, row in enumerate(rows)], sums
+    return [Request(row, len(row), observe=partial(add, i), first=first) for i, row in enumerate(rows)], pooled
 
 
 def perplexity(

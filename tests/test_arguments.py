@@ -36,7 +36,7 @@ def roomy(tokenizer):
             lambda m: m.chat_completion([[{"role": "user", "content": text}] for text in ("[INST]", "a" * 200)]),
             "dialog 1 has .* tokens, more than max_seq_len 64",
         ),
-        (lambda m: m.chat_completion([[]]), "dialog 0 has the roles"),
+        (lambda m: m.chat_completion([[]]), r"dialog 0 is \[\]; it must be a list of messages"),
         (lambda m: m.chat_completion([[{"role": "system", "content": "x"}]]), r"dialog 0 has the roles \['system'\]"),
         (lambda m: Llama(m.model, m.tokenizer, seed=1.5), "seed is 1.5"),
         (

@@ -99,6 +99,7 @@ def test_the_command_ends_with_json():
         (["--shape", "8B"], "shape is '8B'; it must be one of 110M, 1.1B, 7B, 13B, 70B"),
         (["--batches", "0"], "batches is 0; it must be of numbers from 1 on"),
         (["--prompts", "a"], "prompts is 'a'"),
+        (["--context", "1.5"], "context is 1.5; it must be of numbers from 1 on"),
         (["--tokens", "1"], "tokens is 1; it must be of numbers from 2 on"),
         (["--ckpt_dir", "nowhere"], "ckpt_dir nowhere is not an existing folder"),
         (["--shape", "70B", "--dtype", "float32"], "use more ranks"),

@@ -199,6 +199,14 @@ def test_the_command_fails_where_no_model_is_loaded():
     assert done.stderr.endswith("error: none of the models could be loaded\n")
 
 
+def test_folders_of_files_are_checked_before_a_model_is_loaded(tmp_path):
+    """Regression: all answers were generated before the error, and lost."""
+    for flag in ("html", "json"):
+        done = in_process(command, CHAT, f"--{flag}", tmp_path / "missing" / "file")
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr == f"error: the folder of {flag} {tmp_path / 'missing'} is not an existing folder\n"
+
+
 def test_only_rank_0_prints_what_is_loaded(tmp_path):
     """Regression: each rank printed the name of the first model, as none knew its rank yet."""
     flags = ["nowhere:int8", "nowhere", "--device", "cpu"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..generation import Llama
@@ -63,13 +63,9 @@ class Task(Job):
         self.line, self.llama = line, llama
         url, body = openai_body(line) if line.openai else plain_body(line, llama.model.params.max_seq_len)
         self.model = body.get("model", model)
-        read: Callable[[Llama, Mapping[str, Any]], Any] = READ[url]
         # Neither other lines nor how many of them are answered already change an answer.
-        found = schema.read_with(read, llama, {"seed": own_seed(seed, line.number), **body})
-        super().__init__(found[0])
-        self.completion: schema.CompletionRequest | None = None if url == EMBED else found
-        self.base64 = url == EMBED and found[1]
-        if self.completion and self.completion.stream:
+        super().__init__(schema.read_with(READ[url], llama, {"seed": own_seed(seed, line.number), **body}))
+        if self.work.stream:
             raise ApiError(400, "a batch does not support stream", "stream")
         if not line.openai and len(self.work.prompts) != 1:
             raise ApiError(400, "a line has one prompt, and n is 1")
@@ -85,9 +81,9 @@ class Task(Job):
             return failed(self.line, error), tokens, True
 
     def _reply(self) -> bytes:
-        if self.completion is None:
-            return openai_answer(self.line, 200, replies.embeddings(self.model, self, self.base64))
-        reply = replies.Reply(self.llama.tokenizer, self.model, self.completion, self)
+        if not self.work.settings:
+            return openai_answer(self.line, 200, replies.embeddings(self.model, self))
+        reply = replies.Reply(self.llama.tokenizer, self.model, self)
         for request in self.requests:
             for event in request.outputs:
                 reply.take(event)

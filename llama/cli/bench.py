@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -80,7 +78,7 @@ def prepare(
 
 def numbers(**given: int | tuple[int, ...]) -> dict[str, list[int]]:
     """Each argument as a list. Raises ValueError for anything but positive integers; tokens must be at least 2."""
-    sizes = {name: [value] if isinstance(value, int) else [*value] for name, value in given.items()}
+    sizes = {name: [*value] if isinstance(value, (list, tuple)) else [value] for name, value in given.items()}
     for name, values in sizes.items():
         least = 2 if name == "tokens" else 1
         if not all(type(value) is int and value >= least for value in values):
@@ -89,7 +87,7 @@ def numbers(**given: int | tuple[int, ...]) -> dict[str, list[int]]:
 
 
 class Job(NamedTuple):
-    """A measurement: a model from a source, in several cases."""
+    """A measurement, as the arguments of `measure.bench`: a model from a source, in several cases."""
 
     source: measure.Source
     compile: bool
@@ -97,22 +95,7 @@ class Job(NamedTuple):
     repeats: int
     name: str
 
-    def run(self, peers: dict[str, measure.Run] | None = None) -> None:
-        """Load the model, measure it, in alternation with other libraries if there are any, and print the table."""
-        began = time.perf_counter()
-        model = measure.loaded(self.source, self.compile)
-        measure.synchronize(self.source.device)
-        facts: dict[str, Any] = {
-            "model": self.name,
-            "dtype": devices.dtype_name(self.source.dtype),
-            "quantize": self.source.scheme and str(self.source.scheme),
-            "compile": self.compile,
-            "load_s": time.perf_counter() - began,
-        }
-        with redirect_stdout(None) if parallel.rank() else nullcontext():
-            measure.bench(model, self.cases, self.repeats, peers or {}, facts)
-
 
 @functools.wraps(prepare)  # the same flags
 def bench(*args: Any, **flags: Any) -> None:
-    prepare(*args, **flags).run()
+    measure.bench(*prepare(*args, **flags))

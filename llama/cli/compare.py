@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import parallel
+from ..checkpoint import check_path
 from ..evaluation import comparison, report
 from .flags import documented
 
@@ -43,6 +44,10 @@ def compare(
     if not models:
         raise ValueError("give at least one model: python -m llama compare MODEL MODEL")
     parallel.init_model_parallel()
+    with parallel.all_or_none():
+        for name, file in {"html": html, "json": json}.items():
+            if file and parallel.rank() == 0:
+                check_path(Path(file).parent, f"the folder of {name}", "folder")
 
     def progress(name: str) -> None:
         if parallel.rank() == 0:
@@ -55,8 +60,8 @@ def compare(
         return
     print(report.to_text(found, shutil.get_terminal_size().columns))
     if html:
-        Path(html).write_text(report.to_html(found), "utf-8", "replace")
+        Path(html).expanduser().write_text(report.to_html(found), "utf-8", "replace")
     if json:
-        Path(json).write_text(dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8", "replace")
+        Path(json).expanduser().write_text(dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8", "replace")
     if all("error" in about for about in found["models"]):
         raise ValueError("none of the models could be loaded")

@@ -27,6 +27,7 @@ from .. import parallel
 from ..args import ModelArgs
 from ..backends.quantized import Quantization, Quantized, Scheme
 from ..checkpoint import Weights, load, read_parts, shard_dim, slice_shape
+from ..devices import dtype_name
 from ..engine import Engine
 from ..layers import ColumnParallelLinear, RowParallelLinear
 from ..model import Transformer
@@ -211,27 +212,44 @@ def ours(model: Transformer, compile: bool = False) -> Run:
     return run
 
 
-def bench(model: Transformer, cases: list[Case], repeats: int, peers: Mapping[str, Run], facts: dict[str, Any]) -> None:
-    """Measure every case `repeats` times, alternating between this library and each peer. Print a table, and as the
-    last line JSON with `facts` and the measurements."""
-    weight = model.norm.weight
-    device = weight.device
-    runs = {"llama": ours(model, bool(facts.get("compile"))), **peers}
-    limits = {"bandwidth": bandwidth(device), "matrix_rate": matrix_rate(device, weight.dtype)}
-    facts = {**facts, **machine(device), **{name: limit(5) for name, limit in limits.items()}, "cases": {}}
-    print(f"{facts['model']} in {facts['quantize'] or facts['dtype']} on {facts['device']}, "
-          f"{facts['ranks']} rank(s) of {facts['threads']} thread(s), torch {facts['torch']}")  # fmt: skip
-    print(f"It reads {facts['bandwidth'] / 1e9:,.1f} GB/s and multiplies {facts['matrix_rate'] / 1e9:,.0f} GFLOP/s; "
-          f"tokens/s: median (min - max) of {repeats}")  # fmt: skip
+def bench(
+    source: Source, compile: bool, cases: list[Case], repeats: int, name: str, peers: Mapping[str, Run] | None = None
+) -> None:
+    """Load a model and measure every case `repeats` times, alternating between this library and each peer. Print a
+    table, and as the last line JSON with the measurements."""
+    began, device = time.perf_counter(), source.device
+    model = loaded(source, compile)
+    synchronize(device)
+    facts: dict[str, Any] = {
+        "model": name,
+        "dtype": dtype_name(source.dtype),
+        "quantize": source.scheme and str(source.scheme),
+        "compile": compile,
+        "load_s": time.perf_counter() - began,
+        **machine(device),
+    }
+    runs = {"llama": ours(model, compile), **(peers or {})}
+    limits = {"bandwidth": bandwidth(device), "matrix_rate": matrix_rate(device, source.dtype)}
+    facts |= {**{name: limit(5) for name, limit in limits.items()}, "cases": {}}
+    say(f"{name} in {facts['quantize'] or facts['dtype']} on {facts['device']}, "
+        f"{facts['ranks']} rank(s) of {facts['threads']} thread(s), torch {facts['torch']}")  # fmt: skip
+    say(f"It reads {facts['bandwidth'] / 1e9:,.1f} GB/s and multiplies {facts['matrix_rate'] / 1e9:,.0f} GFLOP/s; "
+        f"tokens/s: median (min - max) of {repeats}")  # fmt: skip
     for case in cases:
         facts["cases"][str(case)] = measure_case(model, case, repeats, runs, limits, facts)
     facts["peak_bytes"] = peak(device)
     if cases[0].is_prefill:
         rates = facts["cases"][str(cases[0])]["tokens_per_second"]["llama"]
         facts["first_token_s"] = cases[0].prompt / statistics.median(rates)
-        print(f"{'first token':>17}: {facts['first_token_s']:.3f} s after {cases[0].prompt} tokens")
-    print(f"{'load':>17}: {facts['load_s']:.2f} s; peak memory {facts['peak_bytes'] / 1e9:.2f} GB")
-    print(json.dumps(facts))
+        say(f"{'first token':>17}: {facts['first_token_s']:.3f} s after {cases[0].prompt} tokens")
+    say(f"{'load':>17}: {facts['load_s']:.2f} s; peak memory {facts['peak_bytes'] / 1e9:.2f} GB")
+    say(json.dumps(facts))
+
+
+def say(text: str) -> None:
+    """Print on the first rank."""
+    if parallel.rank() == 0:
+        print(text, flush=True)
 
 
 def measure_case(
@@ -268,7 +286,7 @@ def measure_case(
         f"{name} {statistics.median(rate):,.1f} ({rate[0]:,.1f} - {rate[-1]:,.1f})" for name, rate in rates.items()
     ]
     cells += [f"{ratio:.2f} x {name}" for name, ratio in ratios.items()]
-    print(f"{case!s:>17}: {use} {used[use]:.2f} ({of_first:.2f} of the first limit); {'; '.join(cells)}", flush=True)
+    say(f"{case!s:>17}: {use} {used[use]:.2f} ({of_first:.2f} of the first limit); {'; '.join(cells)}")
     return {"tokens_per_second": rates, **used, f"{use}_of_first_limit": of_first, "ratios": ratios}
 
 

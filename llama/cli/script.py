@@ -78,17 +78,12 @@ def parse(
         noted = functools.wraps(function)(lambda *args, **flags: calls.append(partial(function, *args, **flags)))
         return fire.decorators.SetParseFns(**texts(function))(noted)
 
-    if isinstance(command, Mapping):
-        chosen = command.get(args[0]) if args else None
-        if own := getattr(chosen, "parse", None):  # most flags are another program's
-            return [own(args[1:])]
-        words = [*attached(args, chosen)]
-        with help_shown():
-            fire.Fire({name: note(function) for name, function in command.items()}, words)
-    else:
-        words = [*attached(args, command)]
-        with help_shown():
-            fire.Fire(note(command), words)
+    chosen = command.get(args[0] if args else "") if isinstance(command, Mapping) else command
+    if own := getattr(chosen, "parse", None):  # most flags are another program's
+        return [own(args[1:])]
+    words = [*attached(args, chosen)]
+    with help_shown():
+        fire.Fire({k: note(v) for k, v in command.items()} if isinstance(command, Mapping) else note(command), words)
     return calls
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import parallel
 from ..generation import Llama
-from ..server import log as log_lines
+from ..server import log
 from .flags import documented
 
 KEYS = "LLAMA_API_KEYS"
-log = logging.getLogger("llama.server")
 
 
 @documented
@@ -51,43 +47,24 @@ def serve(
     check_counts(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
     if port > 65535:
         raise ValueError(f"port is {port}; the largest is 65535")
-    log_lines.set_up(log_json)
-    config: dict[str, Any] = {
-        "model": model_name or Path(os.path.abspath(os.path.expanduser(ckpt_dir))).name,
-        "any_model": any_model,
-        "max_waiting": max_waiting,
-        "max_wait": max_wait,
-        "max_time": max_time,
-        "max_body": max_body << 20,
-        "allow_origins": tuple(listed(allow_origins)),
-        "log_prompts": log_prompts,
-    }
-    run = listen(host, port, config, api_key_file, listed(filter))
-    run(Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **options))
-
-
-def listen(
-    host: str, port: int, config: dict[str, Any], key_file: str | None, filters: Sequence[str]
-) -> Callable[[Llama], None]:
-    """Listen on the port at once, so that clients learn that the model is being loaded. Returns a function that serves
-    the loaded model."""
     try:
-        from ..server.app import Config
-        from ..server.filters import load_filters
-        from ..server.process import Server, serve_rank
+        from ..server import app, filters, process
     except ModuleNotFoundError as error:
         raise ValueError(f"serve needs the package {error.name}; pip install 'llama-reference[server]'") from error
+    log.set_up(log_json)
     parallel.init_model_parallel()
     server = None
     with parallel.all_or_none():
-        if parallel.rank() == 0:
-            keys = read_keys(key_file)
-            server = Server(Config(**config, keys=keys, filters=load_filters(filters)), host, port)
-            address = f"[{host}]" if ":" in host else host
-            log.info("serving %s on http://%s:%d/v1 once it is loaded", config["model"], address, server.port)
-            if host not in ("127.0.0.1", "::1", "localhost") and not keys:
-                log.warning("anyone who reaches %s can use this server: it has no keys, see --api_key_file", host)
-    return partial(serve_rank, server=server)
+        if parallel.rank() == 0:  # it listens at once, so that clients learn that the model is being loaded
+            config = app.Config(
+                model=model_name or Path(os.path.abspath(os.path.expanduser(ckpt_dir))).name, any_model=any_model,
+                keys=read_keys(api_key_file), allow_origins=tuple(listed(allow_origins)), max_body=max_body << 20,
+                max_waiting=max_waiting, max_wait=max_wait, max_time=max_time,
+                log_prompts=log_prompts, filters=filters.load_filters(listed(filter)),
+            )  # fmt: skip
+            server = process.Server(config, host, port)
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **options)
+    process.serve_rank(llama, server)
 
 
 def listed(value: str | list | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The benchmarks of MODEL_CARD.md by lm-evaluation-harness, beside the row that was published."""
+"""The benchmarks of MODEL_CARD.md, run by lm-evaluation-harness, next to the published row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..args import ModelArgs
 from .harness import HarnessModel
 
 log = logging.getLogger(__name__)
-CODE = "HF_ALLOW_CODE_EVAL"  # what the harness wants to be set to 1 before it runs code that a model has written
+CODE = "HF_ALLOW_CODE_EVAL"  # the harness runs code that a model has written only if this is 1
 
 
 class Task(NamedTuple):
@@ -24,10 +24,10 @@ class Task(NamedTuple):
 
 class Group(NamedTuple):
     name: str  # of a column of the card
-    tasks: Sequence[Task]  # whose mean is the score
-    note: str = ""  # how it differs from what was published
-    code: bool = False  # runs code of the model
-    same: bool = True  # it measures what was published
+    tasks: Sequence[Task]  # the score is their mean
+    note: str = ""  # how it differs from the published benchmark
+    code: bool = False  # runs code that the model has written
+    same: bool = True  # comparable with the published score
 
 
 COMMONSENSE = (
@@ -66,14 +66,15 @@ SHAPES = {(4096, 32): "Llama 2 7B", (5120, 40): "Llama 2 13B", (8192, 80): "Llam
 
 class Score(NamedTuple):
     group: str
-    percent: float | None  # None where a task could not be run
+    percent: float | None  # None if a task could not be run
     published: float | None
     note: str
     tasks: dict[str, dict[str, Any]]  # all metrics of each
 
 
 def published_row(args: ModelArgs, name: str | None = None) -> dict[str, float]:
-    """The published scores of a model by `name`, by default that of its shape; ValueError for an unknown name."""
+    """The published scores of the model `name`, by default of the model with this shape. ValueError for an unknown
+    name."""
     if name is not None and name not in PUBLISHED:
         raise ValueError(f"published is {name!r}; it must be one of {', '.join(PUBLISHED)}")
     shape = SHAPES.get((args.dim, args.n_layers)) if args.vocab_size <= 32064 else None
@@ -132,7 +133,7 @@ def run_task(model: HarnessModel, task: Task, limit: float | None, manager: Any,
 
 
 def metric(found: dict[str, Any], name: str) -> float:
-    """A metric, by the first filter that the harness has for it."""
+    """The value of a metric, with the first of the harness's filters for it."""
     values = [value for key, value in found.items() if key.partition(",")[0] == name]
     if not values:
         raise LookupError(f"the harness has no metric {name}, but {', '.join(found)}")
@@ -140,7 +141,7 @@ def metric(found: dict[str, Any], name: str) -> float:
 
 
 def table(scores: Iterable[Score]) -> str:
-    """In Markdown."""
+    """The scores as a table in Markdown."""
     rows = ["| benchmark | here | published | |", "|---|---:|---:|---|"]
     for score in scores:
         cells = [f"{value:.1f}" if value is not None else "" for value in (score.percent, score.published)]
@@ -149,7 +150,7 @@ def table(scores: Iterable[Score]) -> str:
 
 
 def write(scores: Sequence[Score], folder: Path) -> None:
-    """card.json and card.md in a folder, which is made if it is not there."""
+    """Write card.json and card.md to a folder, which is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     content = [score._asdict() for score in scores]
     (folder / "card.json").write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")

@@ -23,11 +23,11 @@ ERRORS = (ValueError, ArithmeticError, OSError, RuntimeError, MemoryError)
 
 
 class Row(TypedDict, total=False):
-    """What one model did with one task. Log probabilities are natural, and sums over a text's tokens."""
+    """A model's result for a task. Log probabilities are natural, and sums over a text's tokens."""
 
     task: str
     model: str
-    error: str  # in place of all that follows
+    error: str  # instead of all that follows
     answer: str
     tokens: int
     first_token: float  # seconds
@@ -52,7 +52,7 @@ class Model(TypedDict, total=False):
 
 
 class Comparison(TypedDict):
-    """Rows go task by task, and within each in the order of the models."""
+    """Rows are ordered by task, and within a task by model."""
 
     models: list[Model]
     tasks: list[dict[str, Any]]
@@ -70,11 +70,11 @@ def compare(
     progress: Callable[[str], object] = lambda name: None,
     **options: Any,
 ) -> Comparison:
-    """Answer tasks, from a file or a list, with models, one in memory at a time. A model is what `Llama.build` loads;
-    `:int8`, `:int4` or a dtype behind it says its precision. Models that differ in nothing else are compared with the
-    first of them that is not quantized; with `reference`, all are compared with that one. `judge` is a model that
-    grades the answers. A model that cannot be loaded, and a task that does not fit, have an error instead of a result.
-    Other options are those of `Llama.build`."""
+    """Answer tasks, from a file or a list, with each model, one in memory at a time. A model is what `Llama.build`
+    loads, with an optional suffix for its precision: `:int8`, `:int4` or a dtype. Models that differ only in precision
+    are compared with the first of them that is not quantized; with `reference`, all are compared with that one. `judge`
+    is a model that grades the answers. A model that cannot be loaded, and a task that does not fit, get an error
+    instead of a result. Other options are those of `Llama.build`."""
     if isinstance(models, str) or not models or len({*models}) < len(models):
         raise ValueError(f"models is {models!r}; it must be a list of different models")
     if reference is not None and reference not in models:
@@ -119,7 +119,7 @@ def parse(name: str) -> tuple[str, dict[str, str]]:
 
 
 def references(models: Sequence[str], reference: str | None = None) -> dict[str, str | None]:
-    """The model that each is compared with, None for those that are references, or alone."""
+    """The model that each model is compared with; None for references, and for models without another precision."""
     first: dict[str, str] = {}
     for name in sorted(models, key=lambda name: "quantize" in parse(name)[1]):
         first.setdefault(parse(name)[0], name)
@@ -128,7 +128,7 @@ def references(models: Sequence[str], reference: str | None = None) -> dict[str,
 
 
 def build(name: str, options: dict[str, Any]) -> Llama:
-    """The model of a name, with the precision behind it."""
+    """Load a model by its name, which may end with a precision."""
     path, precision = parse(name)
     try:
         return Llama.build(path, **{**options, **precision})
@@ -155,14 +155,14 @@ def load(name: str, about: Model, options: dict[str, Any]) -> Llama:
 
 
 def free() -> None:
-    """Free the memory of models that nothing refers to any more."""
+    """Free the memory of models without references."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def run(llama: Llama, name: str, task: Task, other: Row, max_tokens: int, temperature: float) -> Row:
-    """A model's answer to a task, measured and scored; `other` is the reference's row."""
+    """Answer a task with a model, and score the answer. `other` is the reference's row."""
     row = Row(task=task.name, model=name)
     try:
         row |= answer(llama, task, max_tokens, temperature)  # type: ignore[typeddict-item]
@@ -218,7 +218,7 @@ def answer_logprob(llama: Llama, messages: Sequence[Message], text: str) -> floa
 
 
 def score(task: Task, row: Row) -> float | None:
-    """From 0 to 1; None without an expected answer."""
+    """The score of an answer, 0 to 1; None without an expected answer."""
     if task.labels:
         return float(max(row["labels"], key=row["labels"].__getitem__) == task.label)
     facts = task.facts or ((task.expected,) if task.expected else ())
@@ -228,7 +228,7 @@ def score(task: Task, row: Row) -> float | None:
 
 
 def grade(judge: str, tasks: Sequence[Task], found: dict[tuple[str, str], Row], options: dict[str, Any]) -> None:
-    """Let a model say of each answer whether it does what its task asks."""
+    """Ask a model whether each answer does what its task asks."""
     by_name = {task.name: task for task in tasks}
     answered = {key: row for key, row in found.items() if "answer" in row}
     try:

@@ -21,16 +21,16 @@ from ..generation import Llama
 from ..request import Request
 from ..scoring import Scores
 
-NAME = "llama"  # what the harness calls it
-QUEUE = 16  # requests per slot that the engine is given at a time: each step looks at all that wait
+NAME = "llama"  # in the harness
+QUEUE = 16  # requests per slot that are submitted at a time, because each step looks at all that wait
 MAX_GEN_TOKS = 256  # the harness's default
-# The harness's names of options -> the library's. Others, such as do_sample, have been applied before, or mean nothing.
+# Options that the harness and this library share. normalize_gen_kwargs has applied others, such as do_sample.
 OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class Continuations(Scores):
-    """Scores of continuations that have all ids but the last in common: `row` is what the model sees, with the common
-    ids from index `begin` on, and `ends` are the last ids. It observes a request for `row`."""
+    """Scores of continuations that differ only in their last ids, `ends`: `row` is the model's input, with the common
+    ids of the continuations from index `begin` on. It is the `observe` of a request for `row`."""
 
     def __init__(self, row: Sequence[int], begin: int, ends: Sequence[int]) -> None:
         super().__init__([*row, ends[0]], begin, top=1)
@@ -43,7 +43,7 @@ class Continuations(Scores):
         return super().__call__(hidden, start, logits) and all(map(math.isfinite, self.others))
 
     def results(self) -> list[tuple[float, bool]]:
-        """Of each continuation the sum of its log probabilities, and whether each of its ids is the argmax."""
+        """For each continuation the sum of its log probabilities, and whether each of its ids is the argmax."""
         *common, first = self.logprobs
         *argmax, best = [row[0][0] for row in self.top_logprobs]
         total, greedy = math.fsum(common), argmax == [*self.row[self.begin :]]
@@ -79,8 +79,8 @@ class HarnessModel(TemplateLM):
         return self.llama.model.params.max_seq_len
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The ids of a text, in which special tokens may be spelled out, as chat templates do; with BOS before it,
-        unless it has one or `add_special_tokens` is False."""
+        """The ids of a text that may spell out special tokens, as chat templates do; with BOS before it, unless it has
+        one or `add_special_tokens` is False."""
         tokenizer, ids = self.llama.tokenizer, list[int]()
         parts = self.special.split(string) if self.special else [string]
         for part in filter(None, parts):
@@ -119,7 +119,7 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """For each (texts, context ids, continuation ids) the sum of the continuation's log probabilities, and whether
-        each of its ids is the argmax. Of what is too long the end counts."""
+        each of its ids is the argmax. What is too long is truncated on the left."""
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         alike: dict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
         ends = list[int]()
@@ -130,7 +130,7 @@ class HarnessModel(TemplateLM):
             ends.append(ids[-1])
             if continuation:
                 alike[tuple(ids[:-1]), len(ids) - len(continuation)].append(i)
-        keys = sorted(alike)  # neighbours share a prefix, which is computed once
+        keys = sorted(alike)  # so that neighbours share prefixes, which are computed once
         observers = [Continuations(row, begin, [ends[i] for i in alike[row, begin]]) for row, begin in keys]
         queued = [Request(o.row, len(o.row), observe=o, first=o.first) for o in observers]
         self._run(queued, disable_tqdm, "log likelihoods")
@@ -174,7 +174,7 @@ class HarnessModel(TemplateLM):
             kept = {name: options[name] for name in OPTIONS if options.get(name) is not None}
             own = {"temperature": 0.0, "top_p": 1.0, **kept, "max_gen_len": most, "stop": stops[-1] or None}
             prompt = prompt or [self.prefix_token_id]
-            # An answer is a text of its own.
+            # As in chats, an answer's text does not continue the prompt's.
             queued += llama.inputs.requests([prompt], llama.inputs.settings(1, own), logprobs=False, chat=True)
         # Longest first, so that the last to end are short.
         order = sorted(range(len(queued)), key=lambda i: (-len(queued[i].prompt), queued[i].prompt))
@@ -187,7 +187,7 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _run(self, requests: Sequence[Request], disable_tqdm: bool, what: str) -> list[str]:
-        """Let the engine serve requests; the text of each."""
+        """Run requests, and return the text of each."""
         hidden = disable_tqdm or self.hidden_progress
         texts = list[str]()
         with tqdm(total=len(requests), desc=what, disable=hidden) as bar:
@@ -203,8 +203,8 @@ class HarnessModel(TemplateLM):
 
 
 def register(build: Callable[[], HarnessModel]) -> None:
-    """Let the harness's command line make its model `NAME` by `build`."""
-    import lm_eval.models  # noqa: F401 - registers its own models, if no other is registered yet
+    """Register a model `NAME`, which the harness's command line creates by `build`."""
+    import lm_eval.models  # noqa: F401 - it registers its own models only if no other is registered yet
     from lm_eval.api.registry import register_model
 
     class Registered(HarnessModel):

@@ -1,4 +1,4 @@
-"""`llama` and `llama_chat` for notebooks, as a well-known course on prompts has them, over local models."""
+"""`llama` and `llama_chat` for notebooks, with the signatures of a well-known course on prompts, and local models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ loaded: OrderedDict[str, Llama] = OrderedDict()  # the last used one is last
 
 
 def get(model: str) -> Llama:
-    """A model by its alias, or as `compare` takes it, loaded on first use. The least recently used one is dropped when
-    there are more than `most_loaded`, or when memory is short."""
+    """A model by its alias or its name for `compare`, loaded on first use. The least recently used model is dropped if
+    `most_loaded` are loaded already, or if memory is short."""
     lower = {name.lower(): path for name, path in aliases.items()}
     name = lower.get(model.lower(), model)
     while name not in loaded:

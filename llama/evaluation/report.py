@@ -26,7 +26,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def summaries(found: Comparison) -> list[dict[str, Any]]:
-    """Of each model: mean score, speed, and what its precision changes."""
+    """For each model the mean score, the speed, and the share of answers that equal the reference's."""
     every = []
     for model in found["models"]:
         rows = [row for row in found["rows"] if row["model"] == model["name"] and "error" not in row]
@@ -44,7 +44,7 @@ def summaries(found: Comparison) -> list[dict[str, Any]]:
 
 
 def over(rows: Sequence[Any], key: str, function: Callable[[Any], float]) -> float | None:
-    """A function of the values that rows have under a key; None where no row has one."""
+    """A function of the rows' values for a key; None if no row has one."""
     values = [row[key] for row in rows if row.get(key) is not None]
     return function(values) if values else None
 
@@ -54,7 +54,7 @@ def over(rows: Sequence[Any], key: str, function: Callable[[Any], float]) -> flo
 
 
 def printable(text: str) -> str:
-    """Without characters that would move a terminal's cursor or change its colours."""
+    """Replace characters that would move a terminal's cursor or change its colours."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
@@ -102,7 +102,7 @@ def cell(row: Row) -> str:
 
 
 def to_html(found: Comparison) -> str:
-    """The report: at most 300 KB, so that the last tasks of many are left out, and it says so."""
+    """The report, of at most 300 KB: if there are too many tasks, it leaves out the last ones and says so."""
     models = summaries(found)
     page = HEAD + models_table(models, found["judge"]) + plot(models) + precision_table(found, models)
     page += "<h2>Answers</h2>"
@@ -141,7 +141,7 @@ def models_table(models: Sequence[dict[str, Any]], judge: str | None) -> str:
 
 
 def plot(models: Sequence[dict[str, Any]]) -> str:
-    """Speed against score, a dot for each model with its number."""
+    """A plot of score against speed, with a numbered dot for each model."""
     points = [(i, own) for i, own in enumerate(models, 1) if own.get("speed") and own.get("score") is not None]
     if not points:
         return ""
@@ -169,7 +169,7 @@ def plot(models: Sequence[dict[str, Any]]) -> str:
 
 
 def precision_table(found: Comparison, models: Sequence[dict[str, Any]]) -> str:
-    """What another precision of the same model costs, on these prompts."""
+    """Each model next to its reference of another precision."""
     by_name = {own["name"]: own for own in models}
     rows_of = {(row["task"], row["model"]): row for row in found["rows"] if "error" not in row}
     parts = []
@@ -195,7 +195,7 @@ def precision_table(found: Comparison, models: Sequence[dict[str, Any]]) -> str:
 
 
 def section(found: Comparison, task: dict[str, Any]) -> str:
-    """A task, and a card for each answer with its differences from the reference's, or from the first."""
+    """A task with a card for each answer, which marks the differences from the reference's or the first answer."""
     rows = {row["model"]: row for row in found["rows"] if row["task"] == task["name"]}
     first, cards = next(iter(rows), ""), []
     for model in found["models"]:
@@ -230,7 +230,7 @@ def listed(row: Row) -> str:
 
 
 def difference(old: str, new: str, removed: bool) -> str:
-    """The words of `new`, those that `old` has not marked; with `removed` also the words that only `old` has."""
+    """The words of `new`, with marks at those that `old` lacks; with `removed` also the words that only `old` has."""
     a, b = re.findall(r"\s+|\S+", old), re.findall(r"\s+|\S+", new)
     parts = []
     tag = "ins" if removed else "mark"

@@ -26,15 +26,15 @@ KINDS: dict[str, tuple[type, str]] = {
 
 
 class Task(NamedTuple):
-    """What models are asked, and what the right answer is, if that is known."""
+    """A prompt, and the right answer if it is known."""
 
     name: str
     messages: list[Message]
-    completion: bool = False  # the text of the one message is continued, without a chat format
+    completion: bool = False  # continue the text of the only message, without a chat format
     expected: str = ""
-    facts: tuple[str, ...] = ()  # texts that an answer holds; "a|b" is one of several
+    facts: tuple[str, ...] = ()  # texts that a right answer contains; "a|b" is either of two
     labels: tuple[str, ...] = ()
-    label: str = ""  # the right one
+    label: str = ""  # the right label
     max_tokens: int | None = None
 
     @property

@@ -28,17 +28,17 @@ from .loop import Loop, Ticket
 from .metrics import Metrics
 from .page import page
 from .protocol import BODY
-from .schema import ApiError, CompletionRequest, Work, encode_chat, parse, read_dialog, read_with
+from .schema import ApiError, Work, encode_chat, parse, read_dialog, read_with
 
 T = TypeVar("T")
 POLL = 0.1  # seconds between two checks whether a client that waits for a whole reply has disconnected
-KEEPALIVE = 15.0  # seconds of silence after which a stream gets a comment, so that proxies keep it
+KEEPALIVE = 15.0  # seconds without an event after which a stream gets a comment, so that proxies do not close it
 
 
 class Config(NamedTuple):
-    model: str  # the name that clients ask for
-    any_model: bool = False  # answer to every name
-    keys: tuple[str, ...] = ()  # without one, none is needed
+    model: str  # its name in the API
+    any_model: bool = False  # accept every name
+    keys: tuple[str, ...] = ()  # API keys; without any, clients need none
     max_waiting: int = 64  # requests that may wait for a slot
     max_body: int = 2**22  # bytes
     allow_origins: tuple[str, ...] = ()
@@ -49,13 +49,13 @@ class Config(NamedTuple):
 
 
 class Service:
-    """The routes, and what they have in common. `loop` is there once the model is loaded."""
+    """The routes and what they share. `loop` is set once the model is loaded."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.metrics = config, Metrics(config.model)
         self.loop: Loop | None = None
         self.draining = False
-        self.reading = asyncio.Lock()  # tokenizing takes long for long texts; one thread is enough
+        self.reading = asyncio.Lock()  # one thread tokenizes, which takes long for long texts
         self.created = int(time.time())
 
     def app(self) -> Starlette:
@@ -82,14 +82,14 @@ class Service:
         return app
 
     def ready(self) -> Loop:
-        """The engine's loop; ApiError before it is there, and while the server ends."""
+        """The engine's loop. ApiError while the model is loaded, and while the server ends."""
         if self.loop is None or self.draining:
             why = "the server is ending" if self.draining else "the model is being loaded"
             raise ApiError(503, why, retry_after=5)
         return self.loop
 
     async def body(self, request: HttpRequest) -> dict[str, Any]:
-        """The JSON body, with the name of a model that this server has."""
+        """The JSON body, whose model this server has."""
         try:
             found = parse(await asyncio.wait_for(self._bytes(request), BODY))
         except ClientDisconnect as error:
@@ -132,32 +132,30 @@ class Service:
     # -----------------------------------------------------------------------------------------------------------------
     # Routes
 
-    async def generate(
-        self, request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], CompletionRequest]
-    ) -> Response:
+    async def generate(self, request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], Work]) -> Response:
         loop, body = self.ready(), await self.body(request)
-        completion = await self.read(read, body)
-        refusal = await self.refused(completion, body)
-        ticket = self.submit(completion.work) if refusal is None else loop.refuse(completion.work, refusal)
-        self.metrics.observe("request_params_n", completion.n)
-        reply = replies.Reply(loop.llama.tokenizer, body.get("model", self.config.model), completion, ticket)
-        if completion.stream:
+        work = await self.read(read, body)
+        refusal = await self.refused(work, body)
+        ticket = self.submit(work) if refusal is None else loop.refuse(work, refusal)
+        self.metrics.observe("request_params_n", work.n)
+        reply = replies.Reply(loop.llama.tokenizer, body.get("model", self.config.model), ticket)
+        if work.stream:
             return EventStream(self.stream(request, reply, ticket), loop, ticket)
         async for event in self.until_gone(request, loop, ticket):
             reply.take(event)
         note(request, ticket, reply.usage())
         return json_response(reply.whole())
 
-    async def refused(self, completion: CompletionRequest, body: Mapping[str, Any]) -> str | None:
-        """What a filter says instead of an answer. The prompt of a completion is a message of the user; where one of
-        several is refused, all are."""
+    async def refused(self, work: Work, body: Mapping[str, Any]) -> str | None:
+        """The text that an input filter returns instead of an answer. The prompt of a completion counts as a user's
+        message; if one of several prompts is refused, all are."""
         filters, tokenizer = self.config.filters, self.ready().llama.tokenizer
         if not filters.input_filters:
             return None
-        if completion.work.chat:
+        if work.chat:
             dialogs = [read_dialog(body)]
         else:
-            prompts = completion.work.prompts[:: completion.n]
+            prompts = work.prompts[:: work.n]
             texts = await asyncio.to_thread(lambda: [*map(tokenizer.decode, prompts)])
             dialogs = [[{"role": "user", "content": text}] for text in texts]
         for dialog in dialogs:
@@ -169,42 +167,39 @@ class Service:
         for chunk in reply.first_chunks():
             yield data(chunk)
         try:
-            async for events in self.config.filters.filter_outputs(ticket.events(KEEPALIVE)):
-                if not events:
+            async for event in self.config.filters.filter_outputs(ticket.events(KEEPALIVE)):
+                if event is None:
                     yield ": keepalive\n\n"
-                for event in events:
-                    check(ticket, event)
-                    for chunk in reply.chunks(event.row, reply.take(event)):
-                        yield data(chunk)
+                    continue
+                for chunk in reply.chunks(event.row, reply.take(event)):
+                    yield data(chunk)
             note(request, ticket, reply.usage())
-            if reply.completion.include_usage:
+            if reply.work.include_usage:
                 yield data(reply.usage_chunk())
         except ApiError as error:
             yield data(error.body)
         yield "data: [DONE]\n\n"
 
     async def until_gone(self, request: HttpRequest, loop: Loop, ticket: Ticket) -> AsyncIterator[Event]:
-        """The events of a ticket, which is cancelled where the client has gone."""
-        looked = time.monotonic()
+        """The events of a ticket, which is cancelled if the client disconnects."""
+        checked = time.monotonic()
         try:
-            async for events in self.config.filters.filter_outputs(ticket.events(POLL)):
-                for event in events:
-                    check(ticket, event)
+            async for event in self.config.filters.filter_outputs(ticket.events(POLL)):
+                if event is not None:
                     yield event
-                if time.monotonic() - looked >= POLL:
+                if time.monotonic() - checked >= POLL:
                     if await request.is_disconnected():
                         raise ApiError(499, "the client has gone")
-                    looked = time.monotonic()
+                    checked = time.monotonic()
         finally:
             loop.cancel(ticket)
 
     async def embed(self, request: HttpRequest) -> Response:
         loop, body = self.ready(), await self.body(request)
-        work, base64 = await self.read(schema.read_embeddings, body)
-        ticket = self.submit(work)
+        ticket = self.submit(await self.read(schema.read_embeddings, body))
         async for _ in self.until_gone(request, loop, ticket):
             pass
-        reply = replies.embeddings(body.get("model", self.config.model), ticket, base64)
+        reply = replies.embeddings(body.get("model", self.config.model), ticket)
         note(request, ticket, reply["usage"])
         return json_response(reply)
 
@@ -239,8 +234,8 @@ def data(value: object) -> str:
 
 
 class EventStream(StreamingResponse):
-    """A stream of events, whose ticket is cancelled when the client has gone, even before the first. It begins when the
-    first request has a slot, so that one that has waited for too long can be answered with 503."""
+    """A stream of events. It begins when the first request has a slot, so that one that has waited for too long is
+    answered with 503. Its ticket is cancelled when the client disconnects, even before the first event."""
 
     def __init__(self, content: AsyncIterator[str], loop: Loop, ticket: Ticket) -> None:
         super().__init__(
@@ -258,23 +253,12 @@ class EventStream(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         await self.ticket.started.wait()
         if self.ticket.late and not self.ticket.began:
-            return await error_response(late(self.ticket))(self.scope, self.receive, send)
+            return await error_response(self.ticket.cancelled())(self.scope, self.receive, send)
         await super().stream_response(send)
 
 
-def check(ticket: Ticket, event: Event) -> None:
-    """ApiError for an event that says that its request failed."""
-    ticket.check(event)
-    if event.finish_reason == "cancelled":
-        raise late(ticket)
-
-
-def late(ticket: Ticket) -> ApiError:
-    return ApiError(503, ticket.late or "the request was cancelled", retry_after=1)
-
-
 def note(request: HttpRequest, ticket: Ticket, usage: Mapping[str, Any]) -> None:
-    """What the log has of a request: numbers of tokens, and the time to the first."""
+    """Set the request's fields in the log: numbers of tokens, and the time to the first."""
     fields = getattr(request.state, "fields", {})
     request.state.fields = fields | {
         "prompt_tokens": usage["prompt_tokens"],

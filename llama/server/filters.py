@@ -1,4 +1,4 @@
-"""Filters that see inputs and outputs, and may put a text in place of the answer."""
+"""Filters of dialogs and answers: each may replace the answer by a text. They run in threads."""
 
 from __future__ import annotations
 
@@ -20,35 +20,34 @@ from ..stream import InputFilter, OutputFilter, check_verdict, ended
 from .schema import ApiError
 
 log = logging.getLogger("llama.server")
-THREADS = 32  # filters that run at a time, each in a thread, so that a slow one delays its own request alone
+THREADS = 32  # filters that run at the same time, each in its thread, so that a slow one delays only its own request
 TIMEOUT = 60.0  # seconds that a filter may take
 
 
 class Filters:
-    """The filters of a server: the first that returns a text decides."""
+    """The filters of a server. The first one that returns a text decides."""
 
     def __init__(self, input_filters: Sequence[InputFilter] = (), output_filters: Sequence[OutputFilter] = ()) -> None:
         self.input_filters, self.output_filters = input_filters, output_filters
         self.threads = asyncio.Semaphore(THREADS)
 
     async def filter_input(self, dialog: Dialog) -> str | None:
-        """What to say instead of an answer; None where the dialog may be answered."""
+        """The text to return instead of an answer, or None to answer the dialog."""
         return await self._verdict(self.input_filters, dialog)
 
-    async def filter_outputs(self, events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
-        """Events, each answer held back until it is whole where there are output filters."""
+    async def filter_outputs(self, events: AsyncIterator[Event | None]) -> AsyncIterator[Event | None]:
+        """Pass on events. With output filters, each answer is one event, once it is complete; before, None."""
         held: dict[int, list[Event]] = {}
-        async for some in events:
-            yield [await self._filtered(answer) for answer in ended(held, some)] if self.output_filters else some
-
-    async def _filtered(self, answer: Event) -> Event:
-        if answer.finish_reason in ("error", "cancelled", "refused"):
-            return answer
-        verdict = await self._verdict(self.output_filters, answer.text)
-        return answer if verdict is None else answer._replace(text=verdict, finish_reason="refused")
+        async for event in events:
+            if event and self.output_filters:
+                event = next(iter(ended(held, [event])), None)
+            if event and event.finish_reason and event.finish_reason != "refused":
+                verdict = await self._verdict(self.output_filters, event.text)
+                event = event if verdict is None else event._replace(text=verdict, finish_reason="refused")
+            yield event
 
     async def _verdict(self, filters: Sequence[Callable[[Any], str | None]], value: object) -> str | None:
-        """The text that the first filter returns which returns one."""
+        """The first text that a filter returns, else None."""
         for function in filters:
             try:
                 async with self.threads:
@@ -62,7 +61,7 @@ class Filters:
 
 
 async def in_thread(function: Callable[[Any], Any], value: object) -> Any:
-    """What a function returns, called in a thread that does not keep the process from ending."""
+    """Call a function in a daemon thread, which does not keep the process from ending."""
     found: Future[Any] = Future()
 
     def call() -> None:
@@ -78,8 +77,8 @@ async def in_thread(function: Callable[[Any], Any], value: object) -> Any:
 
 
 def load_filters(names: Sequence[str]) -> Filters:
-    """The functions `input_filter` and `output_filter` of objects `module:name`, or of modules; a class is called to
-    make one. ValueError for what has neither."""
+    """Load the functions `input_filter` and `output_filter` of modules, or of objects `module:name`. A class is
+    instantiated. ValueError for a module or object with neither function."""
     if names and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     inputs, outputs = list[InputFilter](), list[OutputFilter]()
@@ -89,7 +88,7 @@ def load_filters(names: Sequence[str]) -> Filters:
             found: Any = importlib.import_module(module)
             found = attrgetter(path)(found) if path else found
             owner: Any = found() if inspect.isclass(found) else found
-        except Exception as error:  # it is somebody's program
+        except Exception as error:  # the module may raise anything
             raise ValueError(f"cannot load the filter {name}: {type(error).__name__}: {error}") from error
         own = [getattr(owner, kind, None) for kind in ("input_filter", "output_filter")]
         if not any(map(callable, own)):

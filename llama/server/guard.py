@@ -1,4 +1,4 @@
-"""What is around every route: keys, an id, and a line of the log for each request; and replies in JSON."""
+"""Middleware for every route: API keys, request ids and log lines; and JSON responses."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .schema import ApiError
 
 log = logging.getLogger("llama.server")
-OPEN = {"/", "/health"}  # what needs no key
-POLLED = {"/health", "/metrics"}  # so often that they are logged at level DEBUG
-ID = re.compile(r"[\x21-\x7e]{1,128}")  # of a request, as clients may choose it
+OPEN = {"/", "/health"}  # paths that need no key
+POLLED = {"/health", "/metrics"}  # paths that are requested so often that they are logged at level DEBUG
+ID = re.compile(r"[\x21-\x7e]{1,128}")  # request ids that clients may choose
 
 
 class Guard:
-    """Middleware that checks the API key, if the server has any, gives each request an id and logs it. What routes put
-    into `request.state.fields` is a part of the line."""
+    """Checks the API key, if the server has any, gives each request an id, and logs it with the fields that routes put
+    into `request.state.fields`."""
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
         self.app, self.keys = app, [key.encode() for key in keys]
@@ -33,13 +33,13 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, status = time.monotonic(), 499  # as logs call it when the client goes before the reply begins
+        began, status = time.monotonic(), 499  # nginx's code for a client that disconnects before the response begins
         state = scope.setdefault("state", {})
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         id = given if ID.fullmatch(given) else uuid.uuid4().hex
 
-        async def noting(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -48,10 +48,10 @@ class Guard:
 
         try:
             if scope["path"] in OPEN or self.has_key(headers.get("authorization", "")):
-                await self.app(scope, receive, noting)
+                await self.app(scope, receive, send_with_id)
             else:
                 text = "the key is missing or wrong; send the header Authorization: Bearer KEY"
-                await error_response(ApiError(401, text, code="invalid_api_key"))(scope, receive, noting)
+                await error_response(ApiError(401, text, code="invalid_api_key"))(scope, receive, send_with_id)
         except Exception:
             status = 500
             raise
@@ -69,7 +69,7 @@ class Guard:
 
 
 def access(fields: Mapping[str, Any]) -> None:
-    """A line of the log about a request."""
+    """Log a request."""
     text = "{method} {path!r} {status}".format_map(fields)
     if "prompt_tokens" in fields:
         text += ", {prompt_tokens} tokens of prompts ({cached_tokens} cached), {completion_tokens} new".format_map(
@@ -85,7 +85,7 @@ def access(fields: Mapping[str, Any]) -> None:
 
 
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """JSON in ASCII, which holds any text."""
+    """A response with JSON in ASCII, which can represent any str."""
     return Response(json.dumps(value, separators=(",", ":")), status, headers, "application/json")
 
 
@@ -93,6 +93,6 @@ def error_response(error: ApiError) -> Response:
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if error.status in (408, 413):  # nobody will read the rest
+    if error.status in (408, 413):  # the rest of the body is not read
         headers["Connection"] = "close"
     return json_response(error.body, error.status, headers)

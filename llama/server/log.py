@@ -22,7 +22,7 @@ class JsonLines(logging.Formatter):
 
 
 def set_up(as_json: bool) -> None:
-    """Log to stderr from level INFO on. What cannot be written, as on a full disk, is lost."""
+    """Log to stderr from level INFO on. Lines that cannot be written, as on a full disk, are dropped."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if as_json else logging.Formatter(TEXT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

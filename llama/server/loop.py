@@ -1,7 +1,6 @@
-"""The engine's loop beside HTTP: what has arrived goes to all ranks, and what a step brings goes back.
+"""The engine's loop: each iteration sends new requests to all ranks, runs a step and returns its results.
 
-HTTP runs in a thread of the first rank; the engine has the main thread of every rank. A turn takes what has arrived,
-sends it to the other ranks, and makes one step.
+It runs in the main thread of every rank; HTTP runs in another thread of the first rank.
 """
 
 from __future__ import annotations
@@ -23,92 +22,106 @@ from torch import Tensor
 from ..generation import Llama
 from ..parallel import broadcast_object, rank, world_size
 from ..request import Event, Request
-from ..scoring import to_embed
+from ..scoring import to_pool
 from ..stream import refused
 from .metrics import Metrics
 from .schema import ApiError, Work
 
 log = logging.getLogger("llama.server")
-# Seconds between messages to idle ranks, by which the first rank notices that another is gone. gloo's own timeout is 30
-# minutes.
-IDLE = 5.0
-# Finish reasons as the API and the metrics have them, where they are not the engine's.
+IDLE = 5.0  # seconds between messages to idle ranks; they show that all ranks are alive (gloo's timeout is 30 minutes)
+# The API's names of finish reasons, where they differ from the engine's.
 REASONS: dict[str | None, str] = {"eos": "stop", "cancelled": "abort", "refused": "content_filter"}
 
 
 @dataclass
 class Times:
-    """When a request took its slot, and when its first and its latest token came; 0 for what has not happened."""
+    """When a request got its slot, its first token and its latest token; 0 if it has not happened yet."""
 
     admitted: float = 0.0
     first: float = 0.0
     latest: float = 0.0
-    tokens: int = 0  # that were generated
-    counted: bool = False  # the prompt is in the metrics
+    tokens: int = 0  # generated so far
+    counted: bool = False  # whether the metrics include the prompt
 
 
 class Job:
-    """What the engine does for a Work: one request for each prompt."""
+    """The engine's requests for a Work, one for each prompt."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.requests: list[Request] = []  # there before the first event
-        self.embeddings: Tensor | None = None  # complete with the last
+        self.requests: list[Request] = []  # set before the first event
+        self.embeddings: Tensor | None = None  # complete with the last event
 
     def submit(self, llama: Llama) -> list[Request]:
-        """Submit the requests. On the first rank their `outputs` keep all events."""
+        """Submit the requests. Only the first rank keeps all events in their `outputs`."""
         work = self.work
         if work.settings:
             options = work.logprobs, work.echo, not work.continues, work.top_logprobs
             self.requests = llama.inputs.requests(work.prompts, work.settings, *options)
         else:
-            self.requests, self.embeddings = to_embed(llama.engine, work.prompts, "mean")
+            self.requests, self.embeddings = to_pool(llama.engine, work.prompts, "mean")
         for row, request in enumerate(self.requests):
-            request.row, request.outputs = row, deque(maxlen=1 if rank() else None)  # nobody reads others
+            request.row, request.outputs = row, deque(maxlen=1 if rank() else None)
         llama.engine.submit(*self.requests)
         return self.requests
 
     def check(self, event: Event) -> None:
-        """ApiError for an event that says that its request failed."""
+        """Raise ApiError if the event's request has failed."""
         if event.finish_reason == "error":
             error = self.requests[event.row].error
-            # A ValueError is of options that contradict each other: a logit_bias that excludes all of a grammar.
+            # ValueError: options that contradict each other, such as a logit_bias that excludes all of a grammar.
             raise ApiError(400 if isinstance(error, ValueError) else 500, str(error))
 
 
 class Ticket(Job):
-    """The job of an HTTP request. The event loop's thread sets its attributes, except those of `Job` and those that are
-    noted, which the engine's thread sets."""
+    """The job of an HTTP request. The engine's thread sets the attributes of `Job`, `late` and `Times.admitted`; the
+    event loop's thread sets the others."""
 
     def __init__(self, number: int, work: Work) -> None:
         super().__init__(work)
         self.number, self.arrived = number, time.monotonic()
         self.updates: asyncio.Queue[list[Event]] = asyncio.Queue()
-        self.times = [Times() for _ in work.prompts]  # `admitted` is set by the engine's thread
-        self.began = 0.0  # when the first request took a slot; set by the engine's thread
-        self.late = ""  # why the time limits have ended it; set by the engine's thread
+        self.times = [Times() for _ in work.prompts]
+        self.late = ""  # the error message, once a time limit has ended it
         self.started = asyncio.Event()  # a request has taken a slot or has ended
-        self.open = len(work.prompts)  # requests that go on
+        self.open = len(work.prompts)  # requests that have not ended
+
+    @property
+    def began(self) -> float:
+        """When the first request got a slot; 0 before."""
+        return min((times.admitted for times in self.times if times.admitted), default=0.0)
 
     @property
     def first(self) -> float:
-        """When the first token came, of any request; 0 before."""
+        """When the first token of any request was generated; 0 before."""
         return min((times.first for times in self.times if times.first), default=0.0)
 
-    async def events(self, timeout: float) -> AsyncIterator[list[Event]]:
-        """The events of each step, until all requests have ended; an empty list after `timeout` seconds without one."""
+    async def events(self, timeout: float) -> AsyncIterator[Event | None]:
+        """The events of all requests; None after `timeout` seconds without one. ApiError if a request has failed."""
         left = len(self.work.prompts)
         while left:
-            events: list[Event] = []
-            with suppress(asyncio.TimeoutError):
+            try:
                 events = await asyncio.wait_for(self.updates.get(), timeout)
-            left -= sum(event.finish_reason is not None for event in events)
-            yield events
+            except asyncio.TimeoutError:
+                yield None
+                continue
+            for event in events:
+                self.check(event)
+                left -= event.finish_reason is not None
+                yield event
+
+    def check(self, event: Event) -> None:
+        super().check(event)
+        if event.finish_reason == "cancelled":
+            raise self.cancelled()
+
+    def cancelled(self) -> ApiError:
+        return ApiError(503, self.late or "the request was cancelled", retry_after=1)
 
 
 class Loop:
-    """`max_wait` is how many seconds an HTTP request may wait for its first slot, `max_time` how many it may then run;
-    what is late ends, on all ranks."""
+    """`max_wait` limits the seconds that an HTTP request waits for its first slot, `max_time` the seconds that it then
+    runs."""
 
     def __init__(self, llama: Llama, metrics: Metrics, max_wait: float = math.inf, max_time: float = math.inf) -> None:
         self.llama, self.metrics, self.max_wait, self.max_time = llama, metrics, max_wait, max_time
@@ -130,7 +143,7 @@ class Loop:
         return ticket
 
     def refuse(self, work: Work, text: str) -> Ticket:
-        """A ticket that the engine never sees: each of its requests has ended with `text` in place of an answer."""
+        """A ticket whose answers are all `text`, without the engine."""
         ticket = Ticket(next(self.numbers), work)
         ticket.requests, ticket.open = [Request(prompt, len(prompt)) for prompt in work.prompts], 0
         ticket.updates.put_nowait([refused(row, text) for row in range(len(work.prompts))])
@@ -139,7 +152,7 @@ class Loop:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """End the requests of a ticket that still run or wait."""
+        """Cancel the requests of a ticket that have not ended."""
         if ticket.open:
             self.inbox.put((ticket.number, None))
 
@@ -174,7 +187,7 @@ class Loop:
             self.metrics.observe("iteration_tokens_total", tokens)
 
     def _count(self, ticket: Ticket, event: Event, now: float) -> int:
-        """Add an event to the metrics; the number of its tokens, with those of a prompt that is complete."""
+        """Add an event to the metrics. Returns the number of its tokens, with the prompt's if it is the first event."""
         metrics, times, prompt = self.metrics, ticket.times[event.row], ticket.work.prompts[event.row]
         new = len(event.tokens) - (len(prompt) if ticket.work.echo and not times.counted else 0)
         count = max(0, new)
@@ -214,7 +227,7 @@ class Loop:
     # In the engine's thread, on every rank
 
     def run(self) -> None:
-        """Serve until `stop`. Errors of a step end its requests; where there are several ranks, they end all."""
+        """Serve until `stop`. An error in a step ends its requests; with several ranks, it ends the job."""
         running: dict[int, list[Request]] = {}
         ending = False
         while not ending or running:
@@ -234,23 +247,24 @@ class Loop:
             running = self._send(running, began)
 
     def _end_late(self, running: Iterable[int]) -> None:
-        """On the first rank: cancel the tickets that have waited or run for too long."""
+        """On the first rank: cancel tickets that exceed a time limit."""
         now = time.monotonic()
         for ticket in filter(None, map(self.tickets.get, running)):
             if ticket.late:
                 continue
-            if not ticket.began and now - ticket.arrived > self.max_wait:
+            began = ticket.began
+            if not began and now - ticket.arrived > self.max_wait:
                 ticket.late = f"no slot was free for {self.max_wait:g} seconds; try again"
-            elif ticket.began and now - ticket.began > self.max_time:
+            elif began and now - began > self.max_time:
                 ticket.late = f"the request has run for {self.max_time:g} seconds, as long as this server allows"
             if ticket.late:
                 self.inbox.put((ticket.number, None))
 
     def _receive(self, busy: bool) -> list[tuple[int, Work | None] | None]:
-        """What has arrived at the first rank since the last turn; if nothing is to be done, what arrives next."""
+        """The items that reached the first rank since the last iteration. Waits for one unless `busy`."""
         items: list[Any]
         items, self.llama.engine.received = self.llama.engine.received, []
-        if world_size() > 1 and (busy or items):  # it came with the last step
+        if world_size() > 1 and (busy or items):  # the last step's message had them
             return items
         if rank() == 0:
             with suppress(queue.Empty):
@@ -265,27 +279,25 @@ class Loop:
             with self.llama.engine.lock:
                 self.llama.engine.step()
         except Exception:
-            if world_size() > 1:  # the ranks are no longer in step
+            if world_size() > 1:  # the ranks may differ now
                 raise
             log.exception("a step failed; its requests have ended")
 
     def _send(self, running: dict[int, list[Request]], began: float) -> dict[int, list[Request]]:
-        """Give the tickets what a step that began at `began` has brought; the requests that go on."""
+        """Pass the events of a step that began at `began` to the tickets. Returns the requests that have not ended."""
         found: list[tuple[Ticket, list[Event]]] = []
         for number, requests in running.items():
             if ticket := self.tickets.get(number):
-                events = list[Event]()
+                events, waited = list[Event](), not ticket.began
                 for request, times in zip(requests, ticket.times, strict=True):
                     if request.slot >= 0 and not times.admitted:
                         times.admitted = began
-                    new = [request.outputs.popleft() for _ in range(len(request.outputs))]
-                    events += [in_time(ticket, request, event) for event in new]
-                admitted = not ticket.began and any(times.admitted for times in ticket.times)
-                ticket.began = ticket.began or (began if admitted else 0.0)
-                if events or admitted:
+                    while request.outputs:
+                        events.append(in_time(ticket, request, request.outputs.popleft()))
+                if events or (waited and ticket.began):
                     found.append((ticket, events))
         if found:
-            with suppress(RuntimeError):  # the event loop has ended, and with it all who wait
+            with suppress(RuntimeError):  # the event loop has ended
                 self.event_loop.call_soon_threadsafe(self._deliver, found)
         return {
             number: requests for number, requests in running.items() if not all(request.finish for request in requests)
@@ -293,8 +305,8 @@ class Loop:
 
 
 def in_time(ticket: Ticket, request: Request, event: Event) -> Event:
-    """An event, where an answer that has run for too long is one that has reached its length. What needs the whole
-    prompt, embeddings and an echo's log probabilities, stays cancelled before it is computed."""
+    """An answer that exceeded `max_time` ends with "length", unless it needs the whole prompt, as embeddings and an
+    echo's log probabilities do, and the prompt is not complete."""
     complete = not request.observe or len(request.ids) > len(request.prompt)
     cut = event.finish_reason == "cancelled" and ticket.late and ticket.began and complete
     return event._replace(finish_reason="length") if cut else event

@@ -1,5 +1,4 @@
-"""What the server counts, in Prometheus' text format 0.0.4. Names, types and buckets are vLLM's, with the prefix
-`llama:`."""
+"""Metrics in Prometheus' text format 0.0.4. Names, types and buckets are vLLM's, with the prefix `llama:`."""
 
 from __future__ import annotations
 
@@ -62,7 +61,7 @@ class Histogram:
 
 
 class Metrics:
-    """All of one server. The event loop's thread alone writes and reads them."""
+    """The metrics of a server. Only the event loop's thread uses them."""
 
     def __init__(self, model_name: str) -> None:
         self.labels = label("model_name", model_name)

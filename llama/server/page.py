@@ -1,4 +1,4 @@
-"""The page at /: one file, and the headers that let it run its own script and reach this server alone."""
+"""The web page at /, and headers that restrict it to its own script and this server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ZIPPED = gzip.compress(PAGE, mtime=0)
 
 
 def sources(tag: str) -> str:
-    """The hashes of the page's inline blocks, as a Content-Security-Policy names them."""
+    """The hashes of the page's inline blocks, in a Content-Security-Policy's format."""
     blocks = re.findall(rb"<%b>(.*?)</%b>" % ((tag.encode(),) * 2), PAGE, re.DOTALL)
     return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(block).digest()).decode()}'" for block in blocks)
 

@@ -17,11 +17,11 @@ from .metrics import Metrics
 from .protocol import KEEP_ALIVE, LARGEST_HEADERS, Http
 
 log = logging.getLogger("llama.server")
-GRACE = 60  # seconds in which running requests may end after the first signal
+GRACE = 60  # seconds that running requests have to end after the first signal
 
 
 class Server:
-    """HTTP on `host`:`port`, 0 for any that is free. It answers 503 until `serve` is called. OSError for an address
+    """HTTP on `host`:`port`; port 0 chooses a free one. It answers 503 until `serve` is called. OSError for an address
     that cannot be used."""
 
     def __init__(self, config: Config, host: str = "127.0.0.1", port: int = 0) -> None:
@@ -32,6 +32,10 @@ class Server:
         except OSError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
         self.port = self.socket.getsockname()[1]
+        address = f"[{host}]" if v6 else host
+        log.info("serving %s on http://%s:%d/v1 once it is loaded", config.model, address, self.port)
+        if host not in ("127.0.0.1", "::1", "localhost") and not config.keys:
+            log.warning("anyone who reaches %s can use this server: it has no keys, see --api_key_file", host)
         self.service = Service(config)
         self.http = uvicorn.Server(
             uvicorn.Config(
@@ -61,7 +65,7 @@ class Server:
                 self.service.loop.stop()
 
     def serve(self, llama: Llama) -> None:
-        """Serve until `drain` is called, and what then runs has ended."""
+        """Serve until `drain` is called and the running requests have ended."""
         config = self.service.config
         self.service.loop = Loop(llama, self.service.metrics, config.max_wait, config.max_time)
         if not self.ended:
@@ -70,12 +74,12 @@ class Server:
         self.thread.join()
 
     def drain(self) -> None:
-        """Take no new requests, and end when those that run have ended. From any thread."""
+        """Accept no new requests, and end when the running ones have ended. From any thread."""
         self.service.draining = self.http.should_exit = True
 
 
 def serve_rank(llama: Llama, server: Server | None) -> None:
-    """Serve on this rank until a signal: the first drains, the second ends. Rank 0 has the server."""
+    """Serve on this rank. The first signal drains the server, the second ends the process. Rank 0 has the server."""
     signals = 0
 
     def on_signal(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 with limits of time for clients that send or read too slowly."""
+"""uvicorn's HTTP/1.1 protocol with time limits for clients that send or read too slowly."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 BODY = 60.0  # seconds for a body, then 408
-KEEP_ALIVE = 75  # seconds until the next request on a connection is there; longer than clients and proxies keep one
+KEEP_ALIVE = 75  # seconds that an idle connection stays open; longer than clients and proxies keep one
 # Seconds that a connection may take for the headers of a request, and for a body that no route reads.
 SENDING = {h11.IDLE: float(KEEP_ALIVE), h11.SEND_BODY: BODY + 10}
-READING = 60.0  # seconds in which a client must take what was sent
+READING = 60.0  # seconds that a client may take to receive what was sent
 LARGEST_HEADERS = 2**15  # bytes
 
 
 class Http(H11Protocol):
-    """A connection, which is closed where its client takes longer than these limits."""
+    """A connection, which is closed if its client exceeds these limits."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -1,4 +1,4 @@
-"""Replies made of the engine's events: completions, answers of chats and their chunks, in OpenAI's shapes."""
+"""The engine's events -> completions, chat completions and their chunks, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from typing import Any, NamedTuple
 from ..request import Event
 from ..tokenizer import Decoder, Tokenizer
 from .loop import REASONS, Job
-from .schema import CompletionRequest
 
-NEVER = -9999.0  # stands for minus infinity, which JSON does not have
+NEVER = -9999.0  # in place of minus infinity, which JSON lacks
 
 
 class Token(NamedTuple):
-    text: str  # what it adds
+    text: str  # that it adds
     bytes: list[int]
-    logprob: float | None  # None for the first of a prompt
+    logprob: float | None  # None for a prompt's first token
     top: list[tuple[int, float]] | None
-    offset: int  # characters of the text before it
+    offset: int  # in characters, of its text
 
 
 class Part(NamedTuple):
-    """What has become final of a choice."""
+    """The part of a choice that one event makes final."""
 
     text: str = ""
     tokens: list[Token] = []  # noqa: RUF012 - never changed
@@ -35,8 +34,8 @@ class Part(NamedTuple):
 
 
 class Choice:
-    """An answer as it grows. With log probabilities, tokens are held back as long as their text is, so that streams
-    never contain a part of a stop string."""
+    """An answer while it is generated. With log probabilities, tokens are held back until their text is final, so that
+    streams never contain part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, job: Job, row: int) -> None:
         self.tokenizer, self.job, self.row, self.work = tokenizer, job, row, job.work
@@ -44,9 +43,9 @@ class Choice:
         self.decoder = Decoder(tokenizer, prompt if self.work.continues and not self.work.echo else ())
         self.parts: list[Part] = []
         self.held: list[Token] = []
-        self.preface = len(prompt) if self.work.echo else 0  # tokens of the first event that are the prompt's
+        self.preface = len(prompt) if self.work.echo else 0  # prompt tokens in the first event
         self.characters = self.final = 0  # of the tokens so far, and of the text that is final
-        self.count = 0  # tokens that were generated
+        self.count = 0  # generated tokens
 
     def take(self, event: Event) -> Part:
         preface, self.preface = min(self.preface, len(event.tokens)), 0
@@ -72,7 +71,7 @@ class Choice:
             self.characters += len(text)
 
     def _release(self, end: bool) -> list[Token]:
-        """The tokens whose text is final; at the end all, cut where the text is."""
+        """The tokens whose text is final. At the end all tokens are, cut where the text ends."""
         if end:
             if self.held and (rest := self.decoder.flush()):
                 last = self.held[-1]
@@ -80,7 +79,7 @@ class Choice:
             cut = [token._replace(text=token.text[: max(0, self.final - token.offset)]) for token in self.held]
             self.held = []
             return cut
-        # A token without a text may be a part of a character, and is released with the last one of it.
+        # A token without text may be part of a character, and is released with the character's last token.
         final = [i for i, t in enumerate(self.held) if t.text and t.offset + len(t.text) <= self.final]
         count = final[-1] + 1 if final else 0
         released, self.held = self.held[:count], self.held[count:]
@@ -88,13 +87,13 @@ class Choice:
 
 
 class Reply:
-    """The JSON of a reply, whole or in chunks, from the events of a job."""
+    """A job's reply as JSON, whole or in chunks."""
 
-    def __init__(self, tokenizer: Tokenizer, model: str, completion: CompletionRequest, job: Job) -> None:
-        self.tokenizer, self.completion, self.job, self.model = tokenizer, completion, job, model
-        self.chat, self.created = completion.work.chat, int(time.time())
+    def __init__(self, tokenizer: Tokenizer, model: str, job: Job) -> None:
+        self.tokenizer, self.model, self.job, self.work = tokenizer, model, job, job.work
+        self.chat, self.created = self.work.chat, int(time.time())
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.choices = [Choice(tokenizer, job, row) for row in range(len(job.work.prompts))]
+        self.choices = [Choice(tokenizer, job, row) for row in range(len(self.work.prompts))]
 
     def take(self, event: Event) -> Part:
         return self.choices[event.row].take(event)
@@ -104,7 +103,7 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": None}
 
     def whole(self) -> dict[str, Any]:
-        """The reply that is not streamed, of all that has been taken."""
+        """The reply to a request without `stream`."""
         choices = []
         for index, choice in enumerate(self.choices):
             text = "".join(part.text for part in choice.parts)
@@ -121,10 +120,10 @@ class Reply:
 
     def first_chunks(self) -> list[dict[str, Any]]:
         roles: dict[str, Any] = {"role": "assistant", "content": ""}
-        return [self.chunk(i, roles) for i in range(self.completion.n)] if self.chat else []
+        return [self.chunk(i, roles) for i in range(self.work.n)] if self.chat else []
 
     def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
-        """Of a part: its text, and in a chat the end behind it."""
+        """The chunks of a part: its text, and in chats a separate one for the finish reason."""
         if not self.chat:
             new = part.text or part.tokens or part.finish_reason
             return [self.chunk(index, part.text, part.tokens, part.finish_reason)] if new else []
@@ -136,21 +135,21 @@ class Reply:
     ) -> dict[str, Any]:
         choice = {"index": index, "delta" if self.chat else "text": new}
         choice |= {"logprobs": self.logprobs(tokens) if tokens else None, "finish_reason": finish_reason}
-        return {**self.head(True), "choices": [choice], **({"usage": None} if self.completion.include_usage else {})}
+        return {**self.head(True), "choices": [choice], **({"usage": None} if self.work.include_usage else {})}
 
     def usage_chunk(self) -> dict[str, Any]:
         return {**self.head(True), "choices": [], "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        """A prompt counts once, whatever n is."""
-        once = self.job.requests[:: self.completion.n]
+        """Numbers of tokens. A prompt counts once, whatever n is."""
+        once = self.job.requests[:: self.work.n]
         prompt, new = sum(len(request.prompt) for request in once), sum(choice.count for choice in self.choices)
         cached = sum(request.cached for request in once)
         counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
         return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if not self.completion.work.logprobs:
+        if not self.work.logprobs:
             return None
         if self.chat:
             return {"content": [self._of_chat(token) for token in tokens], "refusal": None}
@@ -169,7 +168,8 @@ class Reply:
         return {"token": token.text, "logprob": finite(token.logprob), "bytes": token.bytes, "top_logprobs": top}
 
     def _of_text(self, token: Token) -> dict[str, float | None] | None:
-        """The most probable, and the chosen one; of several with one text the most probable."""
+        """Log probabilities of the most probable tokens and of the chosen one, by text; of tokens with the same text,
+        that of the most probable."""
         if token.top is None:
             return None
         found: dict[str, float | None] = {}
@@ -189,12 +189,12 @@ def finite(logprob: float | None) -> float | None:
     return NEVER if logprob == -math.inf else logprob
 
 
-def embeddings(model: str, job: Job, base64_: bool) -> dict[str, Any]:
+def embeddings(model: str, job: Job) -> dict[str, Any]:
     """The reply to a request for embeddings; base64 is of float32, little-endian, as clients expect."""
     rows = [] if job.embeddings is None else job.embeddings.tolist()
     data = []
     for index, row in enumerate(rows):
-        packed = base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() if base64_ else row
+        packed = base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() if job.work.base64 else row
         data.append({"object": "embedding", "index": index, "embedding": packed})
     count = sum(len(prompt) for prompt in job.work.prompts)
     usage = {"prompt_tokens": count, "total_tokens": count}

@@ -1,4 +1,4 @@
-"""The bodies of requests, read and checked: JSON -> prompts and settings for the engine."""
+"""Parses and checks request bodies: JSON -> prompts and settings for the engine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..generation import Llama
 from ..options import Settings
 
 T = TypeVar("T")
-MOST_CHOICES = 2048  # prompts times n, and inputs of embeddings
+MAX_CHOICES = 2048  # prompts times n, and inputs of embeddings
 
 
 class ApiError(Exception):
-    """An answer that is an error, in OpenAI's shape."""
+    """An error response, in OpenAI's format."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int = 0
@@ -33,24 +33,20 @@ class ApiError(Exception):
 
 
 class Work(NamedTuple):
-    """The engine's part of an HTTP request: a request for each prompt. It is sent to all ranks."""
+    """An HTTP request, read and checked: a request to the engine for each prompt, and how the client wants the reply.
+    It is sent to all ranks."""
 
-    prompts: list[list[int]]  # each n times, one behind the other
-    settings: list[Settings] = []  # noqa: RUF012 - of each; none for embeddings
+    prompts: list[list[int]]  # each repeated n times, with settings
+    settings: list[Settings] = []  # noqa: RUF012 - one for each; empty for embeddings
     logprobs: bool = False
     top_logprobs: int = 0
     echo: bool = False
     chat: bool = False
-    continues: bool = True  # the answer's text goes on from the prompt's
-
-
-class CompletionRequest(NamedTuple):
-    """A request for a completion or for an answer of a chat, and how the client wants the reply."""
-
-    work: Work
-    n: int
-    stream: bool
-    include_usage: bool
+    continues: bool = True  # the answer continues the prompt's text
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    base64: bool = False  # of embeddings
 
 
 Test = Callable[[Any], bool]
@@ -101,7 +97,7 @@ FIELDS: dict[str, tuple[Test, str]] = {
 LOGPROBS = (lambda v: type(v) is int and 0 <= v <= 20), "an int from 0 to 20"
 OF_TEXT: dict[str, tuple[Test, str]] = {**FIELDS, "logprobs": LOGPROBS}
 OF_CHAT: dict[str, tuple[Test, str]] = {**FIELDS, "logprobs": BOOL, "top_logprobs": LOGPROBS}
-# Fields that this server does not support, and a test for the values that are allowed because they ask for nothing.
+# Fields that this server does not support, and tests for values that are allowed because they request nothing.
 REFUSED: dict[str, Test] = {
     **dict.fromkeys(("tools", "functions"), lambda v: v == []),
     **dict.fromkeys(("tool_choice", "function_call"), lambda v: v in ("none", "auto")),
@@ -111,12 +107,12 @@ REFUSED: dict[str, Test] = {
     **dict.fromkeys(("audio", "prediction", "web_search_options", "prompt_logprobs"), lambda v: False),
     **dict.fromkeys(("guided_grammar", "structural_tag"), lambda v: False),
 }
-# Fields that the library has as options, and what they are called there.
+# Fields that are options of the library -> their names there.
 OPTIONS = {name: name for name in ("temperature", "top_p", "top_k", "min_p", *PENALTIES, "stop", "stop_token_ids")}
 OPTIONS["min_tokens"] = "min_gen_len"
 
-# Kinds of structured output, as vLLM calls them, and the option of the library. They are fields `guided_KIND` of a body
-# or fields of its structured_outputs.
+# vLLM's kinds of structured output: tests of their values, and the equivalent options of the library. They are fields
+# `guided_KIND` of a body, or fields of its structured_outputs.
 STRUCTURES: dict[str, tuple[Test, Callable[[Any], dict[str, Any]]]] = {
     "json": (lambda v: isinstance(v, (str, dict)), lambda v: {"json_schema": v}),
     "json_object": (lambda v: v is True, lambda v: {"json_schema": {"type": "object"}}),
@@ -126,7 +122,7 @@ STRUCTURES: dict[str, tuple[Test, Callable[[Any], dict[str, Any]]]] = {
 
 
 def parse(text: bytes, name: str = "the body") -> dict[str, Any]:
-    """A JSON object without the fields that are null, as these are absent."""
+    """A JSON object without its null fields."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -137,7 +133,7 @@ def parse(text: bytes, name: str = "the body") -> dict[str, Any]:
 
 
 def read_with(read: Callable[[Llama, Mapping[str, Any]], T], llama: Llama, body: Mapping[str, Any]) -> T:
-    """What `read` makes of a body; what the library refuses is the client's error."""
+    """read(llama, body), where a ValueError becomes an ApiError with status 400."""
     try:
         return read(llama, body)
     except ValueError as error:
@@ -146,7 +142,7 @@ def read_with(read: Callable[[Llama, Mapping[str, Any]], T], llama: Llama, body:
 
 
 def check_fields(body: Mapping[str, Any], fields: Mapping[str, tuple[Test, str]]) -> None:
-    """ApiError for a field of the wrong kind, or one that asks for what this server cannot do."""
+    """ApiError for a field with a value of the wrong kind, or that this server does not support."""
     for name, value in body.items():
         if name in REFUSED and not REFUSED[name](value):
             raise ApiError(400, f"this server does not support {name} {shorten(value)}", name)
@@ -154,7 +150,7 @@ def check_fields(body: Mapping[str, Any], fields: Mapping[str, tuple[Test, str]]
             raise ApiError(400, f"{name} is {shorten(value)}; it must be {fields[name][1]}", name)
 
 
-def read_completion(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
+def read_completion(llama: Llama, body: Mapping[str, Any]) -> Work:
     check_fields(body, OF_TEXT)
     if body.get("best_of", 1) > body.get("n", 1):
         raise ApiError(400, "this server does not support best_of larger than n", "best_of")
@@ -162,10 +158,10 @@ def read_completion(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
     if body.get("echo") and "logprobs" in body:  # clients that score a prompt expect one token after it, not EOS
         body = {**body, "min_tokens": max(1, body.get("min_tokens", 0))}
     work = Work(prompts, [], "logprobs" in body, body.get("logprobs", 0), body.get("echo", False))
-    return completion_request(llama, body, work, most, "prompt")
+    return with_settings(llama, body, work, most, "prompt")
 
 
-def read_chat(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
+def read_chat(llama: Llama, body: Mapping[str, Any]) -> Work:
     check_fields(body, OF_CHAT)
     if body.get("echo"):
         raise ApiError(400, "this server does not support echo in chats", "echo")
@@ -175,24 +171,24 @@ def read_chat(llama: Llama, body: Mapping[str, Any]) -> CompletionRequest:
     prompt = encode_chat(llama, body)
     most = body.get("max_completion_tokens", body.get("max_tokens", llama.model.params.max_seq_len))
     work = Work([prompt], [], wanted, top, chat=True, continues=continues(body))
-    return completion_request(llama, body, work, most, "messages")
+    return with_settings(llama, body, work, most, "messages")
 
 
 def continues(body: Mapping[str, Any]) -> bool:
-    """Whether the answer goes on from the last message, which is the assistant's."""
-    goes_on: bool = body.get("continue_final_message", False)
-    if body.get("add_generation_prompt", not goes_on) == goes_on:
+    """Whether the answer continues the last message, which is the assistant's."""
+    final: bool = body.get("continue_final_message", False)
+    if body.get("add_generation_prompt", not final) == final:
         text = "add_generation_prompt is false if, and only if, continue_final_message is true"
         raise ApiError(400, text, "add_generation_prompt")
-    return goes_on
+    return final
 
 
-def completion_request(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str) -> CompletionRequest:
-    """A request with the settings of each choice. A `most` beyond the context ends with it, as everywhere in this
-    library; a prompt that leaves no token is an error."""
+def with_settings(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str) -> Work:
+    """Repeat each prompt n times, and add settings. As everywhere in this library, answers end where the context does,
+    even if `most` is larger; a prompt that leaves no space for a token is an error."""
     n = body.get("n", 1)
-    if len(work.prompts) * n > MOST_CHOICES:
-        raise ApiError(400, f"{len(work.prompts)} prompts times n {n} are more than {MOST_CHOICES} choices", "n")
+    if len(work.prompts) * n > MAX_CHOICES:
+        raise ApiError(400, f"{len(work.prompts)} prompts times n {n} are more than {MAX_CHOICES} choices", "n")
     check_length(llama, work.prompts, int(most > 0), param)
     prompts = [prompt for prompt in work.prompts for _ in range(n)]
     options: dict[str, Any] = {"temperature": 1, "top_p": 1, "max_gen_len": most}
@@ -200,10 +196,10 @@ def completion_request(llama: Llama, body: Mapping[str, Any], work: Work, most: 
     options["top_k"] = max(0, options.get("top_k", 0))
     options["logit_bias"] = {int(id): bias for id, bias in body.get("logit_bias", {}).items()}
     structure, field = read_structure(body)
-    if body.get("ignore_eos") and not structure:  # it is never sampled, unless it is one of the request's own ends
+    if body.get("ignore_eos") and not structure:  # EOS is never sampled, unless it is in stop_token_ids
         ends = {id for id in llama.tokenizer.eos_ids if id >= 0} - {*body.get("stop_token_ids", ())}
         options["logit_bias"] |= dict.fromkeys(ends, -math.inf)
-    if (seed := body.get("seed")) is not None:  # each choice has one of its own of 64 bits, the first the request's
+    if (seed := body.get("seed")) is not None:  # each choice has its own 64-bit seed, the first one the request's
         others = [(seed + k + 2**63) % 2**64 - 2**63 for k in range(1, n)]
         options["seed"] = [seed, *others] * len(work.prompts)
     try:
@@ -213,12 +209,12 @@ def completion_request(llama: Llama, body: Mapping[str, Any], work: Work, most: 
             raise ApiError(400, str(error), field) from error
         raise
     include_usage = body.get("stream_options", {}).get("include_usage") is True
-    work = work._replace(prompts=prompts, settings=settings)
-    return CompletionRequest(work, n, body.get("stream", False), include_usage)
+    stream = body.get("stream", False)
+    return work._replace(prompts=prompts, settings=settings, n=n, stream=stream, include_usage=include_usage)
 
 
 def read_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The option that says what answers match, if there is one, and the field that asks for it."""
+    """The option for structured output, if any, and the field that requests it."""
     wanted = [(f"guided_{kind}", kind, body[f"guided_{kind}"]) for kind in STRUCTURES if f"guided_{kind}" in body]
     inner = body.get("structured_outputs", {})
     wanted += [("structured_outputs", kind, value) for kind, value in inner.items() if value is not None]
@@ -240,8 +236,7 @@ def read_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return option(value), field
 
 
-def read_embeddings(llama: Llama, body: Mapping[str, Any]) -> tuple[Work, bool]:
-    """What is to be embedded, and whether the client wants base64."""
+def read_embeddings(llama: Llama, body: Mapping[str, Any]) -> Work:
     check_fields(body, {"model": FIELDS["model"]})
     form = body.get("encoding_format", "float")
     if form not in ("float", "base64"):
@@ -253,22 +248,22 @@ def read_embeddings(llama: Llama, body: Mapping[str, Any]) -> tuple[Work, bool]:
     if "" in (body["input"] if isinstance(body["input"], list) else [body["input"]]):
         raise ApiError(400, "input has an empty string", "input")
     check_length(llama, prompts, 0, "input")
-    return Work(prompts), form == "base64"
+    return Work(prompts, base64=form == "base64")
 
 
 def read_prompts(llama: Llama, body: Mapping[str, Any], name: str) -> list[list[int]]:
-    """The ids of a text or several, given as texts or as ids."""
+    """The ids of one or several prompts, given as texts or as ids."""
     if (value := body.get(name)) is None:
         raise ApiError(400, f"{name} is missing", name)
     several = value if isinstance(value, list) and not is_list_of(int)(value) else [value]
-    if not several or len(several) > MOST_CHOICES:
-        raise ApiError(400, f"{name} has {len(several)} items; it must have 1 to {MOST_CHOICES}", name)
+    if not several or len(several) > MAX_CHOICES:
+        raise ApiError(400, f"{name} has {len(several)} items; it must have 1 to {MAX_CHOICES}", name)
     if is_list_of(str)(several):
         return llama.inputs.encode(several)
     if not all(is_list_of(int)(ids) for ids in several):
         wanted = "a string, a list of strings, token ids or a list of these"
         raise ApiError(400, f"{name} is {shorten(value)}; it must be {wanted}", name)
-    check_length(llama, several, 0, name)  # before each id is looked at
+    check_length(llama, several, 0, name)  # before its ids are
     for i, prompt in enumerate(several):
         llama.inputs.check(prompt, f"{name} {i}")
     return several
@@ -285,8 +280,8 @@ def check_length(llama: Llama, prompts: Sequence[Sequence[int]], more: int, para
 
 
 def encode_chat(llama: Llama, body: Mapping[str, Any]) -> list[int]:
-    goes_on = continues(body)
-    return llama.inputs.encode_dialog(read_dialog(body), "messages", answered=goes_on, unfinished=goes_on)
+    final = continues(body)
+    return llama.inputs.encode_dialog(read_dialog(body), "messages", answered=final, unfinished=final)
 
 
 def read_dialog(body: Mapping[str, Any]) -> Any:
@@ -297,7 +292,7 @@ def read_dialog(body: Mapping[str, Any]) -> Any:
 
 
 def read_message(i: int, message: Any) -> dict[str, str]:
-    """A message as the library has it: a role and a text."""
+    """A message in the library's format: a role and a text."""
     name = f"messages[{i}]"
     if not isinstance(message, dict):
         raise ApiError(400, f"{name} is {shorten(message)}; it must be an object", name)
