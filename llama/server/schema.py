@@ -137,8 +137,8 @@ def read_with(read: Callable[[Llama, Mapping[str, Any]], T], llama: Llama, body:
     try:
         return read(llama, body)
     except ValueError as error:
-        name = re.split(r"[ :]", str(error))[0]
-        raise ApiError(400, str(error), name if name in body else None) from error
+        named = re.match(r"(?:message \d+ of )?(\w*)", str(error))
+        raise ApiError(400, str(error), named[1] if named and named[1] in body else None) from error
 
 
 def check_fields(body: Mapping[str, Any], fields: Mapping[str, tuple[Test, str]]) -> None:
