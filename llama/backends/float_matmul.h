@@ -2,9 +2,9 @@
 // Where the CPU has a dot product of bfloat16 (HAS_DOT2), w and x consist of Pairs, and `in` counts Pairs: a lane holds two
 // bfloat16 instead of a float32.
 //
-// Up to DOT_MAX_ROWS rows, as in decode steps, are bound by memory bandwidth: weights are read once, in place, and each
-// output is a dot product. More rows, as in prefill, are a blocked GEMM: blocks of weights are packed into tiles that stay
-// in the L2 cache, and a micro-kernel accumulates outer products in registers.
+// For up to DOT_MAX_ROWS rows, as in decode steps, memory bandwidth is the limit, or close to it: weights are read once, in
+// place, and each output is a dot product. More rows, as in prefill, are a blocked GEMM: blocks of weights are packed into
+// tiles that stay in the L2 cache, and a micro-kernel accumulates outer products in registers.
 #pragma once
 
 #include "threads.h"
@@ -29,8 +29,9 @@ INLINE void for_overlapping_blocks(int64_t r, int64_t rows, const Work &work) {
     if constexpr (most > 1) for_overlapping_blocks<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
 }
 
-// The outputs that a micro-kernel computes together are `output_stride` apart, so that each reads a long sequential stream of
-// weights: a core keeps more cache lines in flight when it reads several streams.
+// The micro-kernels below compute O outputs of R rows, and store output o of row r in y[o * y_stride + r]. The outputs are
+// `output_stride` apart in the matrix, so that each reads a long sequential stream of weights: a core keeps more cache lines
+// in flight when it reads several streams.
 
 // Prefetches the weights of O outputs 2 KiB ahead of column k.
 template <int O, typename T>
@@ -173,8 +174,8 @@ static const float *pack_x(const float *x, int64_t rows, int64_t in) {
     return to;
 }
 
-// Outputs begin .. end - 1 of up to DOT_MAX_ROWS rows. Micro-kernels store them as columns, (outputs, rows): storing them in
-// y would touch a cache line for each.
+// Outputs begin .. end - 1 of up to DOT_MAX_ROWS rows. They are stored as columns (outputs, rows) first, and then
+// transposed: otherwise a micro-kernel would write each of its numbers to another cache line.
 template <typename T>
 static void dot_matmul(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
                         int64_t end) {
