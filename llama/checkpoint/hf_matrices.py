@@ -20,9 +20,8 @@ from .files import Entry, File, Packed
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
-TWICE_FP4 = torch.tensor(
-    [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
-)  # the numbers of FP4 (E2M1), times 2
+# Two times each number of FP4 (E2M1).
+TWICE_FP4 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 AWQ_ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where each of 8 columns is among the 8 numbers of a word
 
 
