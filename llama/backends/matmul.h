@@ -10,9 +10,9 @@
 //            4 t .. 4 t + 3 of the block in the low nibbles, columns block / 2 + 4 t .. in the high nibbles
 //   scale    for each group, one float16 of each output; min likewise
 //
-// Activations are quantized dynamically to 8 bits, x = scale q, with a scale for each token and group of 32 columns, or 16.
-// Groups with outliers have a residual of 8 more bits. So w x is a sum over groups of
-// scale_w scale_x (q_w q_x) + min_w x, where q_w q_x is a dot product of 8-bit integers.
+// Activations are quantized dynamically: x = scale n, with a scale for each token and chunk of columns. n has 8 bits, but 16
+// for outliers: n = low + 256 high, where high is 0 in most columns. So w x is a sum over chunks of scale_w scale_x (q n) +
+// min_w x, where q n is a dot product of integers.
 #pragma once
 
 #include "float_matmul.h"
@@ -39,25 +39,28 @@ static void dispatch(int64_t kind, void *data, const Work &work) {
 // Matmuls of quantized matrices
 
 constexpr int TILE_N = TILE_V * L;  // outputs of a tile
+constexpr int HIGH_TILES = (BYTES == 64 ? 8 : 4) / TILE_V;  // tiles that share the loop over outliers
+constexpr float OUTLIER = 6;  // an activation is an outlier if it exceeds this multiple of the row's mean absolute value
+constexpr float MAX_LOW = 127, MAX_HIGH = 256 * MAX_LOW + MAX_LOW;
 
-// Groups of a row of x, quantized to 8 bits. They have 32 columns, or 16, whatever the groups of the weights: an outlier
-// costs precision only within its own group, and outliers are few.
-struct QuantizedGroups {
-    void *q;         // Activation8 or, for int4 weights, int8_t
-    float *scale;    // of each group; NaN where x is not finite
-    int32_t *init;   // of each group: the accumulators' initial value, -zero * sum(q), which compensates the zero point
+// Four columns of a row of x of which some are outliers.
+struct Outliers {
+    float scale;            // of the high bytes
+    int32_t high, init;     // four high bytes, and -zero * their sum
+    int32_t offset, shift;  // where a tile has the weights of these columns: bytes from its first, and bits in each byte
+    int32_t group;          // of the weights
 };
-// A row of x. Groups with outliers have a large scale. Their residual, x - scale q, is quantized too, in steps of
-// scale / 254: otherwise outliers cause most of a model's error.
-struct QuantizedRow : QuantizedGroups {
-    float *sum;                // of each group of the weights: the sum of scale q, by which min is multiplied
-    QuantizedGroups residual;  // of the groups with outliers
-    int32_t *outliers;         // the indices of these groups
+// A row of x. Integers accumulate over chunks of columns, whose weights have one scale.
+struct QuantizedRow {
+    void *low;      // Activation8 or, for int4 weights, int8_t; an Activation8 of 16 bits is n itself, and has no high byte
+    float *scale;   // of each chunk; NaN where x is not finite
+    int32_t *init;  // of each chunk: the accumulators' initial value, -zero * sum(low), which compensates the zero point
+    float *sum;     // of each chunk: the sum of scale n, by which min is multiplied
+    Outliers *outliers;
     int64_t n_outliers;
 };
-constexpr float OUTLIER = 1.75f;  // a group has outliers if its scale exceeds this multiple of the row's mean scale
 
-static int64_t activation_group(const Matrix &m) { return m.group % 32 ? 16 : 32; }
+static int64_t chunk_columns(const Matrix &m) { return std::min<int64_t>(m.kind == INT8 ? 128 : 32, m.group & -m.group); }
 
 INLINE void store_quantized(int8_t *q, I n) { store_as(q, __builtin_convertvector(n, Vector<int8_t, BYTES / 4>::type)); }
 INLINE void store_quantized(int16_t *q, I n) {
@@ -69,82 +72,89 @@ INLINE void store_quantized(int16_t *q, I n) {
     store_as(q, pairs);
 }
 
-template <typename T, int group>
-static void quantize_row(const float *x, const Matrix &m, QuantizedRow &to) {
-    const int64_t groups = m.in / group;
-    const int32_t zero = m.kind == INT8 ? BIAS : m.zero;
-    for (int64_t g = 0; g < groups; g += L) {  // L groups at a time, as a horizontal reduction of one vector is slow
-        F largest[L];
-        for (int i = 0; i < L; i++) {
-            const float *from = x + std::min(g + i, groups - 1) * group;
-            largest[i] = abs(load(from));
-            for (int k = L; k < group; k += L) largest[i] = max_abs(largest[i], abs(load(from + k)));
-        }
-        const F amax = reduce_each(largest, max_abs), scale = max(amax, splat(1e-30f)) / 127 + amax * 0.0f;
-        memcpy(to.scale + g, &scale, std::min<int64_t>(L, groups - g) * sizeof(float));
-    }
-    const float outlier = OUTLIER * std::accumulate(to.scale, to.scale + groups, 0.0f) / groups;
-    std::fill_n(to.sum, m.in / m.group, 0.0f);
-    to.n_outliers = 0;
-    // Quantizes group g of x, or its residual after rounding to multiples of `coarse`, to multiples of `scale`. Returns
-    // partial sums of q.
-    const auto quantize = [&](auto residual, int64_t g, float scale, float coarse, void *q) {
-        const F inverse = splat(1 / scale), step = splat(coarse), inverse_step = splat(1 / coarse);
-        I total = {};
-        for (int k = 0; k < group; k += L) {
-            F value = load(x + g * group + k);
-            if (residual) value -= step * __builtin_convertvector(round_to_int(value * inverse_step), F);
-            const I n = round_to_int(value * inverse);
-            total += n;
-            store_quantized((T *)q + k, n);
-        }
-        return __builtin_convertvector(total, F);
-    };
-    const auto add_sum = [&](int64_t g, float scale, float sum, int32_t &init) {
-        init = -zero * (int32_t)sum;
-        to.sum[g * group / m.group] += scale * sum;
-    };
-    for (int64_t g = 0; g < groups; g += L) {
-        F total[L] = {};
-        const int64_t n = std::min<int64_t>(L, groups - g);
-        for (int i = 0; i < n; i++)
-            total[i] = quantize(constant<false>, g + i, to.scale[g + i], 1, (T *)to.q + (g + i) * group);
-        const F sum = sum_each(total);
-        for (int i = 0; i < n; i++) add_sum(g + i, to.scale[g + i], sum[i], to.init[g + i]);
-    }
-    for (int64_t g = 0; g < groups; g++)
-        if (to.scale[g] > outlier) {
-            const int64_t i = to.n_outliers++;
-            const float scale = to.residual.scale[i] = to.scale[g] / 254;
-            to.outliers[i] = g;
-            add_sum(g, scale, reduce_add(quantize(constant<true>, g, scale, to.scale[g], (T *)to.residual.q + i * group)),
-                    to.residual.init[i]);
-        }
+static float mean_abs(const float *x, int64_t columns) {
+    F total[4] = {};
+    int64_t k = 0;
+    for (; k + 4 * L <= columns; k += 4 * L)
+        for (int i = 0; i < 4; i++) total[i] += abs(load(x + k + i * L));
+    for (; k < columns; k += L) total[0] += abs(load(x + k));
+    return reduce_add(total[0] + total[1] + (total[2] + total[3])) / columns;
 }
 
-// Dot products of one group of columns: R rows of x with V vectors of outputs of a tile. Weights are prefetched if `cold`.
-template <int group, typename X, int R, int V>
-INLINE void group_dots_int8(const uint8_t *w, bool cold, const X *x, int64_t begin, I (&dots)[R][V]) {
+template <typename T>
+static void quantize_row(const float *x, const Matrix &m, QuantizedRow &to) {
+    const int64_t chunk = chunk_columns(m), chunks = m.in / chunk;
+    const int32_t zero = m.kind == INT8 ? BIAS : m.zero;
+    const float largest = OUTLIER * mean_abs(x, m.in);
+    to.n_outliers = 0;
+    for (int64_t c = 0; c < chunks; c += L) {  // L chunks at a time, as a horizontal reduction of one vector is slow
+        const int64_t n = std::min<int64_t>(L, chunks - c);
+        F reduced[L] = {};
+        for (int i = 0; i < n; i++)
+            for (int64_t k = 0; k < chunk; k += L) reduced[i] = max_abs(reduced[i], abs(load(x + (c + i) * chunk + k)));
+        const F most = reduce_each(reduced, max_abs);
+        const F scale = max(max(min(most, splat(largest)) / MAX_LOW, most / MAX_HIGH), splat(1e-32f)) + most * 0.0f;
+        memcpy(to.scale + c, &scale, n * sizeof(float));
+        for (int i = 0; i < n; i++) {
+            const F inverse = splat(1 / scale[i]);
+            const bool outliers = sizeof(T) == 1 && most[i] > largest;
+            const int64_t begin = (c + i) * chunk;
+            int8_t high[128];
+            I sum = {};
+            for (int64_t k = 0; k < chunk; k += L) {
+                I n = round_to_int(load(x + begin + k) * inverse);
+                if (outliers) {
+                    const I low = n << 24 >> 24;
+                    store_quantized(high + k, (n - low) >> 8);
+                    n = low;
+                }
+                store_quantized((T *)to.low + begin + k, n);
+                sum += n;
+            }
+            reduced[i] = __builtin_convertvector(sum, F);
+            to.sum[c + i] = 0;
+            for (int64_t j = 0; j < chunk && outliers; j += 4)
+                if (const int32_t bytes = load_as<int32_t>(high + j)) {
+                    const int32_t sum_high = high[j] + high[j + 1] + high[j + 2] + high[j + 3];
+                    const bool second = m.kind == INT4 && j >= chunk / 2;  // half of the chunk, in the high nibbles
+                    const int64_t offset = (m.kind == INT8 ? begin + j : begin / 2 + j % (chunk / 2)) * TILE_N;
+                    const float step = 256 * scale[i];
+                    to.sum[c + i] += step * sum_high;
+                    to.outliers[to.n_outliers++] = {step, bytes, -zero * sum_high, (int32_t)offset, second * 4,
+                                                    int32_t(begin / m.group)};
+                }
+        }
+        const F sum = sum_each(reduced);
+        for (int i = 0; i < n; i++) {
+            to.init[c + i] = -zero * (int32_t)sum[i];
+            to.sum[c + i] += scale[i] * sum[i];
+        }
+    }
+}
+
+// Dot products of a chunk of columns: R rows of x with V vectors of outputs of a tile. Weights are prefetched if `cold`.
+template <int chunk, int R, int V>
+INLINE void chunk_dots_int8(const uint8_t *w, bool cold, const QuantizedRow *x, int64_t begin, I (&dots)[R][V]) {
 #pragma GCC unroll 8
-    for (int k = 0; k < group / 4; k++, w += TILE_N * 4) {
+    for (int k = 0; k < chunk / 4; k++, w += TILE_N * 4) {
         for (int i = 0; cold && i < V * BYTES; i += 64) prefetch(w + i + 4096);
         for (int half = 0; half < HALVES; half++) {
             B weights[V];
             for (int v = 0; v < V; v++) weights[v] = int8_operand(load_as<B>(w + v * BYTES), half);
             for (int r = 0; r < R; r++) {
-                const I row = splat(load_as<int32_t>((const int32_t *)x[r].q + (begin / 4 + k) * HALVES + half));
+                const I row = splat(load_as<int32_t>((const int32_t *)x[r].low + (begin / 4 + k) * HALVES + half));
                 for (int v = 0; v < V; v++) dots[r][v] = dot_int8(dots[r][v], weights[v], row);
             }
         }
     }
 }
-template <int group, typename X, int R, int V>
-INLINE void group_dots_int4(const uint8_t *w, bool cold, const X *x, int64_t begin, I (&dots)[R][V]) {
+template <int chunk, int R, int V>
+INLINE void chunk_dots_int4(const uint8_t *w, bool cold, const QuantizedRow *x, int64_t begin, I (&dots)[R][V]) {
     I part[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) part[r][v] = HALVES == 2 ? I{} : dots[r][v];
 #pragma GCC unroll 4
-    for (int t = 0; t < group / 8; t++, w += TILE_N * 4) {
+    for (int t = 0; t < chunk / 8; t++, w += TILE_N * 4) {
         for (int i = 0; cold && i < V * BYTES; i += 64) prefetch(w + i + 4096);
         for (int half = 0; half < 2; half++) {
             B weights[V];
@@ -153,7 +163,7 @@ INLINE void group_dots_int4(const uint8_t *w, bool cold, const X *x, int64_t beg
                 weights[v] = (half ? (B)((I16)nibbles >> 4) : nibbles) & 15;
             }
             for (int r = 0; r < R; r++) {
-                const I row = splat(load_as<int32_t>((const int8_t *)x[r].q + begin + half * group / 2 + 4 * t));
+                const I row = splat(load_as<int32_t>((const int8_t *)x[r].low + begin + half * chunk / 2 + 4 * t));
                 for (int v = 0; v < V; v++) part[r][v] = dot_int4(part[r][v], weights[v], row);
             }
         }
@@ -163,35 +173,30 @@ INLINE void group_dots_int4(const uint8_t *w, bool cold, const X *x, int64_t beg
 }
 
 // Micro-kernel: computes R rows x V vectors of outputs, beginning with output `first` of a tile, and stores the first n of
-// each row. `same`: weights and x have the same groups. `cold`: the weights are not cached yet and are prefetched.
-template <int R, int V, int bits, int group, bool same>
+// each row. `cold`: the weights are not cached yet and are prefetched.
+template <int R, int V, int bits, int chunk>
 __attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, int64_t first, const QuantizedRow *x,
                                                  float *y, int64_t stride, int64_t n, bool cold) {
-    const int64_t groups = m.in / m.group, begin = tile * groups * TILE_N + first;
     const uint8_t *w = (const uint8_t *)m.weight + tile * TILE_N * m.in * bits / 8 + first * 4;
+    int64_t at = tile * (m.in / m.group) * TILE_N + first;  // of the group's scales
     F total[R][V] = {};
-    for (int64_t g = 0, k = 0; g < groups; g++) {
-        F part[R][V] = {}, scale[V];
-        for (int v = 0; v < V; v++) scale[v] = load(m.scale + begin + g * TILE_N + v * L);
-        for (const int64_t end = k + (same ? group : m.group); k < end; k += group, w += TILE_N * group * bits / 8) {
-            I dots[R][V];
+    for (int64_t k = 0, c = 0, end = m.group; k < m.in; c++, w += TILE_N * chunk * bits / 8) {
+        I dots[R][V];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) dots[r][v] = splat(x[r].init[c]);
+        if constexpr (bits == 8) chunk_dots_int8<chunk>(w, cold, x, k, dots);
+        else chunk_dots_int4<chunk>(w, cold, x, k, dots);
+        for (int v = 0; v < V; v++) {
+            const F scale = load(m.scale + at + v * L);
             for (int r = 0; r < R; r++)
-                for (int v = 0; v < V; v++) dots[r][v] = splat(x[r].init[k / group]);
-            if constexpr (bits == 8) group_dots_int8<group>(w, cold, x, k, dots);
-            else group_dots_int4<group>(w, cold, x, k, dots);
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < V; v++) {
-                    const F dot = __builtin_convertvector(dots[r][v], F), scale_x = splat(x[r].scale[k / group]);
-                    if (same) total[r][v] += dot * (scale_x * scale[v]);
-                    else part[r][v] += dot * scale_x;
-                }
+                total[r][v] += __builtin_convertvector(dots[r][v], F) * (splat(x[r].scale[c]) * scale);
         }
-        for (int v = 0; v < V && !same; v++)
-            for (int r = 0; r < R; r++) total[r][v] += part[r][v] * scale[v];
-        for (int v = 0; v < V && m.min; v++) {
-            const F min = load(m.min + begin + g * TILE_N + v * L);
-            for (int r = 0; r < R; r++) total[r][v] += min * x[r].sum[g];
-        }
+        if (m.min)
+            for (int v = 0; v < V; v++) {
+                const F min = load(m.min + at + v * L);
+                for (int r = 0; r < R; r++) total[r][v] += min * x[r].sum[c];
+            }
+        if ((k += chunk) == end) at += TILE_N, end += m.group;
     }
     for (int r = 0; r < R; r++)
         if (n >= V * L)
@@ -200,77 +205,75 @@ __attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, 
             memcpy(y + r * stride, total[r], n * sizeof(float));
 }
 
-// Adds the product of the weights and the residual of x to n outputs y of a tile.
-template <int bits, int group>
-__attribute__((noinline)) static void add_residual(const Matrix &m, int64_t tile, const QuantizedRow &x, float *y,
+// Adds the products of the weights and the high bytes of x to n outputs y, from the first of `tile` on.
+template <int bits, int tiles>
+__attribute__((noinline)) static void add_outliers(const Matrix &m, int64_t tile, const QuantizedRow &x, float *y,
                                                    int64_t n) {
-    F total[TILE_V] = {};
-    for (int64_t i = 0; i < x.n_outliers; i++) {
-        const int64_t k = x.outliers[i] * group;
-        const uint8_t *w = (const uint8_t *)m.weight + (tile * m.in + k) * TILE_N * bits / 8;
-        const Half *scale = m.scale + (tile * (m.in / m.group) + k / m.group) * TILE_N;
-        I dots[1][TILE_V];
-        for (int v = 0; v < TILE_V; v++) dots[0][v] = splat(x.residual.init[i]);
-        if constexpr (bits == 8) group_dots_int8<group>(w, false, &x.residual, i * group, dots);
-        else group_dots_int4<group>(w, false, &x.residual, i * group, dots);
-        for (int v = 0; v < TILE_V; v++)
-            total[v] += __builtin_convertvector(dots[0][v], F) * (splat(x.residual.scale[i]) * load(scale + v * L));
-    }
-    for (int64_t j = 0; j < std::min<int64_t>(n, TILE_N); j++) y[j] += total[j / L][j % L];
+    const int64_t stride = m.in * TILE_N * bits / 8, groups = m.in / m.group;
+    const uint8_t *weight = (const uint8_t *)m.weight + tile * stride;
+    F total[tiles][TILE_V] = {};
+    for (const Outliers *of = x.outliers; of < x.outliers + x.n_outliers; of++)
+        for (int t = 0; t < tiles; t++)
+            for (int v = 0; v < TILE_V; v++) {
+                const B w = load_as<B>(weight + t * stride + of->offset + v * BYTES);
+                I dots = splat(of->init);
+                if constexpr (bits == 8) dots = dot_int8(dots, int8_operand(w, 0), splat(of->high));
+                else dots = widen_add(dots, dot_int4(I{}, (B)((I16)w >> of->shift) & 15, splat(of->high)));
+                const F scale = load(m.scale + ((tile + t) * groups + of->group) * TILE_N + v * L);
+                total[t][v] += __builtin_convertvector(dots, F) * (splat(of->scale) * scale);
+            }
+    const float *sum = (const float *)total;
+    for (int64_t j = 0; j < std::min<int64_t>(n, tiles * TILE_N); j++) y[j] += sum[j];
 }
 
 // Quantizes the rows of x for matrices of the kind and groups of m; valid until the next call.
 static const QuantizedRow *quantize_rows(const Matrix &m, const float *x, int64_t rows) {
-    const int64_t size = m.in * (m.kind == INT8 ? sizeof(Activation8) : 1);
-    const int64_t groups = m.in / activation_group(m), w_groups = m.in / m.group;
-    const int64_t each = 5 * groups + w_groups;  // 4-byte elements of a row
-    char *memory = (char *)scratch<QUANTIZED_X>(rows * (sizeof(QuantizedRow) + 2 * size + each * 4) + 64);
+    const int64_t chunks = m.in / chunk_columns(m), size = m.in * (m.kind == INT8 ? sizeof(Activation8) : 1);
+    const int64_t bytes = size + 3 * chunks * sizeof(float), outliers = m.in / 4;  // of a row
+    char *memory = (char *)scratch<QUANTIZED_X>(rows * (sizeof(QuantizedRow) + bytes + outliers * sizeof(Outliers)));
     QuantizedRow *row = (QuantizedRow *)memory;
-    float *numbers = (float *)(row + rows);
-    char *q = (char *)(numbers + rows * each);
+    char *at = (char *)(row + rows);
+    Outliers *lists = (Outliers *)(at + rows * bytes);  // behind what is read for every tile
     parallel_for_rows(rows, m.in, [&](int64_t r) {
-        float *at = numbers + r * each, *residual = at + 2 * groups + w_groups;
-        row[r].q = q + 2 * r * size, row[r].scale = at, row[r].init = (int32_t *)(at + groups);
-        row[r].sum = at + 2 * groups, row[r].outliers = (int32_t *)(residual + 2 * groups);
-        row[r].residual = {q + (2 * r + 1) * size, residual, (int32_t *)(residual + groups)};
-        const auto quantize = [&](auto group) {
-            if (m.kind == INT8) quantize_row<Activation8, group>(x + r * m.in, m, row[r]);
-            else quantize_row<int8_t, group>(x + r * m.in, m, row[r]);
-        };
-        activation_group(m) == 32 ? quantize(constant<32>) : quantize(constant<16>);
+        float *scale = (float *)(at + r * bytes + size);
+        row[r] = {at + r * bytes, scale, (int32_t *)scale + chunks, scale + 2 * chunks, lists + r * outliers, 0};
+        if (m.kind == INT8) quantize_row<Activation8>(x + r * m.in, m, row[r]);
+        else quantize_row<int8_t>(x + r * m.in, m, row[r]);
     });
     return row;
 }
 
 // Outputs of tiles begin .. end - 1 of a quantized matrix.
+template <int bits, int chunk>
 static void int_matmul(const Matrix &m, const QuantizedRow *row, float *y, int64_t rows, int64_t stride, int64_t begin,
                        int64_t end) {
-    for (int64_t r0 = 0; r0 < rows; r0 += BLOCK_M)
-        for (int64_t tile = begin; tile < end; tile++) {
-            const auto compute = [&](auto bits, auto group, auto same) {
-                const int64_t last = std::min(rows, r0 + BLOCK_M);
-                const auto kernel = [&](auto R, int64_t r) {
-                    constexpr int V = R * TILE_V > 6 * INT_V ? INT_V : TILE_V;
-                    for (int64_t first = 0; first < TILE_N; first += V * L) {
-                        const int64_t o = tile * TILE_N + first;
-                        float *to = y + r * stride + o;
-                        int_kernel<R, V, bits, group, same>(m, tile, first, row + r, to, stride, m.out - o, r == 0);
-                    }
-                };
-                constexpr auto most = bits == 8 ? INT8_ROWS : INT4_ROWS;
-                rows > DOT_MAX_ROWS ? for_blocks<most[1]>(r0, last, kernel) : for_blocks<most[0]>(r0, last, kernel);
-                for (int64_t r = r0; r < last; r++)
-                    if (row[r].n_outliers)
-                        add_residual<bits, group>(m, tile, row[r], y + r * stride + tile * TILE_N, m.out - tile * TILE_N);
+    constexpr auto most = bits == 8 ? INT8_ROWS : INT4_ROWS;
+    for (int64_t r0 = 0; r0 < rows; r0 += BLOCK_M) {
+        const int64_t last = std::min(rows, r0 + BLOCK_M);
+        const auto multiply = [&](int64_t tile) {
+            const auto kernel = [&](auto R, int64_t r) {
+                constexpr int V = R * TILE_V > 6 * INT_V ? INT_V : TILE_V;
+                for (int64_t first = 0; first < TILE_N; first += V * L) {
+                    const int64_t o = tile * TILE_N + first;
+                    int_kernel<R, V, bits, chunk>(m, tile, first, row + r, y + r * stride + o, stride, m.out - o, r == 0);
+                }
             };
-            const auto dispatch_group = [&](auto bits) {
-                if (m.group == 32) compute(bits, constant<32>, constant<true>);
-                else if (m.group % 32 == 0) compute(bits, constant<32>, constant<false>);
-                else compute(bits, constant<16>, constant<false>);
-            };
-            m.kind == INT8 ? dispatch_group(constant<8>) : dispatch_group(constant<4>);
-        }
+            rows > DOT_MAX_ROWS ? for_blocks<most[1]>(r0, last, kernel) : for_blocks<most[0]>(r0, last, kernel);
+        };
+        const auto multiply_all = [&](auto tiles, int64_t tile) {
+            for (int t = 0; t < tiles; t++) multiply(tile + t);
+            const int64_t o = tile * TILE_N;
+            for (int64_t r = r0; r < last; r++)
+                if (row[r].n_outliers) add_outliers<bits, tiles>(m, tile, row[r], y + r * stride + o, m.out - o);
+        };
+        int64_t tile = begin;
+        for (; tile + HIGH_TILES <= end; tile += HIGH_TILES) multiply_all(constant<HIGH_TILES>, tile);
+        for (; tile < end; tile++) multiply_all(constant<1>, tile);
+    }
 }
+constexpr decltype(&int_matmul<8, 16>) INT8_MATMULS[] = {int_matmul<8, 16>, int_matmul<8, 32>, int_matmul<8, 64>,
+                                                         int_matmul<8, 128>},
+                                       INT4_MATMULS[] = {int_matmul<4, 16>, int_matmul<4, 32>};
 
 // Calls work(matrix, y, begin, end) for ranges of tiles, of `unit` outputs, of matrices whose outputs are concatenated.
 // This is one job, as threads wait for each other at the end of every job.
@@ -316,8 +319,10 @@ static void matmul(const Matrix *m, int count, const float *x, float *y, int64_t
             });
         } else {
             const QuantizedRow *row = quantize_rows(first, x, rows);
+            const auto *matmuls = first.kind == INT8 ? INT8_MATMULS : INT4_MATMULS;
+            const auto multiply = matmuls[__builtin_ctzll(chunk_columns(first) / 16)];
             for_each_tile(m + i, n, y, TILE_N, [&](const Matrix &b, float *to, int64_t begin, int64_t end) {
-                int_matmul(b, row, to, rows, out, begin, end);
+                multiply(b, row, to, rows, out, begin, end);
             });
         }
         for (int j = 0; j < n; j++) y += m[i + j].out;

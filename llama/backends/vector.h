@@ -144,6 +144,7 @@ INLINE void store(Half *to, F x) {
 // --- arithmetic
 
 INLINE F max(F a, F b) { return b > a ? b : a; }  // a where a is NaN
+INLINE F min(F a, F b) { return b < a ? b : a; }
 INLINE F max_abs(F a, F b) { return (I)b > (I)a ? b : a; }  // of absolute values; NaN is the largest
 INLINE F abs(F x) { return (F)((U)x & 0x7FFFFFFF); }
 // |x| < 2^22: adding 1.5 * 2^23 rounds x to an integer in the low bits of the mantissa.
