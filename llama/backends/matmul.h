@@ -39,8 +39,7 @@ static void dispatch(int64_t kind, void *data, const Work &work) {
 // Matmuls of quantized matrices
 
 constexpr int TILE_N = TILE_V * L;  // outputs of a tile
-constexpr int HIGH_TILES = (BYTES == 64 ? 8 : 4) / TILE_V;  // tiles that share the loop over outliers
-constexpr float OUTLIER = 6;  // an activation is an outlier if it exceeds this multiple of the row's mean absolute value
+constexpr float OUTLIER = 6;  // an outlier exceeds this multiple of the row's mean absolute value
 constexpr float MAX_LOW = 127, MAX_HIGH = 256 * MAX_LOW + MAX_LOW;
 
 // Four columns of a row of x of which some are outliers.
@@ -55,7 +54,7 @@ struct QuantizedRow {
     void *low;      // Activation8 or, for int4 weights, int8_t; an Activation8 of 16 bits is n itself, and has no high byte
     float *scale;   // of each chunk; NaN where x is not finite
     int32_t *init;  // of each chunk: the accumulators' initial value, -zero * sum(low), which compensates the zero point
-    float *sum;     // of each chunk: the sum of scale n, by which min is multiplied
+    float *sum;     // of each chunk: the sum of scale n, by which min is multiplied; 0 without min
     Outliers *outliers;
     int64_t n_outliers;
 };
@@ -74,10 +73,7 @@ INLINE void store_quantized(int16_t *q, I n) {
 
 static float mean_abs(const float *x, int64_t columns) {
     F total[4] = {};
-    int64_t k = 0;
-    for (; k + 4 * L <= columns; k += 4 * L)
-        for (int i = 0; i < 4; i++) total[i] += abs(load(x + k + i * L));
-    for (; k < columns; k += L) total[0] += abs(load(x + k));
+    for (int64_t k = 0; k < columns; k += L) total[k / L % 4] += abs(load(x + k));
     return reduce_add(total[0] + total[1] + (total[2] + total[3])) / columns;
 }
 
@@ -119,7 +115,7 @@ static void quantize_row(const float *x, const Matrix &m, QuantizedRow &to) {
                     const bool second = m.kind == INT4 && j >= chunk / 2;  // half of the chunk, in the high nibbles
                     const int64_t offset = (m.kind == INT8 ? begin + j : begin / 2 + j % (chunk / 2)) * TILE_N;
                     const float step = 256 * scale[i];
-                    to.sum[c + i] += step * sum_high;
+                    if (m.min) to.sum[c + i] += step * sum_high;
                     to.outliers[to.n_outliers++] = {step, bytes, -zero * sum_high, (int32_t)offset, second * 4,
                                                     int32_t(begin / m.group)};
                 }
@@ -127,7 +123,7 @@ static void quantize_row(const float *x, const Matrix &m, QuantizedRow &to) {
         const F sum = sum_each(reduced);
         for (int i = 0; i < n; i++) {
             to.init[c + i] = -zero * (int32_t)sum[i];
-            to.sum[c + i] += scale[i] * sum[i];
+            if (m.min) to.sum[c + i] += scale[i] * sum[i];
         }
     }
 }
@@ -178,6 +174,7 @@ template <int R, int V, int bits, int chunk>
 __attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, int64_t first, const QuantizedRow *x,
                                                  float *y, int64_t stride, int64_t n, bool cold) {
     const uint8_t *w = (const uint8_t *)m.weight + tile * TILE_N * m.in * bits / 8 + first * 4;
+    const Half *mins = m.min ? m.min : m.scale;             // times 0
     int64_t at = tile * (m.in / m.group) * TILE_N + first;  // of the group's scales
     F total[R][V] = {};
     for (int64_t k = 0, c = 0, end = m.group; k < m.in; c++, w += TILE_N * chunk * bits / 8) {
@@ -186,14 +183,14 @@ __attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, 
             for (int v = 0; v < V; v++) dots[r][v] = splat(x[r].init[c]);
         if constexpr (bits == 8) chunk_dots_int8<chunk>(w, cold, x, k, dots);
         else chunk_dots_int4<chunk>(w, cold, x, k, dots);
-        for (int v = 0; v < V; v++) {
-            const F scale = load(m.scale + at + v * L);
-            for (int r = 0; r < R; r++)
-                total[r][v] += __builtin_convertvector(dots[r][v], F) * (splat(x[r].scale[c]) * scale);
-        }
-        if (m.min)
+        F scale[V];
+        for (int v = 0; v < V; v++) scale[v] = load(m.scale + at + v * L);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++)
+                total[r][v] += __builtin_convertvector(dots[r][v], F) * (splat(x[r].scale[c]) * scale[v]);
+        if (bits == 4 || m.min)  // in int4, a branch would cost more
             for (int v = 0; v < V; v++) {
-                const F min = load(m.min + at + v * L);
+                const F min = load(mins + at + v * L);
                 for (int r = 0; r < R; r++) total[r][v] += min * x[r].sum[c];
             }
         if ((k += chunk) == end) at += TILE_N, end += m.group;
@@ -205,25 +202,24 @@ __attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, 
             memcpy(y + r * stride, total[r], n * sizeof(float));
 }
 
-// Adds the products of the weights and the high bytes of x to n outputs y, from the first of `tile` on.
-template <int bits, int tiles>
+// Adds the products of the weights and the high bytes of x to n outputs y of a tile.
+template <int bits>
 __attribute__((noinline)) static void add_outliers(const Matrix &m, int64_t tile, const QuantizedRow &x, float *y,
                                                    int64_t n) {
-    const int64_t stride = m.in * TILE_N * bits / 8, groups = m.in / m.group;
-    const uint8_t *weight = (const uint8_t *)m.weight + tile * stride;
-    F total[tiles][TILE_V] = {};
+    const uint8_t *weight = (const uint8_t *)m.weight + tile * m.in * TILE_N * bits / 8;
+    const Half *scales = m.scale + tile * (m.in / m.group) * TILE_N;
+    F total[TILE_V] = {};
     for (const Outliers *of = x.outliers; of < x.outliers + x.n_outliers; of++)
-        for (int t = 0; t < tiles; t++)
-            for (int v = 0; v < TILE_V; v++) {
-                const B w = load_as<B>(weight + t * stride + of->offset + v * BYTES);
-                I dots = splat(of->init);
-                if constexpr (bits == 8) dots = dot_int8(dots, int8_operand(w, 0), splat(of->high));
-                else dots = widen_add(dots, dot_int4(I{}, (B)((I16)w >> of->shift) & 15, splat(of->high)));
-                const F scale = load(m.scale + ((tile + t) * groups + of->group) * TILE_N + v * L);
-                total[t][v] += __builtin_convertvector(dots, F) * (splat(of->scale) * scale);
-            }
+        for (int v = 0; v < TILE_V; v++) {
+            const B w = load_as<B>(weight + of->offset + v * BYTES);
+            I dots = splat(of->init);
+            if constexpr (bits == 8) dots = dot_int8(dots, int8_operand(w, 0), splat(of->high));
+            else dots = widen_add(dots, dot_int4(I{}, (B)((I16)w >> of->shift) & 15, splat(of->high)));
+            const F scale = load(scales + of->group * TILE_N + v * L);
+            total[v] += __builtin_convertvector(dots, F) * (splat(of->scale) * scale);
+        }
     const float *sum = (const float *)total;
-    for (int64_t j = 0; j < std::min<int64_t>(n, tiles * TILE_N); j++) y[j] += sum[j];
+    for (int64_t j = 0; j < std::min<int64_t>(n, TILE_N); j++) y[j] += sum[j];
 }
 
 // Quantizes the rows of x for matrices of the kind and groups of m; valid until the next call.
@@ -248,28 +244,19 @@ template <int bits, int chunk>
 static void int_matmul(const Matrix &m, const QuantizedRow *row, float *y, int64_t rows, int64_t stride, int64_t begin,
                        int64_t end) {
     constexpr auto most = bits == 8 ? INT8_ROWS : INT4_ROWS;
-    for (int64_t r0 = 0; r0 < rows; r0 += BLOCK_M) {
-        const int64_t last = std::min(rows, r0 + BLOCK_M);
-        const auto multiply = [&](int64_t tile) {
+    for (int64_t r0 = 0; r0 < rows; r0 += BLOCK_M)
+        for (int64_t tile = begin, last = std::min(rows, r0 + BLOCK_M); tile < end; tile++) {
+            const int64_t left = m.out - tile * TILE_N;
+            float *to = y + tile * TILE_N;
             const auto kernel = [&](auto R, int64_t r) {
                 constexpr int V = R * TILE_V > 6 * INT_V ? INT_V : TILE_V;
-                for (int64_t first = 0; first < TILE_N; first += V * L) {
-                    const int64_t o = tile * TILE_N + first;
-                    int_kernel<R, V, bits, chunk>(m, tile, first, row + r, y + r * stride + o, stride, m.out - o, r == 0);
-                }
+                for (int64_t o = 0; o < TILE_N; o += V * L)
+                    int_kernel<R, V, bits, chunk>(m, tile, o, row + r, to + r * stride + o, stride, left - o, r == 0);
             };
             rows > DOT_MAX_ROWS ? for_blocks<most[1]>(r0, last, kernel) : for_blocks<most[0]>(r0, last, kernel);
-        };
-        const auto multiply_all = [&](auto tiles, int64_t tile) {
-            for (int t = 0; t < tiles; t++) multiply(tile + t);
-            const int64_t o = tile * TILE_N;
             for (int64_t r = r0; r < last; r++)
-                if (row[r].n_outliers) add_outliers<bits, tiles>(m, tile, row[r], y + r * stride + o, m.out - o);
-        };
-        int64_t tile = begin;
-        for (; tile + HIGH_TILES <= end; tile += HIGH_TILES) multiply_all(constant<HIGH_TILES>, tile);
-        for (; tile < end; tile++) multiply_all(constant<1>, tile);
-    }
+                if (row[r].n_outliers) add_outliers<bits>(m, tile, row[r], to + r * stride, left);
+        }
 }
 constexpr decltype(&int_matmul<8, 16>) INT8_MATMULS[] = {int_matmul<8, 16>, int_matmul<8, 32>, int_matmul<8, 64>,
                                                          int_matmul<8, 128>},
@@ -307,7 +294,7 @@ static void matmul(const Matrix *m, int count, const float *x, float *y, int64_t
     for (int i = 0, n = 1; i < count; i += n, n = 1) {
         const Matrix &first = m[i];
         const auto same_format = [&](const Matrix &b) {
-            return b.kind == first.kind && b.group == first.group && b.zero == first.zero;
+            return b.kind == first.kind && b.group == first.group && b.zero == first.zero && !b.min == !first.min;
         };
         while (i + n < count && same_format(m[i + n])) n++;
         if (first.kind < INT8) {
