@@ -98,14 +98,14 @@ static void quantize_row(const float *x, const Matrix &m, QuantizedRow &to) {
             int8_t high[128];
             I sum = {};
             for (int64_t k = 0; k < chunk; k += L) {
-                I n = round_to_int(load(x + begin + k) * inverse);
+                I q = round_to_int(load(x + begin + k) * inverse);
                 if (outliers) {
-                    const I low = n << 24 >> 24;
-                    store_quantized(high + k, (n - low) >> 8);
-                    n = low;
+                    const I low = q << 24 >> 24;
+                    store_quantized(high + k, (q - low) >> 8);
+                    q = low;
                 }
-                store_quantized((T *)to.low + begin + k, n);
-                sum += n;
+                store_quantized((T *)to.low + begin + k, q);
+                sum += q;
             }
             reduced[i] = __builtin_convertvector(sum, F);
             to.sum[c + i] = 0;

@@ -298,8 +298,8 @@ class Dequantized(Kernel):
 
 
 class Packed(Kernel):
-    """The matrix in tiles, for native.cpp. It quantizes each row of x to 8 bits in groups of 32 columns, so that a
-    row's result does not depend on the others."""
+    """The matrix in tiles, for native.cpp. It quantizes each row of x to 8 bits, outliers to 16, so that a row's
+    result does not depend on the others."""
 
     def __init__(self, weight: Quantized) -> None:
         from . import cpu
