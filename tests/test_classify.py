@@ -111,7 +111,7 @@ def test_embedding_rows_beyond_the_vocabulary(tmp_path):
     assert relative_error(llama.classify(TEXTS), theirs(model, ROWS)) < 1e-5
 
 
-@pytest.mark.parametrize(("quantize", "group", "bound"), [("int8", 128, 0.03), ("int4", 32, 0.3)])
+@pytest.mark.parametrize(("quantize", "group", "bound"), [("int8", 128, 0.04), ("int4", 32, 0.3)])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_cpp)])
 def test_quantized_models_are_close(tmp_path, quantize, group, bound, compiled):
     model = saved(tmp_path / "hf", 3)

@@ -93,7 +93,7 @@ def test_logits(written):
 def test_logits_of_the_native_backend(written):
     """It quantizes activations to 8 bits where weights are quantized."""
     folder, method, theirs = written
-    assert relative_error(logits(folder, compile=True), exact(theirs)) < (1e-5 if method in FLOATS else 0.05)
+    assert relative_error(logits(folder, compile=True), exact(theirs)) < (1e-5 if method in FLOATS else 0.06)
 
 
 def test_on_two_ranks(written, ranks):
