@@ -42,11 +42,11 @@ constexpr int TILE_N = TILE_V * L;  // outputs of a tile
 constexpr float OUTLIER = 6;  // an outlier exceeds this multiple of the row's mean absolute value
 constexpr float MAX_LOW = 127, MAX_HIGH = 256 * MAX_LOW + MAX_LOW;
 
-// Four columns of a row of x of which some are outliers.
+// Four adjacent columns of a row of x, at least one of them an outlier.
 struct Outliers {
     float scale;            // of the high bytes
     int32_t high, init;     // four high bytes, and -zero * their sum
-    int32_t offset, shift;  // where a tile has the weights of these columns: bytes from its first, and bits in each byte
+    int32_t offset, shift;  // offset of these columns in a tile's weights, in bytes, and shift of the bits in each byte
     int32_t group;          // of the weights
 };
 // A row of x. Integers accumulate over chunks of columns, whose weights have one scale.
@@ -55,7 +55,7 @@ struct QuantizedRow {
     float *scale;   // of each chunk; NaN where x is not finite
     int32_t *init;  // of each chunk: the accumulators' initial value, -zero * sum(low), which compensates the zero point
     float *sum;     // of each chunk: the sum of scale n, by which min is multiplied; 0 without min
-    Outliers *outliers;
+    Outliers *outliers;  // n_outliers of them
     int64_t n_outliers;
 };
 
