@@ -227,7 +227,7 @@ INLINE F exp(F x) {
 // weights, and accumulators begin at -BIAS times the sum of x to compensate. AVX2 without VNNI can only multiply int16
 // without overflow: weights are split into even and odd columns (HALVES), and x is stored as int16, four columns in the
 // order 0 2 1 3.
-// dot_int4: int4 weights are unsigned. With AVX2, 32 columns accumulate in int16 (15 * 127 * 16 < 2^15), and widen_add adds
+// dot_int4: int4 weights are unsigned. With AVX2, 32 columns accumulate in int16 (15 * 128 * 16 < 2^15), and widen_add adds
 // these sums to int32 accumulators.
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
 constexpr int BIAS = 128, HALVES = 1;
