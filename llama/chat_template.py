@@ -89,8 +89,8 @@ class TemplateFormat(ChatFormat):
         if unfinished:
             marked: list[Message] = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + cut}]
             text = cut_behind(text, self._render(marked), cut)
-        if not spelled and (whole := tokenizer.encode_special(text)) is not None:
-            return whole
+        if not spelled:
+            return tokenizer.encode_special(text)
         ids = list[int]()
         for part in re.split(f"({self.names.pattern})", text):
             if part in self.special:

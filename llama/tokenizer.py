@@ -44,9 +44,10 @@ class Tokenizer:
         before = [self.bos_id] if bos and self.vocabulary.adds_bos and self.bos_id >= 0 else []
         return before + self.vocabulary.encode(s) + [self.eos_id] * eos
 
-    def encode_special(self, s: str) -> list[int] | None:
-        """The ids of a text with special tokens spelled out. Only a tokenizer.json does this, as it may have rules for
-        the text after such a token; None for others, where each text between special tokens is encoded alone."""
+    def encode_special(self, s: str) -> list[int]:
+        """The ids of a text with special tokens spelled out. A tokenizer.json may have rules for the text after such a
+        token."""
+        s.encode()  # as in `encode`
         return self.vocabulary.encode_special(s)
 
     def decode(self, t: Sequence[int]) -> str:

@@ -52,9 +52,11 @@ class Vocabulary:
         """The ids of a text. Text that spells a special token stays text."""
         raise NotImplementedError
 
-    def encode_special(self, text: str) -> list[int] | None:
-        """See `Tokenizer.encode_special`."""
-        return None
+    def encode_special(self, text: str) -> list[int]:
+        """See `Tokenizer.encode_special`. Here each text between special tokens is encoded alone."""
+        names = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
+        parts = re.split(f"({names or '(?!)'})", text)
+        return [id for part in parts for id in ([self.special[part]] if part in self.special else self.encode(part))]
 
     def id_to_piece(self, id: int) -> str | bytes:
         """Text, in which ▁ is a space; or bytes, which may be part of a character."""

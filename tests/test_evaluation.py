@@ -14,7 +14,7 @@ import pytest
 import torch
 from harness_tasks import check_equal, evaluated, write_tasks
 from small import GQA, MODELS, ROOT, TOKENIZER, cases, save_random
-from test_vocabulary import write_ranks
+from test_vocabulary import METASPACE, llama2_json, write_ranks
 
 from llama import Llama
 from llama.checkpoint.convert import convert
@@ -167,6 +167,16 @@ def test_dialogs_are_in_the_models_own_format(models):
         assert model.tokenizer_name and model.chat_template(True) == model.llama.chat_format.name
     started = model.apply_chat_template([*dialog[:2], {"role": "assistant", "content": "Hello"}], False)
     assert started.rstrip().endswith("Hello<|eot_id|>")
+
+
+def test_text_after_a_special_token_is_encoded_as_by_transformers(tmp_path):
+    """Regression: with a tokenizer.json as transformers 5 writes it, a space was added to the text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    (path := tmp_path / "tokenizer.json").write_text(json.dumps(llama2_json(normalizer=None, pre_tokenizer=METASPACE)))
+    text = "[INST] Hi [/INST] Hello </s>x<s>[INST] 2+2? [/INST]"
+    expected = tokenizers.Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
+    model = ours(MODELS / "small", tokenizer_path=path)
+    assert model.tok_encode(text) == [model.prefix_token_id, *expected]
 
 
 def test_cached_results_are_used(models, tasks, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
@@ -59,8 +58,6 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.llama, self.name = llama, name
         self.hidden_progress = not progress or parallel.rank() > 0
-        special = sorted(llama.tokenizer.special, key=len, reverse=True)
-        self.special = re.compile(f"({'|'.join(map(re.escape, special))})") if special else None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Texts
@@ -81,12 +78,8 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The ids of a text that may spell out special tokens, as chat templates do; with BOS before it, unless it has
         one or `add_special_tokens` is False."""
-        tokenizer, ids = self.llama.tokenizer, list[int]()
-        parts = self.special.split(string) if self.special else [string]
-        for part in filter(None, parts):
-            known = tokenizer.special.get(part)
-            ids += [known] if known is not None else tokenizer.encode(part, bos=False, eos=False)
-        before = tokenizer.encode("", bos=add_special_tokens is not False, eos=False)
+        ids = self.llama.tokenizer.encode_special(string)
+        before = self.llama.tokenizer.encode("", bos=add_special_tokens is not False, eos=False)
         return ids if ids[:1] == before and add_special_tokens is None else before + ids
 
     @property
@@ -143,16 +136,11 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log probability of each whole text, in windows of `max_length`."""
-        rows = list[tuple[None, list[int], list[int]]]()
-        counts = list[int]()
-        for request in requests:
-            ids = self.tok_encode(request.args[0])
-            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-            new = [(None, *make_disjoint_window(window)) for window in windows]
-            rows += new
-            counts.append(len(new))
+        texts = [self.tok_encode(request.args[0]) for request in requests]
+        windows = [[*get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)] for ids in texts]
+        rows = [(None, *make_disjoint_window(window)) for some in windows for window in some]
         parts = iter(self._loglikelihood_tokens(rows, disable_tqdm))
-        sums = [math.fsum(next(parts)[0] for _ in range(count)) for count in counts]
+        sums = [math.fsum(next(parts)[0] for _ in some) for some in windows]
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
@@ -162,29 +150,26 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, up to the first of its stop strings."""
-        llama, queued, stops = self.llama, list[Request](), list[list[str]]()
+        llama, queued = self.llama, list[Request]()
         for request in requests:
             context, given = request.args
             options = normalize_gen_kwargs(given, MAX_GEN_TOKS)
-            until, most = options.get("until") or [], options["max_gen_toks"]
-            stops.append([stop for stop in ([until] if isinstance(until, str) else until) if stop])
+            stop, most = [*filter(None, options["until"])], options["max_gen_toks"]
             if not 0 < most < self.max_length:
                 raise ValueError(f"max_gen_toks is {most}; the context of {self.max_length} must be longer")
             prompt = self.tok_encode(context)[most - self.max_length :]
             kept = {name: options[name] for name in OPTIONS if options.get(name) is not None}
-            own = {"temperature": 0.0, "top_p": 1.0, **kept, "max_gen_len": most, "stop": stops[-1] or None}
+            own = {"temperature": 0.0, "top_p": 1.0, **kept, "max_gen_len": most, "stop": stop or None}
             prompt = prompt or [self.prefix_token_id]
             # As in chats, an answer's text does not continue the prompt's.
             queued += llama.inputs.requests([prompt], llama.inputs.settings(1, own), logprobs=False, chat=True)
         # Longest first, so that the last to end are short.
         order = sorted(range(len(queued)), key=lambda i: (-len(queued[i].prompt), queued[i].prompt))
         texts = self._run([queued[i] for i in order], disable_tqdm, "generation")
-        found = dict(zip(order, texts, strict=True))
-        answers = []
-        for i, (request, stop) in enumerate(zip(requests, stops, strict=True)):
-            answers.append(postprocess_generated_text(found[i], stop, None))
-            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
-        return answers
+        answers = dict(zip(order, texts, strict=True))
+        for i, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, answers[i])
+        return [answers[i] for i in range(len(requests))]
 
     def _run(self, requests: Sequence[Request], disable_tqdm: bool, what: str) -> list[str]:
         """Run requests, and return the text of each."""
