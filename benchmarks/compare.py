@@ -26,13 +26,14 @@ def main(*peers: str, **flags: Any) -> None:
     if other := [flag for flag in flags if flag not in known]:
         raise ValueError(f"there is no flag {', '.join(other)}; known are {', '.join(known)}")
     job = prepare(**flags)
+    source = job[0]
     if peers and parallel.world_size() > 1:
         raise ValueError("other libraries are measured on one rank only")
-    if peers and isinstance(weights := job.source.weights, Checkpoint) and weights.scheme:
+    if peers and isinstance(weights := source.weights, Checkpoint) and weights.scheme:
         readers = {"llama.cpp"} if weights.layout == "gguf" else set()
         if {*peers} - readers:
             raise ValueError(f"{flags['ckpt_dir']} is quantized already, which {', '.join(peers)} cannot read")
-    measure.bench(*job, {peer: PEERS[peer](job.source) for peer in peers})
+    measure.bench(*job, {peer: PEERS[peer](source) for peer in peers})
 
 
 if __name__ == "__main__":

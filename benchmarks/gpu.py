@@ -28,7 +28,7 @@ from llama import Llama, ModelArgs, Tokenizer, parallel
 from llama.backends.quantized import scheme
 from llama.checkpoint import footprint
 from llama.cli import measure
-from llama.cli.measure import SHAPES, RandomWeights, Source, best_time, loaded, synchronize, times
+from llama.cli.measure import SHAPES, RandomWeights, Source, loaded, synchronize, times
 
 Facts = dict[str, Any]
 DEVICE = torch.device("cuda")
@@ -91,7 +91,7 @@ def limits(tokenizer: str) -> Facts:
     a = torch.empty(2**32, dtype=torch.uint8, device=DEVICE)
     b = torch.empty_like(a)
     return {
-        "copy TB/s": 2 * len(a) / best_time(lambda: b.copy_(a), DEVICE, 5) / 1e12,
+        "copy TB/s": 2 * len(a) / min(times(lambda: b.copy_(a), DEVICE, 5)) / 1e12,
         "read TB/s": measure.bandwidth(DEVICE)(5) / 1e12,
         "TFLOP/s": measure.matrix_rate(DEVICE, torch.bfloat16)(5) / 1e12,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -33,7 +33,7 @@ def prepare(
     group_size: int | None = None,
     compile: bool | None = None,
     lora: str | list | None = None,
-) -> Job:
+) -> tuple[measure.Source, bool, list[measure.Case], int, str]:
     """Measure tokens per second, and the fraction of the machine's limits that is reached (MBU and MFU).
 
     Args:
@@ -73,7 +73,7 @@ def prepare(
     native = backends.native(args, target, footprint(args, ranks, saved, rounding).weights, compile)
     final = devices.choose_dtype(dtype, target, saved, native)
     check_fits(args, ranks, target, final, rounding)
-    return Job(measure.Source(weights, args, target, final, rounding), native, cases, repeats, str(ckpt_dir or shape))
+    return measure.Source(weights, args, target, final, rounding), native, cases, repeats, str(ckpt_dir or shape)
 
 
 def numbers(**given: int | tuple[int, ...]) -> dict[str, list[int]]:
@@ -84,16 +84,6 @@ def numbers(**given: int | tuple[int, ...]) -> dict[str, list[int]]:
         if not all(type(value) is int and value >= least for value in values):
             raise ValueError(f"{name} is {given[name]!r}; it must be of numbers from {least} on")
     return sizes
-
-
-class Job(NamedTuple):
-    """A measurement, as the arguments of `measure.bench`: a model from a source, in several cases."""
-
-    source: measure.Source
-    compile: bool
-    cases: list[measure.Case]
-    repeats: int
-    name: str
 
 
 @functools.wraps(prepare)  # the same flags

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from ast import literal_eval
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +15,7 @@ from ..checkpoint import write_file
 from ..conversation import Chat
 from ..generation import Llama
 from .flags import documented
+from .script import say
 from .terminal import next_line, terminal
 
 HELP = """\
@@ -56,7 +56,8 @@ def chat(
     sampling = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len, "prompt_lookup": prompt_lookup}
     chat = Chat(llama, system, **sampling)  # type: ignore[arg-type]
     with terminal() as (read, interrupted, tty):
-        say("Ask something, or /help.\n" if tty else "")
+        if tty:
+            say("Ask something, or /help.")
         while (line := next_line(read)) is not None:
             try:
                 if line.startswith("/"):
@@ -64,26 +65,20 @@ def chat(
                 elif line.strip():
                     answer(chat, line, interrupted)
             except (ValueError, TypeError, OSError, parallel.RankError) as error:
-                say(f"error: {' '.join(str(error).split())}\n")
-
-
-def say(text: str) -> None:
-    if parallel.rank() == 0:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+                say(f"error: {' '.join(str(error).split())}")
 
 
 def answer(chat: Chat, text: str, interrupted: Callable[[], bool]) -> None:
     dropped = chat.dropped
     with chat.stream(text) as stream:
         for event in stream:
-            say(event.text)
+            say(event.text, end="")
             if parallel.rank() == 0 and interrupted():
-                say(" ...")
+                say(" ...", end="")
                 break  # closing the stream stops the other ranks too
-    say("\n")
+    say("")
     if chat.dropped > dropped:
-        say(f"(the conversation is too long: its {chat.dropped - dropped} oldest messages are forgotten)\n")
+        say(f"(the conversation is too long: its {chat.dropped - dropped} oldest messages are forgotten)")
 
 
 def command(chat: Chat, line: str) -> Chat:
@@ -100,14 +95,14 @@ def command(chat: Chat, line: str) -> Chat:
     if name == "/save" and rest:
         text = json.dumps(chat.dialog, indent=1, ensure_ascii=False)
         parallel.ask_first_rank(write_file, file, text.encode())
-        say(f"saved to {rest}\n")
+        say(f"saved to {rest}")
     elif name == "/load" and rest:
         saved = parallel.ask_first_rank(file.read_bytes)
         try:
             loaded = Chat(chat.llama, dialog=json.loads(saved), **chat.options)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{rest}: {error}") from error
-        say(f"{len(loaded.dialog)} messages\n")
+        say(f"{len(loaded.dialog)} messages")
         return loaded
     elif name == "/set":
         option, _, value = rest.partition(" ")
@@ -115,7 +110,9 @@ def command(chat: Chat, line: str) -> Chat:
             with suppress(ValueError, SyntaxError):
                 value = literal_eval(value)
             chat.set(**{option: value})
-        say("".join(f"{name} {value}\n" for name, value in chat.options.items() if value is not None))
+        for name, value in chat.options.items():
+            if value is not None:
+                say(f"{name} {value}")
     else:
-        say(HELP + "\n")
+        say(HELP)
     return chat

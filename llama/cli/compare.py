@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from .. import parallel
 from ..checkpoint import check_path
 from ..evaluation import comparison, report
 from .flags import documented
+from .script import say
 
 
 @documented
@@ -49,11 +51,8 @@ def compare(
             if file and parallel.rank() == 0:
                 check_path(Path(file).parent, f"the folder of {name}", "folder")
 
-    def progress(name: str) -> None:
-        if parallel.rank() == 0:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-
     options |= {"max_seq_len": max_seq_len, "seed": seed}
+    progress = partial(say, end=" ...\n", file=sys.stderr)
     names = [*map(str, models)]
     found = comparison.compare(names, tasks, judge, reference, max_tokens, temperature, progress, **options)
     if parallel.rank():

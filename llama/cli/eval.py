@@ -17,15 +17,8 @@ from .flags import FLAGS, loading
 from .script import texts
 
 
-def eval(
-    ckpt_dir: str,
-    harness: Sequence[str] = (),
-    card: bool = False,
-    max_seq_len: int = 2048,
-    max_batch_size: int = 8,
-    **options: Any,
-) -> None:
-    """Evaluate CKPT with lm-evaluation-harness; its flags, such as --tasks, --num_fewshot and --limit, follow."""
+def eval(ckpt_dir: str, harness: Sequence[str], card: bool, **options: Any) -> None:
+    """Evaluate a model with lm-evaluation-harness; its flags, such as --tasks, --num_fewshot and --limit, follow."""
     try:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:
@@ -35,8 +28,7 @@ def eval(
     find_folder(ckpt_dir, "ckpt_dir")  # before the harness reads its tasks, which takes seconds
 
     def build() -> own.HarnessModel:
-        llama = Llama.build(ckpt_dir, max_seq_len=max_seq_len, max_batch_size=max_batch_size, **options)
-        return own.HarnessModel(llama, ckpt_dir)
+        return own.HarnessModel(Llama.build(ckpt_dir, **options), ckpt_dir)
 
     if card:
         return evaluate_card(build, harness)
@@ -66,12 +58,10 @@ def evaluate_card(build: Callable[[], Any], args: Sequence[str]) -> None:
 
 def parse(args: Sequence[str]) -> Callable[[], None]:
     """Parse a command line into the call to make."""
-    about = "Evaluate a model with lm-evaluation-harness, whose flags, such as --tasks and --limit, follow."
-    parser = argparse.ArgumentParser("python -m llama eval", description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m llama eval", description=eval.__doc__, allow_abbrev=False)
     parser.add_argument("ckpt_dir", help=FLAGS["ckpt_dir"])
-    for name, kind in (texts(loading) | {"tokenizer_path": str}).items():
+    for name, kind in (texts(loading) | {"tokenizer_path": str, "group_size": int}).items():
         parser.add_argument(f"--{name}", type=kind, help=FLAGS[name])
-    parser.add_argument("--group_size", type=int, help=FLAGS["group_size"])
     for name, default in {"max_seq_len": 2048, "max_batch_size": 8}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{FLAGS[name]}; by default {default}")
     parser.add_argument("--card", action="store_true", help="run MODEL_CARD.md's benchmarks, next to the published row")

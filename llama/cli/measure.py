@@ -16,7 +16,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +31,7 @@ from ..engine import Engine
 from ..layers import ColumnParallelLinear, RowParallelLinear
 from ..model import Transformer
 from ..request import Request
+from .script import say
 
 SHAPES: dict[str, dict[str, Any]] = {
     "110M": {"dim": 768, "n_layers": 12, "n_heads": 12},
@@ -111,9 +111,8 @@ class Source(NamedTuple):
 
 def loaded(source: Source, compile: bool = False) -> Transformer:
     with torch.device("meta"):
-        model = Transformer(replace(source.args, max_batch_size=0))
+        model = Transformer(source.args)
     load(model, *source, compile)
-    model.params = source.args
     model.allocate_cache()
     return model.eval().requires_grad_(False)
 
@@ -123,13 +122,8 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def best_time(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The shortest time of several runs after a warm-up, because a limit is the best that the machine can do."""
-    return times(function, device, repeats)[0]
-
-
 def times(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of several runs after a warm-up, sorted."""
+    """Seconds of several runs after a warm-up."""
     taken = []
     for _ in range(repeats + 1):
         synchronize(device)
@@ -137,10 +131,10 @@ def times(function: Callable[[], object], device: torch.device, repeats: int) ->
         function()
         synchronize(device)
         taken.append(time.perf_counter() - began)
-    return sorted(taken[1:])
+    return taken[1:]
 
 
-# A limit: number of repeats -> what the machine can do in a second.
+# A limit: number of repeats -> what the machine can do in a second, by the fastest of them.
 Limit = Callable[[int], float]
 USE = {"bandwidth": "MBU", "matrix_rate": "MFU"}  # the limits, and the name of the fraction of each
 
@@ -148,7 +142,7 @@ USE = {"bandwidth": "MBU", "matrix_rate": "MFU"}  # the limits, and the name of 
 def bandwidth(device: torch.device) -> Limit:
     """Memory bandwidth of this rank: the bytes read by a sum over a float32 tensor far larger than any cache."""
     values = torch.ones(2**28 if device.type == "cpu" else 2**30, device=device)
-    return lambda repeats: values.nbytes / best_time(values.sum, device, repeats)
+    return lambda repeats: values.nbytes / min(times(values.sum, device, repeats))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> Limit:
@@ -156,16 +150,16 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> Limit:
     The size doubles until a matmul takes 20 ms, so it stays small on a CPU without instructions for the dtype."""
     size, largest = 256, 2048 if device.type == "cpu" else 8192
     multiply = square_matmul(size, device, dtype)
-    while size < largest and best_time(multiply, device, 1) < 0.02:
+    while size < largest and min(times(multiply, device, 1)) < 0.02:
         size *= 2
         multiply = square_matmul(size, device, dtype)
-    return lambda repeats: 2 * size**3 / best_time(multiply, device, repeats)
+    return lambda repeats: 2 * size**3 / min(times(multiply, device, repeats))
 
 
 def square_matmul(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     ways: list[Callable[[], Tensor]] = [lambda: a @ b, lambda: F.linear(a, b)]
-    return min(ways, key=lambda way: best_time(way, device, 1))
+    return min(ways, key=lambda way: times(way, device, 1))
 
 
 def clock(run: Run, case: Case, vocab_size: int, device: torch.device) -> float:
@@ -220,13 +214,17 @@ def bench(
     began, device = time.perf_counter(), source.device
     model = loaded(source, compile)
     synchronize(device)
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     facts: dict[str, Any] = {
         "model": name,
         "dtype": dtype_name(source.dtype),
         "quantize": source.scheme and str(source.scheme),
         "compile": compile,
         "load_s": time.perf_counter() - began,
-        **machine(device),
+        "device": f"{device.type} ({chip})",
+        "ranks": parallel.world_size(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }
     runs = {"llama": ours(model, compile), **(peers or {})}
     limits = {"bandwidth": bandwidth(device), "matrix_rate": matrix_rate(device, source.dtype)}
@@ -244,12 +242,6 @@ def bench(
         say(f"{'first token':>17}: {facts['first_token_s']:.3f} s after {cases[0].prompt} tokens")
     say(f"{'load':>17}: {facts['load_s']:.2f} s; peak memory {facts['peak_bytes'] / 1e9:.2f} GB")
     say(json.dumps(facts))
-
-
-def say(text: str) -> None:
-    """Print on the first rank."""
-    if parallel.rank() == 0:
-        print(text, flush=True)
 
 
 def measure_case(
@@ -288,12 +280,6 @@ def measure_case(
     cells += [f"{ratio:.2f} x {name}" for name, ratio in ratios.items()]
     say(f"{case!s:>17}: {use} {used[use]:.2f} ({of_first:.2f} of the first limit); {'; '.join(cells)}")
     return {"tokens_per_second": rates, **used, f"{use}_of_first_limit": of_first, "ratios": ratios}
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    threads = {"ranks": parallel.world_size(), "threads": torch.get_num_threads()}
-    return {"device": f"{device.type} ({name})", **threads, "torch": torch.__version__}
 
 
 def peak(device: torch.device) -> int:

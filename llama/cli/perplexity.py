@@ -14,6 +14,7 @@ from ..checkpoint import check_path
 from ..generation import Llama
 from ..textfile import read_json_lines, read_text
 from .flags import documented
+from .script import say
 
 
 @documented
@@ -48,10 +49,9 @@ def perplexity(
         for ids in rows:
             value, tokens = scoring.perplexity(llama.model, ids, window, step, bar.update)
             total += math.log(value) * tokens
-    if parallel.rank() == 0:
-        perplexity, bits = scoring.exp(total / count), total / math.log(2) / size
-        print(f"perplexity {perplexity:.4f} of {count:,} tokens, in windows of {window} every {step}; ", end="")
-        print(f"{bits:.4f} bits per byte")
+    perplexity, bits = scoring.exp(total / count), total / math.log(2) / size
+    found = f"perplexity {perplexity:.4f} of {count:,} tokens, in windows of {window} every {step}"
+    say(f"{found}; {bits:.4f} bits per byte")
 
 
 def read_texts(path: Path) -> list[str]:

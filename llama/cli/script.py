@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TextIO, get_args, get_origin, get_type_hints
 
 import fire
 
-from ..parallel import RankError, first_to_fail, launched
+from ..parallel import RankError, first_to_fail, launched, rank
 
 # Errors whose message says what to do, so that a traceback would only bury it.
 FORESEEN = (ValueError, ArithmeticError, OSError, RuntimeError, MemoryError)
@@ -43,6 +43,12 @@ def run(command: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
             threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         for call in parse(command, sys.argv[1:]):
             call()
+
+
+def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print at once, on rank 0."""
+    if rank() == 0:
+        print(text, end=end, file=file, flush=True)
 
 
 def end_on_signals() -> None:

@@ -27,7 +27,6 @@ class Group(NamedTuple):
     tasks: Sequence[Task]  # the score is their mean
     note: str = ""  # how it differs from the published benchmark
     code: bool = False  # runs code that the model has written
-    same: bool = True  # comparable with the published score
 
 
 COMMONSENSE = (
@@ -47,11 +46,10 @@ GROUPS = (
     Group("MMLU", [Task("mmlu", 5, "acc")]),
     Group("BBH", [Task("bbh_cot_fewshot", 3, "exact_match")]),
     Group("AGIEval", [Task("agieval_en", 3, "acc")], "3 examples; the paper has 3 to 5"),
-    Group("TruthfulQA", [Task("truthfulqa_mc2", 0, "acc")], JUDGED, same=False),
-    Group("ToxiGen", [Task("toxigen", 0, "acc")], GENERATED, same=False),
+    Group("TruthfulQA", [Task("truthfulqa_mc2", 0, "acc")], JUDGED),
+    Group("ToxiGen", [Task("toxigen", 0, "acc")], GENERATED),
 )
-# As MODEL_CARD.md has them, in the order of GROUPS.
-NAMES = [group.name for group in GROUPS if group.same]
+# As MODEL_CARD.md has them, in the order of GROUPS; its scores for TruthfulQA and ToxiGen are not comparable.
 PUBLISHED = {
     "Llama 1 7B": (14.1, 60.8, 46.2, 58.5, 6.95, 35.1, 30.3, 23.9),
     "Llama 1 13B": (18.9, 66.1, 52.6, 62.3, 10.9, 46.9, 37.0, 33.9),
@@ -78,8 +76,8 @@ def published_row(args: ModelArgs, name: str | None = None) -> dict[str, float]:
     if name is not None and name not in PUBLISHED:
         raise ValueError(f"published is {name!r}; it must be one of {', '.join(PUBLISHED)}")
     shape = SHAPES.get((args.dim, args.n_layers)) if args.vocab_size <= 32064 else None
-    found = PUBLISHED.get(name or shape or "")
-    return dict(zip(NAMES, found, strict=True)) if found else {}
+    found = PUBLISHED.get(name or shape or "", ())
+    return {group.name: score for group, score in zip(GROUPS, found, strict=False)}
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from .. import parallel, scoring
 from ..chat import Message
 from ..devices import dtype_name
 from ..generation import Llama
-from .tasks import Task, check_tasks, read_tasks, to_task
+from .tasks import Task, read_tasks
 
 SUFFIXES = {"int8": "quantize", "int4": "quantize", "float32": "dtype", "bfloat16": "dtype", "float16": "dtype"}
 QUESTION = "Does the answer do what the task asks? Answer Yes or No."
@@ -81,10 +81,7 @@ def compare(
         raise ValueError(f"reference is {reference!r}; it must be one of {', '.join(models)}")
     if type(max_tokens) is not int or max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number of at least 1")
-    if tasks is None or isinstance(tasks, (str, os.PathLike)):
-        chosen = read_tasks(tasks)
-    else:
-        chosen = check_tasks([to_task(task, f"task {i}") for i, task in enumerate(tasks, 1)], "tasks")
+    chosen = read_tasks(tasks)
     options = {"max_seq_len": 2048, "max_batch_size": 1, **options}
     against = references(models, reference)
     found: dict[tuple[str, str], Row] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from reprlib import repr as shorten
 from typing import Any, NamedTuple
@@ -46,25 +47,26 @@ class Task(NamedTuple):
         return "\n\n".join(message["content"] for message in self.messages)
 
 
-def read_tasks(path: str | os.PathLike[str] | None = None) -> list[Task]:
-    """The tasks in a file, by default those of this package. ValueError names the line, or the number of the task in a
-    list, and the field that is wrong."""
-    file = Path(os.path.expanduser(path)) if path is not None else DEFAULT
-    if not file.exists():
-        raise FileNotFoundError(f"tasks {path} does not exist")
-    if read_text(file).lstrip().startswith("["):
-        places = [(f"{file}, task {i}", item) for i, item in enumerate(read_json(file, list), 1)]
+def read_tasks(source: str | os.PathLike[str] | Sequence[Any] | None = None) -> list[Task]:
+    """The tasks in a file or a list, by default those of this package. ValueError names the line, or the number of the
+    task in a list, and the field that is wrong."""
+    if source is None or isinstance(source, (str, os.PathLike)):
+        file = DEFAULT if source is None else Path(os.path.expanduser(source))
+        if not file.exists():
+            raise FileNotFoundError(f"tasks {source} does not exist")
+        origin = str(file)
+        if read_text(file).lstrip().startswith("["):
+            places = [(f"{file}, task {i}", item) for i, item in enumerate(read_json(file, list), 1)]
+        else:
+            places = read_json_lines(file)
     else:
-        places = read_json_lines(file)
-    return check_tasks([to_task(item, place) for place, item in places], str(file))
-
-
-def check_tasks(tasks: list[Task], place: str) -> list[Task]:
+        origin, places = "tasks", [(f"task {i}", item) for i, item in enumerate(source, 1)]
+    tasks = [to_task(item, place) for place, item in places]
     if not tasks:
-        raise ValueError(f"{place} has no tasks")
+        raise ValueError(f"{origin} has no tasks")
     names = [task.name for task in tasks]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{place} has the name {twice[0]!r} twice; each task needs one of its own")
+        raise ValueError(f"{origin} has the name {twice[0]!r} twice; each task needs one of its own")
     return tasks
 
 
