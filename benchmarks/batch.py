@@ -16,7 +16,6 @@ import json
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,16 +26,14 @@ from typing import Any
 
 import fire
 import torch
+from common import MODELS, ROOT, alternate, random_model, ratio, spread
 
-from llama import Llama, ModelArgs, Tokenizer, parallel
-from llama.cli import measure
+from llama import Llama, Tokenizer
 from llama.cli.batch import answer_lines
 from llama.cli.batch_files import Files
 
-ROOT = Path(__file__).parent.parent
-CHAT = ROOT / "models" / "small-chat"
+CHAT = MODELS / "small-chat"
 WORDS = ["the", "a", "fox", "story", "once", "time", "hot", "cold", "big", "tell", "me", "about", "opposite", "was"]
-CPU = torch.device("cpu")
 
 
 def make_line(i: int, chance: random.Random) -> str:
@@ -116,12 +113,8 @@ def soak(folder: Path, lines: int, kills: int) -> None:
 
 def throughput(folder: Path, prompts: int, repeats: int, slots: int) -> None:
     chance = random.Random(1)
-    parallel.init_model_parallel()
-    tokenizer = Tokenizer(ROOT / "models" / "tokenizer.model")
-    args = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=tokenizer.n_words)
-    args.max_batch_size, args.max_seq_len = slots, 512
-    model = measure.loaded(measure.Source(measure.RandomWeights(CPU), args, CPU, torch.float32))
-    llama = Llama(model, tokenizer)
+    tokenizer = Tokenizer(MODELS / "tokenizer.model")
+    llama = Llama(random_model("110M", slots, 512, tokenizer.n_words), tokenizer)
     llama.engine.compile = True
     texts = [" ".join(chance.choices(WORDS, k=chance.randint(4, 60))) for _ in range(prompts)]
     most = [min(128, 4 + int(chance.expovariate(1 / 28))) for _ in range(prompts)]
@@ -129,28 +122,23 @@ def throughput(folder: Path, prompts: int, repeats: int, slots: int) -> None:
     source = folder / "texts.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def continuous(i: int) -> None:
-        files = Files(source, folder / f"texts{i}.out")
+    def continuous() -> None:
+        llama.engine.forget()
+        (target := folder / "texts.out").unlink(missing_ok=True)
+        files = Files(source, target)
         with files.answers:
             answer_lines(llama, files, 1, "110M")
 
-    def fixed(i: int) -> None:
+    def fixed() -> None:
+        llama.engine.forget()
         for start in range(0, prompts, slots):
             part = slice(start, start + slots)
             llama.text_completion(texts[part], max_gen_len=most[part], seed=[*range(prompts)][part])
 
-    seconds: dict[str, list[float]] = {"batch": [], "fixed batches": []}
-    for i in range(repeats):
-        for (name, times), run in zip(seconds.items(), (continuous, fixed), strict=True):
-            llama.engine.forget()
-            began = time.perf_counter()
-            run(i)
-            times.append(time.perf_counter() - began)
-            print(f"{name}: {sum(most) / times[-1]:.0f} tokens/s", flush=True)
-    ratio = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    print(
-        f"batch is {statistics.median(ratio):.2f} times ({min(ratio):.2f} - {max(ratio):.2f}) as fast as fixed batches"
-    )
+    seconds = alternate({"batch": continuous, "fixed batches": fixed}, repeats)
+    for name, taken in seconds.items():
+        print(f"{name}: {spread([sum(most) / t for t in taken])} tokens/s")
+    print(f"batch is {ratio(seconds['fixed batches'], seconds['batch'])} times as fast as fixed batches")
 
 
 def main(lines: int = 5000, kills: int = 10, prompts: int = 192, repeats: int = 3, slots: int = 8) -> None:

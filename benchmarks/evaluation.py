@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import fire
 import torch
-from server import write_random
+from common import random_folder
 
 from llama import Llama
 from llama.checkpoint.convert import convert
@@ -50,7 +50,7 @@ def main(questions: int = 200, letters: bool = False, batch: int = 8) -> None:
     from lm_eval.models.huggingface import HFLM
 
     with tempfile.TemporaryDirectory() as name:
-        meta, hf = write_random(Path(name) / "meta", torch.float32), Path(name) / "hf"
+        meta, hf = random_folder(Path(name) / "meta", "110M", torch.float32), Path(name) / "hf"
         convert(meta, hf, "hf", 1, None)
         llama = Llama.build(meta, max_seq_len=CONTEXT, max_batch_size=batch, device="cpu", dtype="float32")
         mine = HarnessModel(llama, progress=False)

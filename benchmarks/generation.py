@@ -1,12 +1,14 @@
 """What generation costs in addition to the model, and what prefix sharing and prompt lookup save.
 
-    python benchmarks/generation.py [--threads 2] [--repeats 5] [--only sampler,prefix,lookup,chat,memory]
+    python benchmarks/generation.py [--threads 2] [--repeats 5] [--only sampler,prefix,lookup,chat,ragged,memory]
         [--dtype float32]
 
 sampler  time of sampling as a fraction of a decode step, 1.1B shape, in bfloat16 or float32, whichever suits this CPU
 prefix   prefill of 8 prompts that share 400 tokens, 110M shape, with and without sharing
 lookup   prompt lookup compared with plain decoding, 110M shape, greedy, on a text that repeats and on one that does not
 chat     time to first token in 20 turns of a chat, with the bundled model
+ragged   greedy generation of 32 tokens for prompts of 16, 64, 128 and 256 tokens, compared with transformers and
+         llama.cpp on the same weights, 110M shape in float32; needs the extra `bench`
 memory   memory of the process after 50 and after 1,000 requests of random shapes, computed in `dtype`
 """
 
@@ -16,32 +18,20 @@ import random
 import resource
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import fire
 import torch
+from common import CPU, MODELS, alternate, milliseconds, random_model, ratio, spread
 
-from llama import Chat, Llama, ModelArgs, engine, parallel
-from llama.cli import measure as bench
+from llama import Chat, Llama, engine
+from llama.cli import measure
 from llama.engine import Engine
 from llama.request import Request
 from llama.sampling import Sampler, SamplingParams
-
-CPU = torch.device("cpu")
-MODELS = Path(__file__).parent.parent / "models"
-
-
-def shaped(name: str, B: int, S: int, seed: int = 0, words: int = 32000) -> bench.Transformer:
-    torch.manual_seed(seed)
-    parallel.init_model_parallel()
-    args = ModelArgs(**bench.SHAPES[name], vocab_size=words, max_batch_size=B, max_seq_len=S)
-    return bench.loaded(bench.Source(bench.RandomWeights(CPU), args, CPU, torch.float32))
-
-
-def summary(name: str, taken: list[float]) -> str:
-    return f"{name} {statistics.median(taken) * 1e3:.2f} ms ({min(taken) * 1e3:.2f} - {max(taken) * 1e3:.2f})"
 
 
 def sampler(repeats: int) -> None:
@@ -52,7 +42,7 @@ def sampler(repeats: int) -> None:
         "all": SamplingParams(0.8, 0.95, 100, 0.01, 1.1, 0.1, 0.1, {5: 1.0}),
     }
     for shape, words, B in (("1.1B", 32000, 1), ("1.1B", 32000, 8), ("110M", 128256, 1), ("110M", 128256, 8)):
-        model = shaped(shape, B, 64, words=words)
+        model = random_model(shape, B, 64, words)
         prompts = torch.randint(3, words, (B, 16)).tolist()
         steps = []
         for _ in (run := Engine.of(model).run([Request(prompt, 16 + 3 * repeats) for prompt in prompts])):
@@ -60,41 +50,38 @@ def sampler(repeats: int) -> None:
             next(run, None)
             steps.append(time.perf_counter() - began)
         step = statistics.median(steps[1:-1])
-        print(f"sampler, {shape}, {words} words, batch {B}: {summary('a decode step takes', steps[1:-1])}")
+        print(f"sampler, {shape}, {words} words, batch {B}: a decode step takes {milliseconds(steps[1:-1])}")
         for peak in (0.0, 8.0):  # as flat as random weights make it, and as peaked as trained ones do
             logits = torch.randn(B, words) + peak * (torch.rand(B, words) < 0.001)
             for name, settings in kinds.items():
                 choose, slots = Sampler(B, words, CPU), range(B)
                 for slot, prompt in enumerate(prompts):
                     choose.admit(slot, settings, prompt)
-                taken = bench.times(lambda: choose.count(choose(logits, slots, [0] * B), slots), CPU, 5 * repeats)  # noqa: B023
+                taken = measure.times(lambda: choose.count(choose(logits, slots, [0] * B), slots), CPU, 5 * repeats)  # noqa: B023
                 share = statistics.median(taken) / step
-                print(f"  {'peaked' if peak else 'flat'}, {summary(name, taken)}: {share:.1%} of the step")
+                print(f"  {'peaked' if peak else 'flat'}, {name} {milliseconds(taken)}: {share:.1%} of the step")
 
 
 def prefix(repeats: int) -> None:
-    model = shaped("110M", 8, 512)
+    model = random_model("110M", 8, 512)
     shared = torch.randint(3, 32000, (400,)).tolist()
     prompts = [[*shared, *torch.randint(3, 32000, (16,)).tolist()] for _ in range(8)]
-    taken: dict[str, list[float]] = {"shared": [], "apart": []}
     computing = Engine.of(model)
 
-    def prefill() -> None:
+    def prefill(least: int) -> None:
         computing.forget()
-        for _ in computing.run([Request(prompt, len(prompt) + 1) for prompt in prompts]):
-            pass
+        with mock.patch.object(engine, "WORTH_SHARING", least):
+            for _ in computing.run([Request(prompt, len(prompt) + 1) for prompt in prompts]):
+                pass
 
-    for _ in range(repeats + 1):
-        for name, least in (("shared", 32), ("apart", 10**9)):
-            with mock.patch.object(engine, "WORTH_SHARING", least):
-                taken[name] += bench.times(prefill, CPU, 1)
-    ratio = statistics.median(b / a for a, b in zip(taken["shared"][1:], taken["apart"][1:], strict=True))
-    print(f"prefix: {'; '.join(summary(name, runs[1:]) for name, runs in taken.items())}; ratio {ratio:.2f}")
+    taken = alternate({"shared": partial(prefill, 32), "apart": partial(prefill, 10**9)}, repeats)
+    runs = "; ".join(f"{name} {milliseconds(times)}" for name, times in taken.items())
+    print(f"prefix: {runs}; ratio {ratio(taken['apart'], taken['shared'])}")
 
 
 def lookup(repeats: int) -> None:
     """Make the next token depend only on the last one, in short cycles, so that the text repeats, or in long ones."""
-    model = shaped("110M", 1, 640)
+    model = random_model("110M", 1, 640)
     layers: Any = model.layers
     for layer in layers:
         layer.attention.wo.weight.zero_()
@@ -114,15 +101,11 @@ def lookup(repeats: int) -> None:
         model.output.weight.zero_()
         model.output.weight[[*range(4, 3 + circle), 3]] = model.tok_embeddings.weight[3 : 3 + circle]
         prompt = [3 + i % circle for i in range(200)]
-        ratios, rates, same = [], [], True
-        for _ in range(repeats):
-            (plain, text), (fast, fast_text) = run(0, prompt), run(7, prompt)
-            ratios.append(fast / plain)
-            rates.append((plain, fast))
-            same = same and text == fast_text
-        plain, fast = (statistics.median(rate) for rate in zip(*rates, strict=True))
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
-        print(f"lookup, a text {name}: {plain:.1f} tokens/s, with {fast:.1f}; ratio {ratio}; same tokens: {same}")
+        pairs = [(run(0, prompt), run(7, prompt)) for _ in range(repeats)]
+        plain, fast = ([rate for rate, _ in runs] for runs in zip(*pairs, strict=True))
+        same = all(text == fast_text for (_, text), (_, fast_text) in pairs)
+        print(f"lookup, a text {name}: {spread(plain)} tokens/s, with {spread(fast)}; ratio {ratio(fast, plain)}; "
+              f"same tokens: {same}")  # fmt: skip
 
 
 def chat(repeats: int) -> None:
@@ -136,8 +119,46 @@ def chat(repeats: int) -> None:
             taken.append(time.perf_counter() - began)
             for _event in stream:
                 pass
-    ratio = statistics.median(b / a for a, b in zip(first[1], first[19], strict=True))
-    print(f"chat, first token: {summary('turn 2', first[1])}; {summary('turn 20', first[19])}; ratio {ratio:.2f}")
+    turns = f"turn 2 {milliseconds(first[1])}; turn 20 {milliseconds(first[19])}"
+    print(f"chat, first token: {turns}; ratio {ratio(first[19], first[1])}")
+
+
+def ragged(repeats: int, new: int = 32) -> None:
+    from peers import llama_cpp_decoder, transformers_model
+
+    model = random_model("110M", 4, 512)
+    source = measure.Source(measure.RandomWeights(CPU), model.params, CPU, torch.float32)
+    computing, theirs, decode = Engine.of(model, True), transformers_model(source), llama_cpp_decoder(source)
+    prompts = [torch.randint(3, 32000, (length,)).tolist() for length in (16, 64, 128, 256)]
+
+    def ours() -> list[list[int]]:
+        computing.forget()
+        requests = [Request(prompt, len(prompt) + new) for prompt in prompts]
+        for _ in computing.run(requests):
+            pass
+        return [request.ids[len(request.prompt) :] for request in requests]
+
+    def transformers() -> list[list[int]]:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        with torch.inference_mode():
+            return theirs.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
+
+    def llama_cpp() -> list[list[int]]:
+        rows = [decode({row: (0, prompt)}) for row, prompt in enumerate(prompts)]
+        for step in range(new - 1):
+            last = {row: (len(prompts[row]) + step, ids[-1:]) for row, ids in enumerate(rows)}
+            for ids, id in zip(rows, decode(last), strict=True):
+                ids.append(id)
+        return rows
+
+    taken = alternate({run.__name__: run for run in (ours, transformers, llama_cpp)}, repeats)
+    same = sum(a == b for a, b in zip(ours(), transformers(), strict=True))
+    print(f"ragged: {same} of {len(prompts)} rows equal those of transformers")
+    for name, times in taken.items():
+        print(f"  {name} {spread(times)} s; ours takes {ratio(taken['ours'], times)} of it")
 
 
 def memory(requests: int = 1000, dtype: str | None = None) -> None:
@@ -164,7 +185,8 @@ def main(threads: int = 2, repeats: int = 5, only: str | tuple[str, ...] = (), d
     torch.set_num_threads(threads)
     chosen = only.split(",") if isinstance(only, str) else only
     print(f"torch {torch.__version__}, {threads} threads; medians of {repeats} (min - max)")
-    for part in (sampler, prefix, lookup, chat):
+    torch.manual_seed(0)
+    for part in (sampler, prefix, lookup, chat, ragged):
         if not chosen or part.__name__ in chosen:
             part(repeats)
     if not chosen or "memory" in chosen:

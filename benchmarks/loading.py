@@ -25,16 +25,15 @@ from typing import Any
 
 import fire
 import torch
-from tqdm import tqdm
+from common import CPU, random_folder
 
-from llama import ModelArgs, Transformer, devices, parallel
+from llama import ModelArgs, devices, parallel
 from llama.backends.quantized import scheme
-from llama.checkpoint import Checkpoint, gguf, gguf_write, hf, load, save, shapes
-from llama.checkpoint.convert import Job, write_hf, write_meta
-from llama.cli.measure import SHAPES
+from llama.checkpoint import Checkpoint, gguf, gguf_write, hf, shapes
+from llama.checkpoint.convert import convert
+from llama.cli.measure import SHAPES, Source, loaded
 from llama.gguf import aligned, header_bytes
 
-PARAMS: dict[str, Any] = {**SHAPES["1.1B"], "multiple_of": 256, "norm_eps": 1e-5}
 VOCAB = 32000
 PARAMETERS = 1_100_048_384
 BLOCKS = ("Q4_0", "Q4_K", "Q6_K", "Q8_0")
@@ -42,26 +41,15 @@ ROUNDED = ("int8", "int4", *BLOCKS)
 
 
 def prepare(folder: Path) -> None:
-    """The same random weights in both layouts."""
-    args = ModelArgs(**PARAMS, vocab_size=VOCAB)
-    state = {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in shapes(args).items()}
-    save(state, folder / "meta", {**PARAMS, "vocab_size": -1})
-    (folder / "hf").mkdir()
-    saved = Checkpoint(folder / "meta")
-    write_hf(Job(saved, saved, args, torch.bfloat16), folder / "hf", tqdm(disable=True))
-
-
-def quantize(folder: Path) -> None:
-    """The same weights in int4, written as `convert` does, which would need a tokenizer."""
-    checkpoint = Checkpoint(folder / "meta")
-    (folder / "int4").mkdir()
-    job = Job(checkpoint, checkpoint, checkpoint.args(VOCAB), torch.bfloat16, scheme("int4"))
-    write_meta(job, folder / "int4", 1, tqdm(disable=True))
+    """The same random weights in both layouts, and in int4."""
+    meta = random_folder(folder / "meta", "1.1B", torch.bfloat16)
+    convert(meta, folder / "hf", "hf", 1, None)
+    convert(meta, folder / "int4", "meta", 1, None, quantize="int4")
 
 
 def write_blocks(folder: Path, kind: str) -> None:
     """A GGUF file with all matrices in blocks of one type; all blocks are equal."""
-    args = ModelArgs(**PARAMS, vocab_size=VOCAB)
+    args = ModelArgs(**SHAPES["1.1B"], vocab_size=VOCAB)
     keys = gguf_write.keys_of(args, gguf_write.BY_NAME["Q4_0"], None, kind)
     named = hf.names(args.n_layers, gguf.NAMES)
     kinds = {name: gguf_write.BY_NAME[kind if len(shape) > 1 else "F32"] for name, shape in shapes(args).items()}
@@ -87,12 +75,10 @@ def one(who: str, folder: str, dtype: str) -> None:
         began = time.perf_counter()
         saved = f"{dtype}.gguf" if blocks else "int4" if dtype == "int4" else "meta"
         checkpoint = Checkpoint(Path(folder) / saved)
-        args = checkpoint.args(VOCAB)
-        with torch.device("meta"):
-            model = Transformer(replace(args, max_batch_size=0))
+        args = replace(checkpoint.args(VOCAB), max_batch_size=1, max_seq_len=1)
         rounding = checkpoint.scheme if blocks else scheme(dtype) if quantized else None
         final = checkpoint.dtype() if blocks else final
-        load(model, checkpoint, args, torch.device("cpu"), final, rounding, quantized)
+        model = loaded(Source(checkpoint, args, CPU, final, rounding), quantized)
     else:
         began = time.perf_counter()
         model = LlamaForCausalLM.from_pretrained(Path(folder) / "hf", dtype=final)
@@ -108,7 +94,6 @@ def one(who: str, folder: str, dtype: str) -> None:
 def main(repeats: int = 3, folder: str | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as root:
         prepare(Path(root))
-        quantize(Path(root))
         for kind in BLOCKS:
             write_blocks(Path(root), kind)
         print(f"torch {torch.__version__}; {repeats} repeats in turn; medians")

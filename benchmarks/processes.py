@@ -8,9 +8,8 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from common import ROOT
 
 
 def free_port() -> int:

@@ -24,6 +24,7 @@ from pydoc_data import topics
 import fire
 import torch
 import torch.nn.functional as F
+from common import CPU, MODELS, ROOT
 from torch import Tensor
 
 from llama import ModelArgs, Tokenizer, Transformer, parallel
@@ -34,10 +35,8 @@ from llama.cli import measure
 from llama.cli.convert import AT_ONCE, OWN, WINDOW, own_text
 from llama.engine import Engine
 
-ROOT = Path(__file__).parent.parent
-CPU = torch.device("cpu")
 sys.path.insert(0, str(ROOT / "tools"))
-from train_small import batches  # noqa: E402
+from train_small import batches
 
 SCHEMES = [Scheme(8), Scheme(8, 128), *(Scheme(4, group, False) for group in (32, 64, 128)), Scheme(4, 32)]
 Data = list[tuple[Tensor, Tensor]]  # tokens and targets (B, T); targets below 0 do not count
@@ -109,9 +108,9 @@ def main(model: str | None = None, text: str | None = None, calibrate: str | Non
     if model is not None:
         report_other(Path(str(model)), text, calibrate, tokens)
         return
-    tokenizer = Tokenizer(str(ROOT / "models" / "tokenizer.model"))
+    tokenizer = Tokenizer(MODELS / "tokenizer.model")
     for name, chat, context in (("small", 0.0, 256), ("small-chat", 1.0, 512)):
-        source = Checkpoint(ROOT / "models" / name)
+        source = Checkpoint(MODELS / name)
         data = list(islice(batches(tokenizer, 1000, chat, context), 8))
         args = source.args(tokenizer.n_words)
         report(name, source, args, data, own(source, args, tokenizer.bos_id, tokenizer.eos_id))

@@ -13,13 +13,11 @@ built from source.
 from __future__ import annotations
 
 import asyncio
-import base64
 import itertools
 import json
 import random
 import re
 import statistics
-import string
 import subprocess
 import sys
 import tempfile
@@ -32,13 +30,12 @@ from typing import Any, NamedTuple
 
 import fire
 import torch
+from common import MODELS, random_folder
 from processes import free_port, running
 
-from llama import Llama, ModelArgs, checkpoint
+from llama import Llama
 from llama.checkpoint.convert import convert
-from llama.cli.measure import SHAPES
 
-ROOT = Path(__file__).parent.parent
 CLIENTS, CONTEXT, THREADS = 32, 1024, 2
 Body = dict[str, Any]
 Clients = Callable[[int, Sequence[Body]], Coroutine[Any, Any, list["Timing"]]]
@@ -52,24 +49,8 @@ class Timing(NamedTuple):
     tokens: int
 
 
-def write_random(folder: Path, dtype: torch.dtype) -> Path:
-    """A folder of random weights in Meta's layout. The tokens of its tokenizer are two or three characters."""
-    letters = string.ascii_letters + string.digits + " "
-    words = itertools.chain(itertools.product(letters, repeat=2), itertools.product(letters, repeat=3))
-    ranks = [bytes([i]) for i in range(256)] + ["".join(w).encode() for w in itertools.islice(words, 32000 - 512)]
-    folder.mkdir()
-    lines = [b"%s %d\n" % (base64.b64encode(word), i) for i, word in enumerate(ranks)]
-    (folder / "tokenizer.model").write_bytes(b"".join(lines))
-    torch.manual_seed(0)
-    params = {**SHAPES["110M"], "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000}
-    shapes = checkpoint.shapes(ModelArgs(**params))
-    state = {name: torch.randn(shape) * 0.02 if len(shape) > 1 else torch.ones(shape) for name, shape in shapes.items()}
-    checkpoint.save({name: weight.to(dtype) for name, weight in state.items()}, folder, params)
-    return folder
-
-
 def write_gguf(folder: Path, scheme: str | None) -> Path:
-    convert(write_random(folder / "meta", torch.float16), folder / "gguf", "gguf", 1, None, quantize=scheme)
+    convert(random_folder(folder / "meta", "110M", torch.float16), folder / "gguf", "gguf", 1, None, quantize=scheme)
     return next((folder / "gguf").glob("*.gguf"))
 
 
@@ -177,7 +158,7 @@ def overhead(tokens: int = 200, streams: int = 8, repeats: int = 5) -> None:
     from llama.server.app import Config
     from llama.server.process import Server
 
-    llama = Llama.build(ROOT / "models" / "small-chat", max_seq_len=256, max_batch_size=streams, device="cpu")
+    llama = Llama.build(MODELS / "small-chat", max_seq_len=256, max_batch_size=streams, device="cpu")
     server = Server(Config("model"))
     threading.Thread(target=server.serve, args=(llama,)).start()
     options = {"max_tokens": tokens, "min_tokens": tokens, "temperature": 0}

@@ -23,6 +23,7 @@ from typing import Any
 
 import fire
 import httpx
+from common import MODELS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import free_port, running
@@ -30,7 +31,7 @@ from processes import free_port, running
 from llama import Llama
 from llama.server.schema import OF_CHAT, OF_TEXT
 
-MODEL = Path(__file__).parent.parent / "models" / "small-chat"
+MODEL = MODELS / "small-chat"
 SIZES: dict[str, Any] = {"max_batch_size": 8, "max_seq_len": 256}
 GROWTH = 30.0  # MB
 TEXTS = ("The opposite of hot is", "Once upon a time there was", "One day a fox", "A", "The little boy said: ")

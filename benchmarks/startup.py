@@ -12,19 +12,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fire
 import torch
+from common import ROOT, alternate, spread
 
 from llama import ModelArgs
 from llama.checkpoint import shapes, shard_dim
 from llama.cli.measure import SHAPES
-
-ROOT = Path(__file__).parent.parent
-
 
 THREE = {"n_kv_heads": 8, "rope_theta": 500000.0}
 BIG = {**SHAPES["70B"], **THREE}
@@ -71,22 +69,19 @@ def main(repeats: int = 7) -> None:
 
 
 def measure(commands: dict[str, list[str]], repeats: int) -> None:
-    times: dict[str, list[float]] = {name: [] for name in commands}
     peaks: dict[str, float] = {}
-    for i in range(repeats + 1):
-        for name, command in commands.items():
-            began = time.perf_counter()
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-            _, status, usage = os.wait4(process.pid, 0)
-            if status:
-                raise RuntimeError(f"{name} ended with {status}")
-            peaks[name] = usage.ru_maxrss / 1e3
-            if i > 0:  # the first round warms the disk's cache
-                times[name].append(time.perf_counter() - began)
+
+    def run(name: str) -> None:
+        process = subprocess.Popen(commands[name], cwd=ROOT, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise RuntimeError(f"{name} ended with {status}")
+        peaks[name] = usage.ru_maxrss / 1e3
+
+    times = alternate({name: partial(run, name) for name in commands}, repeats)
     print(f"{repeats} repeats in turn; seconds: median (min - max), peak memory")
     for name, seconds in times.items():
-        spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})"
-        print(f"{name:>27}: {spread}, {peaks[name]:.0f} MB")
+        print(f"{name:>27}: {spread(seconds)}, {peaks[name]:.0f} MB")
     pairs = zip(times["import torch, llama"], times["import torch"], strict=True)
     print(f"import llama adds {statistics.median(a - b for a, b in pairs):.2f} s")
 

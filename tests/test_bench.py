@@ -135,3 +135,14 @@ def test_the_gpu_benchmark_runs_on_a_cpu(monkeypatch, capsys):
     assert decode["tokens/s"] > 0 and decode["stage"] == "decode"
     assert int4["batch 8"] > 0 and int4["prefill 2048 ms"] > 0
     assert memory["ratio"] == 0  # of what is on a GPU
+
+
+def test_answers_of_the_gpu_benchmark_do_not_end_early(monkeypatch):
+    """Regression: a model of random weights chose EOS now and then, and the step times were those of fewer tokens."""
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setitem(measure.SHAPES, "7B", {"dim": 64, "n_layers": 1, "n_heads": 4})
+    monkeypatch.setattr(gpu, "DEVICE", CPU)
+    llama = gpu.build(tokenizer=str(TOKENIZER))
+    likely = {llama.tokenizer.eos_id: 100.0}
+    [ids], _ = llama.generate([[5, 6]], 9, temperature=0, logit_bias=likely)
+    assert len(ids) == 9
