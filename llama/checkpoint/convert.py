@@ -32,7 +32,7 @@ from .load import Stored, Weights, read_quantized, read_whole, stored_tensors
 from .lora import with_lora
 from .paths import find_tokenizer
 from .plan import check_divides, shapes, shard_dim, slice_shape
-from .write import LOCK, blank_file, check_new, new_folder, shards_of, write_checklist, write_file, write_json, writing
+from .write import LOCK, blank_file, check_new, new_folder, shards_of, write_checklist, write_file, writing
 
 HF_FILE = 2 * 10**9  # bytes of one model-0000n-of-0000m.safetensors, which are in memory together
 
@@ -135,17 +135,14 @@ def write(job: Job, folder: Path, to: str, mp: int, tokenizer: Tokenizer, files:
     """Write all files of a layout: the tokenizer's `files`, the weights, and their md5 sums."""
     with tqdm(total=2 * job.size(), unit="B", unit_scale=True, disable=None) as bar:
         for name, content in files.items():
-            if isinstance(content, bytes):
-                write_file(folder / name, content)
-            else:
-                write_json(folder / name, content)
+            write_file(folder / name, content)
         ends = tokenizer.eos_ids | job.checkpoint.eos_ids(job.args.vocab_size)
         if to == "gguf":
             write_gguf(job, folder, tokenizer, ends, bar)
         elif to == "meta":
             write_meta(job, folder, mp, bar)
             if ends - Tokenizer(find_tokenizer(folder, None)).eos_ids:
-                write_json(folder / "generation_config.json", {"eos_token_id": sorted(ends)})
+                write_file(folder / "generation_config.json", {"eos_token_id": sorted(ends)})
         else:
             write_hf(job, folder, bar, tokenizer.bos_id, sorted(ends))
         written = sorted(file for file in folder.iterdir() if file.name != LOCK)
@@ -188,9 +185,9 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     scaling = job.args.rope_scaling
     scaled = {"use_scaled_rope": True} if scaling and scaling.rope_type == "llama3" else {}  # all that Meta reads of it
     words = {"vocab_size": job.args.vocab_size} if job.checkpoint.params.get("vocab_size", -1) > 0 else {}
-    write_json(folder / "params.json", job.checkpoint.params | words | scaled | quantization)
+    write_file(folder / "params.json", job.checkpoint.params | words | scaled | quantization)
     if head := job.score_head():
-        write_json(folder / "config.json", head)
+        write_file(folder / "config.json", head)
     # All shards are equally large, even if there are more shards than key-value heads.
     blank = {
         key: torch.empty(slice_shape(key, shape, 0, shape[shard_dim(key) or 0] // mp), dtype=dtype)
@@ -232,7 +229,7 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
     if job.args.tie_word_embeddings:
         del whole["output.weight"]
     sizes = {name: torch.Size(shape).numel() * job.dtype.itemsize for name, shape in whole.items()}
-    groups = in_files(sizes, HF_FILE)
+    groups = in_files(sizes)
     index: dict[str, str] = {}
     for i, group in enumerate(groups):
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
@@ -249,11 +246,11 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
     config = hf.config(job.args, dtype_name(job.dtype), job.checkpoint.positions)
     ends = [*eos] if len(eos) > 1 else max(eos, default=None)
     ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": ends}
-    write_json(folder / "config.json", config | ids | job.score_head())
-    write_json(folder / "generation_config.json", ids)
+    write_file(folder / "config.json", config | ids | job.score_head())
+    write_file(folder / "generation_config.json", ids)
     if len(groups) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-        write_json(folder / "model.safetensors.index.json", content)
+        write_file(folder / "model.safetensors.index.json", content)
 
 
 def write_gguf(job: Job, folder: Path, tokenizer: Tokenizer, ends: Iterable[int], bar: tqdm) -> None:
@@ -266,14 +263,14 @@ def write_gguf(job: Job, folder: Path, tokenizer: Tokenizer, ends: Iterable[int]
     gguf_write.write_gguf(folder / "model.gguf", job.weights, job.args, keys, kinds, job.search, bar.update)
 
 
-def in_files(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """The names in order, in groups of up to `limit` bytes. A larger tensor has a group of its own."""
-    groups: list[list[str]] = [[]]
-    free = limit
+def in_files(sizes: Mapping[str, int]) -> list[list[str]]:
+    """The names in order, in groups of up to HF_FILE bytes. A larger tensor has a group of its own."""
+    groups: list[list[str]] = []
+    free = 0
     for name, size in sizes.items():
-        if size > free and groups[-1]:
+        if size > free:
             groups.append([])
-            free = limit
+            free = HF_FILE
         groups[-1].append(name)
         free -= size
     return groups

@@ -101,11 +101,10 @@ class Checkpoint:
         ours = {theirs: meta for meta, theirs in hf.names(self.params["n_layers"], names).items()}
         for file in files:
             file.tensors = {ours.get(name, name): entry for name, entry in file.tensors.items()}
-        if tied and not any("output.weight" in file.tensors for file in files):
-            for file in files:
-                if embeddings := file.tensors.get("tok_embeddings.weight"):
-                    file.tensors["output.weight"] = embeddings
         self.files, self.holders = files, {name: [file] for file in files for name in file.tensors}
+        if tied and "output.weight" not in self.holders and "tok_embeddings.weight" in self.holders:
+            [file] = self.holders["output.weight"] = self.holders["tok_embeddings.weight"]
+            file.tensors["output.weight"] = file.tensors["tok_embeddings.weight"]
         self.scheme = schemes(files)
         self.positions = positions if type(positions) is int and positions > 0 else None
 
@@ -199,15 +198,13 @@ class Checkpoint:
                 raise ValueError(f"{file.path} does not fit {self.source.name}: {'; '.join(found)}")
         if missing := [name for name in stored if name not in self.holders]:
             raise ValueError(f"{self.folder} does not fit {self.source.name}: missing: {listed(missing)}")
-        norms = [file.read("norm.weight", 0, 0, args.dim) for file in self.holders["norm.weight"]]
-        for file, norm in zip(self.files, norms, strict=False):
-            if not torch.equal(norm, norms[0]):  # every shard of a model has the same norms
-                raise ValueError(f"{file.path} and {self.files[0].path.name} are shards of different models")
-        if self.layout == "meta":
-            rows = [file.read("layers.0.attention.wq.weight", 0, 0, 1) for file in self.files]
-            for file, row in zip(self.files[1:], rows[1:], strict=True):
-                if torch.equal(row, rows[0]) and row.any():
-                    raise ValueError(f"{file.path} and {self.files[0].path.name} are the same shard")
+        first, wq = self.files[0], "layers.0.attention.wq.weight"
+        for file in self.files[1:] if self.layout == "meta" else ():
+            if not torch.equal(file.read("norm.weight", 0, 0, args.dim), first.read("norm.weight", 0, 0, args.dim)):
+                raise ValueError(f"{file.path} and {first.path.name} are shards of different models")
+            row = file.read(wq, 0, 0, 1)
+            if torch.equal(row, first.read(wq, 0, 0, 1)) and row.any():
+                raise ValueError(f"{file.path} and {first.path.name} are the same shard")
 
     def _problems(self, file: File, stored: Stored) -> dict[str, list[str]]:
         """What is wrong with a file -> the names of the tensors concerned."""

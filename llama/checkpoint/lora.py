@@ -151,8 +151,7 @@ class Adapter:
         self.folder, self.factor, self.head_dim, self.shapes = folder, factor, args.head_dim, shapes(args)
         self.config = read_config(folder / "adapter_config.json")
         self.file = open_file(weights_file(folder))
-        named = hf.names(args.n_layers)
-        self.modules = {name: theirs.removesuffix(".weight") for name, theirs in named.items()}
+        self.modules = {name: theirs.removesuffix(".weight") for name, theirs in hf.names(args.n_layers).items()}
         ours = {module: name for name, module in self.modules.items() if name in self.shapes}
         self.keys: dict[str, dict[str, str]] = {}
         problems: dict[str, list[str]] = defaultdict(list)
