@@ -49,8 +49,7 @@ class Checkpoint:
         elif config.is_file():
             self._open_hf(config)
         else:
-            do = advice(folder, NO_CONFIG, "is it the folder of a checkpoint?")
-            raise FileNotFoundError(f"no params.json or config.json in {folder}; {do}")
+            raise FileNotFoundError(f"no params.json or config.json in {folder}; {advice(folder, NO_CONFIG)}")
 
     def _open_meta(self, source: Path) -> None:
         self.layout, self.source = "meta", source

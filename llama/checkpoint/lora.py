@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,11 +96,11 @@ def check_together(name: str, adapters: Sequence[Adapter]) -> None:
             raise ValueError(f"{adapter.folder} has {what} for {name}, which cannot be weighted or added to another")
 
 
-class Merged:
+class Merged(NamedTuple):
     """A checkpoint with adapters, as `Weights` to load from."""
 
-    def __init__(self, base: Weights, adapters: Sequence[Adapter]) -> None:
-        self.base, self.adapters = base, adapters
+    base: Weights
+    adapters: Sequence[Adapter]
 
     def dtype(self) -> torch.dtype:
         return self.base.dtype()

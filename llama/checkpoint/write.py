@@ -117,13 +117,10 @@ def blank_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process during a copy
             with new.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-    stored = open_file(path).tensors
+    written = open_file(path)
     with path.open("r+b") as file:
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
-    return {
-        name: torch.frombuffer(pages, dtype=like.dtype, offset=stored[name].offset, count=like.numel()).view(like.shape)
-        for name, like in tensors.items()
-    }
+        written.pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
+    return {name: written.view(entry, 0, 0, entry.shape[0]) for name, entry in written.tensors.items()}
 
 
 def check_new(target: Path) -> None:
