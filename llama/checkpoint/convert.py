@@ -136,15 +136,15 @@ def write(job: Job, folder: Path, to: str, mp: int, tokenizer: Tokenizer, files:
     with tqdm(total=2 * job.size(), unit="B", unit_scale=True, disable=None) as bar:
         for name, content in files.items():
             write_file(folder / name, content)
-        ends = tokenizer.eos_ids | job.checkpoint.eos_ids(job.args.vocab_size)
+        eos_ids = tokenizer.eos_ids | job.checkpoint.eos_ids(job.args.vocab_size)
         if to == "gguf":
-            write_gguf(job, folder, tokenizer, ends, bar)
+            write_gguf(job, folder, tokenizer, eos_ids, bar)
         elif to == "meta":
             write_meta(job, folder, mp, bar)
-            if ends - Tokenizer(find_tokenizer(folder, None)).eos_ids:
-                write_file(folder / "generation_config.json", {"eos_token_id": sorted(ends)})
+            if eos_ids - Tokenizer(find_tokenizer(folder, None)).eos_ids:
+                write_file(folder / "generation_config.json", {"eos_token_id": sorted(eos_ids)})
         else:
-            write_hf(job, folder, bar, tokenizer.bos_id, sorted(ends))
+            write_hf(job, folder, bar, tokenizer.bos_id, sorted(eos_ids))
         written = sorted(file for file in folder.iterdir() if file.name != LOCK)
         write_checklist(folder / "checklist.chk", written, bar.update)
 
@@ -244,8 +244,8 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
             save_file(tensors, new, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
     config = hf.config(job.args, dtype_name(job.dtype), job.checkpoint.positions)
-    ends = [*eos] if len(eos) > 1 else max(eos, default=None)
-    ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": ends}
+    eos_ids = [*eos] if len(eos) > 1 else max(eos, default=None)
+    ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": eos_ids}
     write_file(folder / "config.json", config | ids | job.score_head())
     write_file(folder / "generation_config.json", ids)
     if len(groups) > 1:
@@ -253,12 +253,12 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
         write_file(folder / "model.safetensors.index.json", content)
 
 
-def write_gguf(job: Job, folder: Path, tokenizer: Tokenizer, ends: Iterable[int], bar: tqdm) -> None:
+def write_gguf(job: Job, folder: Path, tokenizer: Tokenizer, eos_ids: Iterable[int], bar: tqdm) -> None:
     """model.gguf, with the tokenizer and the chat template in it."""
     source, kinds = job.checkpoint, gguf_write.kinds_of(job.args, job.dtype, job.scheme)
     template, name = template_of(source.folder), source.folder.resolve().name
     keys = gguf_write.keys_of(job.args, kinds["layers.0.attention.wq.weight"], source.positions, name)
-    keys |= gguf_write.tokenizer_keys(tokenizer, ends)
+    keys |= gguf_write.tokenizer_keys(tokenizer, eos_ids)
     keys |= {} if template is None else {"tokenizer.chat_template": template}
     gguf_write.write_gguf(folder / "model.gguf", job.weights, job.args, keys, kinds, job.search, bar.update)
 

@@ -122,7 +122,8 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"{self.source}: {error}") from error
         if self.layout == "hf" and args.vocab_size == self.vocab_size() > n_words:
-            args.vocab_size = self.trim(n_words)
+            self.trim(n_words)
+            args.vocab_size = n_words
         if args.vocab_size not in (-1, n_words):
             given = f"{self.source}: vocab_size {args.vocab_size}"
             raise ValueError(f"{given} differs from the tokenizer's {n_words} pieces")
@@ -170,9 +171,9 @@ class Checkpoint:
             for file in files
         )
 
-    def trim(self, n_words: int) -> int:
-        """Ignore rows of the vocabulary beyond the tokenizer's pieces, which are padding. Returns `n_words`. ValueError
-        names added tokens other than padding."""
+    def trim(self, n_words: int) -> None:
+        """Ignore rows of the vocabulary beyond the tokenizer's pieces, which are padding. ValueError names added tokens
+        other than padding."""
         added = self._json("added_tokens.json").items()
         if odd := [token for token, id in added if id >= n_words and "pad" not in token.lower()]:
             path = self.folder / "added_tokens.json"
@@ -185,7 +186,6 @@ class Checkpoint:
             for name in {"tok_embeddings.weight", "output.weight"} & file.tensors.keys():
                 entry = file.tensors[name]
                 file.tensors[name] = entry._replace(shape=(n_words, *entry.shape[1:]))
-        return n_words
 
     def check(self, args: ModelArgs) -> None:
         """Compare the files with the model's shape. ValueError names every tensor of a file that is missing,
@@ -197,13 +197,15 @@ class Checkpoint:
                 raise ValueError(f"{file.path} does not fit {self.source.name}: {'; '.join(found)}")
         if missing := [name for name in stored if name not in self.holders]:
             raise ValueError(f"{self.folder} does not fit {self.source.name}: missing: {listed(missing)}")
-        first, wq = self.files[0], "layers.0.attention.wq.weight"
-        for file in self.files[1:] if self.layout == "meta" else ():
-            if not torch.equal(file.read("norm.weight", 0, 0, args.dim), first.read("norm.weight", 0, 0, args.dim)):
-                raise ValueError(f"{file.path} and {first.path.name} are shards of different models")
-            row = file.read(wq, 0, 0, 1)
-            if torch.equal(row, first.read(wq, 0, 0, 1)) and row.any():
-                raise ValueError(f"{file.path} and {first.path.name} are the same shard")
+        norms = [file.read("norm.weight", 0, 0, args.dim) for file in self.holders["norm.weight"]]
+        for file, norm in zip(self.files, norms, strict=False):
+            if not torch.equal(norm, norms[0]):  # every shard of a model has the same norms
+                raise ValueError(f"{file.path} and {self.files[0].path.name} are shards of different models")
+        if self.layout == "meta":
+            rows = [file.read("layers.0.attention.wq.weight", 0, 0, 1) for file in self.files]
+            for file, row in zip(self.files[1:], rows[1:], strict=True):
+                if torch.equal(row, rows[0]) and row.any():
+                    raise ValueError(f"{file.path} and {self.files[0].path.name} are the same shard")
 
     def _problems(self, file: File, stored: Stored) -> dict[str, list[str]]:
         """What is wrong with a file -> the names of the tensors concerned."""
