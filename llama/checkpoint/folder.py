@@ -9,7 +9,8 @@ import hashlib
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ from .paths import NO_CONFIG, advice, listed
 from .plan import shapes, shard_dim, slice_shape, slices
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Put a path before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class Checkpoint:
@@ -61,18 +71,14 @@ class Checkpoint:
     def _open_hf(self, source: Path) -> None:
         self.layout, self.source = "hf", source
         config = read_json(source)
-        try:
+        with named_errors(source):
             self.params = hf.params(config)
             quantization = hf_quantized.settings(config, self.folder)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
         files = [open_file(path) for path in hf.weight_files(self.folder)]
         head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
         if quantization:
-            try:
+            with named_errors(self.folder):
                 hf_quantized.join_parts(files, quantization)
-            except ValueError as error:
-                raise ValueError(f"{self.folder}: {error}") from error
         for file in files:
             file.head_dim = head_dim
         tied = bool(config.get("tie_word_embeddings")) and not self.params.get("n_labels")
@@ -85,13 +91,11 @@ class Checkpoint:
         keys = headers[0].keys
         if (count := keys.get("split.count", 1)) != len(paths):
             raise ValueError(f"{source} is one of {count} files; give the first by its whole name, ...-00001-of-...")
-        try:
+        with named_errors(source):
             self.params = gguf.params(keys)
             files = [gguf.open_gguf(path, header) for path, header in zip(paths, headers, strict=True)]
             if scaling := gguf.rope_scaling(keys, self.params, gguf.divisors(files)):
                 self.params["rope_scaling"] = scaling
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
         self._hold(files, gguf.NAMES, True, keys.get("llama.context_length"))
 
     def _hold(self, files: Sequence[File], names: Mapping[str, str], tied: bool, positions: object) -> None:
@@ -117,10 +121,8 @@ class Checkpoint:
     def args(self, n_words: int) -> ModelArgs:
         """The model's shape, with the vocabulary of a tokenizer of `n_words` pieces. ValueError or FileNotFoundError if
         the files do not fit it."""
-        try:
+        with named_errors(self.source):
             args = ModelArgs(**self.params)
-        except ValueError as error:
-            raise ValueError(f"{self.source}: {error}") from error
         if self.layout == "hf" and args.vocab_size == self.vocab_size() > n_words:
             self.trim(n_words)
             args.vocab_size = n_words
@@ -148,9 +150,14 @@ class Checkpoint:
         return found
 
     def labels(self) -> list[str]:
-        """The names of a score head's labels; [] without such a head."""
-        n_labels = self.params.get("n_labels", 0)
-        return hf.labels(self._json("config.json"), n_labels) if n_labels else []
+        """The names of a score head's labels; [] without such a head. ValueError if they do not fit the head."""
+        if not (n_labels := self.params.get("n_labels", 0)):
+            return []
+        with named_errors(self.folder / "config.json"):
+            labels = hf.labels(self._json("config.json"), n_labels)
+            if len(labels) != n_labels:
+                raise ValueError(f"id2label names {len(labels)} labels, and the score head has {n_labels}")
+        return labels
 
     def pad_id(self, n_words: int) -> int | None:
         """pad_token_id of config.json, if it is below `n_words`. The tokenizer's own does not count."""
@@ -175,7 +182,8 @@ class Checkpoint:
         """Ignore rows of the vocabulary beyond the tokenizer's pieces, which are padding. ValueError names added tokens
         other than padding."""
         added = self._json("added_tokens.json").items()
-        if odd := [token for token, id in added if id >= n_words and "pad" not in token.lower()]:
+        odd = [token for token, id in added if type(id) is not int or id >= n_words]
+        if odd := [token for token in odd if "pad" not in token.lower()]:
             path = self.folder / "added_tokens.json"
             raise ValueError(f"{path} adds {listed(odd)} to the tokenizer's {n_words} pieces, which cannot be encoded")
         log.warning(
