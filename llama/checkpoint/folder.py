@@ -106,7 +106,7 @@ class Checkpoint:
             file.tensors = {ours.get(name, name): entry for name, entry in file.tensors.items()}
         self.files, self.holders = files, {name: [file] for file in files for name in file.tensors}
         if tied and "output.weight" not in self.holders and "tok_embeddings.weight" in self.holders:
-            [file] = self.holders["output.weight"] = self.holders["tok_embeddings.weight"]
+            self.holders["output.weight"] = [file] = self.holders["tok_embeddings.weight"]
             file.tensors["output.weight"] = file.tensors["tok_embeddings.weight"]
         self.scheme = schemes(files)
         self.positions = positions if type(positions) is int and positions > 0 else None

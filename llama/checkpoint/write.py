@@ -73,7 +73,7 @@ def digest(path: Path, kind: str, progress: Callable[[int], object] = lambda siz
 
 def write_file(path: Path, content: bytes | Mapping[str, Any]) -> None:
     """Write bytes, or a mapping as JSON, to a file. OSError names it."""
-    if not isinstance(content, bytes):
+    if isinstance(content, Mapping):
         content = f"{json.dumps(content, ensure_ascii=False)}\n".encode()
     with writing(path, len(content)) as new:
         new.write_bytes(content)
