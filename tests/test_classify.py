@@ -353,6 +353,17 @@ def test_configs_that_do_not_fit(tmp_path, change, message):
         build(tmp_path)
 
 
+def test_labels_that_do_not_fit_in_metas_layout(tmp_path):
+    """Regression: fewer labels than outputs of the head were taken, and a wrong id2label was an error without path."""
+    saved(tmp_path / "hf")
+    convert(tmp_path / "hf", path := tmp_path / "meta", "meta", 1, None, TOKENIZER)
+    config = json.loads((path / "config.json").read_text())
+    for message, names in {"names 1 labels, .* head has 2": {"0": "a"}, "does not name the labels": ["a"]}.items():
+        (path / "config.json").write_text(json.dumps({**config, "id2label": names}))
+        with pytest.raises(ValueError, match=f"config.json: id2label .*{message}"):
+            build(path)
+
+
 @pytest.mark.parametrize("name", ["v_head.weight", "regression_layer.weight", "score.bias", "lm_head.weight"])
 def test_other_heads_are_refused_by_name(tmp_path, name):
     saved(tmp_path)

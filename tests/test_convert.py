@@ -176,7 +176,7 @@ WRITERS = {  # a function that writes to a folder, and the file that is too larg
         "safetensors",
     ),
     "save": (lambda source, folder: checkpoint.save(BIG, folder, {}), "consolidated.00.pth"),
-    "json": (lambda source, folder: write.write_json(folder / "a.json", {"a": "b" * 10**6}), "a.json"),
+    "json": (lambda source, folder: write.write_file(folder / "a.json", {"a": "b" * 10**6}), "a.json"),
     "a file": (lambda source, folder: checkpoint.write_file(folder / "talk", b"b" * 10**6), "talk"),
     "a list of sums": (lambda source, folder: write.write_checklist(folder / "a.chk", [TOKENIZER] * 15_000), "a.chk"),
 }

@@ -219,9 +219,10 @@ def test_rows_beyond_the_tokenizers_are_padding(tmp_path, rows):
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + rows}))
     (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": config["vocab_size"]}))
     assert relative_error(_load(tmp_path, TOKENS)[2], model(TOKENS)) < 1e-5
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 1024, "<|user|>": 1025}))
-    with pytest.raises(ValueError, match=r"added_tokens.json adds <\|user\|> to the tokenizer's 1024 pieces"):
-        _load(tmp_path, TOKENS)
+    for id in (1025, "1025"):
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 1024, "<|user|>": id}))
+        with pytest.raises(ValueError, match=r"added_tokens.json adds <\|user\|> to the tokenizer's 1024 pieces"):
+            _load(tmp_path, TOKENS)
 
 
 def test_padding_tokens_that_the_weights_have_no_rows_for(tmp_path):

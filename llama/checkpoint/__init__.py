@@ -1,4 +1,4 @@
-"""Folders of weights, in Meta's layout or Hugging Face's: planned, opened, loaded, written and converted."""
+"""Checkpoints in any layout: planned, opened, loaded, written and converted."""
 
 import warnings
 from typing import Any

@@ -79,30 +79,27 @@ def calibrate_layer(
 ) -> Iterator[tuple[str, Quantized]]:
     """Round a layer's matrices in the order of their matmuls, each for the inputs that the rounded ones before it give.
     Replaces the layer's inputs `x` by its outputs."""
+    linears = dict(layer.named_modules())
+    # So that attention returns the inputs of wo, and the feed-forward those of w2.
+    layer.attention.wo = layer.feed_forward.w2 = nn.Identity()  # type: ignore[assignment]
 
     def fit(names: Sequence[str], inputs: Iterable[Tensor]) -> Iterator[tuple[str, Quantized]]:
         hessian = hessian_of(f"{prefix}{names[0]}.weight", inputs)
         for name in names:
-            linear = layer.get_submodule(name)
-            matrix = gptq(linear.weight, hessian, scheme)  # type: ignore[arg-type]
-            linear.weight = nn.Parameter(dequantize(matrix).to(x[0].device), requires_grad=False)
+            matrix = gptq(linears[name].weight, hessian, scheme)
+            linears[name].weight = nn.Parameter(dequantize(matrix).to(x[0].device), requires_grad=False)
             yield f"{prefix}{name}.weight", matrix
 
-    attention, feed_forward = layer.attention, layer.feed_forward
     normed = [layer.attention_norm(part) for part in x]
-    yield from fit([f"attention.{name}" for name in ("wq", "wk", "wv")], normed)
-    wo, attention.wo = attention.wo, nn.Identity()  # type: ignore[assignment]
-    mixed = [attention(part, one) for part, one in zip(normed, layouts, strict=True)]
-    attention.wo = wo
+    yield from fit(["attention.wq", "attention.wk", "attention.wv"], normed)
+    mixed = [layer.attention(part, layout) for part, layout in zip(normed, layouts, strict=True)]
     yield from fit(["attention.wo"], mixed)
-    x[:] = [part + wo(y) for part, y in zip(x, mixed, strict=True)]
+    x[:] = [part + linears["attention.wo"](y) for part, y in zip(x, mixed, strict=True)]
     normed = [layer.ffn_norm(part) for part in x]
-    yield from fit([f"feed_forward.{name}" for name in ("w1", "w3")], normed)
-    w2, feed_forward.w2 = feed_forward.w2, nn.Identity()  # type: ignore[assignment]
-    gated = [feed_forward(part) for part in normed]
-    feed_forward.w2 = w2
+    yield from fit(["feed_forward.w1", "feed_forward.w3"], normed)
+    gated = [layer.feed_forward(part) for part in normed]
     yield from fit(["feed_forward.w2"], gated)
-    x[:] = [part + w2(y) for part, y in zip(x, gated, strict=True)]
+    x[:] = [part + linears["feed_forward.w2"](y) for part, y in zip(x, gated, strict=True)]
 
 
 def hessian_of(name: str, inputs: Iterable[Tensor]) -> Tensor:

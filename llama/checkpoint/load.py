@@ -127,7 +127,7 @@ def read_quantized(
     matrix = weights.read(name, shape, first, last, weights.dtype())
     importance = torch.ones(matrix.shape[1]) if search else None
     rounded = stack(in_threads(lambda rows: quantize(rows, scheme, importance), matrix.split(256)))
-    return rounded if (first, last) == (begin, end) else rounded._replace(q=rounded.q[:, begin:end])
+    return rounded if (first, last) == (begin, end) else rounded.columns(begin, end)
 
 
 def read_parts(weights: Weights, name: str, shape: tuple[int, ...], begin: int, end: int, scheme: Scheme) -> Quantized:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,11 +96,11 @@ def check_together(name: str, adapters: Sequence[Adapter]) -> None:
             raise ValueError(f"{adapter.folder} has {what} for {name}, which cannot be weighted or added to another")
 
 
-class Merged:
+class Merged(NamedTuple):
     """A checkpoint with adapters, as `Weights` to load from."""
 
-    def __init__(self, base: Weights, adapters: Sequence[Adapter]) -> None:
-        self.base, self.adapters = base, adapters
+    base: Weights
+    adapters: Sequence[Adapter]
 
     def dtype(self) -> torch.dtype:
         return self.base.dtype()
@@ -151,8 +151,7 @@ class Adapter:
         self.folder, self.factor, self.head_dim, self.shapes = folder, factor, args.head_dim, shapes(args)
         self.config = read_config(folder / "adapter_config.json")
         self.file = open_file(weights_file(folder))
-        named = hf.names(args.n_layers)
-        self.modules = {name: theirs.removesuffix(".weight") for name, theirs in named.items()}
+        self.modules = {name: theirs.removesuffix(".weight") for name, theirs in hf.names(args.n_layers).items()}
         ours = {module: name for name, module in self.modules.items() if name in self.shapes}
         self.keys: dict[str, dict[str, str]] = {}
         problems: dict[str, list[str]] = defaultdict(list)

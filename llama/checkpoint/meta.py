@@ -78,8 +78,7 @@ def shard_paths(ckpt_dir: Path) -> list[Path]:
     """The shards in the order of ranks. FileNotFoundError names a missing one."""
     found = {path.name: path for path in ckpt_dir.glob("consolidated.*.pth") if path.is_file()}
     if not found:
-        do = advice(ckpt_dir, NO_CONFIG, "is it the folder of a checkpoint?")
-        raise FileNotFoundError(f"no consolidated.*.pth in {ckpt_dir}; {do}")
+        raise FileNotFoundError(f"no consolidated.*.pth in {ckpt_dir}; {advice(ckpt_dir, NO_CONFIG)}")
     numbers = [int(match[1]) for name in found if (match := re.fullmatch(r"consolidated\.(\d\d)\.pth", name))]
     wanted = [f"consolidated.{i:02d}.pth" for i in range(max(numbers, default=0) + 1)]
     if missing := [name for name in wanted if name not in found]:

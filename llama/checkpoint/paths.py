@@ -33,7 +33,7 @@ NO_WEIGHTS = {
 }
 
 
-def advice(folder: Path, cases: Mapping[str, str], otherwise: str) -> str:
+def advice(folder: Path, cases: Mapping[str, str], otherwise: str = "is it the folder of a checkpoint?") -> str:
     """What to do about an incomplete folder: by the first pattern of `cases` that matches a file in it."""
     for pattern, words in cases.items():
         if found := sorted(folder.glob(pattern)):

@@ -28,12 +28,10 @@ FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 def split(state: Mapping[str, Tensor], mp: int) -> list[dict[str, Tensor]]:
     """The shards of a whole model for `mp` ranks."""
-    parts: list[dict[str, Tensor]] = [{} for _ in range(mp)]
     for name, tensor in state.items():
         check_divides(name, tuple(tensor.shape), mp)
-        for part, shard in zip(parts, shards_of(name, tensor, mp), strict=True):
-            part[name] = shard
-    return parts
+    shards = {name: shards_of(name, tensor, mp) for name, tensor in state.items()}
+    return [{name: parts[rank] for name, parts in shards.items()} for rank in range(mp)]
 
 
 def shards_of(name: str, tensor: Tensor, mp: int) -> Sequence[Tensor]:
@@ -46,7 +44,7 @@ def save(state: Mapping[str, Tensor], ckpt_dir: str | os.PathLike[str], params: 
     """Write a whole model as a checkpoint of `mp` shards in Meta's layout, with params.json and checklist.chk."""
     folder, parts = Path(os.path.expanduser(ckpt_dir)), split(state, mp)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "params.json", params)
+    write_file(folder / "params.json", params)
     names = ["params.json"]
     for i, part in enumerate(parts):
         names.append(f"consolidated.{i:02d}.pth")
@@ -73,12 +71,10 @@ def digest(path: Path, kind: str, progress: Callable[[int], object] = lambda siz
     return sum.hexdigest()
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_file(path, f"{json.dumps(content, ensure_ascii=False)}\n".encode())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file. OSError names it."""
+def write_file(path: Path, content: bytes | Mapping[str, Any]) -> None:
+    """Write bytes, or a mapping as JSON, to a file. OSError names it."""
+    if isinstance(content, Mapping):
+        content = f"{json.dumps(content, ensure_ascii=False)}\n".encode()
     with writing(path, len(content)) as new:
         new.write_bytes(content)
 
@@ -121,13 +117,10 @@ def blank_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process during a copy
             with new.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-    stored = open_file(path).tensors
+    written = open_file(path)
     with path.open("r+b") as file:
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
-    return {
-        name: torch.frombuffer(pages, dtype=like.dtype, offset=stored[name].offset, count=like.numel()).view(like.shape)
-        for name, like in tensors.items()
-    }
+        written.pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
+    return {name: written.view(entry, 0, 0, entry.shape[0]) for name, entry in written.tensors.items()}
 
 
 def check_new(target: Path) -> None:
