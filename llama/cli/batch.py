@@ -83,15 +83,15 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
     while more or running:
         if share:
             share.exchange()
-        free = capacity - sum(not request.finish for job in running.values() for request in job.requests)
+        free = capacity - sum(len(job.unfinished) for job in running.values())
         if more and free > 0:
             works, more = parallel.ask_first_rank(take, free)
             for number, work in works:
                 running[number] = tasks.pop(number) if share else Job(work)
                 running[number].submit(llama)
-        if any(not request.finish for job in running.values() for request in job.requests):
+        if any(job.unfinished for job in running.values()):
             llama.engine.step()
-        for number in [n for n, job in running.items() if all(request.finish for request in job.requests)]:
+        for number in [number for number, job in running.items() if not job.unfinished]:
             job = running.pop(number)
             if share and isinstance(job, Task):
                 share.put(*job.answer())

@@ -14,6 +14,7 @@ from ..options import DEFAULTS
 from ..server import replies, schema
 from ..server.loop import Job
 from ..server.schema import ApiError
+from ..stream import whole
 
 Key = str | int | tuple[str, int]
 TEXT, CHAT, EMBED = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
@@ -72,22 +73,18 @@ class Task(Job):
 
     def answer(self) -> tuple[bytes, int, bool]:
         """The answer, once all requests have ended; the number of new tokens; and whether it is an error."""
-        tokens = sum(len(request.ids) - len(request.prompt) for request in self.requests)
         try:
             for request in self.requests:
                 self.check(request.outputs[-1])
-            return self._reply(), tokens, False
+            return self._reply(), self.new_tokens, False
         except ApiError as error:
-            return failed(self.line, error), tokens, True
+            return failed(self.line, error), self.new_tokens, True
 
     def _reply(self) -> bytes:
         if not self.work.settings:
             return openai_answer(self.line, 200, replies.embeddings(self.model, self))
         reply = replies.Reply(self.llama.tokenizer, self.model, self)
-        for request in self.requests:
-            for event in request.outputs:
-                reply.take(event)
-        body = reply.whole()
+        body = reply.whole([whole(request.outputs) for request in self.requests])
         if self.line.openai:
             return openai_answer(self.line, 200, body)
         choice = {name: value for name, value in body["choices"][0].items() if name != "index" and value is not None}

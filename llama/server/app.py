@@ -139,12 +139,12 @@ class Service:
         ticket = self.submit(work) if refusal is None else loop.refuse(work, refusal)
         self.metrics.observe("request_params_n", work.n)
         reply = replies.Reply(loop.llama.tokenizer, body.get("model", self.config.model), ticket)
+        events = self.config.filters.filter_outputs(ticket.events(KEEPALIVE if work.stream else POLL), not work.stream)
         if work.stream:
-            return EventStream(self.stream(request, reply, ticket), loop, ticket)
-        async for event in self.until_gone(request, loop, ticket):
-            reply.take(event)
+            return EventStream(self.stream(request, reply, ticket, events), loop, ticket)
+        answers = [event async for event in self.until_gone(request, loop, ticket, events)]
         note(request, ticket, reply.usage())
-        return json_response(reply.whole())
+        return json_response(reply.whole(sorted(answers, key=lambda event: event.row)))
 
     async def refused(self, work: Work, body: Mapping[str, Any]) -> str | None:
         """The text that an input filter returns instead of an answer. The prompt of a completion counts as a user's
@@ -163,15 +163,17 @@ class Service:
                 return text
         return None
 
-    async def stream(self, request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
+    async def stream(
+        self, request: HttpRequest, reply: replies.Reply, ticket: Ticket, events: AsyncIterator[Event | None]
+    ) -> AsyncIterator[str]:
         for chunk in reply.first_chunks():
             yield data(chunk)
         try:
-            async for event in self.config.filters.filter_outputs(ticket.events(KEEPALIVE)):
+            async for event in events:
                 if event is None:
                     yield ": keepalive\n\n"
                     continue
-                for chunk in reply.chunks(event.row, reply.take(event)):
+                for chunk in reply.chunks(event):
                     yield data(chunk)
             note(request, ticket, reply.usage())
             if reply.work.include_usage:
@@ -180,11 +182,13 @@ class Service:
             yield data(error.body)
         yield "data: [DONE]\n\n"
 
-    async def until_gone(self, request: HttpRequest, loop: Loop, ticket: Ticket) -> AsyncIterator[Event]:
+    async def until_gone(
+        self, request: HttpRequest, loop: Loop, ticket: Ticket, events: AsyncIterator[Event | None]
+    ) -> AsyncIterator[Event]:
         """The events of a ticket, which is cancelled if the client disconnects."""
         checked = time.monotonic()
         try:
-            async for event in self.config.filters.filter_outputs(ticket.events(POLL)):
+            async for event in events:
                 if event is not None:
                     yield event
                 if time.monotonic() - checked >= POLL:
@@ -197,7 +201,7 @@ class Service:
     async def embed(self, request: HttpRequest) -> Response:
         loop, body = self.ready(), await self.body(request)
         ticket = self.submit(await self.read(schema.read_embeddings, body))
-        async for _ in self.until_gone(request, loop, ticket):
+        async for _ in self.until_gone(request, loop, ticket, ticket.events(POLL)):
             pass
         reply = replies.embeddings(body.get("model", self.config.model), ticket)
         note(request, ticket, reply["usage"])

@@ -35,11 +35,12 @@ class Filters:
         """The text to return instead of an answer, or None to answer the dialog."""
         return await self._verdict(self.input_filters, dialog)
 
-    async def filter_outputs(self, events: AsyncIterator[Event | None]) -> AsyncIterator[Event | None]:
-        """Pass on events. With output filters, each answer is one event, once it is complete; before, None."""
+    async def filter_outputs(self, events: AsyncIterator[Event | None], whole: bool) -> AsyncIterator[Event | None]:
+        """Pass on events. If `whole`, and with output filters, each answer is one event, once it is complete; before,
+        None."""
         held: dict[int, list[Event]] = {}
         async for event in events:
-            if event and self.output_filters:
+            if event and (whole or self.output_filters):
                 event = next(iter(ended(held, [event])), None)
             if event and event.finish_reason and event.finish_reason != "refused":
                 verdict = await self._verdict(self.output_filters, event.text)

@@ -29,8 +29,9 @@ from .schema import ApiError, Work
 
 log = logging.getLogger("llama.server")
 IDLE = 5.0  # seconds between messages to idle ranks; they show that all ranks are alive (gloo's timeout is 30 minutes)
-# The API's names of finish reasons, where they differ from the engine's.
-REASONS: dict[str | None, str] = {"eos": "stop", "cancelled": "abort", "refused": "content_filter"}
+# Finish reasons of events -> of the API, and for those that no reply has, of metrics.
+REASONS = {None: None, "eos": "stop", "stop": "stop", "length": "length", "refused": "content_filter"}
+REASONS |= {"cancelled": "abort", "error": "error"}
 
 
 @dataclass
@@ -40,7 +41,6 @@ class Times:
     admitted: float = 0.0
     first: float = 0.0
     latest: float = 0.0
-    tokens: int = 0  # generated so far
     counted: bool = False  # whether the metrics include the prompt
 
 
@@ -52,7 +52,7 @@ class Job:
         self.requests: list[Request] = []  # set before the first event
         self.embeddings: Tensor | None = None  # complete with the last event
 
-    def submit(self, llama: Llama) -> list[Request]:
+    def submit(self, llama: Llama) -> None:
         """Submit the requests. Only the first rank keeps all events in their `outputs`."""
         work = self.work
         if work.settings:
@@ -63,7 +63,15 @@ class Job:
         for row, request in enumerate(self.requests):
             request.row, request.outputs = row, deque(maxlen=1 if rank() else None)
         llama.engine.submit(*self.requests)
-        return self.requests
+
+    @property
+    def unfinished(self) -> list[Request]:
+        return [request for request in self.requests if not request.finish]
+
+    @property
+    def new_tokens(self) -> int:
+        """The number of generated tokens."""
+        return sum(len(request.ids) - len(request.prompt) for request in self.requests)
 
     def check(self, event: Event) -> None:
         """Raise ApiError if the event's request has failed."""
@@ -98,8 +106,7 @@ class Ticket(Job):
 
     async def events(self, timeout: float) -> AsyncIterator[Event | None]:
         """The events of all requests; None after `timeout` seconds without one. ApiError if a request has failed."""
-        left = len(self.work.prompts)
-        while left:
+        while self.open or not self.updates.empty():
             try:
                 events = await asyncio.wait_for(self.updates.get(), timeout)
             except asyncio.TimeoutError:
@@ -107,7 +114,6 @@ class Ticket(Job):
                 continue
             for event in events:
                 self.check(event)
-                left -= event.finish_reason is not None
                 yield event
 
     def check(self, event: Event) -> None:
@@ -189,31 +195,30 @@ class Loop:
     def _count(self, ticket: Ticket, event: Event, now: float) -> int:
         """Add an event to the metrics. Returns the number of its tokens, with the prompt's if it is the first event."""
         metrics, times, prompt = self.metrics, ticket.times[event.row], ticket.work.prompts[event.row]
-        new = len(event.tokens) - (len(prompt) if ticket.work.echo and not times.counted else 0)
-        count = max(0, new)
+        count = new = len(event.tokens) - (len(prompt) if ticket.work.echo and not times.counted else 0)
         if not times.counted and times.admitted:
             times.counted = True
             metrics.add("prompt_tokens_total", len(prompt))
             metrics.add("prefix_cache_queries_total", len(prompt))
             metrics.add("prefix_cache_hits_total", ticket.requests[event.row].cached)
             count += len(prompt)
-        if new > 0:
+        if new:
             metrics.add("generation_tokens_total", new)
             if not times.first:
                 times.first = now
                 metrics.observe("time_to_first_token_seconds", now - ticket.arrived)
             if more := new if times.latest else new - 1:
                 metrics.observe("inter_token_latency_seconds", (now - (times.latest or now)) / new, more)
-            times.latest, times.tokens = now, times.tokens + new
-        if reason := event.finish_reason:
-            metrics.add("request_success_total", finished_reason=REASONS.get(reason, reason))
+            times.latest = now
+        if reason := REASONS[event.finish_reason]:
+            metrics.add("request_success_total", finished_reason=reason)
             self._count_end(ticket, event.row, now)
         return count
 
     def _count_end(self, ticket: Ticket, row: int, now: float) -> None:
-        times, observe = ticket.times[row], self.metrics.observe
-        observe("request_prompt_tokens", len(ticket.work.prompts[row]))
-        observe("request_generation_tokens", times.tokens)
+        times, request, observe = ticket.times[row], ticket.requests[row], self.metrics.observe
+        observe("request_prompt_tokens", len(request.prompt))
+        observe("request_generation_tokens", len(request.ids) - len(request.prompt))
         observe("e2e_request_latency_seconds", now - ticket.arrived)
         if ticket.work.settings:
             observe("request_params_max_tokens", ticket.work.settings[row].max_new)
@@ -228,29 +233,31 @@ class Loop:
 
     def run(self) -> None:
         """Serve until `stop`. An error in a step ends its requests; with several ranks, it ends the job."""
-        running: dict[int, list[Request]] = {}
+        running: dict[int, Job] = {}  # Tickets on the first rank
         ending = False
         while not ending or running:
-            self._end_late(running)
+            self._end_late(running.values())
             for item in self._receive(ending or bool(running)):
                 number, work = item or (None, None)
                 if number is None:
                     ending = True
-                    self.llama.engine.cancel(*itertools.chain.from_iterable(running.values()))
+                    self.llama.engine.cancel(*(request for job in running.values() for request in job.requests))
                 elif work is not None:
-                    running[number] = (self.tickets.get(number) or Job(work)).submit(self.llama)
+                    running[number] = self.tickets.get(number) or Job(work)
+                    running[number].submit(self.llama)
                 elif number in running:
-                    self.llama.engine.cancel(*running[number])
+                    self.llama.engine.cancel(*running[number].requests)
             began = time.monotonic()
             if running:
                 self._step()
-            running = self._send(running, began)
+            self._send(running.values(), began)
+            running = {number: job for number, job in running.items() if job.unfinished}
 
-    def _end_late(self, running: Iterable[int]) -> None:
+    def _end_late(self, running: Iterable[Job]) -> None:
         """On the first rank: cancel tickets that exceed a time limit."""
         now = time.monotonic()
-        for ticket in filter(None, map(self.tickets.get, running)):
-            if ticket.late:
+        for ticket in running:
+            if not isinstance(ticket, Ticket) or ticket.late:
                 continue
             began = ticket.began
             if not began and now - ticket.arrived > self.max_wait:
@@ -283,25 +290,23 @@ class Loop:
                 raise
             log.exception("a step failed; its requests have ended")
 
-    def _send(self, running: dict[int, list[Request]], began: float) -> dict[int, list[Request]]:
-        """Pass the events of a step that began at `began` to the tickets. Returns the requests that have not ended."""
+    def _send(self, running: Iterable[Job], began: float) -> None:
+        """On the first rank: pass the events of a step that began at `began` to the tickets."""
         found: list[tuple[Ticket, list[Event]]] = []
-        for number, requests in running.items():
-            if ticket := self.tickets.get(number):
-                events, waited = list[Event](), not ticket.began
-                for request, times in zip(requests, ticket.times, strict=True):
-                    if request.slot >= 0 and not times.admitted:
-                        times.admitted = began
-                    while request.outputs:
-                        events.append(in_time(ticket, request, request.outputs.popleft()))
-                if events or (waited and ticket.began):
-                    found.append((ticket, events))
+        for ticket in running:
+            if not isinstance(ticket, Ticket):
+                return
+            events, waited = list[Event](), not ticket.began
+            for request, times in zip(ticket.requests, ticket.times, strict=True):
+                if request.slot >= 0 and not times.admitted:
+                    times.admitted = began
+                while request.outputs:
+                    events.append(in_time(ticket, request, request.outputs.popleft()))
+            if events or (waited and ticket.began):
+                found.append((ticket, events))
         if found:
             with suppress(RuntimeError):  # the event loop has ended
                 self.event_loop.call_soon_threadsafe(self._deliver, found)
-        return {
-            number: requests for number, requests in running.items() if not all(request.finish for request in requests)
-        }
 
 
 def in_time(ticket: Ticket, request: Request, event: Event) -> Event:
