@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -60,7 +61,7 @@ class Service:
 
     def app(self) -> Starlette:
         routes = [
-            Route("/", page),
+            Route("/", page, middleware=[Middleware(GZipMiddleware)]),
             Route("/health", self.get_health),
             Route("/metrics", self.get_metrics),
             Route("/v1/models", self.get_models),
@@ -88,19 +89,25 @@ class Service:
             raise ApiError(503, why, retry_after=5)
         return self.loop
 
-    async def body(self, request: HttpRequest) -> dict[str, Any]:
-        """The JSON body, whose model this server has."""
+    async def read(
+        self, request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], T]
+    ) -> tuple[dict[str, Any], T]:
+        """The JSON body of a request, whose model this server has, and what `read` makes of it."""
+        llama, body = self.ready().llama, await self._body(request)
+        if self.config.log_prompts:
+            prompt = next((body[name] for name in ("messages", "prompt", "input") if name in body), None)
+            request.state.fields = {"prompt": prompt}
+        self.check_model(body.setdefault("model", self.config.model))
+        async with self.reading:
+            return body, await asyncio.to_thread(read_with, read, llama, body)
+
+    async def _body(self, request: HttpRequest) -> dict[str, Any]:
         try:
-            found = parse(await asyncio.wait_for(self._bytes(request), BODY))
+            return parse(await asyncio.wait_for(self._bytes(request), BODY))
         except ClientDisconnect as error:
             raise ApiError(499, "the client has gone") from error
         except asyncio.TimeoutError as error:
             raise ApiError(408, f"the body took longer than {BODY:g} seconds") from error
-        if self.config.log_prompts:
-            prompt = next((found[name] for name in ("messages", "prompt", "input") if name in found), None)
-            request.state.fields = {"prompt": prompt}
-        self.check_model(found.get("model", self.config.model))
-        return found
 
     async def _bytes(self, request: HttpRequest) -> bytes:
         data, limit = bytearray(), self.config.max_body
@@ -117,11 +124,6 @@ class Service:
             text = f"there is no model {name!r}; this server has {self.config.model!r}"
             raise ApiError(404, text, "model", "model_not_found")
 
-    async def read(self, read: Callable[[Llama, Mapping[str, Any]], T], body: Mapping[str, Any]) -> T:
-        llama = self.ready().llama
-        async with self.reading:
-            return await asyncio.to_thread(read_with, read, llama, body)
-
     def submit(self, work: Work) -> Ticket:
         loop = self.ready()
         limit = len(loop.llama.engine.slots) + self.config.max_waiting
@@ -133,16 +135,15 @@ class Service:
     # Routes
 
     async def generate(self, request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], Work]) -> Response:
-        loop, body = self.ready(), await self.body(request)
-        work = await self.read(read, body)
-        refusal = await self.refused(work, body)
+        body, work = await self.read(request, read)
+        refusal, loop = await self.refused(work, body), self.ready()
         ticket = self.submit(work) if refusal is None else loop.refuse(work, refusal)
         self.metrics.observe("request_params_n", work.n)
-        reply = replies.Reply(loop.llama.tokenizer, body.get("model", self.config.model), ticket)
+        reply = replies.Reply(loop.llama.tokenizer, body["model"], ticket)
         events = self.config.filters.filter_outputs(ticket.events(KEEPALIVE if work.stream else POLL), not work.stream)
         if work.stream:
-            return EventStream(self.stream(request, reply, ticket, events), loop, ticket)
-        answers = [event async for event in self.until_gone(request, loop, ticket, events)]
+            return EventStream(self.stream(request, reply, ticket, events), ticket)
+        answers = [event async for event in self.until_gone(request, ticket, events)]
         note(request, ticket, reply.usage())
         return json_response(reply.whole(sorted(answers, key=lambda event: event.row)))
 
@@ -183,7 +184,7 @@ class Service:
         yield "data: [DONE]\n\n"
 
     async def until_gone(
-        self, request: HttpRequest, loop: Loop, ticket: Ticket, events: AsyncIterator[Event | None]
+        self, request: HttpRequest, ticket: Ticket, events: AsyncIterator[Event | None]
     ) -> AsyncIterator[Event]:
         """The events of a ticket, which is cancelled if the client disconnects."""
         checked = time.monotonic()
@@ -196,29 +197,30 @@ class Service:
                         raise ApiError(499, "the client has gone")
                     checked = time.monotonic()
         finally:
-            loop.cancel(ticket)
+            ticket.cancel()
 
     async def embed(self, request: HttpRequest) -> Response:
-        loop, body = self.ready(), await self.body(request)
-        ticket = self.submit(await self.read(schema.read_embeddings, body))
-        async for _ in self.until_gone(request, loop, ticket, ticket.events(POLL)):
+        body, work = await self.read(request, schema.read_embeddings)
+        ticket = self.submit(work)
+        async for _ in self.until_gone(request, ticket, ticket.events(POLL)):
             pass
-        reply = replies.embeddings(body.get("model", self.config.model), ticket)
+        reply = replies.embeddings(body["model"], ticket)
         note(request, ticket, reply["usage"])
         return json_response(reply)
 
     async def tokenize(self, request: HttpRequest) -> Response:
-        ids = await self.read(read_tokens, await self.body(request))
+        _, ids = await self.read(request, read_tokens)
         limit = self.ready().llama.model.params.max_seq_len
         return json_response({"count": len(ids), "max_model_len": limit, "tokens": ids})
 
     async def detokenize(self, request: HttpRequest) -> Response:
-        return json_response({"prompt": await self.read(read_text, await self.body(request))})
+        _, text = await self.read(request, read_text)
+        return json_response({"prompt": text})
 
     async def get_models(self, request: HttpRequest) -> Response:
         limit = self.ready().llama.model.params.max_seq_len
-        card = {"id": self.config.model, "object": "model", "created": self.created, "owned_by": "llama"}
-        card["max_model_len"] = limit
+        about = {"created": self.created, "owned_by": "llama", "max_model_len": limit}
+        card = {"id": self.config.model, "object": "model", **about}
         if (name := request.path_params.get("name")) is None:
             return json_response({"object": "list", "data": [card]})
         self.check_model(name)
@@ -241,23 +243,21 @@ class EventStream(StreamingResponse):
     """A stream of events. It begins when the first request has a slot, so that one that has waited for too long is
     answered with 503. Its ticket is cancelled when the client disconnects, even before the first event."""
 
-    def __init__(self, content: AsyncIterator[str], loop: Loop, ticket: Ticket) -> None:
-        super().__init__(
-            content, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        )
-        self.loop, self.ticket = loop, ticket
+    def __init__(self, content: AsyncIterator[str], ticket: Ticket) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(content, headers=headers, media_type="text/event-stream")
+        self.ticket = ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.scope, self.receive = scope, receive
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.loop.cancel(self.ticket)
+            self.ticket.cancel()
 
     async def stream_response(self, send: Send) -> None:
         await self.ticket.started.wait()
         if self.ticket.late and not self.ticket.began:
-            return await error_response(self.ticket.cancelled())(self.scope, self.receive, send)
+            raise self.ticket.cancelled()
         await super().stream_response(send)
 
 

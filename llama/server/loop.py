@@ -28,6 +28,8 @@ from .metrics import Metrics
 from .schema import ApiError, Work
 
 log = logging.getLogger("llama.server")
+Item = tuple[int, "Work | None"] | None  # a ticket's number with its Work, or with None to cancel it; None: the end
+Inbox = queue.SimpleQueue[Item]
 IDLE = 5.0  # seconds between messages to idle ranks; they show that all ranks are alive (gloo's timeout is 30 minutes)
 # Finish reasons of events -> of the API, and for those that no reply has, of metrics.
 REASONS = {None: None, "eos": "stop", "stop": "stop", "length": "length", "refused": "content_filter"}
@@ -85,9 +87,9 @@ class Ticket(Job):
     """The job of an HTTP request. The engine's thread sets the attributes of `Job`, `late` and `Times.admitted`; the
     event loop's thread sets the others."""
 
-    def __init__(self, number: int, work: Work) -> None:
+    def __init__(self, number: int, work: Work, inbox: Inbox) -> None:
         super().__init__(work)
-        self.number, self.arrived = number, time.monotonic()
+        self.number, self.inbox, self.arrived = number, inbox, time.monotonic()
         self.updates: asyncio.Queue[list[Event]] = asyncio.Queue()
         self.times = [Times() for _ in work.prompts]
         self.late = ""  # the error message, once a time limit has ended it
@@ -121,6 +123,11 @@ class Ticket(Job):
         if event.finish_reason == "cancelled":
             raise self.cancelled()
 
+    def cancel(self) -> None:
+        """Cancel the requests that have not ended."""
+        if self.open:
+            self.inbox.put((self.number, None))
+
     def cancelled(self) -> ApiError:
         return ApiError(503, self.late or "the request was cancelled", retry_after=1)
 
@@ -131,36 +138,33 @@ class Loop:
 
     def __init__(self, llama: Llama, metrics: Metrics, max_wait: float = math.inf, max_time: float = math.inf) -> None:
         self.llama, self.metrics, self.max_wait, self.max_time = llama, metrics, max_wait, max_time
-        self.inbox: queue.SimpleQueue[tuple[int, Work | None] | None] = queue.SimpleQueue()
-        llama.engine.outbox = self.inbox
+        self.inbox = llama.engine.outbox = Inbox()
         self.numbers = itertools.count()
         self.tickets: dict[int, Ticket] = {}  # on the first rank
-        self.open = 0  # requests that have been submitted and have not ended
 
     # -----------------------------------------------------------------------------------------------------------------
     # In the event loop's thread
 
+    @property
+    def open(self) -> int:
+        """The number of requests that have been submitted and have not ended."""
+        return sum(ticket.open for ticket in self.tickets.values())
+
     def submit(self, work: Work) -> Ticket:
         self.event_loop = asyncio.get_running_loop()
-        ticket = Ticket(next(self.numbers), work)
+        ticket = Ticket(next(self.numbers), work, self.inbox)
         self.tickets[ticket.number] = ticket
-        self.open += ticket.open
         self.inbox.put((ticket.number, work))
         return ticket
 
     def refuse(self, work: Work, text: str) -> Ticket:
         """A ticket whose answers are all `text`, without the engine."""
-        ticket = Ticket(next(self.numbers), work)
+        ticket = Ticket(next(self.numbers), work, self.inbox)
         ticket.requests, ticket.open = [Request(prompt, len(prompt)) for prompt in work.prompts], 0
         ticket.updates.put_nowait([refused(row, text) for row in range(len(work.prompts))])
         ticket.started.set()
         self.metrics.add("request_success_total", len(work.prompts), finished_reason="content_filter")
         return ticket
-
-    def cancel(self, ticket: Ticket) -> None:
-        """Cancel the requests of a ticket that have not ended."""
-        if ticket.open:
-            self.inbox.put((ticket.number, None))
 
     def gauges(self) -> dict[str, float]:
         slots = self.llama.engine.slots
@@ -181,9 +185,7 @@ class Loop:
         for ticket, events in found:
             for event in events:
                 tokens += self._count(ticket, event, now)
-                if event.finish_reason:
-                    ticket.open -= 1
-                    self.open -= 1
+                ticket.open -= event.finish_reason is not None
             if not ticket.open:
                 self.tickets.pop(ticket.number, None)
             if events:
@@ -265,9 +267,9 @@ class Loop:
             elif began and now - began > self.max_time:
                 ticket.late = f"the request has run for {self.max_time:g} seconds, as long as this server allows"
             if ticket.late:
-                self.inbox.put((ticket.number, None))
+                ticket.cancel()
 
-    def _receive(self, busy: bool) -> list[tuple[int, Work | None] | None]:
+    def _receive(self, busy: bool) -> list[Item]:
         """The items that reached the first rank since the last iteration. Waits for one unless `busy`."""
         items: list[Any]
         items, self.llama.engine.received = self.llama.engine.received, []
