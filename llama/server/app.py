@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
@@ -21,10 +20,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..generation import Llama
-from ..request import Event
 from . import replies, schema
 from .filters import Filters
-from .guard import Guard, error_response, json_response
+from .guard import Guard, error_response, json_response, to_json
 from .loop import Loop, Ticket
 from .metrics import Metrics
 from .page import page
@@ -32,7 +30,8 @@ from .protocol import BODY
 from .schema import ApiError, Work, encode_chat, parse, read_dialog, read_with
 
 T = TypeVar("T")
-POLL = 0.1  # seconds between two checks whether a client that waits for a whole reply has disconnected
+JSON = {"Content-Type": "application/json"}
+EVENTS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 KEEPALIVE = 15.0  # seconds without an event after which a stream gets a comment, so that proxies do not close it
 
 
@@ -140,12 +139,9 @@ class Service:
         ticket = self.submit(work) if refusal is None else loop.refuse(work, refusal)
         self.metrics.observe("request_params_n", work.n)
         reply = replies.Reply(loop.llama.tokenizer, body["model"], ticket)
-        events = self.config.filters.filter_outputs(ticket.events(KEEPALIVE if work.stream else POLL), not work.stream)
         if work.stream:
-            return EventStream(self.stream(request, reply, ticket, events), ticket)
-        answers = [event async for event in self.until_gone(request, ticket, events)]
-        note(request, ticket, reply.usage())
-        return json_response(reply.whole(sorted(answers, key=lambda event: event.row)))
+            return JobResponse(self.stream(request, reply, ticket), ticket, EVENTS)
+        return JobResponse(self.whole(request, reply, ticket), ticket)
 
     async def refused(self, work: Work, body: Mapping[str, Any]) -> str | None:
         """The text that an input filter returns instead of an answer. The prompt of a completion counts as a user's
@@ -164,13 +160,21 @@ class Service:
                 return text
         return None
 
-    async def stream(
-        self, request: HttpRequest, reply: replies.Reply, ticket: Ticket, events: AsyncIterator[Event | None]
-    ) -> AsyncIterator[str]:
+    async def whole(self, request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
+        events = self.config.filters.filter_outputs(ticket.events(KEEPALIVE), whole=True)
+        answers = [event async for event in events if event]
+        note(request, ticket, reply.usage())
+        yield to_json(reply.whole(answers))
+
+    async def stream(self, request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
+        await ticket.started.wait()
+        if ticket.late and not ticket.began:
+            raise ticket.cancelled()
+        yield ""  # the response begins
         for chunk in reply.first_chunks():
             yield data(chunk)
         try:
-            async for event in events:
+            async for event in self.config.filters.filter_outputs(ticket.events(KEEPALIVE), whole=False):
                 if event is None:
                     yield ": keepalive\n\n"
                     continue
@@ -183,30 +187,18 @@ class Service:
             yield data(error.body)
         yield "data: [DONE]\n\n"
 
-    async def until_gone(
-        self, request: HttpRequest, ticket: Ticket, events: AsyncIterator[Event | None]
-    ) -> AsyncIterator[Event]:
-        """The events of a ticket, which is cancelled if the client disconnects."""
-        checked = time.monotonic()
-        try:
-            async for event in events:
-                if event is not None:
-                    yield event
-                if time.monotonic() - checked >= POLL:
-                    if await request.is_disconnected():
-                        raise ApiError(499, "the client has gone")
-                    checked = time.monotonic()
-        finally:
-            ticket.cancel()
-
     async def embed(self, request: HttpRequest) -> Response:
         body, work = await self.read(request, schema.read_embeddings)
         ticket = self.submit(work)
-        async for _ in self.until_gone(request, ticket, ticket.events(POLL)):
-            pass
-        reply = replies.embeddings(body["model"], ticket)
-        note(request, ticket, reply["usage"])
-        return json_response(reply)
+
+        async def whole() -> AsyncIterator[str]:
+            async for _ in ticket.events(KEEPALIVE):
+                pass
+            reply = replies.embeddings(body["model"], ticket)
+            note(request, ticket, reply["usage"])
+            yield to_json(reply)
+
+        return JobResponse(whole(), ticket)
 
     async def tokenize(self, request: HttpRequest) -> Response:
         _, ids = await self.read(request, read_tokens)
@@ -236,17 +228,16 @@ class Service:
 
 
 def data(value: object) -> str:
-    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
+    return f"data: {to_json(value)}\n\n"
 
 
-class EventStream(StreamingResponse):
-    """A stream of events. It begins when the first request has a slot, so that one that has waited for too long is
-    answered with 503. Its ticket is cancelled when the client disconnects, even before the first event."""
+class JobResponse(StreamingResponse):
+    """The chunks of a reply. The response begins with the first, so that an error before it has its own status. The
+    ticket is cancelled when the client disconnects, even before that."""
 
-    def __init__(self, content: AsyncIterator[str], ticket: Ticket) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(content, headers=headers, media_type="text/event-stream")
-        self.ticket = ticket
+    def __init__(self, chunks: AsyncIterator[str], ticket: Ticket, headers: Mapping[str, str] = JSON) -> None:
+        super().__init__(chunks, headers=headers)
+        self.chunks, self.ticket = chunks, ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -255,10 +246,14 @@ class EventStream(StreamingResponse):
             self.ticket.cancel()
 
     async def stream_response(self, send: Send) -> None:
-        await self.ticket.started.wait()
-        if self.ticket.late and not self.ticket.began:
-            raise self.ticket.cancelled()
-        await super().stream_response(send)
+        first = await anext(self.chunks)
+        if self.headers["Content-Type"] == JSON["Content-Type"]:  # it has one chunk, in ASCII
+            self.headers["Content-Length"] = str(len(first))
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": first.encode(), "more_body": True})
+        async for chunk in self.chunks:
+            await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def note(request: HttpRequest, ticket: Ticket, usage: Mapping[str, Any]) -> None:

@@ -84,9 +84,13 @@ def access(fields: Mapping[str, Any]) -> None:
     log.log(level, "%s", text, extra={"fields": fields})
 
 
+def to_json(value: object) -> str:
+    """JSON in ASCII, which can represent any str."""
+    return json.dumps(value, separators=(",", ":"))
+
+
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A response with JSON in ASCII, which can represent any str."""
-    return Response(json.dumps(value, separators=(",", ":")), status, headers, "application/json")
+    return Response(to_json(value), status, headers, "application/json")
 
 
 def error_response(error: ApiError) -> Response:

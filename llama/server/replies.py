@@ -88,9 +88,9 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": None}
 
     def whole(self, answers: Sequence[Event]) -> dict[str, Any]:
-        """The reply to a request without `stream`: each answer is one event, in the order of prompts."""
+        """The reply to a request without `stream`: each answer is one event."""
         choices = []
-        for event in answers:
+        for event in sorted(answers):  # by row
             message = {"role": "assistant", "content": event.text, "refusal": None}
             choices.append(
                 {
