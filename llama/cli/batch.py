@@ -61,38 +61,36 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
     slots = len(llama.engine.slots)
     capacity = slots + slots // 4 + 1  # some wait: a request does not run while another computes the same prefix
     share = Share(capacity, files) if parallel.rank() == 0 else None
-    running, tasks, more = dict[int, Job](), dict[int, Task](), True
+    running, tasks, more = list[Job](), list[Task](), True
 
-    def take(count: int) -> tuple[list[tuple[int, Work]], bool]:
+    def take(count: int) -> tuple[list[Work], bool]:
+        """The work of up to `count` lines, for which this makes `tasks`, and whether there may be more lines."""
         assert share
-        works = []
+        tasks.clear()
         for number, content in share.take(count):
             line = parse_line(number, content)
             try:
-                if line.error:
-                    raise line.error
-                tasks[number] = Task(llama, line, seed, model)
-                works.append((number, tasks[number].work))
+                tasks.append(Task(llama, line, seed, model))
             except Exception as error:  # whatever it is, the others are answered
                 known = error if isinstance(error, ApiError) else ApiError(500, repr(error))
                 share.put(failed(line, known), 0, True)
-        if not (works or running or share.ended):
+        if not (tasks or running or share.ended):
             time.sleep(PAUSE)
-        return works, not share.ended
+        return [task.work for task in tasks], not share.ended
 
     while more or running:
         if share:
             share.exchange()
-        free = capacity - sum(len(job.unfinished) for job in running.values())
+        free = capacity - sum(len(job.unfinished) for job in running)
         if more and free > 0:
             works, more = parallel.ask_first_rank(take, free)
-            for number, work in works:
-                running[number] = tasks.pop(number) if share else Job(work)
-                running[number].submit(llama)
-        if any(job.unfinished for job in running.values()):
+            for job in tasks if share else map(Job, works):
+                job.submit(llama)
+                running.append(job)
+        if running:
             llama.engine.step()
-        for number in [number for number, job in running.items() if not job.unfinished]:
-            job = running.pop(number)
+        for job in [job for job in running if not job.unfinished]:
+            running.remove(job)
             if share and isinstance(job, Task):
                 share.put(*job.answer())
 

@@ -61,6 +61,8 @@ class Task(Job):
     """The job of a line. Raises ApiError, which says what is wrong, if the line cannot be answered."""
 
     def __init__(self, llama: Llama, line: Line, seed: int, model: str) -> None:
+        if line.error:
+            raise line.error
         self.line, self.llama = line, llama
         url, body = openai_body(line) if line.openai else plain_body(line, llama.model.params.max_seq_len)
         self.model = body.get("model", model)

@@ -32,7 +32,6 @@ from .schema import ApiError, Work, encode_chat, parse, read_dialog, read_with
 T = TypeVar("T")
 JSON = {"Content-Type": "application/json"}
 EVENTS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-KEEPALIVE = 15.0  # seconds without an event after which a stream gets a comment, so that proxies do not close it
 
 
 class Config(NamedTuple):
@@ -140,8 +139,8 @@ class Service:
         self.metrics.observe("request_params_n", work.n)
         reply = replies.Reply(loop.llama.tokenizer, body["model"], ticket)
         if work.stream:
-            return JobResponse(self.stream(request, reply, ticket), ticket, EVENTS)
-        return JobResponse(self.whole(request, reply, ticket), ticket)
+            return JobResponse(self.stream(reply, ticket), ticket, EVENTS)
+        return JobResponse(self.whole(reply, ticket), ticket)
 
     async def refused(self, work: Work, body: Mapping[str, Any]) -> str | None:
         """The text that an input filter returns instead of an answer. The prompt of a completion counts as a user's
@@ -155,18 +154,13 @@ class Service:
             prompts = work.prompts[:: work.n]
             texts = await asyncio.to_thread(lambda: [*map(tokenizer.decode, prompts)])
             dialogs = [[{"role": "user", "content": text}] for text in texts]
-        for dialog in dialogs:
-            if (text := await filters.filter_input(dialog)) is not None:
-                return text
-        return None
+        return await filters.filter_inputs(dialogs)
 
-    async def whole(self, request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
-        events = self.config.filters.filter_outputs(ticket.events(KEEPALIVE), whole=True)
-        answers = [event async for event in events if event]
-        note(request, ticket, reply.usage())
-        yield to_json(reply.whole(answers))
+    async def whole(self, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
+        events = self.config.filters.filter_outputs(ticket.events(), whole=True)
+        yield to_json(reply.whole([event async for event in events if event]))
 
-    async def stream(self, request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
+    async def stream(self, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
         await ticket.started.wait()
         if ticket.late and not ticket.began:
             raise ticket.cancelled()
@@ -174,13 +168,12 @@ class Service:
         for chunk in reply.first_chunks():
             yield data(chunk)
         try:
-            async for event in self.config.filters.filter_outputs(ticket.events(KEEPALIVE), whole=False):
+            async for event in self.config.filters.filter_outputs(ticket.events(), whole=False):
                 if event is None:
                     yield ": keepalive\n\n"
                     continue
                 for chunk in reply.chunks(event):
                     yield data(chunk)
-            note(request, ticket, reply.usage())
             if reply.work.include_usage:
                 yield data(reply.usage_chunk())
         except ApiError as error:
@@ -192,11 +185,9 @@ class Service:
         ticket = self.submit(work)
 
         async def whole() -> AsyncIterator[str]:
-            async for _ in ticket.events(KEEPALIVE):
+            async for _ in ticket.events():
                 pass
-            reply = replies.embeddings(body["model"], ticket)
-            note(request, ticket, reply["usage"])
-            yield to_json(reply)
+            yield to_json(replies.embeddings(body["model"], ticket))
 
         return JobResponse(whole(), ticket)
 
@@ -244,6 +235,7 @@ class JobResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self.ticket.cancel()
+            scope["state"]["fields"] = scope["state"].get("fields", {}) | self.ticket.log_fields()
 
     async def stream_response(self, send: Send) -> None:
         first = await anext(self.chunks)
@@ -254,17 +246,6 @@ class JobResponse(StreamingResponse):
         async for chunk in self.chunks:
             await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
-
-
-def note(request: HttpRequest, ticket: Ticket, usage: Mapping[str, Any]) -> None:
-    """Set the request's fields in the log: numbers of tokens, and the time to the first."""
-    fields = getattr(request.state, "fields", {})
-    request.state.fields = fields | {
-        "prompt_tokens": usage["prompt_tokens"],
-        "cached_tokens": usage.get("prompt_tokens_details", {}).get("cached_tokens", 0),
-        "completion_tokens": usage.get("completion_tokens", 0),
-        "first_token_seconds": round(ticket.first - ticket.arrived, 4) if ticket.first else None,
-    }
 
 
 def read_tokens(llama: Llama, body: Mapping[str, Any]) -> list[int]:

@@ -31,6 +31,7 @@ log = logging.getLogger("llama.server")
 Item = tuple[int, "Work | None"] | None  # a ticket's number with its Work, or with None to cancel it; None: the end
 Inbox = queue.SimpleQueue[Item]
 IDLE = 5.0  # seconds between messages to idle ranks; they show that all ranks are alive (gloo's timeout is 30 minutes)
+KEEPALIVE = 15.0  # seconds without an event after which a stream gets a comment, so that proxies do not close it
 # Finish reasons of events -> of the API, and for those that no reply has, of metrics.
 REASONS = {None: None, "eos": "stop", "stop": "stop", "length": "length", "refused": "content_filter"}
 REASONS |= {"cancelled": "abort", "error": "error"}
@@ -75,6 +76,13 @@ class Job:
         """The number of generated tokens."""
         return sum(len(request.ids) - len(request.prompt) for request in self.requests)
 
+    def usage(self) -> dict[str, Any]:
+        """Numbers of tokens, in OpenAI's format. A prompt counts once, whatever n is."""
+        prompt = sum(map(len, self.work.prompts[:: self.work.n]))
+        cached = sum(request.cached for request in self.requests[:: self.work.n])
+        counts = {"prompt_tokens": prompt, "completion_tokens": self.new_tokens}
+        return {**counts, "total_tokens": sum(counts.values()), "prompt_tokens_details": {"cached_tokens": cached}}
+
     def check(self, event: Event) -> None:
         """Raise ApiError if the event's request has failed."""
         if event.finish_reason == "error":
@@ -106,11 +114,11 @@ class Ticket(Job):
         """When the first token of any request was generated; 0 before."""
         return min((times.first for times in self.times if times.first), default=0.0)
 
-    async def events(self, timeout: float) -> AsyncIterator[Event | None]:
-        """The events of all requests; None after `timeout` seconds without one. ApiError if a request has failed."""
+    async def events(self) -> AsyncIterator[Event | None]:
+        """The events of all requests; None after KEEPALIVE seconds without one. ApiError if a request has failed."""
         while self.open or not self.updates.empty():
             try:
-                events = await asyncio.wait_for(self.updates.get(), timeout)
+                events = await asyncio.wait_for(self.updates.get(), KEEPALIVE)
             except asyncio.TimeoutError:
                 yield None
                 continue
@@ -127,6 +135,15 @@ class Ticket(Job):
         """Cancel the requests that have not ended."""
         if self.open:
             self.inbox.put((self.number, None))
+
+    def log_fields(self) -> dict[str, Any]:
+        usage, first = self.usage(), self.first
+        return {
+            "prompt_tokens": usage["prompt_tokens"],
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "completion_tokens": usage["completion_tokens"],
+            "first_token_seconds": round(first - self.arrived, 4) if first else None,
+        }
 
     def cancelled(self) -> ApiError:
         return ApiError(503, self.late or "the request was cancelled", retry_after=1)
@@ -271,7 +288,7 @@ class Loop:
 
     def _receive(self, busy: bool) -> list[Item]:
         """The items that reached the first rank since the last iteration. Waits for one unless `busy`."""
-        items: list[Any]
+        items: list[Item]
         items, self.llama.engine.received = self.llama.engine.received, []
         if world_size() > 1 and (busy or items):  # the last step's message had them
             return items

@@ -100,7 +100,7 @@ class Reply:
                     "finish_reason": REASONS[event.finish_reason],
                 }
             )
-        return {**self.head(), "choices": choices, "usage": self.usage()}
+        return {**self.head(), "choices": choices, "usage": self.job.usage()}
 
     def first_chunks(self) -> list[dict[str, Any]]:
         roles: dict[str, Any] = {"role": "assistant", "content": ""}
@@ -123,15 +123,7 @@ class Reply:
         return {**self.head(True), "choices": [choice], **({"usage": None} if self.work.include_usage else {})}
 
     def usage_chunk(self) -> dict[str, Any]:
-        return {**self.head(True), "choices": [], "usage": self.usage()}
-
-    def usage(self) -> dict[str, Any]:
-        """Numbers of tokens. A prompt counts once, whatever n is."""
-        once = self.job.requests[:: self.work.n]
-        prompt, new = sum(len(request.prompt) for request in once), self.job.new_tokens
-        cached = sum(request.cached for request in once)
-        counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-        return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
+        return {**self.head(True), "choices": [], "usage": self.job.usage()}
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self.work.logprobs:
@@ -181,6 +173,6 @@ def embeddings(model: str, job: Job) -> dict[str, Any]:
     for index, row in enumerate(rows):
         packed = base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() if job.work.base64 else row
         data.append({"object": "embedding", "index": index, "embedding": packed})
-    count = sum(len(prompt) for prompt in job.work.prompts)
-    usage = {"prompt_tokens": count, "total_tokens": count}
-    return {"object": "list", "data": data, "model": model, "usage": usage}
+    usage = job.usage()
+    counts = {name: usage[name] for name in ("prompt_tokens", "total_tokens")}
+    return {"object": "list", "data": data, "model": model, "usage": counts}
