@@ -31,8 +31,6 @@ class Guard:
         self.app, self.keys = app, [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
         began, status = time.monotonic(), 499  # nginx's code for a client that disconnects before the response begins
         state = scope.setdefault("state", {})
         headers = Headers(scope=scope)
