@@ -75,12 +75,13 @@ class Task(Job):
 
     def answer(self) -> tuple[bytes, int, bool]:
         """The answer, once all requests have ended; the number of new tokens; and whether it is an error."""
+        tokens = self.usage()["completion_tokens"]
         try:
             for request in self.requests:
                 self.check(request.outputs[-1])
-            return self._reply(), self.new_tokens, False
+            return self._reply(), tokens, False
         except ApiError as error:
-            return failed(self.line, error), self.new_tokens, True
+            return failed(self.line, error), tokens, True
 
     def _reply(self) -> bytes:
         if not self.work.settings:

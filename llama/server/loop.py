@@ -71,17 +71,13 @@ class Job:
     def unfinished(self) -> list[Request]:
         return [request for request in self.requests if not request.finish]
 
-    @property
-    def new_tokens(self) -> int:
-        """The number of generated tokens."""
-        return sum(len(request.ids) - len(request.prompt) for request in self.requests)
-
     def usage(self) -> dict[str, Any]:
         """Numbers of tokens, in OpenAI's format. A prompt counts once, whatever n is."""
         prompt = sum(map(len, self.work.prompts[:: self.work.n]))
+        new = sum(len(request.ids) - len(request.prompt) for request in self.requests)
         cached = sum(request.cached for request in self.requests[:: self.work.n])
-        counts = {"prompt_tokens": prompt, "completion_tokens": self.new_tokens}
-        return {**counts, "total_tokens": sum(counts.values()), "prompt_tokens_details": {"cached_tokens": cached}}
+        counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
     def check(self, event: Event) -> None:
         """Raise ApiError if the event's request has failed."""
@@ -92,27 +88,18 @@ class Job:
 
 
 class Ticket(Job):
-    """The job of an HTTP request. The engine's thread sets the attributes of `Job`, `late` and `Times.admitted`; the
-    event loop's thread sets the others."""
+    """The job of an HTTP request. The engine's thread sets the attributes of `Job`, `began`, `late` and
+    `Times.admitted`; the event loop's thread sets the others."""
 
     def __init__(self, number: int, work: Work, inbox: Inbox) -> None:
         super().__init__(work)
         self.number, self.inbox, self.arrived = number, inbox, time.monotonic()
         self.updates: asyncio.Queue[list[Event]] = asyncio.Queue()
         self.times = [Times() for _ in work.prompts]
+        self.began = self.first = 0.0  # when the first request got its slot, and any its first token; 0 before
         self.late = ""  # the error message, once a time limit has ended it
         self.started = asyncio.Event()  # a request has taken a slot or has ended
         self.open = len(work.prompts)  # requests that have not ended
-
-    @property
-    def began(self) -> float:
-        """When the first request got a slot; 0 before."""
-        return min((times.admitted for times in self.times if times.admitted), default=0.0)
-
-    @property
-    def first(self) -> float:
-        """When the first token of any request was generated; 0 before."""
-        return min((times.first for times in self.times if times.first), default=0.0)
 
     async def events(self) -> AsyncIterator[Event | None]:
         """The events of all requests; None after KEEPALIVE seconds without one. ApiError if a request has failed."""
@@ -137,12 +124,12 @@ class Ticket(Job):
             self.inbox.put((self.number, None))
 
     def log_fields(self) -> dict[str, Any]:
-        usage, first = self.usage(), self.first
+        usage = self.usage()
         return {
             "prompt_tokens": usage["prompt_tokens"],
             "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
             "completion_tokens": usage["completion_tokens"],
-            "first_token_seconds": round(first - self.arrived, 4) if first else None,
+            "first_token_seconds": round(self.first - self.arrived, 4) if self.first else None,
         }
 
     def cancelled(self) -> ApiError:
@@ -225,6 +212,7 @@ class Loop:
             metrics.add("generation_tokens_total", new)
             if not times.first:
                 times.first = now
+                ticket.first = ticket.first or now
                 metrics.observe("time_to_first_token_seconds", now - ticket.arrived)
             if more := new if times.latest else new - 1:
                 metrics.observe("inter_token_latency_seconds", (now - (times.latest or now)) / new, more)
@@ -278,10 +266,9 @@ class Loop:
         for ticket in running:
             if not isinstance(ticket, Ticket) or ticket.late:
                 continue
-            began = ticket.began
-            if not began and now - ticket.arrived > self.max_wait:
+            if not ticket.began and now - ticket.arrived > self.max_wait:
                 ticket.late = f"no slot was free for {self.max_wait:g} seconds; try again"
-            elif began and now - began > self.max_time:
+            elif ticket.began and now - ticket.began > self.max_time:
                 ticket.late = f"the request has run for {self.max_time:g} seconds, as long as this server allows"
             if ticket.late:
                 ticket.cancel()
@@ -319,6 +306,7 @@ class Loop:
             for request, times in zip(ticket.requests, ticket.times, strict=True):
                 if request.slot >= 0 and not times.admitted:
                     times.admitted = began
+                    ticket.began = ticket.began or began
                 while request.outputs:
                     events.append(in_time(ticket, request, request.outputs.popleft()))
             if events or (waited and ticket.began):
