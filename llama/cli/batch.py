@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -108,7 +109,7 @@ class Share:
         self.out_of_lines = False
         self.ended = False  # nothing is left to do but what this replica is computing
         if files:
-            self.lines, self.exhausted, self.published, self.written = files.unanswered(), False, 0, 0
+            self.lines, self.published, self.written = files.unanswered(), 0, 0
             self.began, self.errors, self.tokens = time.monotonic(), 0, 0
             self.bar = tqdm(total=files.count, initial=files.answered, unit="line", smoothing=0, disable=None)
 
@@ -140,15 +141,13 @@ class Share:
         if not self.files:
             return
         wanted = self.store.add("taken", 0) + self.ahead
-        while self.published < wanted and not self.exhausted:
-            if line := next(self.lines, None):
-                self._set(f"line {self.published}", b"%d %b" % line)
-                self.published += 1
-            else:
-                self.exhausted = True
-                self.store.set("end", b"")
+        for line in itertools.islice(self.lines, wanted - self.published):
+            self._set(f"line {self.published}", b"%d %b" % line)
+            self.published += 1
+        if self.published < wanted:  # there are no more lines
+            self.store.set("end", b"")
         self._write()
-        if self.exhausted and self.written == self.published and self.store.add("out", 0) == self.replicas:
+        if self.written == self.published < wanted and self.store.add("out", 0) == self.replicas:
             self.ended = True
             self.bar.close()
             seconds = time.monotonic() - self.began

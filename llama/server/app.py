@@ -224,7 +224,8 @@ def data(value: object) -> str:
 
 class JobResponse(StreamingResponse):
     """The chunks of a reply. The response begins with the first, so that an error before it has its own status. The
-    ticket is cancelled when the client disconnects, even before that."""
+    ticket is cancelled when the client disconnects, even before that: while chunks are made, StreamingResponse listens
+    for it, as uvicorn's ASGI version is below 2.4."""
 
     def __init__(self, chunks: AsyncIterator[str], ticket: Ticket, headers: Mapping[str, str] = JSON) -> None:
         super().__init__(chunks, headers=headers)
