@@ -162,7 +162,7 @@ class Service:
 
     async def stream(self, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
         await ticket.started.wait()
-        if ticket.late and not ticket.began:
+        if ticket.late and not ticket.began:  # it never got a slot: 503
             raise ticket.cancelled()
         yield ""  # the response begins
         for chunk in reply.first_chunks():
