@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -61,38 +62,36 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
     slots = len(llama.engine.slots)
     capacity = slots + slots // 4 + 1  # some wait: a request does not run while another computes the same prefix
     share = Share(capacity, files) if parallel.rank() == 0 else None
-    running, tasks, more = dict[int, Job](), dict[int, Task](), True
+    running, tasks, more = list[Job](), list[Task](), True
 
-    def take(count: int) -> tuple[list[tuple[int, Work]], bool]:
+    def take(count: int) -> tuple[list[Work], bool]:
+        """The work of up to `count` lines, for which this makes `tasks`, and whether there may be more lines."""
         assert share
-        works = []
+        tasks.clear()
         for number, content in share.take(count):
             line = parse_line(number, content)
             try:
-                if line.error:
-                    raise line.error
-                tasks[number] = Task(llama, line, seed, model)
-                works.append((number, tasks[number].work))
+                tasks.append(Task(llama, line, seed, model))
             except Exception as error:  # whatever it is, the others are answered
                 known = error if isinstance(error, ApiError) else ApiError(500, repr(error))
                 share.put(failed(line, known), 0, True)
-        if not (works or running or share.ended):
+        if not (tasks or running or share.ended):
             time.sleep(PAUSE)
-        return works, not share.ended
+        return [task.work for task in tasks], not share.ended
 
     while more or running:
         if share:
             share.exchange()
-        free = capacity - sum(not request.finish for job in running.values() for request in job.requests)
+        free = capacity - sum(len(job.unfinished) for job in running)
         if more and free > 0:
             works, more = parallel.ask_first_rank(take, free)
-            for number, work in works:
-                running[number] = tasks.pop(number) if share else Job(work)
-                running[number].submit(llama)
-        if any(not request.finish for job in running.values() for request in job.requests):
+            for job in tasks if share else map(Job, works):
+                job.submit(llama)
+                running.append(job)
+        if running:
             llama.engine.step()
-        for number in [n for n, job in running.items() if all(request.finish for request in job.requests)]:
-            job = running.pop(number)
+        for job in [job for job in running if not job.unfinished]:
+            running.remove(job)
             if share and isinstance(job, Task):
                 share.put(*job.answer())
 
@@ -110,7 +109,7 @@ class Share:
         self.out_of_lines = False
         self.ended = False  # nothing is left to do but what this replica is computing
         if files:
-            self.lines, self.exhausted, self.published, self.written = files.unanswered(), False, 0, 0
+            self.lines, self.published, self.written = files.unanswered(), 0, 0
             self.began, self.errors, self.tokens = time.monotonic(), 0, 0
             self.bar = tqdm(total=files.count, initial=files.answered, unit="line", smoothing=0, disable=None)
 
@@ -142,15 +141,13 @@ class Share:
         if not self.files:
             return
         wanted = self.store.add("taken", 0) + self.ahead
-        while self.published < wanted and not self.exhausted:
-            if line := next(self.lines, None):
-                self._set(f"line {self.published}", b"%d %b" % line)
-                self.published += 1
-            else:
-                self.exhausted = True
-                self.store.set("end", b"")
+        for line in itertools.islice(self.lines, wanted - self.published):
+            self._set(f"line {self.published}", b"%d %b" % line)
+            self.published += 1
+        if self.published < wanted:  # there are no more lines
+            self.store.set("end", b"")
         self._write()
-        if self.exhausted and self.written == self.published and self.store.add("out", 0) == self.replicas:
+        if self.written == self.published < wanted and self.store.add("out", 0) == self.replicas:
             self.ended = True
             self.bar.close()
             seconds = time.monotonic() - self.began

@@ -42,28 +42,17 @@ class Files:
         done, end = set[Key](), 0
         with self.target.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.endswith(b"\n"):
-                    done.add(self._key(number, line))
-                    end += len(line)
-                elif not line.startswith(START[: len(line)]):
-                    raise self._foreign(number, line)
+                try:
+                    if line.endswith(b"\n"):
+                        done.add(answered(json.loads(line)))
+                        end += len(line)
+                    elif not line.startswith(START[: len(line)]):
+                        raise ValueError("it does not begin as an answer")
+                except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+                    text = f"line {number} of {self.target} is {line[:40]!r}, which is not a batch's answer"
+                    raise ValueError(f"{text}; choose another outfile") from error
         self.answers.truncate(end)
         return done
-
-    def _key(self, number: int, line: bytes) -> Key:
-        try:
-            answer: Any = json.loads(line)
-            id = answer.get("custom_id", answer["id"])
-            key: Key = ("line", answer["line"]) if id is None else id
-            hash(key)
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-            raise self._foreign(number, line) from error
-        return key
-
-    def _foreign(self, number: int, line: bytes) -> ValueError:
-        return ValueError(
-            f"line {number} of {self.target} is {line[:40]!r}, which is not a batch's answer; choose another outfile"
-        )
 
     def unanswered(self) -> Iterator[tuple[int, bytes]]:
         """The number and content of each line that has no answer yet."""
@@ -75,6 +64,12 @@ class Files:
         """Append complete lines."""
         while answers:
             answers = answers[self.answers.write(answers) or 0 :]
+
+
+def answered(answer: Any) -> Key:
+    """The key of the line that was answered."""
+    id = answer.get("custom_id", answer["id"])
+    return ("line", answer["line"]) if id is None else id
 
 
 def numbered(source: Path) -> Iterator[tuple[int, bytes]]:

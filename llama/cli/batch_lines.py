@@ -14,6 +14,7 @@ from ..options import DEFAULTS
 from ..server import replies, schema
 from ..server.loop import Job
 from ..server.schema import ApiError
+from ..stream import whole
 
 Key = str | int | tuple[str, int]
 TEXT, CHAT, EMBED = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
@@ -60,6 +61,8 @@ class Task(Job):
     """The job of a line. Raises ApiError, which says what is wrong, if the line cannot be answered."""
 
     def __init__(self, llama: Llama, line: Line, seed: int, model: str) -> None:
+        if line.error:
+            raise line.error
         self.line, self.llama = line, llama
         url, body = openai_body(line) if line.openai else plain_body(line, llama.model.params.max_seq_len)
         self.model = body.get("model", model)
@@ -72,7 +75,7 @@ class Task(Job):
 
     def answer(self) -> tuple[bytes, int, bool]:
         """The answer, once all requests have ended; the number of new tokens; and whether it is an error."""
-        tokens = sum(len(request.ids) - len(request.prompt) for request in self.requests)
+        tokens = self.usage()["completion_tokens"]
         try:
             for request in self.requests:
                 self.check(request.outputs[-1])
@@ -84,10 +87,7 @@ class Task(Job):
         if not self.work.settings:
             return openai_answer(self.line, 200, replies.embeddings(self.model, self))
         reply = replies.Reply(self.llama.tokenizer, self.model, self)
-        for request in self.requests:
-            for event in request.outputs:
-                reply.take(event)
-        body = reply.whole()
+        body = reply.whole([whole(request.outputs) for request in self.requests])
         if self.line.openai:
             return openai_answer(self.line, 200, body)
         choice = {name: value for name, value in body["choices"][0].items() if name != "index" and value is not None}

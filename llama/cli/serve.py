@@ -80,12 +80,13 @@ def check_counts(**values: Any) -> None:
 
 def read_keys(file: str | None) -> tuple[str, ...]:
     """The API keys that clients may use: from a file, one per line, and from the environment."""
-    path = Path(os.path.expanduser(file or ""))
-    if file and not path.exists():  # it may be a pipe
-        raise FileNotFoundError(f"api_key_file {file} does not exist")
-    lines = path.read_text(encoding="utf-8").splitlines() if file else []
-    keys = (key.strip() for key in [*lines, *os.environ.get(KEYS, "").split(",")])
-    found = tuple(key for key in keys if key)
+    keys = os.environ.get(KEYS, "").split(",")
+    if file:
+        path = Path(os.path.expanduser(file))
+        if not path.exists():  # it may be a pipe
+            raise FileNotFoundError(f"api_key_file {file} does not exist")
+        keys += path.read_text(encoding="utf-8").splitlines()
+    found = tuple(filter(None, map(str.strip, keys)))
     if file and not found:
         raise ValueError(f"{file} has no keys")
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
@@ -13,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -20,10 +20,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..generation import Llama
-from ..request import Event
 from . import replies, schema
 from .filters import Filters
-from .guard import Guard, error_response, json_response
+from .guard import Guard, error_response, json_response, to_json
 from .loop import Loop, Ticket
 from .metrics import Metrics
 from .page import page
@@ -31,8 +30,8 @@ from .protocol import BODY
 from .schema import ApiError, Work, encode_chat, parse, read_dialog, read_with
 
 T = TypeVar("T")
-POLL = 0.1  # seconds between two checks whether a client that waits for a whole reply has disconnected
-KEEPALIVE = 15.0  # seconds without an event after which a stream gets a comment, so that proxies do not close it
+JSON = {"Content-Type": "application/json"}
+EVENTS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Config(NamedTuple):
@@ -60,7 +59,7 @@ class Service:
 
     def app(self) -> Starlette:
         routes = [
-            Route("/", page),
+            Route("/", page, middleware=[Middleware(GZipMiddleware)]),
             Route("/health", self.get_health),
             Route("/metrics", self.get_metrics),
             Route("/v1/models", self.get_models),
@@ -88,19 +87,25 @@ class Service:
             raise ApiError(503, why, retry_after=5)
         return self.loop
 
-    async def body(self, request: HttpRequest) -> dict[str, Any]:
-        """The JSON body, whose model this server has."""
+    async def read(
+        self, request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], T]
+    ) -> tuple[dict[str, Any], T]:
+        """The JSON body of a request, whose model this server has, and what `read` makes of it."""
+        llama, body = self.ready().llama, await self._body(request)
+        if self.config.log_prompts:
+            prompt = next((body[name] for name in ("messages", "prompt", "input") if name in body), None)
+            request.state.fields = {"prompt": prompt}
+        self.check_model(body.setdefault("model", self.config.model))
+        async with self.reading:
+            return body, await asyncio.to_thread(read_with, read, llama, body)
+
+    async def _body(self, request: HttpRequest) -> dict[str, Any]:
         try:
-            found = parse(await asyncio.wait_for(self._bytes(request), BODY))
+            return parse(await asyncio.wait_for(self._bytes(request), BODY))
         except ClientDisconnect as error:
             raise ApiError(499, "the client has gone") from error
         except asyncio.TimeoutError as error:
             raise ApiError(408, f"the body took longer than {BODY:g} seconds") from error
-        if self.config.log_prompts:
-            prompt = next((found[name] for name in ("messages", "prompt", "input") if name in found), None)
-            request.state.fields = {"prompt": prompt}
-        self.check_model(found.get("model", self.config.model))
-        return found
 
     async def _bytes(self, request: HttpRequest) -> bytes:
         data, limit = bytearray(), self.config.max_body
@@ -117,11 +122,6 @@ class Service:
             text = f"there is no model {name!r}; this server has {self.config.model!r}"
             raise ApiError(404, text, "model", "model_not_found")
 
-    async def read(self, read: Callable[[Llama, Mapping[str, Any]], T], body: Mapping[str, Any]) -> T:
-        llama = self.ready().llama
-        async with self.reading:
-            return await asyncio.to_thread(read_with, read, llama, body)
-
     def submit(self, work: Work) -> Ticket:
         loop = self.ready()
         limit = len(loop.llama.engine.slots) + self.config.max_waiting
@@ -133,18 +133,14 @@ class Service:
     # Routes
 
     async def generate(self, request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], Work]) -> Response:
-        loop, body = self.ready(), await self.body(request)
-        work = await self.read(read, body)
-        refusal = await self.refused(work, body)
+        body, work = await self.read(request, read)
+        refusal, loop = await self.refused(work, body), self.ready()
         ticket = self.submit(work) if refusal is None else loop.refuse(work, refusal)
         self.metrics.observe("request_params_n", work.n)
-        reply = replies.Reply(loop.llama.tokenizer, body.get("model", self.config.model), ticket)
+        reply = replies.Reply(loop.llama.tokenizer, body["model"], ticket)
         if work.stream:
-            return EventStream(self.stream(request, reply, ticket), loop, ticket)
-        async for event in self.until_gone(request, loop, ticket):
-            reply.take(event)
-        note(request, ticket, reply.usage())
-        return json_response(reply.whole())
+            return JobResponse(self.stream(reply, ticket), ticket, EVENTS)
+        return JobResponse(self.whole(reply, ticket), ticket)
 
     async def refused(self, work: Work, body: Mapping[str, Any]) -> str | None:
         """The text that an input filter returns instead of an answer. The prompt of a completion counts as a user's
@@ -158,63 +154,56 @@ class Service:
             prompts = work.prompts[:: work.n]
             texts = await asyncio.to_thread(lambda: [*map(tokenizer.decode, prompts)])
             dialogs = [[{"role": "user", "content": text}] for text in texts]
-        for dialog in dialogs:
-            if (text := await filters.filter_input(dialog)) is not None:
-                return text
-        return None
+        return await filters.filter_inputs(dialogs)
 
-    async def stream(self, request: HttpRequest, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
+    async def whole(self, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
+        events = self.config.filters.filter_outputs(ticket.events(), whole=True)
+        yield to_json(reply.whole([event async for event in events if event]))
+
+    async def stream(self, reply: replies.Reply, ticket: Ticket) -> AsyncIterator[str]:
+        await ticket.started.wait()
+        if ticket.late and not ticket.began:  # it never got a slot: 503
+            raise ticket.cancelled()
+        yield ""  # the response begins
         for chunk in reply.first_chunks():
             yield data(chunk)
         try:
-            async for event in self.config.filters.filter_outputs(ticket.events(KEEPALIVE)):
+            async for event in self.config.filters.filter_outputs(ticket.events(), whole=False):
                 if event is None:
                     yield ": keepalive\n\n"
                     continue
-                for chunk in reply.chunks(event.row, reply.take(event)):
+                for chunk in reply.chunks(event):
                     yield data(chunk)
-            note(request, ticket, reply.usage())
             if reply.work.include_usage:
                 yield data(reply.usage_chunk())
         except ApiError as error:
             yield data(error.body)
         yield "data: [DONE]\n\n"
 
-    async def until_gone(self, request: HttpRequest, loop: Loop, ticket: Ticket) -> AsyncIterator[Event]:
-        """The events of a ticket, which is cancelled if the client disconnects."""
-        checked = time.monotonic()
-        try:
-            async for event in self.config.filters.filter_outputs(ticket.events(POLL)):
-                if event is not None:
-                    yield event
-                if time.monotonic() - checked >= POLL:
-                    if await request.is_disconnected():
-                        raise ApiError(499, "the client has gone")
-                    checked = time.monotonic()
-        finally:
-            loop.cancel(ticket)
-
     async def embed(self, request: HttpRequest) -> Response:
-        loop, body = self.ready(), await self.body(request)
-        ticket = self.submit(await self.read(schema.read_embeddings, body))
-        async for _ in self.until_gone(request, loop, ticket):
-            pass
-        reply = replies.embeddings(body.get("model", self.config.model), ticket)
-        note(request, ticket, reply["usage"])
-        return json_response(reply)
+        body, work = await self.read(request, schema.read_embeddings)
+        ticket = self.submit(work)
+
+        async def whole() -> AsyncIterator[str]:
+            async for _ in ticket.events():
+                pass
+            yield to_json(replies.embeddings(body["model"], ticket))
+
+        return JobResponse(whole(), ticket)
 
     async def tokenize(self, request: HttpRequest) -> Response:
-        ids = await self.read(read_tokens, await self.body(request))
+        _, ids = await self.read(request, read_tokens)
         limit = self.ready().llama.model.params.max_seq_len
         return json_response({"count": len(ids), "max_model_len": limit, "tokens": ids})
 
     async def detokenize(self, request: HttpRequest) -> Response:
-        return json_response({"prompt": await self.read(read_text, await self.body(request))})
+        _, text = await self.read(request, read_text)
+        return json_response({"prompt": text})
 
     async def get_models(self, request: HttpRequest) -> Response:
         limit = self.ready().llama.model.params.max_seq_len
-        card = {"id": self.config.model, "object": "model", "created": self.created, "owned_by": "llama"}
-        card["max_model_len"] = limit
+        about = {"created": self.created, "owned_by": "llama", "max_model_len": limit}
+        card = {"id": self.config.model, "object": "model", **about}
         if (name := request.path_params.get("name")) is None:
             return json_response({"object": "list", "data": [card]})
         self.check_model(name)
@@ -230,42 +219,34 @@ class Service:
 
 
 def data(value: object) -> str:
-    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
+    return f"data: {to_json(value)}\n\n"
 
 
-class EventStream(StreamingResponse):
-    """A stream of events. It begins when the first request has a slot, so that one that has waited for too long is
-    answered with 503. Its ticket is cancelled when the client disconnects, even before the first event."""
+class JobResponse(StreamingResponse):
+    """The chunks of a reply. The response begins with the first, so that an error before it has its own status. The
+    ticket is cancelled when the client disconnects, even before that: while chunks are made, StreamingResponse listens
+    for it, as uvicorn's ASGI version is below 2.4."""
 
-    def __init__(self, content: AsyncIterator[str], loop: Loop, ticket: Ticket) -> None:
-        super().__init__(
-            content, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        )
-        self.loop, self.ticket = loop, ticket
+    def __init__(self, chunks: AsyncIterator[str], ticket: Ticket, headers: Mapping[str, str] = JSON) -> None:
+        super().__init__(chunks, headers=headers)
+        self.chunks, self.ticket = chunks, ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.scope, self.receive = scope, receive
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.loop.cancel(self.ticket)
+            self.ticket.cancel()
+            scope["state"]["fields"] = scope["state"].get("fields", {}) | self.ticket.log_fields()
 
     async def stream_response(self, send: Send) -> None:
-        await self.ticket.started.wait()
-        if self.ticket.late and not self.ticket.began:
-            return await error_response(self.ticket.cancelled())(self.scope, self.receive, send)
-        await super().stream_response(send)
-
-
-def note(request: HttpRequest, ticket: Ticket, usage: Mapping[str, Any]) -> None:
-    """Set the request's fields in the log: numbers of tokens, and the time to the first."""
-    fields = getattr(request.state, "fields", {})
-    request.state.fields = fields | {
-        "prompt_tokens": usage["prompt_tokens"],
-        "cached_tokens": usage.get("prompt_tokens_details", {}).get("cached_tokens", 0),
-        "completion_tokens": usage.get("completion_tokens", 0),
-        "first_token_seconds": round(ticket.first - ticket.arrived, 4) if ticket.first else None,
-    }
+        first = await anext(self.chunks)
+        if self.headers["Content-Type"] == JSON["Content-Type"]:  # it has one chunk, in ASCII
+            self.headers["Content-Length"] = str(len(first))
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": first.encode(), "more_body": True})
+        async for chunk in self.chunks:
+            await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def read_tokens(llama: Llama, body: Mapping[str, Any]) -> list[int]:

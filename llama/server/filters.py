@@ -31,15 +31,19 @@ class Filters:
         self.input_filters, self.output_filters = input_filters, output_filters
         self.threads = asyncio.Semaphore(THREADS)
 
-    async def filter_input(self, dialog: Dialog) -> str | None:
-        """The text to return instead of an answer, or None to answer the dialog."""
-        return await self._verdict(self.input_filters, dialog)
+    async def filter_inputs(self, dialogs: Sequence[Dialog]) -> str | None:
+        """The text to return instead of answers, or None to answer the dialogs."""
+        for dialog in dialogs:
+            if (text := await self._verdict(self.input_filters, dialog)) is not None:
+                return text
+        return None
 
-    async def filter_outputs(self, events: AsyncIterator[Event | None]) -> AsyncIterator[Event | None]:
-        """Pass on events. With output filters, each answer is one event, once it is complete; before, None."""
+    async def filter_outputs(self, events: AsyncIterator[Event | None], whole: bool) -> AsyncIterator[Event | None]:
+        """Pass on events. If `whole`, and with output filters, each answer is one event, once it is complete; before,
+        None."""
         held: dict[int, list[Event]] = {}
         async for event in events:
-            if event and self.output_filters:
+            if event and (whole or self.output_filters):
                 event = next(iter(ended(held, [event])), None)
             if event and event.finish_reason and event.finish_reason != "refused":
                 verdict = await self._verdict(self.output_filters, event.text)
@@ -81,7 +85,7 @@ def load_filters(names: Sequence[str]) -> Filters:
     instantiated. ValueError for a module or object with neither function."""
     if names and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    inputs, outputs = list[InputFilter](), list[OutputFilter]()
+    filters: dict[str, list[Any]] = {"input_filter": [], "output_filter": []}
     for name in names:
         try:
             module, _, path = name.partition(":")
@@ -90,9 +94,9 @@ def load_filters(names: Sequence[str]) -> Filters:
             owner: Any = found() if inspect.isclass(found) else found
         except Exception as error:  # the module may raise anything
             raise ValueError(f"cannot load the filter {name}: {type(error).__name__}: {error}") from error
-        own = [getattr(owner, kind, None) for kind in ("input_filter", "output_filter")]
-        if not any(map(callable, own)):
+        own = {kind: getattr(owner, kind) for kind in filters if callable(getattr(owner, kind, None))}
+        if not own:
             raise ValueError(f"the filter {name} has neither a function input_filter nor one output_filter")
-        inputs += [own[0]] if callable(own[0]) else []
-        outputs += [own[1]] if callable(own[1]) else []
-    return Filters(inputs, outputs)
+        for kind, function in own.items():
+            filters[kind].append(function)
+    return Filters(*filters.values())

@@ -31,8 +31,6 @@ class Guard:
         self.app, self.keys = app, [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
         began, status = time.monotonic(), 499  # nginx's code for a client that disconnects before the response begins
         state = scope.setdefault("state", {})
         headers = Headers(scope=scope)
@@ -84,9 +82,13 @@ def access(fields: Mapping[str, Any]) -> None:
     log.log(level, "%s", text, extra={"fields": fields})
 
 
+def to_json(value: object) -> str:
+    """JSON in ASCII, which can represent any str."""
+    return json.dumps(value, separators=(",", ":"))
+
+
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A response with JSON in ASCII, which can represent any str."""
-    return Response(json.dumps(value, separators=(",", ":")), status, headers, "application/json")
+    return Response(to_json(value), status, headers, "application/json")
 
 
 def error_response(error: ApiError) -> Response:

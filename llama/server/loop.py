@@ -28,9 +28,13 @@ from .metrics import Metrics
 from .schema import ApiError, Work
 
 log = logging.getLogger("llama.server")
+Item = tuple[int, "Work | None"] | None  # a ticket's number with its Work, or with None to cancel it; None: the end
+Inbox = queue.SimpleQueue[Item]
 IDLE = 5.0  # seconds between messages to idle ranks; they show that all ranks are alive (gloo's timeout is 30 minutes)
-# The API's names of finish reasons, where they differ from the engine's.
-REASONS: dict[str | None, str] = {"eos": "stop", "cancelled": "abort", "refused": "content_filter"}
+KEEPALIVE = 15.0  # seconds without an event after which a stream gets a comment, so that proxies do not close it
+# Finish reasons of events -> of the API, and for those that no reply has, of metrics.
+REASONS = {None: None, "eos": "stop", "stop": "stop", "length": "length", "refused": "content_filter"}
+REASONS |= {"cancelled": "abort", "error": "error"}
 
 
 @dataclass
@@ -40,7 +44,6 @@ class Times:
     admitted: float = 0.0
     first: float = 0.0
     latest: float = 0.0
-    tokens: int = 0  # generated so far
     counted: bool = False  # whether the metrics include the prompt
 
 
@@ -52,7 +55,7 @@ class Job:
         self.requests: list[Request] = []  # set before the first event
         self.embeddings: Tensor | None = None  # complete with the last event
 
-    def submit(self, llama: Llama) -> list[Request]:
+    def submit(self, llama: Llama) -> None:
         """Submit the requests. Only the first rank keeps all events in their `outputs`."""
         work = self.work
         if work.settings:
@@ -63,7 +66,18 @@ class Job:
         for row, request in enumerate(self.requests):
             request.row, request.outputs = row, deque(maxlen=1 if rank() else None)
         llama.engine.submit(*self.requests)
-        return self.requests
+
+    @property
+    def unfinished(self) -> list[Request]:
+        return [request for request in self.requests if not request.finish]
+
+    def usage(self) -> dict[str, Any]:
+        """Numbers of tokens, in OpenAI's format. A prompt counts once, whatever n is."""
+        prompt = sum(map(len, self.work.prompts[:: self.work.n]))
+        new = sum(len(request.ids) - len(request.prompt) for request in self.requests)
+        cached = sum(request.cached for request in self.requests[:: self.work.n])
+        counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
     def check(self, event: Event) -> None:
         """Raise ApiError if the event's request has failed."""
@@ -74,46 +88,49 @@ class Job:
 
 
 class Ticket(Job):
-    """The job of an HTTP request. The engine's thread sets the attributes of `Job`, `late` and `Times.admitted`; the
-    event loop's thread sets the others."""
+    """The job of an HTTP request. The engine's thread sets the attributes of `Job`, `began`, `late` and
+    `Times.admitted`; the event loop's thread sets the others."""
 
-    def __init__(self, number: int, work: Work) -> None:
+    def __init__(self, number: int, work: Work, inbox: Inbox) -> None:
         super().__init__(work)
-        self.number, self.arrived = number, time.monotonic()
+        self.number, self.inbox, self.arrived = number, inbox, time.monotonic()
         self.updates: asyncio.Queue[list[Event]] = asyncio.Queue()
         self.times = [Times() for _ in work.prompts]
+        self.began = self.first = 0.0  # when the first request got its slot, and any its first token; 0 before
         self.late = ""  # the error message, once a time limit has ended it
         self.started = asyncio.Event()  # a request has taken a slot or has ended
         self.open = len(work.prompts)  # requests that have not ended
 
-    @property
-    def began(self) -> float:
-        """When the first request got a slot; 0 before."""
-        return min((times.admitted for times in self.times if times.admitted), default=0.0)
-
-    @property
-    def first(self) -> float:
-        """When the first token of any request was generated; 0 before."""
-        return min((times.first for times in self.times if times.first), default=0.0)
-
-    async def events(self, timeout: float) -> AsyncIterator[Event | None]:
-        """The events of all requests; None after `timeout` seconds without one. ApiError if a request has failed."""
-        left = len(self.work.prompts)
-        while left:
+    async def events(self) -> AsyncIterator[Event | None]:
+        """The events of all requests; None after KEEPALIVE seconds without one. ApiError if a request has failed."""
+        while self.open or not self.updates.empty():
             try:
-                events = await asyncio.wait_for(self.updates.get(), timeout)
+                events = await asyncio.wait_for(self.updates.get(), KEEPALIVE)
             except asyncio.TimeoutError:
                 yield None
                 continue
             for event in events:
                 self.check(event)
-                left -= event.finish_reason is not None
                 yield event
 
     def check(self, event: Event) -> None:
         super().check(event)
         if event.finish_reason == "cancelled":
             raise self.cancelled()
+
+    def cancel(self) -> None:
+        """Cancel the requests that have not ended."""
+        if self.open:
+            self.inbox.put((self.number, None))
+
+    def log_fields(self) -> dict[str, Any]:
+        usage = self.usage()
+        return {
+            "prompt_tokens": usage["prompt_tokens"],
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "completion_tokens": usage["completion_tokens"],
+            "first_token_seconds": round(self.first - self.arrived, 4) if self.first else None,
+        }
 
     def cancelled(self) -> ApiError:
         return ApiError(503, self.late or "the request was cancelled", retry_after=1)
@@ -125,36 +142,33 @@ class Loop:
 
     def __init__(self, llama: Llama, metrics: Metrics, max_wait: float = math.inf, max_time: float = math.inf) -> None:
         self.llama, self.metrics, self.max_wait, self.max_time = llama, metrics, max_wait, max_time
-        self.inbox: queue.SimpleQueue[tuple[int, Work | None] | None] = queue.SimpleQueue()
-        llama.engine.outbox = self.inbox
+        self.inbox = llama.engine.outbox = Inbox()
         self.numbers = itertools.count()
         self.tickets: dict[int, Ticket] = {}  # on the first rank
-        self.open = 0  # requests that have been submitted and have not ended
 
     # -----------------------------------------------------------------------------------------------------------------
     # In the event loop's thread
 
+    @property
+    def open(self) -> int:
+        """The number of requests that have been submitted and have not ended."""
+        return sum(ticket.open for ticket in self.tickets.values())
+
     def submit(self, work: Work) -> Ticket:
         self.event_loop = asyncio.get_running_loop()
-        ticket = Ticket(next(self.numbers), work)
+        ticket = Ticket(next(self.numbers), work, self.inbox)
         self.tickets[ticket.number] = ticket
-        self.open += ticket.open
         self.inbox.put((ticket.number, work))
         return ticket
 
     def refuse(self, work: Work, text: str) -> Ticket:
         """A ticket whose answers are all `text`, without the engine."""
-        ticket = Ticket(next(self.numbers), work)
+        ticket = Ticket(next(self.numbers), work, self.inbox)
         ticket.requests, ticket.open = [Request(prompt, len(prompt)) for prompt in work.prompts], 0
         ticket.updates.put_nowait([refused(row, text) for row in range(len(work.prompts))])
         ticket.started.set()
         self.metrics.add("request_success_total", len(work.prompts), finished_reason="content_filter")
         return ticket
-
-    def cancel(self, ticket: Ticket) -> None:
-        """Cancel the requests of a ticket that have not ended."""
-        if ticket.open:
-            self.inbox.put((ticket.number, None))
 
     def gauges(self) -> dict[str, float]:
         slots = self.llama.engine.slots
@@ -175,9 +189,7 @@ class Loop:
         for ticket, events in found:
             for event in events:
                 tokens += self._count(ticket, event, now)
-                if event.finish_reason:
-                    ticket.open -= 1
-                    self.open -= 1
+                ticket.open -= event.finish_reason is not None
             if not ticket.open:
                 self.tickets.pop(ticket.number, None)
             if events:
@@ -189,31 +201,31 @@ class Loop:
     def _count(self, ticket: Ticket, event: Event, now: float) -> int:
         """Add an event to the metrics. Returns the number of its tokens, with the prompt's if it is the first event."""
         metrics, times, prompt = self.metrics, ticket.times[event.row], ticket.work.prompts[event.row]
-        new = len(event.tokens) - (len(prompt) if ticket.work.echo and not times.counted else 0)
-        count = max(0, new)
+        count = new = len(event.tokens) - (len(prompt) if ticket.work.echo and not times.counted else 0)
         if not times.counted and times.admitted:
             times.counted = True
             metrics.add("prompt_tokens_total", len(prompt))
             metrics.add("prefix_cache_queries_total", len(prompt))
             metrics.add("prefix_cache_hits_total", ticket.requests[event.row].cached)
             count += len(prompt)
-        if new > 0:
+        if new:
             metrics.add("generation_tokens_total", new)
             if not times.first:
                 times.first = now
+                ticket.first = ticket.first or now
                 metrics.observe("time_to_first_token_seconds", now - ticket.arrived)
             if more := new if times.latest else new - 1:
                 metrics.observe("inter_token_latency_seconds", (now - (times.latest or now)) / new, more)
-            times.latest, times.tokens = now, times.tokens + new
-        if reason := event.finish_reason:
-            metrics.add("request_success_total", finished_reason=REASONS.get(reason, reason))
+            times.latest = now
+        if reason := REASONS[event.finish_reason]:
+            metrics.add("request_success_total", finished_reason=reason)
             self._count_end(ticket, event.row, now)
         return count
 
     def _count_end(self, ticket: Ticket, row: int, now: float) -> None:
-        times, observe = ticket.times[row], self.metrics.observe
-        observe("request_prompt_tokens", len(ticket.work.prompts[row]))
-        observe("request_generation_tokens", times.tokens)
+        times, request, observe = ticket.times[row], ticket.requests[row], self.metrics.observe
+        observe("request_prompt_tokens", len(request.prompt))
+        observe("request_generation_tokens", len(request.ids) - len(request.prompt))
         observe("e2e_request_latency_seconds", now - ticket.arrived)
         if ticket.work.settings:
             observe("request_params_max_tokens", ticket.work.settings[row].max_new)
@@ -228,41 +240,42 @@ class Loop:
 
     def run(self) -> None:
         """Serve until `stop`. An error in a step ends its requests; with several ranks, it ends the job."""
-        running: dict[int, list[Request]] = {}
+        running: dict[int, Job] = {}  # Tickets on the first rank
         ending = False
         while not ending or running:
-            self._end_late(running)
+            self._end_late(running.values())
             for item in self._receive(ending or bool(running)):
                 number, work = item or (None, None)
                 if number is None:
                     ending = True
-                    self.llama.engine.cancel(*itertools.chain.from_iterable(running.values()))
+                    self.llama.engine.cancel(*(request for job in running.values() for request in job.requests))
                 elif work is not None:
-                    running[number] = (self.tickets.get(number) or Job(work)).submit(self.llama)
+                    running[number] = self.tickets.get(number) or Job(work)
+                    running[number].submit(self.llama)
                 elif number in running:
-                    self.llama.engine.cancel(*running[number])
+                    self.llama.engine.cancel(*running[number].requests)
             began = time.monotonic()
             if running:
                 self._step()
-            running = self._send(running, began)
+            self._send(running.values(), began)
+            running = {number: job for number, job in running.items() if job.unfinished}
 
-    def _end_late(self, running: Iterable[int]) -> None:
+    def _end_late(self, running: Iterable[Job]) -> None:
         """On the first rank: cancel tickets that exceed a time limit."""
         now = time.monotonic()
-        for ticket in filter(None, map(self.tickets.get, running)):
-            if ticket.late:
+        for ticket in running:
+            if not isinstance(ticket, Ticket) or ticket.late:
                 continue
-            began = ticket.began
-            if not began and now - ticket.arrived > self.max_wait:
+            if not ticket.began and now - ticket.arrived > self.max_wait:
                 ticket.late = f"no slot was free for {self.max_wait:g} seconds; try again"
-            elif began and now - began > self.max_time:
+            elif ticket.began and now - ticket.began > self.max_time:
                 ticket.late = f"the request has run for {self.max_time:g} seconds, as long as this server allows"
             if ticket.late:
-                self.inbox.put((ticket.number, None))
+                ticket.cancel()
 
-    def _receive(self, busy: bool) -> list[tuple[int, Work | None] | None]:
+    def _receive(self, busy: bool) -> list[Item]:
         """The items that reached the first rank since the last iteration. Waits for one unless `busy`."""
-        items: list[Any]
+        items: list[Item]
         items, self.llama.engine.received = self.llama.engine.received, []
         if world_size() > 1 and (busy or items):  # the last step's message had them
             return items
@@ -283,25 +296,24 @@ class Loop:
                 raise
             log.exception("a step failed; its requests have ended")
 
-    def _send(self, running: dict[int, list[Request]], began: float) -> dict[int, list[Request]]:
-        """Pass the events of a step that began at `began` to the tickets. Returns the requests that have not ended."""
+    def _send(self, running: Iterable[Job], began: float) -> None:
+        """On the first rank: pass the events of a step that began at `began` to the tickets."""
         found: list[tuple[Ticket, list[Event]]] = []
-        for number, requests in running.items():
-            if ticket := self.tickets.get(number):
-                events, waited = list[Event](), not ticket.began
-                for request, times in zip(requests, ticket.times, strict=True):
-                    if request.slot >= 0 and not times.admitted:
-                        times.admitted = began
-                    while request.outputs:
-                        events.append(in_time(ticket, request, request.outputs.popleft()))
-                if events or (waited and ticket.began):
-                    found.append((ticket, events))
+        for ticket in running:
+            if not isinstance(ticket, Ticket):
+                return
+            events, waited = list[Event](), not ticket.began
+            for request, times in zip(ticket.requests, ticket.times, strict=True):
+                if request.slot >= 0 and not times.admitted:
+                    times.admitted = began
+                    ticket.began = ticket.began or began
+                while request.outputs:
+                    events.append(in_time(ticket, request, request.outputs.popleft()))
+            if events or (waited and ticket.began):
+                found.append((ticket, events))
         if found:
             with suppress(RuntimeError):  # the event loop has ended
                 self.event_loop.call_soon_threadsafe(self._deliver, found)
-        return {
-            number: requests for number, requests in running.items() if not all(request.finish for request in requests)
-        }
 
 
 def in_time(ticket: Ticket, request: Request, event: Event) -> Event:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import re
 from pathlib import Path
@@ -12,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 PAGE = Path(__file__).with_name("page.html").read_bytes()
-ZIPPED = gzip.compress(PAGE, mtime=0)
 
 
 def sources(tag: str) -> str:
@@ -38,11 +36,8 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
-    "Vary": "Accept-Encoding",
 }
 
 
 async def page(request: Request) -> Response:
-    if "gzip" in request.headers.get("Accept-Encoding", ""):
-        return Response(ZIPPED, headers={**HEADERS, "Content-Encoding": "gzip"}, media_type="text/html")
     return Response(PAGE, headers=HEADERS, media_type="text/html")

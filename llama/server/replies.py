@@ -25,14 +25,6 @@ class Token(NamedTuple):
     offset: int  # in characters, of its text
 
 
-class Part(NamedTuple):
-    """The part of a choice that one event makes final."""
-
-    text: str = ""
-    tokens: list[Token] = []  # noqa: RUF012 - never changed
-    finish_reason: str | None = None
-
-
 class Choice:
     """An answer while it is generated. With log probabilities, tokens are held back until their text is final, so that
     streams never contain part of a stop string."""
@@ -41,30 +33,26 @@ class Choice:
         self.tokenizer, self.job, self.row, self.work = tokenizer, job, row, job.work
         prompt = self.work.prompts[row]
         self.decoder = Decoder(tokenizer, prompt if self.work.continues and not self.work.echo else ())
-        self.parts: list[Part] = []
         self.held: list[Token] = []
-        self.preface = len(prompt) if self.work.echo else 0  # prompt tokens in the first event
+        self.echo = self.work.echo  # the next event begins with the prompt
         self.characters = self.final = 0  # of the tokens so far, and of the text that is final
-        self.count = 0  # generated tokens
 
-    def take(self, event: Event) -> Part:
-        preface, self.preface = min(self.preface, len(event.tokens)), 0
-        self.count += len(event.tokens) - preface
+    def take(self, event: Event) -> list[Token]:
+        """The tokens whose text this event makes final, if the request has `logprobs`."""
         self.final += len(event.text)
-        tokens: list[Token] = []
-        if self.work.logprobs and event.finish_reason != "refused":
-            self._hold(event, preface)
-            tokens = self._release(event.finish_reason is not None)
-        self.parts.append(Part(event.text, tokens, REASONS.get(event.finish_reason, event.finish_reason)))
-        return self.parts[-1]
+        if not self.work.logprobs or event.finish_reason == "refused":
+            return []
+        self._hold(event)
+        return self._release(event.finish_reason is not None)
 
-    def _hold(self, event: Event, preface: int) -> None:
+    def _hold(self, event: Event) -> None:
         logprobs: list[float | None] = [*event.logprobs]
-        tops: list[list[tuple[int, float]] | None] = [*(event.top_logprobs or [[] for _ in event.tokens])]
-        if preface:
+        tops: list[list[tuple[int, float]] | None] = [*event.top_logprobs]
+        if self.echo:
             scores: Any = self.job.requests[self.row].observe  # scoring.Scores
-            tops = [None, *scores.top_logprobs, *(tops if event.top_logprobs else tops[preface:])]
-            logprobs[0] = None
+            tops = [None, *scores.top_logprobs, *tops]
+            logprobs[0], self.echo = None, False
+        tops += [[]] * (len(event.tokens) - len(tops))  # without top_logprobs
         for id, logprob, top in zip(event.tokens, logprobs, tops, strict=True):
             text = self.decoder.push(id)
             self.held.append(Token(text, bytes_of(self.tokenizer, id, text), logprob, top, self.characters))
@@ -95,40 +83,37 @@ class Reply:
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.choices = [Choice(tokenizer, job, row) for row in range(len(self.work.prompts))]
 
-    def take(self, event: Event) -> Part:
-        return self.choices[event.row].take(event)
-
     def head(self, chunk: bool = False) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": None}
 
-    def whole(self) -> dict[str, Any]:
-        """The reply to a request without `stream`."""
+    def whole(self, answers: Sequence[Event]) -> dict[str, Any]:
+        """The reply to a request without `stream`: each answer is one event."""
         choices = []
-        for index, choice in enumerate(self.choices):
-            text = "".join(part.text for part in choice.parts)
-            message = {"role": "assistant", "content": text, "refusal": None}
+        for event in sorted(answers):  # by row
+            message = {"role": "assistant", "content": event.text, "refusal": None}
             choices.append(
                 {
-                    "index": index,
-                    **({"message": message} if self.chat else {"text": text}),
-                    "logprobs": self.logprobs([token for part in choice.parts for token in part.tokens]),
-                    "finish_reason": choice.parts[-1].finish_reason,
+                    "index": event.row,
+                    **({"message": message} if self.chat else {"text": event.text}),
+                    "logprobs": self.logprobs(self.choices[event.row].take(event)),
+                    "finish_reason": REASONS[event.finish_reason],
                 }
             )
-        return {**self.head(), "choices": choices, "usage": self.usage()}
+        return {**self.head(), "choices": choices, "usage": self.job.usage()}
 
     def first_chunks(self) -> list[dict[str, Any]]:
         roles: dict[str, Any] = {"role": "assistant", "content": ""}
         return [self.chunk(i, roles) for i in range(self.work.n)] if self.chat else []
 
-    def chunks(self, index: int, part: Part) -> list[dict[str, Any]]:
-        """The chunks of a part: its text, and in chats a separate one for the finish reason."""
+    def chunks(self, event: Event) -> list[dict[str, Any]]:
+        """The chunks of an event: its text, and in chats a separate one for the finish reason."""
+        index, text, reason = event.row, event.text, REASONS[event.finish_reason]
+        tokens = self.choices[index].take(event)
         if not self.chat:
-            new = part.text or part.tokens or part.finish_reason
-            return [self.chunk(index, part.text, part.tokens, part.finish_reason)] if new else []
-        content = [self.chunk(index, {"content": part.text}, part.tokens)] if part.text or part.tokens else []
-        return content + ([self.chunk(index, {}, [], part.finish_reason)] if part.finish_reason else [])
+            return [self.chunk(index, text, tokens, reason)] if text or tokens or reason else []
+        content = [self.chunk(index, {"content": text}, tokens)] if text or tokens else []
+        return content + ([self.chunk(index, {}, [], reason)] if reason else [])
 
     def chunk(
         self, index: int, new: Any, tokens: Sequence[Token] = (), finish_reason: str | None = None
@@ -138,15 +123,7 @@ class Reply:
         return {**self.head(True), "choices": [choice], **({"usage": None} if self.work.include_usage else {})}
 
     def usage_chunk(self) -> dict[str, Any]:
-        return {**self.head(True), "choices": [], "usage": self.usage()}
-
-    def usage(self) -> dict[str, Any]:
-        """Numbers of tokens. A prompt counts once, whatever n is."""
-        once = self.job.requests[:: self.work.n]
-        prompt, new = sum(len(request.prompt) for request in once), sum(choice.count for choice in self.choices)
-        cached = sum(request.cached for request in once)
-        counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-        return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
+        return {**self.head(True), "choices": [], "usage": self.job.usage()}
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self.work.logprobs:
@@ -196,6 +173,6 @@ def embeddings(model: str, job: Job) -> dict[str, Any]:
     for index, row in enumerate(rows):
         packed = base64.b64encode(struct.pack(f"<{len(row)}f", *row)).decode() if job.work.base64 else row
         data.append({"object": "embedding", "index": index, "embedding": packed})
-    count = sum(len(prompt) for prompt in job.work.prompts)
-    usage = {"prompt_tokens": count, "total_tokens": count}
-    return {"object": "list", "data": data, "model": model, "usage": usage}
+    usage = job.usage()
+    counts = {name: usage[name] for name in ("prompt_tokens", "total_tokens")}
+    return {"object": "list", "data": data, "model": model, "usage": counts}

@@ -154,11 +154,12 @@ def read_completion(llama: Llama, body: Mapping[str, Any]) -> Work:
     check_fields(body, OF_TEXT)
     if body.get("best_of", 1) > body.get("n", 1):
         raise ApiError(400, "this server does not support best_of larger than n", "best_of")
-    prompts, most = read_prompts(llama, body, "prompt"), body.get("max_tokens", 16)
+    most = body.get("max_tokens", 16)
+    prompts = read_prompts(llama, body, "prompt", most)
     if body.get("echo") and "logprobs" in body:  # clients that score a prompt expect one token after it, not EOS
         body = {**body, "min_tokens": max(1, body.get("min_tokens", 0))}
     work = Work(prompts, [], "logprobs" in body, body.get("logprobs", 0), body.get("echo", False))
-    return with_settings(llama, body, work, most, "prompt")
+    return with_settings(llama, body, work, most)
 
 
 def read_chat(llama: Llama, body: Mapping[str, Any]) -> Work:
@@ -168,10 +169,11 @@ def read_chat(llama: Llama, body: Mapping[str, Any]) -> Work:
     wanted, top = body.get("logprobs", False), body.get("top_logprobs", 0)
     if top and not wanted:
         raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
-    prompt = encode_chat(llama, body)
+    prompts = [encode_chat(llama, body)]
     most = body.get("max_completion_tokens", body.get("max_tokens", llama.model.params.max_seq_len))
-    work = Work([prompt], [], wanted, top, chat=True, continues=continues(body))
-    return with_settings(llama, body, work, most, "messages")
+    check_prompts(llama, prompts, "messages", most)
+    work = Work(prompts, [], wanted, top, chat=True, continues=continues(body))
+    return with_settings(llama, body, work, most)
 
 
 def continues(body: Mapping[str, Any]) -> bool:
@@ -183,13 +185,12 @@ def continues(body: Mapping[str, Any]) -> bool:
     return final
 
 
-def with_settings(llama: Llama, body: Mapping[str, Any], work: Work, most: int, param: str) -> Work:
-    """Repeat each prompt n times, and add settings. As everywhere in this library, answers end where the context does,
-    even if `most` is larger; a prompt that leaves no space for a token is an error."""
+def with_settings(llama: Llama, body: Mapping[str, Any], work: Work, most: int) -> Work:
+    """Repeat each prompt n times, and add settings for answers of at most `most` tokens. As everywhere in this library,
+    answers end where the context does, even if `most` is larger."""
     n = body.get("n", 1)
     if len(work.prompts) * n > MAX_CHOICES:
         raise ApiError(400, f"{len(work.prompts)} prompts times n {n} are more than {MAX_CHOICES} choices", "n")
-    check_length(llama, work.prompts, int(most > 0), param)
     prompts = [prompt for prompt in work.prompts for _ in range(n)]
     options: dict[str, Any] = {"temperature": 1, "top_p": 1, "max_gen_len": most}
     options |= {OPTIONS[name]: value for name, value in body.items() if name in OPTIONS}
@@ -244,39 +245,37 @@ def read_embeddings(llama: Llama, body: Mapping[str, Any]) -> Work:
     dim = llama.model.params.dim
     if body.get("dimensions", dim) != dim:
         raise ApiError(400, f"this model's embeddings have {dim} dimensions", "dimensions")
-    prompts = read_prompts(llama, body, "input")
-    if "" in (body["input"] if isinstance(body["input"], list) else [body["input"]]):
+    text = body.get("input")
+    if "" in (text if isinstance(text, list) else [text]):
         raise ApiError(400, "input has an empty string", "input")
-    check_length(llama, prompts, 0, "input")
-    return Work(prompts, base64=form == "base64")
+    return Work(read_prompts(llama, body, "input", 0), base64=form == "base64")
 
 
-def read_prompts(llama: Llama, body: Mapping[str, Any], name: str) -> list[list[int]]:
-    """The ids of one or several prompts, given as texts or as ids."""
+def read_prompts(llama: Llama, body: Mapping[str, Any], name: str, most: int) -> list[list[int]]:
+    """The ids of one or several prompts, given as texts or as ids, for answers of at most `most` tokens."""
     if (value := body.get(name)) is None:
         raise ApiError(400, f"{name} is missing", name)
     several = value if isinstance(value, list) and not is_list_of(int)(value) else [value]
     if not several or len(several) > MAX_CHOICES:
         raise ApiError(400, f"{name} has {len(several)} items; it must have 1 to {MAX_CHOICES}", name)
     if is_list_of(str)(several):
-        return llama.inputs.encode(several)
-    if not all(is_list_of(int)(ids) for ids in several):
+        several = llama.inputs.encode(several)
+    elif not all(is_list_of(int)(ids) for ids in several):
         wanted = "a string, a list of strings, token ids or a list of these"
         raise ApiError(400, f"{name} is {shorten(value)}; it must be {wanted}", name)
-    check_length(llama, several, 0, name)  # before its ids are
-    for i, prompt in enumerate(several):
-        llama.inputs.check(prompt, f"{name} {i}")
+    check_prompts(llama, several, name, most)
     return several
 
 
-def check_length(llama: Llama, prompts: Sequence[Sequence[int]], more: int, param: str) -> None:
+def check_prompts(llama: Llama, prompts: Sequence[Sequence[int]], name: str, most: int) -> None:
+    """ApiError for a prompt that leaves no space for a token of its answer, unless `most` is 0; ValueError for an empty
+    prompt or an invalid id."""
     limit = llama.model.params.max_seq_len
     for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ApiError(400, f"{param} {i} is empty; it needs at least one token", param)
-        if len(prompt) + more > limit:
-            text = f"{param} has {len(prompt)} tokens, but the context is of {limit}, prompt and answer together"
-            raise ApiError(400, text, param, "context_length_exceeded")
+        if len(prompt) + (most > 0) > limit:
+            text = f"{name} has {len(prompt)} tokens, but the context is of {limit}, prompt and answer together"
+            raise ApiError(400, text, name, "context_length_exceeded")
+        llama.inputs.check(prompt, f"{name} {i}")
 
 
 def encode_chat(llama: Llama, body: Mapping[str, Any]) -> list[int]:

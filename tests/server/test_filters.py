@@ -87,6 +87,12 @@ def test_output_filters_see_whole_answers(llama, module):
         assert texts == {0: own["generation"]["content"]}
 
 
+def test_embeddings_are_not_filtered(llama, module):
+    """Regression: an output filter was asked about the empty text of each input."""
+    with serving(llama, filters=load_filters(["own_filters:Odd"])) as client:
+        assert len(client.embeddings.create(model="small-chat", input=["Hello", "Once"]).data) == 2
+
+
 def test_a_failing_or_slow_filter_does_not_affect_others(llama, module, caplog, monkeypatch):
     def ask(text):
         body = {**CHAT, "messages": [{"role": "user", "content": text}]}

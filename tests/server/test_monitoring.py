@@ -5,7 +5,7 @@ import logging
 import re
 
 import pytest
-from serving import CHAT, DIALOG, GREEDY, command, gauge, httpx, serving, wait_for, wait_until_ready
+from serving import CHAT, DIALOG, GREEDY, command, gauge, httpx, openai, serving, wait_for, wait_until_ready
 
 from llama.server.log import JsonLines
 from llama.server.metrics import HISTOGRAMS, Metrics
@@ -37,6 +37,24 @@ def test_prompts_are_logged_only_on_request(llama, caplog):
         client.completions.create(model="small-chat", prompt="A secret", max_tokens=3)
     found = [record.fields["prompt"] for record in caplog.records if "prompt" in getattr(record, "fields", {})]
     assert found == [DIALOG, "A secret"]
+
+
+def test_requests_of_clients_that_leave_are_logged_with_their_tokens(llama, slow, caplog):
+    """Regression: the line had neither numbers of tokens nor the time to the first."""
+    caplog.set_level(logging.INFO, "llama.server")
+    with serving(llama) as client:
+        stream = client.completions.create(**GREEDY, stream=True)
+        next(stream)
+        stream.close()
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.5).completions.create(**GREEDY)
+        wait_for(lambda: gauge(client, "num_requests_running") == 0)
+    lines = [record.fields for record in caplog.records if hasattr(record, "fields")]
+    lines = [line for line in lines if line["path"] == "/v1/completions"]
+    assert [line["status"] for line in lines] == [200, 499]
+    for line in lines:
+        assert (line["prompt_tokens"], 0 < line["completion_tokens"] < 200) == (2, True)
+        assert 0 < line["first_token_seconds"] <= line["seconds"]
 
 
 def test_requests_have_ids(llama):
