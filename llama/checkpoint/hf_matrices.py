@@ -273,7 +273,11 @@ def float8(parts: Parts) -> Entry:
 
 def decoded(stored: Tensor) -> Tensor:
     """Floats of any size in float32. Bytes are exponents of powers of two (E8M0)."""
-    return (stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored).float()
+    if stored.dtype.itemsize > 1:
+        return stored.float()
+    dtype = torch.float8_e8m0fnu if stored.dtype == torch.uint8 else stored.dtype
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    return lookup(values, stored.view(torch.uint8)).view(stored.shape)  # faster than stored.float()
 
 
 def microscaling(parts: Parts) -> Entry:
