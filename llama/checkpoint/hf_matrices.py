@@ -48,9 +48,7 @@ class Parts:
             raise ValueError(f"{self.name}.{part} is {shape} {dtype}; it must be {expected}")
         return shape
 
-    def matrix(
-        self, part: str, dtypes: Sequence[torch.dtype], rows: int | None = None, columns: int | None = None
-    ) -> tuple[int, int]:
+    def matrix(self, part: str, dtypes: Sequence[torch.dtype], rows: int = 0, columns: int = 0) -> tuple[int, int]:
         """The shape of a tensor that must have two dimensions, perhaps with a given number of rows or columns."""
         shape = self.check(part, dtypes)
         if len(shape) != 2:
