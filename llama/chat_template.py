@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -49,7 +50,7 @@ class TemplateFormat(ChatFormat):
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
         )
-        environment.filters["tojson"] = tojson
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals |= {
             "raise_exception": fail,
             "strftime_now": lambda form: datetime.now().strftime(form),
@@ -148,9 +149,3 @@ def template_of(folder: Path) -> str | None:
         entries = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
         found = entries[0].get("template") if entries else None
     return found if isinstance(found, str) and found else None
-
-
-def tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

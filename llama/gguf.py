@@ -49,7 +49,7 @@ OTHER |= {20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I
 OTHER |= {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # the name of one of several files
+SPLIT = re.compile(r"(.+)-(\d{5})-of-(?!0{5})(\d{5})\.gguf")  # the name of one of several files
 
 
 class TensorEntry(NamedTuple):

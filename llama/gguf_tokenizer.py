@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .pre_tokenizer import GPT2, LLAMA3, PRE_TOKENIZERS, added_token, byte_pair_json, post_processor
+from .pre_tokenizer import GPT2, LLAMA3, PRE_TOKENIZERS, added_token, byte_pair_json, post_processor, steps_of
 
 log = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens, as SentencePiece numbers them too
@@ -136,10 +136,8 @@ def sentencepiece_keys(pieces: Sequence[tuple[str, float, int]], space: bool) ->
 
 def byte_pair_keys(content: Mapping[str, Any], n_words: int) -> dict[str, Any]:
     """The GGUF keys of a tokenizer.json. ValueError for one that GGUF cannot describe."""
-    model, steps = content["model"], content.get("pre_tokenizer") or {}
-    steps = [plain(step) for step in steps.get("pretokenizers") or [steps]]
-    names = [name for name, known in PRE_TOKENIZERS.items() if steps == [plain(step) for step in known]]
-    normalizer = content.get("normalizer")
+    model, steps, normalizer = content["model"], steps_of(content.get("pre_tokenizer")), content.get("normalizer")
+    names = [name for name, known in PRE_TOKENIZERS.items() if steps == steps_of({"pretokenizers": known})]
     added = {token["id"]: token for token in content["added_tokens"]}
     odd = [t["content"] for t in added.values() if t.get("lstrip") or t.get("rstrip") or t.get("single_word")]
     whole_words, ignores = bool(names) and PRE_TOKENIZERS[names[0]] is LLAMA3, bool(model.get("ignore_merges"))
@@ -162,8 +160,3 @@ def byte_pair_keys(content: Mapping[str, Any], n_words: int) -> dict[str, Any]:
         "tokenizer.ggml.token_type": [types.get(id, NORMAL if id in texts else UNUSED) for id in range(n_words)],
         "tokenizer.ggml.merges": merges,
     }
-
-
-def plain(step: Mapping[str, Any]) -> dict[str, Any]:
-    """A step of pre-tokenization without trim_offsets, which does not change tokens."""
-    return {key: value for key, value in step.items() if key != "trim_offsets"}

@@ -35,6 +35,13 @@ PRE_TOKENIZERS = {
 }
 
 
+def steps_of(pre_tokenizer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a tokenizer.json's pre_tokenizer, without trim_offsets, which does not change tokens."""
+    found = pre_tokenizer or {}
+    steps = found.get("pretokenizers") or [found]
+    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+
+
 def added_token(id: int, content: str, special: bool = True) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": id, "content": content, **flags, "special": special}

@@ -6,7 +6,6 @@ import base64
 import binascii
 import codecs
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import count
@@ -18,7 +17,7 @@ from sentencepiece import SentencePieceProcessor
 
 from . import gguf_tokenizer
 from .gguf import read_gguf
-from .pre_tokenizer import LLAMA3_PATTERN, SPLIT
+from .pre_tokenizer import LLAMA3, LLAMA3_PATTERN, steps_of
 from .textfile import read_json
 
 EACH = "llama.each"  # U+FFFD for each byte, as SentencePiece has it; "replace" has one for several
@@ -166,7 +165,7 @@ def unicode_to_bytes() -> dict[str, int]:
 
 
 def tokenizer_json(
-    path: Path, content: Mapping[str, Any], names: Mapping[str, str], vocab_size: float = math.inf
+    path: Path, content: Mapping[str, Any], names: Mapping[str, str], vocab_size: Any = None
 ) -> Vocabulary:
     """The vocabulary of a tokenizer.json's content. Llama 3's is read as tiktoken's, since the ids of its tokens are
     their ranks; any other needs Hugging Face's package tokenizers. `names` is from `special_names`. Added padding
@@ -174,7 +173,8 @@ def tokenizer_json(
     not that of a tokenizer.json."""
     try:
         vocab, added = content["model"]["vocab"], content.get("added_tokens") or []
-        added = [token for token in added if token["id"] < vocab_size or "pad" not in token["content"].lower()]
+        if type(vocab_size) is int:
+            added = [token for token in added if token["id"] < vocab_size or "pad" not in token["content"].lower()]
         content = {**content, "added_tokens": added}
         special = {token["content"]: token["id"] for token in added}
         if not all(type(name) is str and type(id) is int for name, id in special.items()):
@@ -192,9 +192,7 @@ def tokenizer_json(
 
 def llama3_ranks(content: Mapping[str, Any], vocab: Mapping[str, int]) -> dict[bytes, int] | None:
     """The ranks in a tokenizer.json of Llama 3's form; None for any other."""
-    steps = (content.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
-    level = {key: steps[-1].get(key) for key in ("type", "add_prefix_space", "use_regex")}
-    if steps[:-1] != [SPLIT] or level != {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+    if steps_of(content.get("pre_tokenizer")) != steps_of({"pretokenizers": LLAMA3}):
         return None
     bytes_of = unicode_to_bytes()
     if content.get("normalizer") or not content["model"].get("ignore_merges") or not {*"".join(vocab)} <= {*bytes_of}:
@@ -289,13 +287,6 @@ def special_names(folder: Path) -> dict[str, str]:
     return found
 
 
-def model_vocab_size(folder: Path) -> float:
-    """vocab_size of the folder's config.json; infinite without one."""
-    config = folder / "config.json"
-    size = read_json(config).get("vocab_size") if config.is_file() else None
-    return size if type(size) is int else math.inf
-
-
 def gguf_vocabulary(path: Path) -> Vocabulary:
     """The tokenizer in a GGUF file. ValueError names what is missing or not supported."""
     keys = read_gguf(path).keys
@@ -328,7 +319,9 @@ def open_vocabulary(path: Path) -> Vocabulary:
     if start.startswith(b"GGUF"):
         return gguf_vocabulary(path)
     if start.startswith(b"{"):
-        return tokenizer_json(path, read_json(path), special_names(path.parent), model_vocab_size(path.parent))
+        config = path.with_name("config.json")
+        size = read_json(config).get("vocab_size") if config.is_file() else None
+        return tokenizer_json(path, read_json(path), special_names(path.parent), size)
     tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", start)
     found = TiktokenVocabulary.from_file(path) if tiktoken else SentencePieceVocabulary.from_file(path)
     found.adds_bos = special_names(path.parent).get("add_bos_token") != "False"

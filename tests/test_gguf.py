@@ -343,6 +343,13 @@ def test_models_that_gguf_cannot_represent(tmp_path):
     same_ids(Tokenizer(tmp_path / "to" / "model.gguf"), Tokenizer(path))
 
 
+def test_a_file_that_is_named_as_one_of_no_files(tmp_path, llama2):
+    """Regression: an IndexError."""
+    path = keyed(tmp_path / "model-00001-of-00000.gguf", llama2, {})
+    assert find_folder(path, "x") == path
+    assert build(tmp_path).tokenizer.n_words == 1024
+
+
 def test_any_of_several_files_is_enough(tmp_path):
     model = random_model(WIDE, 1024)
     gguf_files.write(tmp_path / "model.gguf", model.params, model.state_dict(), "Q8_0", TOKENIZER, parts=7)

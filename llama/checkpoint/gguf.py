@@ -121,13 +121,11 @@ def rounded(value: Tensor | float) -> float:
 def divisors(files: Sequence[File]) -> Tensor | None:
     """The divisors of RoPE's frequencies, removed from the tensors of the file that has them; None without them."""
     for file in files:
-        if entry := file.tensors.get(DIVISORS):
+        if entry := file.tensors.pop(DIVISORS, None):
             if entry.dtype != torch.float32 or len(entry.shape) != 1:
                 kind = entry.packed.kind if entry.packed else entry.dtype
                 raise ValueError(f"{DIVISORS} is of type {kind} and shape {entry.shape}")
-            found = file.read(DIVISORS, 0, 0, *entry.shape)
-            del file.tensors[DIVISORS]
-            return found
+            return file.view(entry, 0, 0, *entry.shape)
     return None
 
 

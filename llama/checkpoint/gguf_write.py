@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,23 +134,22 @@ def write_gguf(
 ) -> None:
     """Write the file. `search` is as in `read_quantized`; `progress` is called with the size of each part."""
     whole, theirs, scaling = shapes(args), names(args.n_layers, NAMES), divisors(args)
-    tensors = {theirs[name]: (kind, whole[name]) for name, kind in kinds.items()}
-    first = {} if scaling is None else {DIVISORS: (BY_NAME["F32"], tuple(scaling.shape))}
-    header = header_bytes(keys, first | tensors)
+    tensors, contents = dict[str, tuple[BlockType, Sequence[int]]](), list[Iterable[Tensor]]()
+    if scaling is not None:
+        tensors[DIVISORS] = BY_NAME["F32"], scaling.shape
+        contents.append([scaling])
+    for name, kind in kinds.items():
+        tensors[theirs[name]] = kind, whole[name]
+        contents.append(parts(weights, name, whole[name], kind, search))
+    header = header_bytes(keys, tensors)
     size = len(header) + sum(aligned(kind.size(shape)) for kind, shape in tensors.values())
     with writing(path, size) as new, new.open("wb") as file:
-
-        def put(part: Tensor) -> None:
-            part = part.contiguous()
-            file.write(ctypes.string_at(part.data_ptr(), part.nbytes))
-
         file.write(header)
-        if scaling is not None:
-            put(scaling)
-        for name, kind in kinds.items():
+        for content in contents:
             file.seek(aligned(file.tell()))
-            for part in parts(weights, name, whole[name], kind, search):
-                put(part)
+            for part in content:
+                part = part.contiguous()
+                file.write(ctypes.string_at(part.data_ptr(), part.nbytes))
                 progress(part.nbytes)
             weights.release()
         file.truncate(aligned(file.tell()))

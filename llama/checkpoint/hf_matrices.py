@@ -48,11 +48,12 @@ class Parts:
             raise ValueError(f"{self.name}.{part} is {shape} {dtype}; it must be {expected}")
         return shape
 
-    def matrix(self, part: str, *dtypes: torch.dtype) -> tuple[int, int]:
-        """The shape of a tensor that must have two dimensions."""
+    def matrix(self, part: str, dtypes: Sequence[torch.dtype], rows: int = 0, columns: int = 0) -> tuple[int, int]:
+        """The shape of a tensor that must have two dimensions, perhaps with a given number of rows or columns."""
         shape = self.check(part, dtypes)
         if len(shape) != 2:
             raise ValueError(f"{self.name}.{part} {shape} is not a matrix")
+        self.check(part, dtypes, (rows or shape[0], columns or shape[1]))
         return shape[0], shape[1]
 
     def __call__(self, part: str, dim: int = 0, begin: int = 0, end: int | None = None) -> Tensor:
@@ -155,9 +156,8 @@ def gptq(parts: Parts) -> Entry:
     """qweight (in * bits / 32, out), packed along the columns of the matrix, scales (groups, out), and qzeros, packed
     along its rows. In the first version of the format zeros are less by one."""
     less = str(parts.config.get("checkpoint_format") or parts.config.get("format")).lower() != "gptq_v2"
-    words, out = parts.matrix("qweight", torch.int32)
-    groups, _ = parts.matrix("scales", *SCALES)
-    parts.check("scales", SCALES, (groups, out))
+    words, out = parts.matrix("qweight", [torch.int32])
+    groups, _ = parts.matrix("scales", SCALES, columns=out)
     packed = {(groups, -(-out * bits // 32)): bits for bits in (4, 8)}
     bits = packed[groups, parts.check("qzeros", [torch.int32], *packed)[1]]
     per = 32 // bits
@@ -175,9 +175,8 @@ def gptq(parts: Parts) -> Entry:
 def awq(parts: Parts) -> Entry:
     """qweight (in, out / 8) and qzeros (groups, out / 8), packed along the rows of the matrix, each eight in the order
     of `AWQ_ORDER`, and scales (groups, out)."""
-    columns, words = parts.matrix("qweight", torch.int32)
-    groups, _ = parts.matrix("scales", *SCALES)
-    parts.check("scales", SCALES, (groups, 8 * words))
+    columns, words = parts.matrix("qweight", [torch.int32])
+    groups, _ = parts.matrix("scales", SCALES, columns=8 * words)
     if zeros := "qzeros" in parts or parts.config.get("zero_point") is not False:
         parts.check("qzeros", [torch.int32], (groups, words))
 
@@ -196,7 +195,7 @@ def pack_quantized(parts: Parts) -> Entry:
     """weight_packed (out, in * bits / 32), packed along the columns of the matrix, weight_shape, which shows the bits,
     weight_scale of the matrix, its rows or groups, and perhaps weight_zero_point (out, groups), packed along its rows,
     or signed numbers."""
-    out, words = parts.matrix("weight_packed", torch.int32)
+    out, words = parts.matrix("weight_packed", [torch.int32])
     parts.check("weight_shape", [torch.int64, torch.int32], (2,))
     rows, columns = parts("weight_shape").tolist()
     [bits] = [n for n in (4, 8) if words == -(-columns * n // 32)] or [0]
@@ -227,7 +226,7 @@ def pack_quantized(parts: Parts) -> Entry:
 def int8(parts: Parts) -> Entry:
     """weight (out, in), with weight_scale and perhaps weight_zero_point of the matrix, its rows or groups, or with
     bitsandbytes' SCB (out,), the largest magnitude of each row."""
-    out, columns = parts.matrix("weight", torch.int8)
+    out, columns = parts.matrix("weight", [torch.int8])
     scale, divisor = ("SCB", 127) if "SCB" in parts else ("weight_scale", 1)
     parts.check(scale, SCALES)
     groups = parts.by_row(scale, out).shape[1]
@@ -249,20 +248,20 @@ def int8(parts: Parts) -> Entry:
 def float8(parts: Parts) -> Entry:
     """weight (out, in), with weight_scale or weight_scale_inv, by which it is multiplied, of the matrix, its rows or
     their groups, or blocks of rows and columns; in MXFP8 they are powers of two."""
-    shape = out, columns = parts.matrix("weight", *FLOAT8)
+    shape = out, columns = parts.matrix("weight", FLOAT8)
     part = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
     dtypes = (*SCALES, torch.uint8)
     scales = parts.check(part, dtypes)
     of_rows = math.prod(scales) == 1 or scales[0] == out
-    height, width = (1, columns) if of_rows else block_size(parts)
     if of_rows:
-        width = columns // parts.by_row(part, out).shape[1]
+        height, width = 1, columns // parts.by_row(part, out).shape[1]
         parts.check(part, dtypes, (), (1,), (1, 1), (out,), (out, -(-columns // max(width, 1))))
     else:
+        height, width = block_size(parts)
         parts.check(part, dtypes, (-(-out // height), -(-columns // width)))
 
     def rows(begin: int, end: int) -> Tensor:
-        scale = parts.by_row(part, out)[begin:end] if of_rows else parts(part)[torch.arange(begin, end) // height]
+        scale = (parts.by_row(part, out) if of_rows else parts(part))[torch.arange(begin, end) // height]
         if scale.shape[1] > 1:
             scale = scale.repeat_interleave(width, 1)[:, :columns]
         return decoded(parts("weight", 0, begin, end)).mul_(decoded(scale))
@@ -274,8 +273,8 @@ def decoded(stored: Tensor) -> Tensor:
     """Floats of any size in float32. Bytes are exponents of powers of two (E8M0)."""
     if stored.dtype.itemsize > 1:
         return stored.float()
-    every = torch.arange(256, dtype=torch.uint8)
-    values = torch.exp2(every.float() - 127) if stored.dtype == torch.uint8 else every.view(stored.dtype).float()
+    dtype = torch.float8_e8m0fnu if stored.dtype == torch.uint8 else stored.dtype
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     return lookup(values, stored.view(torch.uint8)).view(stored.shape)  # faster than stored.float()
 
 
@@ -284,9 +283,8 @@ def microscaling(parts: Parts) -> Entry:
     bits, with weight_scale (out, groups) in FP8 or powers of two. NVFP4 has a scale of the matrix too, by which
     compressed-tensors divides and ModelOpt multiplies. Twice these numbers are whole numbers of 8 bits."""
     part = "weight_packed" if "weight_packed" in parts else "weight"
-    out, size = parts.matrix(part, torch.uint8)
-    groups = parts.matrix("weight_scale", torch.float8_e4m3fn, torch.uint8)[1]
-    parts.check("weight_scale", (torch.float8_e4m3fn, torch.uint8), (out, groups))
+    out, size = parts.matrix(part, [torch.uint8])
+    _, groups = parts.matrix("weight_scale", (torch.float8_e4m3fn, torch.uint8), rows=out)
     factor, divisor = torch.ones(1), "weight_scale_2" not in parts
     if parts.entry("weight_scale").dtype != torch.uint8:
         whole = "weight_global_scale" if divisor else "weight_scale_2"

@@ -156,18 +156,14 @@ def leftmost_first(merges: list[Merge]) -> list[Merge]:
     """Sort merges of equal score so that each comes before those whose left half is its right half: in the text a b d,
     SentencePiece merges a b before b d. If no such order exists, or for more than 10,000 merges, as where all scores
     are equal, the order stays."""
-    if len({merge.id for merge in merges}) == 1 or len(merges) > 10_000:
+    if len(merges) > 10_000:
         return merges
-    starting: dict[str, list[Merge]] = defaultdict(list)
+    ending = defaultdict[str, list[Merge]](list)
     for merge in merges:
-        starting[merge.left].append(merge)
-    graph: graphlib.TopologicalSorter[Merge] = graphlib.TopologicalSorter({merge: [] for merge in merges})
-    for merge in merges:
-        for other in starting.get(merge.right, []):
-            if other.id != merge.id:
-                graph.add(other, merge)
+        ending[merge.right].append(merge)
+    before = {merge: [other for other in ending[merge.left] if other.id != merge.id] for merge in merges}
     try:
-        return [*graph.static_order()]
+        return [*graphlib.TopologicalSorter(before).static_order()]
     except graphlib.CycleError:
         return merges
 
@@ -256,8 +252,6 @@ def decoders(spec: dict[int, Any]) -> list[dict[str, Any]]:
 
 WORDS = (
     "the fox naïve Ångström Việt Nam ﬁne ①② Ⅳ ½ ㎏ x² ™ Ｆｕｌｌ～ ｶﾞｷﾞ がぎ 한국어 你好 مُحَمَّد ش\u0651\u064e שָׁלוֹם ज़रा น้ำ"
-)
-WORDS += (
     " й Ελλάδα ß ﬁ\u0301 é\u0323 <0x41> [INST] <<SYS>> 12 3.14 don't 🙂 👩‍👩‍👧 a\u200bb \ufeffx … “q” – \u00a0 \u3000z"
 )
 SPACES = ["", "", " ", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", SPACE]
