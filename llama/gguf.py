@@ -116,9 +116,19 @@ class Header:
         return count
 
     def string(self) -> str:
-        size = self.count("bytes of a string", 1)
-        self.at += size
-        return self.data[self.at - size : self.at].decode()
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        data, at, end, size_at = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):  # a tokenizer has 400,000 of them
+            [size] = size_at(data, at)
+            at += 8 + size
+            if at > end:
+                raise ValueError(f"it is too short for {size:,} bytes of a string")
+            found.append(data[at - size : at].decode())
+        self.at = at
+        return found
 
     def value(self, kind: int, name: str) -> Any:
         if kind == STRING:
@@ -129,7 +139,7 @@ class Header:
             raise ValueError(f"the key {name} has the unknown type {kind}")
         kind = self.number("I")
         if kind == STRING:
-            return [self.string() for _ in range(self.count(f"strings of {name}", 8))]
+            return self.strings(self.count(f"strings of {name}", 8))
         if kind not in NUMBERS:
             raise ValueError(f"the key {name} is an array of type {kind}")
         form = NUMBERS[kind]
