@@ -144,7 +144,6 @@ class Rows(NamedTuple):
     sampled: Tensor  # (B,), false where the argmax is taken
     temperature: Tensor  # (B, 1)
     filtered: Tensor  # (B,), `excluding` on the device
-    by_top_p: Tensor  # (B,), true for rows with top_p alone
     filters: Sequence[Tensor]  # top_k, top_p, min_p, each (B, 1)
     penalties: Tensor | None  # (3, B, 1)
     bias: Tensor | None  # (B, V)
@@ -226,7 +225,6 @@ class Sampler:
             temperature[:, 0] > 0,  # false for those below 1e-45 too, which single precision doesn't have
             temperature,
             torch.tensor(excluding, device=self.device),
-            torch.tensor([row.top_p < 1 and not row.top_k and not row.min_p for row in params], device=self.device),
             [column(name) for name in ("top_k", "top_p", "min_p")],
             penalties,
             bias,
@@ -245,9 +243,8 @@ class Sampler:
         p = probs.gather(-1, ids)
         # Ties with the last candidate may be missing, so the candidates above it must suffice.
         reached = (p * (few > few[:, FEW - 1 : FEW]))[:, :FEW].sum(-1)  # of FEW, not of M, which depends on other rows
-        wide = rows.by_top_p & (reached <= top_p[:, 0] + 1e-4)
-        if logits.device.type != "cpu":  # MPS has no double precision
-            wide = torch.zeros_like(wide)
+        by_top_p_alone = (top_k == 0) & (top_p < 1) & (min_p == 0) & (logits.device.type == "cpu")  # MPS has no double
+        wide = by_top_p_alone[:, 0] & (reached <= top_p[:, 0] + 1e-4)
         above = few > few[:, -1:]
         enough = (top_k > 0) & above.gather(-1, top_k.clamp(min=1, max=few.shape[-1]) - 1)
         enough |= ((p * above).sum(-1, keepdim=True) > top_p + 1e-4) | (p[:, -1:] < min_p * p[:, :1])
