@@ -70,12 +70,12 @@ class Chat:
         """The answer to a message of the user."""
         return self.stream(text).drain()[0].text
 
+    @parallel.as_first_rank
     @plain_arguments
     def stream(self, text: str) -> Stream:
         """The answer as it is generated. When the stream ends or is closed, the user's message and the answer are added
         to the dialog, unless it was refused. An earlier stream that is still open is closed first. ValueError for a
         text that does not fit even alone."""
-        text = parallel.broadcast_object(text)
         if not isinstance(text, str):
             raise ValueError(f"the user's text is {text!r}, which is not a str")
         if last := self._open():
