@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from copy import copy, deepcopy
 from typing import Any
 from weakref import ref
@@ -88,24 +88,15 @@ class Chat:
         dialog: list[Message] = [*self.dialog, {"role": "user", "content": text}]
         if not self.llama.chat_format.refusal(dialog):
             dialog = self.fitting(dialog)
-        before, self.dropped = self.dropped, self.dropped + len(self.dialog) + 1 - len(dialog)
         said, reason = "", None
-        try:
-            with closing(self.llama._chat([dialog], False, **self.options)) as steps:
-                for step in steps:
-                    said += "".join(event.text for event in step)
-                    reason = next((event.finish_reason for event in step if event.finish_reason), reason)
-                    yield step
-        except GeneratorExit:  # closed: the dialog keeps the part that has been generated
-            self._remember(dialog, said, reason)
-            raise
-        except BaseException:
-            self.dropped = before
-            raise
-        self._remember(dialog, said, reason)
-
-    def _remember(self, dialog: list[Message], said: str, reason: str | None) -> None:
+        # When the stream is closed, the dialog keeps the part that has been generated; after an error it is unchanged.
+        with suppress(GeneratorExit), closing(self.llama._chat([dialog], False, **self.options)) as steps:
+            for step in steps:
+                said += "".join(event.text for event in step)
+                reason = next((event.finish_reason for event in step if event.finish_reason), reason)
+                yield step
         answer: Message = {"role": "assistant", "content": self.llama.chat_format.cleaned(said)}
+        self.dropped += len(self.dialog) + 1 - len(dialog)
         self.dialog = dialog[:-1] if reason == "refused" else [*dialog, answer]
 
     def fitting(self, dialog: Sequence[Message]) -> list[Message]:
