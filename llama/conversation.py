@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from copy import copy, deepcopy
+from dataclasses import replace
 from typing import Any
 from weakref import ref
+
+import torch
 
 from . import parallel
 from .chat import Dialog, Message
@@ -58,11 +61,8 @@ class Chat:
         """Change options. ValueError or TypeError, and no change, where one is not valid."""
         changed = {**self.options, **options}
         input_filter, output_filter = pop_filters(changed)
-        state = self.llama.inputs.generator.get_state()  # `settings` draws seeds
-        try:
-            [settings] = self.llama.inputs.settings(1, changed)
-        finally:
-            self.llama.inputs.generator.set_state(state)
+        inputs = replace(self.llama.inputs, generator=torch.Generator())  # `settings` draws seeds
+        [settings] = inputs.settings(1, changed)
         self.options = {**changed, "input_filter": input_filter, "output_filter": output_filter}
         self.max_new = settings.max_new
 

@@ -224,11 +224,11 @@ class Engine:
             free = [slot for slot in self.slots if slot.request is None]
             if not free:
                 return
-            reach = list(request.prompt[: request.first]) if self.shares else []
-            shared = {slot: common(slot.tokens, reach) for slot in self.slots}
+            prefix = list(request.prompt[: request.first]) if self.shares else []
+            shared = {slot: common(slot.tokens, prefix) for slot in self.slots}
             source = max(self.slots, key=lambda slot: (shared[slot], slot.request is None))
             prompts = [slot.request.prompt for slot in self.slots if slot.request]
-            if max((common(prompt, reach) for prompt in prompts), default=0) - shared[source] >= WORTH_SHARING:
+            if max((common(prompt, prefix) for prompt in prompts), default=0) - shared[source] >= WORTH_SHARING:
                 continue  # a running request computes more of this prefix: wait for it
             # Take the slot that shares most, unless that would forget much that another request may share.
             target = source
@@ -238,7 +238,7 @@ class Engine:
             if target is not source and shared[source] >= length + WORTH_SHARING:
                 length = shared[source]
                 backends.copy_slot(self.model, self.slots.index(source), self.slots.index(target), length)
-            target.tokens = reach[:length]
+            target.tokens = prefix[:length]
             target.request, request.slot, request.cached = request, self.slots.index(target), length
             self.waiting.remove(request)
             self.sampler.admit(request.slot, request.sampling, request.prompt)
@@ -287,10 +287,10 @@ class Engine:
         """Wait for the tokens of a pass, and add them to the requests."""
         values, at = current.read(), 0
         if values and world_size() > 1 and values[-1]:
-            gone = [self.cancelled.popleft().id for _ in range(len(self.cancelled))]
-            gone, items = broadcast_object((gone, [self.outbox.get() for _ in range(self.outbox.qsize())]))
+            cancelled = [self.cancelled.popleft().id for _ in range(len(self.cancelled))]
+            cancelled, items = broadcast_object((cancelled, [self.outbox.get() for _ in range(self.outbox.qsize())]))
             self.received += items
-            self._drop([request for request in [*self._running(), *self.waiting] if request.id in gone])
+            self._drop([request for request in [*self._running(), *self.waiting] if request.id in cancelled])
         M = len(current.ids)
         logprobs = current.logprobs() if current.logprobs else [[]] * M
         prompt_sums = iter(values[2 * M :])

@@ -131,17 +131,17 @@ def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
     token t - 1, and is valid only where all draft tokens before it were sampled too."""
     starts = [0, *itertools.accumulate(row.samples for row in rows)]
     found = logits.new_empty(len(logits), dtype=torch.long)
-    right = logits.new_ones(len(rows), dtype=torch.bool)
+    valid = logits.new_ones(len(rows), dtype=torch.bool)
     for t in range(max(row.samples for row in rows)):
         some = [i for i, row in enumerate(rows) if row.samples > t]
         at, slots = [starts[i] + t for i in some], [rows[i].request.slot for i in some]
         indices = [rows[i].answered + t for i in some]
         if t:
             drafted = torch.tensor([rows[i].draft[t - 1] for i in some], device=logits.device)
-            right[some] &= found[[n - 1 for n in at]] == drafted
+            valid[some] &= found[[n - 1 for n in at]] == drafted
         few = logits if len(at) == len(logits) else logits[at]
         ids = sampler(forbid(few, [rows[i].request for i in some], indices), slots, indices)
-        sampler.count(ids, slots, right[some] if t else None)
+        sampler.count(ids, slots, valid[some] if t else None)
         if few is logits:  # no row has draft tokens
             return ids
         found[at] = ids
