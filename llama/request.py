@@ -129,6 +129,11 @@ class Row(NamedTuple):
 def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
     """Sample tokens (M,) from logits (M, V): `samples` of each row, row by row. Sample t > 0 of a row follows draft
     token t - 1, and is valid only where all draft tokens before it were sampled too."""
+    if all(row.samples == 1 for row in rows):
+        indices, slots = [row.answered for row in rows], [row.request.slot for row in rows]
+        ids = sampler(forbid(logits, [row.request for row in rows], indices), slots, indices)
+        sampler.count(ids, slots)
+        return ids
     starts = [0, *itertools.accumulate(row.samples for row in rows)]
     found = logits.new_empty(len(logits), dtype=torch.long)
     valid = logits.new_ones(len(rows), dtype=torch.bool)
@@ -139,11 +144,8 @@ def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
         if t:
             drafted = torch.tensor([rows[i].draft[t - 1] for i in some], device=logits.device)
             valid[some] &= found[[n - 1 for n in at]] == drafted
-        few = logits if len(at) == len(logits) else logits[at]
-        ids = sampler(forbid(few, [rows[i].request for i in some], indices), slots, indices)
+        ids = sampler(forbid(logits[at], [rows[i].request for i in some], indices), slots, indices)
         sampler.count(ids, slots, valid[some] if t else None)
-        if few is logits:  # no row has draft tokens
-            return ids
         found[at] = ids
     return found
 

@@ -150,6 +150,9 @@ class Rows:
         self.sampled = self.temperature[:, 0] > 0
         self.excluding = [*map(excludes, params)]
         self.filtered = torch.tensor(self.excluding, device=device)
+        # (B,), where top_p is the only filter; not on MPS, which has no double precision for `nucleus`
+        alone = [row.top_p < 1 and not row.top_k and not row.min_p for row in params]
+        self.by_top_p = torch.tensor(alone, device=device) & (self.slots.device.type == "cpu")
         self.filters = column("top_k", torch.long), column("top_p"), column("min_p")
         self.penalties: Tensor | None = None  # (3, B, 1)
         if any(map(penalized, params)):
@@ -231,8 +234,7 @@ class Sampler:
         p = probs.gather(-1, ids)
         # Ties with the last candidate may be missing, so the candidates above it must suffice.
         reached = (p * (few > few[:, FEW - 1 : FEW]))[:, :FEW].sum(-1)  # of FEW, not of M, which depends on other rows
-        by_top_p_alone = (top_k == 0) & (top_p < 1) & (min_p == 0) & (logits.device.type == "cpu")  # MPS has no double
-        wide = by_top_p_alone[:, 0] & (reached <= top_p[:, 0] + 1e-4)
+        wide = rows.by_top_p & (reached <= top_p[:, 0] + 1e-4)
         above = few > few[:, -1:]
         enough = (top_k > 0) & above.gather(-1, top_k.clamp(min=1, max=few.shape[-1]) - 1)
         enough |= ((p * above).sum(-1, keepdim=True) > top_p + 1e-4) | (p[:, -1:] < min_p * p[:, :1])
