@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from copy import copy, deepcopy
+from dataclasses import replace
 from typing import Any
 from weakref import ref
+
+import torch
 
 from . import parallel
 from .chat import Dialog, Message
@@ -58,11 +61,8 @@ class Chat:
         """Change options. ValueError or TypeError, and no change, where one is not valid."""
         changed = {**self.options, **options}
         input_filter, output_filter = pop_filters(changed)
-        state = self.llama.inputs.generator.get_state()  # `settings` draws seeds
-        try:
-            [settings] = self.llama.inputs.settings(1, changed)
-        finally:
-            self.llama.inputs.generator.set_state(state)
+        inputs = replace(self.llama.inputs, generator=torch.Generator())  # `settings` draws seeds
+        [settings] = inputs.settings(1, changed)
         self.options = {**changed, "input_filter": input_filter, "output_filter": output_filter}
         self.max_new = settings.max_new
 
@@ -70,12 +70,12 @@ class Chat:
         """The answer to a message of the user."""
         return self.stream(text).drain()[0].text
 
+    @parallel.as_first_rank
     @plain_arguments
     def stream(self, text: str) -> Stream:
         """The answer as it is generated. When the stream ends or is closed, the user's message and the answer are added
         to the dialog, unless it was refused. An earlier stream that is still open is closed first. ValueError for a
         text that does not fit even alone."""
-        text = parallel.broadcast_object(text)
         if not isinstance(text, str):
             raise ValueError(f"the user's text is {text!r}, which is not a str")
         if last := self._open():
@@ -88,24 +88,15 @@ class Chat:
         dialog: list[Message] = [*self.dialog, {"role": "user", "content": text}]
         if not self.llama.chat_format.refusal(dialog):
             dialog = self.fitting(dialog)
-        before, self.dropped = self.dropped, self.dropped + len(self.dialog) + 1 - len(dialog)
         said, reason = "", None
-        try:
-            with closing(self.llama._chat([dialog], False, **self.options)) as steps:
-                for step in steps:
-                    said += "".join(event.text for event in step)
-                    reason = next((event.finish_reason for event in step if event.finish_reason), reason)
-                    yield step
-        except GeneratorExit:  # closed: the dialog keeps the part that has been generated
-            self._remember(dialog, said, reason)
-            raise
-        except BaseException:
-            self.dropped = before
-            raise
-        self._remember(dialog, said, reason)
-
-    def _remember(self, dialog: list[Message], said: str, reason: str | None) -> None:
+        # When the stream is closed, the dialog keeps the part that has been generated; after an error it is unchanged.
+        with suppress(GeneratorExit), closing(self.llama._chat([dialog], False, **self.options)) as steps:
+            for step in steps:
+                said += "".join(event.text for event in step)
+                reason = next((event.finish_reason for event in step if event.finish_reason), reason)
+                yield step
         answer: Message = {"role": "assistant", "content": self.llama.chat_format.cleaned(said)}
+        self.dropped += len(self.dialog) + 1 - len(dialog)
         self.dialog = dialog[:-1] if reason == "refused" else [*dialog, answer]
 
     def fitting(self, dialog: Sequence[Message]) -> list[Message]:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +21,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Instructions with which PyTorch multiplies matrices in a dtype, by the names of torch.cpu.get_capabilities.
 MATRIX_UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16",)}
 LARGE_PAGE = 2**21  # bytes
+# Of the OpenMP that PyTorch has loaded, if it uses OpenMP.
+OPENMP_SET_THREADS = None if sys.platform == "win32" else getattr(ctypes.PyDLL(None), "omp_set_num_threads", None)
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -141,20 +142,11 @@ def single_threaded() -> Iterator[None]:
 def set_own_threads(n: int) -> None:
     """Set how many threads the calling thread's PyTorch operations use. torch.set_num_threads would also set the number
     of all threads that start later, so it is used only without OpenMP."""
-    torch.get_num_threads()  # a new thread sets its number from the process's at the first use: now, not after `own`
-    if own := openmp():
-        own(n)
+    torch.get_num_threads()  # at its first use a new thread sets its number from the process's: now, not below
+    if OPENMP_SET_THREADS:
+        OPENMP_SET_THREADS(n)
     if torch.get_num_threads() != n:
         torch.set_num_threads(n)
-
-
-@cache
-def openmp() -> Callable[[int], None] | None:
-    """OpenMP's omp_set_num_threads, if this process has loaded OpenMP."""
-    found = None if sys.platform == "win32" else getattr(ctypes.PyDLL(None), "omp_set_num_threads", None)
-    if found:
-        found.argtypes, found.restype = (ctypes.c_int,), None
-    return found
 
 
 def trim() -> None:

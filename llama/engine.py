@@ -46,11 +46,10 @@ class Pass(NamedTuple):
     rows: list[Row]
     ids: Tensor  # (M,) on the device, M the number of samples of all rows
     # Waits for the pass and gives: the M ids; the sum of the logits of each; the sum of the hidden states of each row
-    # of a prompt (a sum is finite only if all its terms are); on several ranks, whether rank 0 sends a second message.
-    # All in float32, which holds ids below 2^24 exactly.
+    # of a prompt, NaN if its observer failed (a sum is finite only if all its terms are); on several ranks, whether
+    # rank 0 sends a second message. All in float32, which holds ids below 2^24 exactly.
     read: Callable[[], list[float]]
     logprobs: Callable[[], list[list[float]]] | None  # for each id a row of `top_logprobs`
-    failed: list[Request]  # whose observers found values that are not finite
 
 
 class Engine:
@@ -137,17 +136,15 @@ class Engine:
             self.cancel(*requests)
 
     @own_context()
-    def step(self) -> list[Event]:
-        """One pass: a token, and draft tokens, of each running request, and chunks of prompts. Returns events, which
-        are also in the requests' `outputs`. Hold `lock` where several threads use the engine."""
+    def step(self) -> None:
+        """One pass: a token, and draft tokens, of each running request, and chunks of prompts. The events are in the
+        requests' `outputs`. Hold `lock` where several threads use the engine."""
         if self.broken:
             raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
         try:
-            current = self.ahead or self._launch(*self._schedule())
-            if current is None:
-                return []
-            self.ahead = self._launch(*self._following(current))
-            return self._read(current)
+            if current := self.ahead or self._launch(*self._schedule()):
+                self.ahead = self._launch(*self._following(current))
+                self._read(current)
         except BaseException as error:  # nobody knows what the cache holds
             self._reset(self._running(), f"a pass shared with another call failed: {type(error).__name__}: {error}")
             raise
@@ -227,11 +224,11 @@ class Engine:
             free = [slot for slot in self.slots if slot.request is None]
             if not free:
                 return
-            reach = list(request.prompt[: request.first]) if self.shares else []
-            shared = {slot: common(slot.tokens, reach) for slot in self.slots}
+            prefix = list(request.prompt[: request.first]) if self.shares else []
+            shared = {slot: common(slot.tokens, prefix) for slot in self.slots}
             source = max(self.slots, key=lambda slot: (shared[slot], slot.request is None))
             prompts = [slot.request.prompt for slot in self.slots if slot.request]
-            if max((common(prompt, reach) for prompt in prompts), default=0) - shared[source] >= WORTH_SHARING:
+            if max((common(prompt, prefix) for prompt in prompts), default=0) - shared[source] >= WORTH_SHARING:
                 continue  # a running request computes more of this prefix: wait for it
             # Take the slot that shares most, unless that would forget much that another request may share.
             target = source
@@ -241,7 +238,7 @@ class Engine:
             if target is not source and shared[source] >= length + WORTH_SHARING:
                 length = shared[source]
                 backends.copy_slot(self.model, self.slots.index(source), self.slots.index(target), length)
-            target.tokens = reach[:length]
+            target.tokens = prefix[:length]
             target.request, request.slot, request.cached = request, self.slots.index(target), length
             self.waiting.remove(request)
             self.sampler.admit(request.slot, request.sampling, request.prompt)
@@ -259,12 +256,12 @@ class Engine:
 
     def _sample(self, rows: list[Row], hidden: Tensor) -> Pass:
         """Sample from hidden states (N, dim). This does not wait for a GPU, unless a request has an observer."""
-        at, index, failed, prompts = 0, list[int](), [], list[Tensor]()
+        at, index, prompts = 0, list[int](), list[Tensor]()
         for row in rows:
             if row.of_prompt:
-                prompts.append(hidden[at : at + row.length])
-                if row.request.observe and not row.request.observe(prompts[-1], row.start, self.backend.logits):
-                    failed.append(row.request)
+                part, observe = hidden[at : at + row.length], row.request.observe
+                finite = observe is None or observe(part, row.start, self.backend.logits)
+                prompts.append(part if finite else part * math.nan)
             at += row.length
             index += range(at - row.samples, at)
         logprobs = None
@@ -284,16 +281,16 @@ class Engine:
                 ids = message[0][: len(index)].long()
             if index and any(row.request.logprobs for row in rows):
                 logprobs = to_host(top_logprobs(logits, ids, max(row.request.top_logprobs for row in rows)))
-        return Pass(rows, ids, to_host(*message), logprobs, failed)
+        return Pass(rows, ids, to_host(*message), logprobs)
 
-    def _read(self, current: Pass) -> list[Event]:
+    def _read(self, current: Pass) -> None:
         """Wait for the tokens of a pass, and add them to the requests."""
-        values, outputs, at = current.read(), [], 0
+        values, at = current.read(), 0
         if values and world_size() > 1 and values[-1]:
-            gone = [self.cancelled.popleft().id for _ in range(len(self.cancelled))]
-            gone, items = broadcast_object((gone, [self.outbox.get() for _ in range(self.outbox.qsize())]))
+            cancelled = [self.cancelled.popleft().id for _ in range(len(self.cancelled))]
+            cancelled, items = broadcast_object((cancelled, [self.outbox.get() for _ in range(self.outbox.qsize())]))
             self.received += items
-            self._drop([request for request in [*self._running(), *self.waiting] if request.id in gone])
+            self._drop([request for request in [*self._running(), *self.waiting] if request.id in cancelled])
         M = len(current.ids)
         logprobs = current.logprobs() if current.logprobs else [[]] * M
         prompt_sums = iter(values[2 * M :])
@@ -302,9 +299,8 @@ class Engine:
             finite = not row.of_prompt or math.isfinite(next(prompt_sums))
             if request.finish:  # it ended in the pass before, after this one was launched
                 continue
-            finite = finite and request not in current.failed
             if not finite or not self._take(row, values[begin:at], values[M + begin : M + at]):
-                outputs.append(self._fail(request))
+                self._fail(request)
                 continue
             taken = request.ids[row.end - len(row.draft) :] if row.samples else []
             if not row.samples and len(request.ids) == len(self.slots[request.slot].tokens) >= request.limit:
@@ -312,8 +308,7 @@ class Engine:
             if request.finish:
                 self._leave(request)
             if taken or request.finish:
-                outputs.append(request.emit(taken, logprobs[begin : begin + len(taken)] if request.logprobs else []))
-        return outputs
+                request.emit(taken, logprobs[begin : begin + len(taken)] if request.logprobs else [])
 
     def _take(self, row: Row, ids: Sequence[float], sums: Sequence[float]) -> bool:
         """Add sampled ids to a request, up to the first that differs from its draft. Returns whether the logits of all
@@ -346,7 +341,7 @@ class Engine:
                 self._leave(request)
             request.emit()
 
-    def _fail(self, request: Request) -> Event:
+    def _fail(self, request: Request) -> None:
         """End a request whose logits or hidden states are not finite. Others go on."""
         again = Batch.of([(request.slot, 0, request.ids)], self.device)
         request.error = backends.not_finite(self.model, again)
@@ -355,7 +350,7 @@ class Engine:
         self.slots[request.slot].tokens = []
         for cache in backends.caches(self.model):  # a masked NaN is still NaN times 0: it would break the next request
             cache.kv[request.slot] = 0
-        return request.emit()
+        request.emit()
 
     def _reset(self, requests: Sequence[Request], why: str) -> None:
         """End requests with an error, and forget what the cache holds."""

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .text import encode_inside
 from .tokenizer import Tokenizer
 
 # As json.dumps writes: small models repeat white space without end where it is free.
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ESCAPE = re.compile(r"\\?[/\n]|\\.")  # slashes and newlines, which need an escape between slashes, and other escapes
-MARK = "\x02"  # a text is encoded after it, so that the tokenizer adds no space before the text
 
 
 def to_grammar(json_schema: str | Mapping[str, Any] | None, regex: str | None) -> str:
@@ -102,10 +102,9 @@ class Tokens:
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text that continues another."""
-        if not self.tokenizer.vocabulary.drops:
-            return self.tokenizer.encode(text, bos=False, eos=False)
-        before, both = (self.tokenizer.encode(t, bos=False, eos=False) for t in (MARK, MARK + text))
-        return both[len(before) :]
+        if self.tokenizer.vocabulary.drops:
+            return encode_inside(self.tokenizer, text)
+        return self.tokenizer.encode(text, bos=False, eos=False)
 
 
 class Matcher:

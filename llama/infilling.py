@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .text import encode_inside
 from .tokenizer import Tokenizer
 
 NAMES = ("▁<PRE>", "▁<SUF>", "▁<MID>")  # ▁<EOT> ends the middle, and is among the tokenizer's eos_ids
@@ -21,9 +22,7 @@ def infilling_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_firs
     if len(ids) < len(NAMES) or (model and model.unk_id() in ids):
         raise ValueError("the tokenizer has no infilling tokens; use a Code Llama model that supports infilling")
     pre, suf, mid = ids
-    mark = "☺"  # merges with nothing, and what follows it gets no space of a first word
-    behind = len(tokenizer.encode(mark, bos=False, eos=False))
-    end, begin = tokenizer.encode(mark + suffix, bos=False, eos=False)[behind:], tokenizer.encode(prefix, False, False)
+    begin, end = tokenizer.encode(prefix, bos=False, eos=False), encode_inside(tokenizer, suffix)
     if suffix_first:
         return [tokenizer.bos_id, pre, suf, *end, mid, *begin]
     return [tokenizer.bos_id, pre, *begin, suf, *end, mid]

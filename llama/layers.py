@@ -66,15 +66,8 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         return all_reduce(linear(x, self.weight))
 
 
-class ReplicatedLinear(nn.Module):
-    """y = x Wᵀ with W (out_features, in_features) whole on every rank."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = _new_weight(out_features, in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+class ReplicatedLinear(nn.Linear):
+    """An nn.Linear that is whole on every rank."""
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):

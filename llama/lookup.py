@@ -12,7 +12,6 @@ class PromptLookup:
         self.max_draft = self.width = max_draft
         self.index: dict[tuple[int, ...], int] = {}  # NGRAM tokens -> position after them
         self.indexed = NGRAM
-        self.drafted = 0
 
     def draft(self, text: list[int]) -> list[int]:
         if not self.max_draft:
@@ -21,11 +20,8 @@ class PromptLookup:
             self.index[tuple(text[end - NGRAM : end])] = end
         self.indexed = max(len(text), NGRAM)
         at = self.index.get(tuple(text[-NGRAM:]), len(text))
-        found = text[at : at + self.width]
-        self.drafted = len(found)
-        return found
+        return text[at : at + self.width]
 
     def accepted(self, count: int) -> None:
         """Say how many tokens of the last draft were right. After a wrong one the next draft is shorter."""
-        if self.drafted:
-            self.width = min(self.max_draft, 2 * min(count, self.drafted) + 1)
+        self.width = min(self.max_draft, 2 * count + 1)

@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         if params.n_labels:
-            self.score = ReplicatedLinear(params.dim, params.n_labels)
+            self.score = ReplicatedLinear(params.dim, params.n_labels, bias=False)
         else:
             self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
         self.direct_calls = 0  # of `forward`, which overwrites slots that an engine may reuse

@@ -294,21 +294,13 @@ def all_or_none() -> Iterator[None]:
 def first_to_fail() -> bool:
     """Whether no rank has called this before. In a job of several ranks, the others fail because of the first, so only
     the first should print its error."""
-    with _silent_stderr():  # PyTorch writes a page to stderr if the process with the store has ended
-        try:
-            return store().add("llama/failed", 1) == 1
-        except (RuntimeError, ValueError):
-            return True
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Discard all that this process writes to file descriptor 2, from C++ too."""
-    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # PyTorch writes a page to stderr, in C++, if the process with the store has ended
     try:
-        yield
+        return store().add("llama/failed", 1) == 1
+    except (RuntimeError, ValueError):
+        return True
     finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)

@@ -89,7 +89,7 @@ class Request:
         elif len(self.ids) == self.limit:
             self.finish = "length"
 
-    def emit(self, tokens: Sequence[int] = (), top_logprobs: Sequence[Sequence[float]] = ()) -> Event:
+    def emit(self, tokens: Sequence[int] = (), top_logprobs: Sequence[Sequence[float]] = ()) -> None:
         """Append an event to `outputs`: new tokens, for each a row of `sampling.top_logprobs`, and `finish` if set."""
         logprobs, k = [row[0] for row in top_logprobs], self.top_logprobs
         best = [[*zip(map(int, row[len(row) // 2 + 1 :]), row[1 : k + 1], strict=False)] for row in top_logprobs if k]
@@ -99,7 +99,6 @@ class Request:
             self.echo = False
         text = self.text.read(bool(self.finish)) if self.text else ""
         self.outputs.append(Event(self.row, text, [*tokens], logprobs, self.finish, best))
-        return self.outputs[-1]
 
 
 class Row(NamedTuple):
@@ -137,16 +136,16 @@ def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
         return ids
     starts = [0, *itertools.accumulate(row.samples for row in rows)]
     found = logits.new_empty(len(logits), dtype=torch.long)
-    right = logits.new_ones(len(rows), dtype=torch.bool)
+    valid = logits.new_ones(len(rows), dtype=torch.bool)
     for t in range(max(row.samples for row in rows)):
         some = [i for i, row in enumerate(rows) if row.samples > t]
         at, slots = [starts[i] + t for i in some], [rows[i].request.slot for i in some]
         indices = [rows[i].answered + t for i in some]
         if t:
             drafted = torch.tensor([rows[i].draft[t - 1] for i in some], device=logits.device)
-            right[some] &= found[[n - 1 for n in at]] == drafted
+            valid[some] &= found[[n - 1 for n in at]] == drafted
         ids = sampler(forbid(logits[at], [rows[i].request for i in some], indices), slots, indices)
-        sampler.count(ids, slots, right[some] if t else None)
+        sampler.count(ids, slots, valid[some] if t else None)
         found[at] = ids
     return found
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from reprlib import repr as shorten
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,20 +135,34 @@ def top_logprobs(logits: Tensor, tokens: Tensor, k: int) -> Tensor:
     return torch.cat((logprobs.gather(-1, tokens[:, None]), best.values, best.indices.to(logprobs.dtype)), -1)
 
 
-class Rows(NamedTuple):
-    """Settings of the rows of logits, as tensors."""
+class Rows:
+    """The settings of the requests in `slots`, one for each row of logits (B, V), as tensors."""
 
-    params: Sequence[SamplingParams]
-    greedy: bool  # whether all of them take the argmax
-    excluding: Sequence[bool]  # whether each has top_k, top_p or min_p
-    sampled: Tensor  # (B,), false where the argmax is taken
-    temperature: Tensor  # (B, 1)
-    filtered: Tensor  # (B,), `excluding` on the device
-    by_top_p: Tensor  # (B,), true for rows with top_p alone
-    filters: Sequence[Tensor]  # top_k, top_p, min_p, each (B, 1)
-    penalties: Tensor | None  # (3, B, 1)
-    bias: Tensor | None  # (B, V)
-    slots: Tensor  # (B,)
+    def __init__(self, params: Sequence[SamplingParams], slots: Sequence[int], vocab_size: int, device: Any) -> None:
+        def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor([[getattr(row, name)] for row in params], dtype=dtype, device=device)  # (B, 1)
+
+        self.params = params
+        self.slots = torch.tensor(slots, device=device)
+        self.greedy = all(row.temperature == 0 for row in params)
+        self.temperature = column("temperature")
+        # (B,), where not the argmax is taken, as below 1e-45 too, which single precision doesn't have
+        self.sampled = self.temperature[:, 0] > 0
+        self.excluding = [*map(excludes, params)]
+        self.filtered = torch.tensor(self.excluding, device=device)
+        # (B,), where top_p is the only filter; not on MPS, which has no double precision for `nucleus`
+        alone = [row.top_p < 1 and not row.top_k and not row.min_p for row in params]
+        self.by_top_p = torch.tensor(alone, device=device) & (self.slots.device.type == "cpu")
+        self.filters = column("top_k", torch.long), column("top_p"), column("min_p")
+        self.penalties: Tensor | None = None  # (3, B, 1)
+        if any(map(penalized, params)):
+            names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+            self.penalties = torch.stack([column(name) for name in names])
+        self.bias: Tensor | None = None  # (B, V)
+        if any(row.logit_bias for row in params):
+            self.bias = torch.zeros(len(params), vocab_size, dtype=torch.float32, device=device)
+            for to, row in zip(self.bias, params, strict=True):
+                to[list(row.logit_bias)] = torch.tensor([*row.logit_bias.values()]).to(to)
 
 
 class Sampler:
@@ -178,7 +192,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor, slots: Sequence[int], indices: Sequence[int]) -> Tensor:
         """Sample ids (B,) from logits (B, V); row b is for token indices[b] of the answer in slot slots[b]."""
-        rows = self.rows.get(key := tuple(slots)) or self.tabulate(key)
+        rows = self.tabulate(slots)
         if rows.bias is not None:
             logits = logits + rows.bias
         if rows.penalties is not None:
@@ -201,38 +215,13 @@ class Sampler:
             chosen = torch.where(rows.sampled & rows.filtered, tokens, chosen)
         return chosen
 
-    def tabulate(self, slots: tuple[int, ...]) -> Rows:
-        params = [self.params[slot] for slot in slots]
-
-        def column(name: str) -> Tensor:
-            dtype = torch.long if name == "top_k" else torch.float32
-            return torch.tensor([[getattr(row, name)] for row in params], dtype=dtype, device=self.device)
-
-        penalties = bias = None
-        if any(map(penalized, params)):
-            names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-            penalties = torch.stack([column(name) for name in names])
-        if any(row.logit_bias for row in params):
-            bias = torch.zeros(len(params), self.shape[1], dtype=torch.float32, device=self.device)
-            for to, row in zip(bias, params, strict=True):
-                to[list(row.logit_bias)] = torch.tensor([*row.logit_bias.values()]).to(bias)
-        temperature, excluding = column("temperature"), [*map(excludes, params)]
-        if len(self.rows) > 16:  # drafts of different lengths make many combinations of slots
-            self.rows.clear()
-        self.rows[slots] = Rows(
-            params,
-            all(row.temperature == 0 for row in params),
-            excluding,
-            temperature[:, 0] > 0,  # false for those below 1e-45 too, which single precision doesn't have
-            temperature,
-            torch.tensor(excluding, device=self.device),
-            torch.tensor([row.top_p < 1 and not row.top_k and not row.min_p for row in params], device=self.device),
-            [column(name) for name in ("top_k", "top_p", "min_p")],
-            penalties,
-            bias,
-            torch.tensor(slots, device=self.device),
-        )
-        return self.rows[slots]
+    def tabulate(self, slots: Sequence[int]) -> Rows:
+        """The settings of the requests in `slots`."""
+        if (key := tuple(slots)) not in self.rows:
+            if len(self.rows) > 16:  # drafts of different lengths make many combinations of slots
+                self.rows.clear()
+            self.rows[key] = Rows([self.params[slot] for slot in slots], key, self.shape[1], self.device)
+        return self.rows[key]
 
     def candidates(self, logits: Tensor, probs: Tensor, rows: Rows) -> tuple[Tensor, list[int]]:
         """The ids (B, M) of the M largest logits, in descending order; ties by id. (Not of probabilities: at high
@@ -246,8 +235,6 @@ class Sampler:
         # Ties with the last candidate may be missing, so the candidates above it must suffice.
         reached = (p * (few > few[:, FEW - 1 : FEW]))[:, :FEW].sum(-1)  # of FEW, not of M, which depends on other rows
         wide = rows.by_top_p & (reached <= top_p[:, 0] + 1e-4)
-        if logits.device.type != "cpu":  # MPS has no double precision
-            wide = torch.zeros_like(wide)
         above = few > few[:, -1:]
         enough = (top_k > 0) & above.gather(-1, top_k.clamp(min=1, max=few.shape[-1]) - 1)
         enough |= ((p * above).sum(-1, keepdim=True) > top_p + 1e-4) | (p[:, -1:] < min_p * p[:, :1])
@@ -270,7 +257,7 @@ class Sampler:
 
     def count(self, ids: Tensor, slots: Sequence[int], valid: Tensor | None = None) -> None:
         """Count ids (B,) as tokens of the answers in `slots`, where `valid` (B,) is true."""
-        rows = self.rows[tuple(slots)]
+        rows = self.tabulate(slots)
         if rows.penalties is not None:
             ones = torch.ones_like(ids, dtype=self.counts.dtype) if valid is None else valid.to(self.counts.dtype)
             self.counts.index_put_((rows.slots, ids), ones, accumulate=True)

@@ -57,10 +57,9 @@ def score(engine: Engine, rows: Sequence[Sequence[int]], begins: Sequence[int], 
     return scores
 
 
-def embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str) -> Tensor:
-    """The last hidden states of each row after the final norm, their mean or the last one: float32 (rows, dim).
-    FloatingPointError names the first layer whose output is not finite."""
-    requests, pooled = to_pool(engine, rows, pooling)
+def embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str, head: bool = False) -> Tensor:
+    """The tensor of `to_pool`, computed. FloatingPointError names the first layer whose output is not finite."""
+    requests, pooled = to_pool(engine, rows, pooling, head)
     for _ in engine.run(requests):
         pass
     return pooled
@@ -71,10 +70,7 @@ def classify(engine: Engine, rows: Sequence[Sequence[int]], pad_id: int | None =
     (rows, n_labels). FloatingPointError names the first layer whose output is not finite."""
     ends = [1 + max((t for t, id in enumerate(row) if id != pad_id), default=0) for row in rows]
     seen = [row[:end] for row, end in zip(rows, ends, strict=True)]  # later tokens change nothing
-    requests, pooled = to_pool(engine, seen, "last", head=True)
-    for _ in engine.run(requests):
-        pass
-    return pooled
+    return embed(engine, seen, "last", head=True)
 
 
 def to_pool(

@@ -91,20 +91,17 @@ def filtered(
         yield first
 
 
-OLD_NAMES = {"judge_input": "input_filter", "judge_output": "output_filter"}
-
-
 def pop_filters(options: dict[str, Any]) -> tuple[InputFilter | None, OutputFilter | None]:
     """Take the filters out of options, under their present or earlier names. ValueError if one is not callable."""
-    for old, new in OLD_NAMES.items():
+    found = []
+    for name, old in (("input_filter", "judge_input"), ("output_filter", "judge_output")):
         if old in options:
-            warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=2)
-            options[new] = options.pop(old)
-    found = options.pop("input_filter", None), options.pop("output_filter", None)
-    for name, value in zip(("input_filter", "output_filter"), found, strict=True):
-        if value is not None and not callable(value):
-            raise ValueError(f"{name} is {shorten(value)}; it must be a function")
-    return found
+            warnings.warn(f"{old} is now called {name}", DeprecationWarning, stacklevel=2)
+            options[name] = options.pop(old)
+        found.append(options.pop(name, None))
+        if found[-1] is not None and not callable(found[-1]):
+            raise ValueError(f"{name} is {shorten(found[-1])}; it must be a function")
+    return found[0], found[1]
 
 
 def refused(row: int, text: str) -> Event:

@@ -62,6 +62,15 @@ class Text:
         self.held = text[len(text) - begun :]
 
 
+MARK = "☺"  # merges with nothing, and what follows it gets no space of a first word
+
+
+def encode_inside(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that follows another: without the space that the tokenizer may add before a first word."""
+    mark, both = (tokenizer.encode(t, bos=False, eos=False) for t in (MARK, MARK + text))
+    return both[len(mark) :]
+
+
 def border(tokenizer: Tokenizer, beginning: str, ids: Sequence[int]) -> int:
     """The index of the first of `ids` (BOS and a text) that is not wholly part of its `beginning`, or len(ids)."""
     alone = tokenizer.decode(tokenizer.encode(beginning, bos=True, eos=False))

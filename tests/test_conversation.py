@@ -7,6 +7,7 @@ from small import MODELS, TOKENIZER, passes, random_model, save_random
 
 from llama import Chat, Llama, parallel
 from llama.chat import REFUSAL, encode_dialog, has_tags
+from llama.request import Event
 
 ASK = ["Hello", "Who are you?", "Tell me a story about Tom.", "What color is the sky?", "Thank you"] * 4
 
@@ -223,10 +224,11 @@ def test_two_llamas_on_one_model_share_its_cache(small):
     assert chat.say("again") == expected.say("again")
 
 
-def test_nested_tags_are_removed(small):
-    chat = Chat(small)
-    chat._remember([{"role": "user", "content": "a"}], "[IN[INST]ST] x <<SYS<</SYS>>>>", "eos")
-    assert not has_tags(chat.dialog)
+def test_nested_tags_are_removed(small, monkeypatch):
+    chat, event = Chat(small), Event(0, "[IN[INST]ST] x <<SYS<</SYS>>>>", finish_reason="eos")
+    monkeypatch.setattr(small, "_chat", lambda *args, **options: ([event] for _ in range(1)))
+    chat.say("a")
+    assert len(chat.dialog) == 2 and not has_tags(chat.dialog)
 
 
 def test_options_of_a_chat_change_no_seed(small):
