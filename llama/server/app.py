@@ -224,16 +224,15 @@ def data(value: object) -> str:
 
 class JobResponse(StreamingResponse):
     """The chunks of a reply. The response begins with the first, so that an error before it has its own status. The
-    ticket is cancelled when the client disconnects, even before that: while chunks are made, StreamingResponse listens
-    for it, as uvicorn's ASGI version is below 2.4."""
+    ticket is cancelled when the client disconnects, even before that."""
 
     def __init__(self, chunks: AsyncIterator[str], ticket: Ticket, headers: Mapping[str, str] = JSON) -> None:
         super().__init__(chunks, headers=headers)
         self.chunks, self.ticket = chunks, ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
+        try:  # StreamingResponse listens for a disconnect while chunks are made, but not from ASGI version 2.4 on
+            await super().__call__({**scope, "asgi": {"spec_version": "2.3"}}, receive, send)
         finally:
             self.ticket.cancel()
             scope["state"]["fields"] = scope["state"].get("fields", {}) | self.ticket.log_fields()
