@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                      # the bundled models
     python benchmarks/quality.py --model FOLDER       # any other model whose tokenizer transformers loads
+    python benchmarks/quality.py --model FOLDER --tokens 6000 --nearest  # rounded to nearest only, which is quick
 
 The bundled models are evaluated on new documents from the generator of their training text (seed 1000): `small` on
 documents, `small-chat` on the answers in conversations. Another model is evaluated on the given text, by default
@@ -38,7 +39,13 @@ from llama.engine import Engine
 sys.path.insert(0, str(ROOT / "tools"))
 from train_small import batches
 
-SCHEMES = [Scheme(8), Scheme(8, 128), *(Scheme(4, group, False) for group in (32, 64, 128)), Scheme(4, 32)]
+SCHEMES = [
+    Scheme(8),
+    Scheme(8, 128),
+    Scheme(8, 32),
+    *(Scheme(4, group, False) for group in (32, 64, 128)),
+    Scheme(4, 32),
+]
 Data = list[tuple[Tensor, Tensor]]  # tokens and targets (B, T); targets below 0 do not count
 Matrices = Mapping[str, Quantized]
 
@@ -80,11 +87,14 @@ def rounded(source: Checkpoint, args: ModelArgs, scheme: Scheme, search: bool) -
     }
 
 
-def report(name: str, source: Checkpoint, args: ModelArgs, data: Data, text: Callable[[], list[int]]) -> None:
+def report(
+    name: str, source: Checkpoint, args: ModelArgs, data: Data, text: Callable[[], list[int]], nearest: bool
+) -> None:
     exact = [*logprobs(model(source, args), data)]
     base, _ = perplexity(iter(exact), exact, data)
     print(f"\n{name}: perplexity {base:.4f} of {sum(map(len, exact)):,} tokens. Change of it, and divergence:")
-    print("| | nearest | as computed | search | calibrated | as computed |\n|---|---:|---:|---:|---:|---:|", flush=True)
+    columns = ["nearest", "as computed", *(() if nearest else ("search", "calibrated", "as computed"))]
+    print(f"| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}", flush=True)
     for scheme in SCHEMES:
         ways: list[Callable[[], Matrices]] = [
             partial(rounded, source, args, scheme, False),
@@ -92,7 +102,7 @@ def report(name: str, source: Checkpoint, args: ModelArgs, data: Data, text: Cal
             lambda: dict(calibrated(source, args, scheme, windows(text(), args.vocab_size))),  # noqa: B023
         ]
         cells = []
-        for way in ways:
+        for way in ways[: 1 if nearest else None]:
             matrices = way()
             for computed in (False,) if way is ways[1] else (False, True):
                 changed = model(source, args, matrices, computed)
@@ -101,19 +111,25 @@ def report(name: str, source: Checkpoint, args: ModelArgs, data: Data, text: Cal
         print(f"| {scheme} | {' | '.join(cells)} |", flush=True)
 
 
-def main(model: str | None = None, text: str | None = None, calibrate: str | None = None, tokens: int = 1200) -> None:
+def main(
+    model: str | None = None,
+    text: str | None = None,
+    calibrate: str | None = None,
+    tokens: int = 1200,
+    nearest: bool = False,
+) -> None:
     parallel.init_model_parallel()
     [cpu] = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")}
     print(f"{cpu.split(': ')[1]}, {torch.get_num_threads()} thread(s)")
     if model is not None:
-        report_other(Path(str(model)), text, calibrate, tokens)
+        report_other(Path(str(model)), text, calibrate, tokens, nearest)
         return
     tokenizer = Tokenizer(MODELS / "tokenizer.model")
     for name, chat, context in (("small", 0.0, 256), ("small-chat", 1.0, 512)):
         source = Checkpoint(MODELS / name)
         data = list(islice(batches(tokenizer, 1000, chat, context), 8))
         args = source.args(tokenizer.n_words)
-        report(name, source, args, data, own(source, args, tokenizer.bos_id, tokenizer.eos_id))
+        report(name, source, args, data, own(source, args, tokenizer.bos_id, tokenizer.eos_id), nearest)
 
 
 def own(source: Checkpoint, args: ModelArgs, bos: int, eos: int) -> Callable[[], list[int]]:
@@ -122,7 +138,7 @@ def own(source: Checkpoint, args: ModelArgs, bos: int, eos: int) -> Callable[[],
     return cache(lambda: own_text(Engine.of(measure.loaded(whole)), bos, {eos}, OWN))
 
 
-def report_other(folder: Path, text: str | None, calibrate: str | None, tokens: int) -> None:
+def report_other(folder: Path, text: str | None, calibrate: str | None, tokens: int, nearest: bool) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -132,11 +148,11 @@ def report_other(folder: Path, text: str | None, calibrate: str | None, tokens: 
     data = [(rows[:-1].view(-1, 400), rows[1:].view(-1, 400))]
     source = Checkpoint(folder)
     args = source.args(source.vocab_size())
+    to_calibrate = own(source, args, tokenizer.bos_token_id, tokenizer.eos_token_id)
     if calibrate:
         ids = tokenizer(Path(calibrate).read_text("utf-8"))["input_ids"][:OWN]
-        report(folder.name, source, args, data, lambda: ids)
-    else:
-        report(folder.name, source, args, data, own(source, args, tokenizer.bos_token_id, tokenizer.eos_token_id))
+        to_calibrate = lambda: ids  # noqa: E731
+    report(folder.name, source, args, data, to_calibrate, nearest)
 
 
 if __name__ == "__main__":

@@ -136,15 +136,17 @@ class Engine:
             self.cancel(*requests)
 
     @own_context()
-    def step(self) -> None:
-        """One pass: a token, and draft tokens, of each running request, and chunks of prompts. The events are in the
-        requests' `outputs`. Hold `lock` where several threads use the engine."""
+    def step(self) -> list[Event]:
+        """One pass: a token, and draft tokens, of each running request, and chunks of prompts. Returns events, which
+        are also in the requests' `outputs`. Hold `lock` where several threads use the engine."""
         if self.broken:
             raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
         try:
-            if current := self.ahead or self._launch(*self._schedule()):
-                self.ahead = self._launch(*self._following(current))
-                self._read(current)
+            current = self.ahead or self._launch(*self._schedule())
+            if current is None:
+                return []
+            self.ahead = self._launch(*self._following(current))
+            return self._read(current)
         except BaseException as error:  # nobody knows what the cache holds
             self._reset(self._running(), f"a pass shared with another call failed: {type(error).__name__}: {error}")
             raise
@@ -283,9 +285,9 @@ class Engine:
                 logprobs = to_host(top_logprobs(logits, ids, max(row.request.top_logprobs for row in rows)))
         return Pass(rows, ids, to_host(*message), logprobs)
 
-    def _read(self, current: Pass) -> None:
+    def _read(self, current: Pass) -> list[Event]:
         """Wait for the tokens of a pass, and add them to the requests."""
-        values, at = current.read(), 0
+        values, outputs, at = current.read(), [], 0
         if values and world_size() > 1 and values[-1]:
             cancelled = [self.cancelled.popleft().id for _ in range(len(self.cancelled))]
             cancelled, items = broadcast_object((cancelled, [self.outbox.get() for _ in range(self.outbox.qsize())]))
@@ -300,7 +302,7 @@ class Engine:
             if request.finish:  # it ended in the pass before, after this one was launched
                 continue
             if not finite or not self._take(row, values[begin:at], values[M + begin : M + at]):
-                self._fail(request)
+                outputs.append(self._fail(request))
                 continue
             taken = request.ids[row.end - len(row.draft) :] if row.samples else []
             if not row.samples and len(request.ids) == len(self.slots[request.slot].tokens) >= request.limit:
@@ -308,7 +310,8 @@ class Engine:
             if request.finish:
                 self._leave(request)
             if taken or request.finish:
-                request.emit(taken, logprobs[begin : begin + len(taken)] if request.logprobs else [])
+                outputs.append(request.emit(taken, logprobs[begin : begin + len(taken)] if request.logprobs else []))
+        return outputs
 
     def _take(self, row: Row, ids: Sequence[float], sums: Sequence[float]) -> bool:
         """Add sampled ids to a request, up to the first that differs from its draft. Returns whether the logits of all
@@ -341,7 +344,7 @@ class Engine:
                 self._leave(request)
             request.emit()
 
-    def _fail(self, request: Request) -> None:
+    def _fail(self, request: Request) -> Event:
         """End a request whose logits or hidden states are not finite. Others go on."""
         again = Batch.of([(request.slot, 0, request.ids)], self.device)
         request.error = backends.not_finite(self.model, again)
@@ -350,7 +353,7 @@ class Engine:
         self.slots[request.slot].tokens = []
         for cache in backends.caches(self.model):  # a masked NaN is still NaN times 0: it would break the next request
             cache.kv[request.slot] = 0
-        request.emit()
+        return request.emit()
 
     def _reset(self, requests: Sequence[Request], why: str) -> None:
         """End requests with an error, and forget what the cache holds."""

@@ -89,7 +89,7 @@ class Request:
         elif len(self.ids) == self.limit:
             self.finish = "length"
 
-    def emit(self, tokens: Sequence[int] = (), top_logprobs: Sequence[Sequence[float]] = ()) -> None:
+    def emit(self, tokens: Sequence[int] = (), top_logprobs: Sequence[Sequence[float]] = ()) -> Event:
         """Append an event to `outputs`: new tokens, for each a row of `sampling.top_logprobs`, and `finish` if set."""
         logprobs, k = [row[0] for row in top_logprobs], self.top_logprobs
         best = [[*zip(map(int, row[len(row) // 2 + 1 :]), row[1 : k + 1], strict=False)] for row in top_logprobs if k]
@@ -99,6 +99,7 @@ class Request:
             self.echo = False
         text = self.text.read(bool(self.finish)) if self.text else ""
         self.outputs.append(Event(self.row, text, [*tokens], logprobs, self.finish, best))
+        return self.outputs[-1]
 
 
 class Row(NamedTuple):

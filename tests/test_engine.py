@@ -167,6 +167,18 @@ def test_recorded_tokens_of_a_slot_are_in_its_cache(monkeypatch, ahead):
     assert failed and len(earlier) > 50
 
 
+def test_step_returns_the_events_of_all_requests():
+    engine = Engine.of(random_model())
+    requests = [Request([1, 2], 5), Request([3, 4, 5], 9)]
+    engine.submit(*requests)
+    found = []
+    while any(not request.finish for request in requests):
+        found += engine.step()
+    for request in requests:
+        assert [event for event in found if event in request.outputs] == [*request.outputs]
+    assert len(found) == sum(len(request.outputs) for request in requests) and found[-1].finish_reason == "length"
+
+
 def test_a_request_whose_admission_fails_is_removed(monkeypatch):
     """Regression: it stayed in the queue although finished, and took a slot for ever."""
     engine = Engine.of(random_model())
