@@ -169,14 +169,14 @@ def test_recorded_tokens_of_a_slot_are_in_its_cache(monkeypatch, ahead):
 
 def test_step_returns_the_events_of_all_requests():
     engine = Engine.of(random_model())
-    requests = [Request([1, 2], 5), Request([3, 4, 5], 9)]
+    requests, found = [Request([1, 2], 5), Request([3, 4, 5], 9)], []
+    requests[1].row = 1
     engine.submit(*requests)
-    found = []
     while any(not request.finish for request in requests):
         found += engine.step()
     for request in requests:
-        assert [event for event in found if event in request.outputs] == [*request.outputs]
-    assert len(found) == sum(len(request.outputs) for request in requests) and found[-1].finish_reason == "length"
+        assert [event for event in found if event.row == request.row] == [*request.outputs]
+        assert sum(len(event.tokens) for event in request.outputs) == request.limit - len(request.prompt)
 
 
 def test_a_request_whose_admission_fails_is_removed(monkeypatch):
