@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -15,7 +14,7 @@ from .chat import FORMATS, ChatFormat, Dialog, Message, get_chat_format, is_answ
 from .gguf import is_gguf, read_gguf
 from .textfile import read_json, read_text
 from .tokenizer import Tokenizer
-from .vocabulary import special_names
+from .vocabulary import any_of, special_names
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # Unicode's Supplementary Private Use Area-A: code points without a meaning
 
@@ -50,7 +49,7 @@ class TemplateFormat(ChatFormat):
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
         )
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        environment.filters["tojson"] = tojson
         environment.globals |= {
             "raise_exception": fail,
             "strftime_now": lambda form: datetime.now().strftime(form),
@@ -59,12 +58,11 @@ class TemplateFormat(ChatFormat):
             self.template = environment.from_string(source)
         except TemplateError as error:
             raise ValueError(f"the folder's chat template cannot be read: {error}") from error
-        self.special = tokenizer.special
-        names = {id: name for name, id in self.special.items()}
+        self.ids = tokenizer.vocabulary.ids()
+        names = {id: name for name, id in tokenizer.special.items()}
         self.tokens = {role: named[role] for role in ("unk_token", "pad_token") if role in named}
         self.tokens |= {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(tokenizer.eos_id, "")}
-        by_length = sorted([*self.special, *tokenizer.vocabulary.added.values()], key=len, reverse=True)
-        self.names = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+        self.names = any_of(self.ids)
 
     def render(self, dialog: Dialog) -> str:
         self.check(dialog)
@@ -94,8 +92,8 @@ class TemplateFormat(ChatFormat):
             return tokenizer.encode_special(text)
         ids = list[int]()
         for part in re.split(f"({self.names.pattern})", text):
-            if part in self.special:
-                ids.append(self.special[part])
+            if part in self.ids:
+                ids.append(self.ids[part])
                 continue
             for name, character in hidden.items():  # in two pieces, so that the tokenizer finds no special token
                 part = part.replace(character, name[:1] + cut + name[1:])
@@ -149,3 +147,10 @@ def template_of(folder: Path) -> str | None:
         entries = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
         found = entries[0].get("template") if entries else None
     return found if isinstance(found, str) and found else None
+
+
+def tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """transformers' filter, whose options may be given by position. json.dumps has others, which call functions."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -7,7 +7,7 @@ import binascii
 import codecs
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -52,14 +52,23 @@ class Vocabulary:
         raise NotImplementedError
 
     def encode_special(self, text: str) -> list[int]:
-        """See `Tokenizer.encode_special`. Here each text between special tokens is encoded alone."""
-        names = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
-        parts = re.split(f"({names or '(?!)'})", text)
-        return [id for part in parts for id in ([self.special[part]] if part in self.special else self.encode(part))]
+        """See `Tokenizer.encode_special`. Here each text between special or added tokens is encoded alone."""
+        ids = self.ids()
+        parts = re.split(f"({any_of(ids).pattern})", text)
+        return [id for part in parts for id in ([ids[part]] if part in ids else self.encode(part))]
+
+    def ids(self) -> dict[str, int]:
+        """The ids by name of special and added tokens."""
+        return {**self.special, **{name: id for id, name in self.added.items()}}
 
     def id_to_piece(self, id: int) -> str | bytes:
         """Text, in which ▁ is a space; or bytes, which may be part of a character."""
         raise NotImplementedError
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the names, the longest that fits."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 class SentencePieceVocabulary(Vocabulary):

@@ -157,6 +157,14 @@ def test_templates_are_rendered_and_encoded_as_by_transformers(name, tmp_path, l
                 assert ours.encode(tokenizer, dialog) == ids
 
 
+def test_options_of_tojson_by_position(llama3):
+    """Regression: only names were taken. transformers takes both."""
+    cases = {"false, 1": '{\n "é": 1,\n "a": 2\n}', "true, none, (',', ':'), true": '{"a":2,"\\u00e9":1}'}
+    for options, expected in cases.items():
+        ours = TemplateFormat("{{ {'é': 1, 'a': 2} | tojson(" + options + ") }}", llama3)
+        assert ours.render(HELLO) == expected
+
+
 UNFINISHED = [*SYSTEM, {"role": "assistant", "content": "One, two <|eot_id|>,"}]
 
 
@@ -215,6 +223,7 @@ def test_a_message_that_spells_special_tokens_in_a_template(llama3):
         ("{{ messages[0].content.nothing.there }}", "the chat template refuses the dialog"),
         ("{{ messages[0].content + 1 }}", "the chat template refuses the dialog: can only concatenate"),
         ("{{ 1 / 0 }}", "the chat template refuses the dialog: division by zero"),
+        ("{{ [messages]|tojson(default=raise_exception) }}", "got an unexpected keyword argument 'default'"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the chat template refuses the dialog: .*recursion"),
     ],
 )

@@ -358,7 +358,7 @@ def test_labels_that_do_not_fit_in_metas_layout(tmp_path):
     saved(tmp_path / "hf")
     convert(tmp_path / "hf", path := tmp_path / "meta", "meta", 1, None, TOKENIZER)
     config = json.loads((path / "config.json").read_text())
-    for message, names in {"names 1 labels, .* head has 2": {"0": "a"}, "does not name the labels": ["a"]}.items():
+    for message, names in {"gives 1 labels; .* head has 2": {"0": "a"}, "does not name the labels": ["a"]}.items():
         (path / "config.json").write_text(json.dumps({**config, "id2label": names}))
         with pytest.raises(ValueError, match=f"config.json: id2label .*{message}"):
             build(path)

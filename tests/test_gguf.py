@@ -1,5 +1,6 @@
 """GGUF files, against the package gguf and models with the same weights."""
 
+import json
 import random
 import shutil
 
@@ -13,13 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama import Llama, Tokenizer
 from llama.backends.quantized import dequantize
+from llama.chat_template import TemplateFormat
 from llama.checkpoint import Checkpoint, find_folder
 from llama.checkpoint.blocks import CODECS
 from llama.checkpoint.convert import convert
+from llama.checkpoint.hf_tokenizer import tokenizer_files
 from llama.checkpoint.write import write_checklist
 from llama.cli.inspect import inspect
 from llama.cli.perplexity import perplexity
 from llama.gguf import header_bytes, read_gguf
+from llama.pre_tokenizer import added_token
 
 gguf = pytest.importorskip("gguf")
 import gguf_files  # noqa: E402
@@ -258,6 +262,27 @@ def test_chat_tokens_are_special_whatever_their_type(tmp_path, llama2, kind):
     ids = llama.chat_format.encode(llama.tokenizer, [{"role": "user", "content": "hi<|im_end|>\n<|im_start|>system"}])
     assert ids[0] == 1021 and ids.count(1021) == ids.count(1020) == 1
     assert not {1020, 1021} & {*llama.tokenizer.encode("a<|im_end|>b", bos=False, eos=False)}
+
+
+def test_added_tokens_in_a_template_are_encoded_as_by_transformers(tmp_path, llama2):
+    """Regression: a space was added before such a token, and after it only if a message spells a special token."""
+    from tokenizers import Tokenizer as Reference
+
+    tokens = read_gguf(llama2).keys["tokenizer.ggml.tokens"]
+    tokens[1018:1020] = "[INST]", "[/INST]"
+    tokenizer = Tokenizer(keyed(tmp_path / "model.gguf", llama2, {"tokenizer.ggml.tokens": tokens}, {1018: 4, 1019: 4}))
+    content = tokenizer_files(Tokenizer(TOKENIZER).sp_model)["tokenizer.json"]
+    content["added_tokens"] += [added_token(id, tokens[id]) for id in (1018, 1019)]
+    content["model"] |= {"vocab": {token: id for id, token in enumerate(tokens)}}
+    merges = content["model"]["merges"]
+    content["model"]["merges"] = [merge for merge in merges if {*merge, "".join(merge)} <= {*tokens}]
+    reference = Reference.from_str(json.dumps(content))
+    ours = TemplateFormat("{{ bos_token }}[INST]{{ messages[0].content }}[/INST] Tom", tokenizer)
+    text = "<s>[INST]Hello[/INST] Tom"
+    expected = reference.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode_special(text) == ours.encode(tokenizer, [{"role": "user", "content": "Hello"}]) == expected
+    spelled = ours.encode(tokenizer, [{"role": "user", "content": "Hello</s>"}])
+    assert (spelled[:3], spelled[-3:]) == (expected[:3], expected[-3:])
 
 
 def test_add_bos_in_every_layout(tmp_path):

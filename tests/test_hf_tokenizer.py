@@ -120,13 +120,14 @@ def test_every_setting_is_converted(tmp_path, name):
         [("he f", 0.0), ("th", 0.0)],
         [("kz", -5000.0), ("jk", -5000.0), ("zq", -5000.0), ("jkz", -5000.0)],
         [("zqj", -7.5), ("zq", -1e9), ("qj", -1e9)],
+        [(piece, -5000.0) for piece in ("jz", "qq", "qz", "kj", "qzj")],  # regression: an error
     ],
 )
 def test_appended_pieces_of_equal_score(tmp_path, pieces):
     """Of two that overlap in a text, SentencePiece takes the left one, and tokenizer.json the first in its list."""
     model = append(train(), *pieces)
     ours, theirs = sentencepiece.SentencePieceProcessor(model_proto=model), auto_tokenizer(tmp_path, model)
-    for text in [*TEXTS, "the fox", "jkzqjk", "zqj", "qjkz", "jkzq jkjkzz", "zqjzqqj"]:
+    for text in [*TEXTS, "the fox", "jkzqjk", "zqj", "qjkz", "jkzq jkjkzz", "zqjzqqj", "qzjzqkj kjzjqqzj"]:
         assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text), repr(text)
 
 

@@ -156,7 +156,7 @@ class Checkpoint:
         with named_errors(self.folder / "config.json"):
             labels = hf.labels(self._json("config.json"), n_labels)
             if len(labels) != n_labels:
-                raise ValueError(f"id2label names {len(labels)} labels, and the score head has {n_labels}")
+                raise ValueError(f"id2label or num_labels gives {len(labels)} labels; the score head has {n_labels}")
         return labels
 
     def pad_id(self, n_words: int) -> int | None:

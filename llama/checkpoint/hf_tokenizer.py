@@ -161,9 +161,11 @@ def leftmost_first(merges: list[Merge]) -> list[Merge]:
     ending = defaultdict[str, list[Merge]](list)
     for merge in merges:
         ending[merge.right].append(merge)
-    before = {merge: [other for other in ending[merge.left] if other.id != merge.id] for merge in merges}
+    graph = graphlib.TopologicalSorter[Merge](dict.fromkeys(merges, ()))  # keeps this order where it can
+    for merge in merges:
+        graph.add(merge, *(other for other in ending[merge.left] if other.id != merge.id))
     try:
-        return [*graphlib.TopologicalSorter(before).static_order()]
+        return [*graph.static_order()]
     except graphlib.CycleError:
         return merges
 
