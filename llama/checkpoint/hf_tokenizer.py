@@ -161,7 +161,8 @@ def leftmost_first(merges: list[Merge]) -> list[Merge]:
     ending = defaultdict[str, list[Merge]](list)
     for merge in merges:
         ending[merge.right].append(merge)
-    graph = graphlib.TopologicalSorter[Merge](dict.fromkeys(merges, ()))  # keeps this order where it can
+    # It keeps the order of the merges where it can.
+    graph: graphlib.TopologicalSorter[Merge] = graphlib.TopologicalSorter(dict.fromkeys(merges, ()))
     for merge in merges:
         graph.add(merge, *(other for other in ending[merge.left] if other.id != merge.id))
     try:
