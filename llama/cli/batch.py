@@ -65,7 +65,7 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
     running, tasks, more = list[Job](), list[Task](), True
 
     def take(count: int) -> tuple[list[Work], bool]:
-        """The work of up to `count` lines, for which this makes `tasks`, and whether there may be more lines."""
+        """Fill `tasks` from up to `count` lines. Returns their work, and whether there may be more lines."""
         assert share
         tasks.clear()
         for number, content in share.take(count):

@@ -90,7 +90,7 @@ class Service:
     async def read(
         self, request: HttpRequest, read: Callable[[Llama, Mapping[str, Any]], T]
     ) -> tuple[dict[str, Any], T]:
-        """The JSON body of a request, whose model this server has, and what `read` makes of it."""
+        """The JSON body of a request, which names a model of this server, and the result of `read`."""
         llama, body = self.ready().llama, await self._body(request)
         if self.config.log_prompts:
             prompt = next((body[name] for name in ("messages", "prompt", "input") if name in body), None)
@@ -223,8 +223,8 @@ def data(value: object) -> str:
 
 
 class JobResponse(StreamingResponse):
-    """The chunks of a reply. The response begins with the first, so that an error before it has its own status. The
-    ticket is cancelled when the client disconnects, even before that."""
+    """Sends the chunks of a reply. The response begins with the first chunk, so that an error before it has its own
+    status. The ticket is cancelled when the client disconnects, even before the first chunk."""
 
     def __init__(self, chunks: AsyncIterator[str], ticket: Ticket, headers: Mapping[str, str] = JSON) -> None:
         super().__init__(chunks, headers=headers)

@@ -39,8 +39,8 @@ class Filters:
         return None
 
     async def filter_outputs(self, events: AsyncIterator[Event | None], whole: bool) -> AsyncIterator[Event | None]:
-        """Pass on events. If `whole`, and with output filters, each answer is one event, once it is complete; before,
-        None."""
+        """Pass on events. If `whole`, or if there are output filters, each answer is one event, once it is complete,
+        and None stands for the events before."""
         held: dict[int, list[Event]] = {}
         async for event in events:
             if event and (whole or self.output_filters):

@@ -32,7 +32,7 @@ Item = tuple[int, "Work | None"] | None  # a ticket's number with its Work, or w
 Inbox = queue.SimpleQueue[Item]
 IDLE = 5.0  # seconds between messages to idle ranks; they show that all ranks are alive (gloo's timeout is 30 minutes)
 KEEPALIVE = 15.0  # seconds without an event after which a stream gets a comment, so that proxies do not close it
-# Finish reasons of events -> of the API, and for those that no reply has, of metrics.
+# Finish reasons of events -> of the API and of metrics; the last two occur in metrics only.
 REASONS = {None: None, "eos": "stop", "stop": "stop", "length": "length", "refused": "content_filter"}
 REASONS |= {"cancelled": "abort", "error": "error"}
 
@@ -96,7 +96,7 @@ class Ticket(Job):
         self.number, self.inbox, self.arrived = number, inbox, time.monotonic()
         self.updates: asyncio.Queue[list[Event]] = asyncio.Queue()
         self.times = [Times() for _ in work.prompts]
-        self.began = self.first = 0.0  # when the first request got its slot, and any its first token; 0 before
+        self.began = self.first = 0.0  # when it got its first slot and its first token; 0 before
         self.late = ""  # the error message, once a time limit has ended it
         self.started = asyncio.Event()  # a request has taken a slot or has ended
         self.open = len(work.prompts)  # requests that have not ended

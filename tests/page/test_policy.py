@@ -45,12 +45,14 @@ def test_the_page_needs_no_key(llama, caplog):
         plain = httpx.get(client.url, headers={"Accept-Encoding": "identity"})
         assert (plain.status_code, plain.content) == (200, PAGE)
         assert plain.headers["content-type"] == "text/html; charset=utf-8"
+        assert plain.headers["vary"] == "Accept-Encoding"
         assert plain.headers["x-content-type-options"] == "nosniff"
         assert plain.headers["referrer-policy"] == "no-referrer"
         assert "script-src 'sha256-" in plain.headers["content-security-policy"]
         with httpx.stream("GET", client.url, headers={"Accept-Encoding": "gzip"}) as zipped:
             assert gzip.decompress(b"".join(zipped.iter_raw())) == PAGE
             assert zipped.headers["content-encoding"] == "gzip"
+            assert zipped.headers["vary"] == "Accept-Encoding"
         head = httpx.head(client.url, headers={"Accept-Encoding": "identity"})
         assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", str(len(PAGE)))
         assert httpx.post(client.url).status_code == 405
