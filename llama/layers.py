@@ -67,7 +67,10 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
 
 
 class ReplicatedLinear(nn.Linear):
-    """An nn.Linear that is whole on every rank."""
+    """y = x Wᵀ with W (out_features, in_features) whole on every rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale
-from small import ROOT, random_model, relative_error
+from small import GQA, ROOT, random_model, relative_error
 
 from llama import checkpoint, layers, parallel
 
@@ -35,6 +35,16 @@ def test_onednn_gets_few_different_numbers_of_rows():
         assert y.shape == (rows, 4) and bool((y == 2).all())
     assert len({*seen}) == 36
     assert all(0 <= to - rows < (16 if rows <= 256 else 64) for rows, to in enumerate(seen, 1))
+
+
+def test_a_score_head_gets_few_different_numbers_of_rows(monkeypatch):
+    """Regression: direct calls of a classifier in 16 bits left a kernel in oneDNN's cache for each length."""
+    seen, real = set(), F.linear
+    model = random_model({**GQA, "n_labels": 2}, max_seq_len=32).bfloat16()
+    monkeypatch.setattr(F, "linear", lambda x, *rest, **more: seen.add(len(x)) or real(x, *rest, **more))
+    for length in range(9, 33):
+        assert model(torch.zeros(1, length, dtype=torch.long)).shape == (1, length, 2)
+    assert seen == {16, 32}
 
 
 def _gradients():
