@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Instructions with which PyTorch multiplies matrices in a dtype, by the names of torch.cpu.get_capabilities.
 MATRIX_UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16",)}
 LARGE_PAGE = 2**21  # bytes
-# Of the OpenMP that PyTorch has loaded, if it uses OpenMP.
+# A function of the OpenMP library that PyTorch has loaded; None without OpenMP.
 OPENMP_SET_THREADS = None if sys.platform == "win32" else getattr(ctypes.PyDLL(None), "omp_set_num_threads", None)
 T = TypeVar("T")
 R = TypeVar("R")
@@ -142,7 +142,7 @@ def single_threaded() -> Iterator[None]:
 def set_own_threads(n: int) -> None:
     """Set how many threads the calling thread's PyTorch operations use. torch.set_num_threads would also set the number
     of all threads that start later, so it is used only without OpenMP."""
-    torch.get_num_threads()  # at its first use a new thread sets its number from the process's: now, not below
+    torch.get_num_threads()  # a new thread takes the process's number at its first use: now, not after it is set
     if OPENMP_SET_THREADS:
         OPENMP_SET_THREADS(n)
     if torch.get_num_threads() != n:

@@ -146,11 +146,11 @@ class Rows:
         self.slots = torch.tensor(slots, device=device)
         self.greedy = all(row.temperature == 0 for row in params)
         self.temperature = column("temperature")
-        # (B,), where not the argmax is taken, as below 1e-45 too, which single precision doesn't have
+        # (B,), false where the argmax is taken: at temperature 0, and below 1e-45, which float32 rounds to 0
         self.sampled = self.temperature[:, 0] > 0
         self.excluding = [*map(excludes, params)]
         self.filtered = torch.tensor(self.excluding, device=device)
-        # (B,), where top_p is the only filter; not on MPS, which has no double precision for `nucleus`
+        # (B,), where top_p is the only filter; on CPUs alone, as MPS has no double precision for `nucleus`
         alone = [row.top_p < 1 and not row.top_k and not row.min_p for row in params]
         self.by_top_p = torch.tensor(alone, device=device) & (self.slots.device.type == "cpu")
         self.filters = column("top_k", torch.long), column("top_p"), column("min_p")

@@ -58,7 +58,8 @@ def score(engine: Engine, rows: Sequence[Sequence[int]], begins: Sequence[int], 
 
 
 def embed(engine: Engine, rows: Sequence[Sequence[int]], pooling: str, head: bool = False) -> Tensor:
-    """The tensor of `to_pool`, computed. FloatingPointError names the first layer whose output is not finite."""
+    """What `to_pool` pools of each row: float32 (rows, dim or n_labels). FloatingPointError names the first layer whose
+    output is not finite."""
     requests, pooled = to_pool(engine, rows, pooling, head)
     for _ in engine.run(requests):
         pass

@@ -134,7 +134,7 @@ def times(function: Callable[[], object], device: torch.device, repeats: int) ->
     return taken[1:]
 
 
-# A limit: number of repeats -> what the machine can do in a second, by the fastest of them.
+# A limit: number of repeats -> what the machine can do in a second, by the fastest run.
 Limit = Callable[[int], float]
 USE = {"bandwidth": "MBU", "matrix_rate": "MFU"}  # the limits, and the name of the fraction of each
 

@@ -46,7 +46,7 @@ def run(command: Callable[..., None] | dict[str, Callable[..., None]]) -> None:
 
 
 def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
-    """Print at once, on rank 0."""
+    """Print on rank 0, and flush."""
     if rank() == 0:
         print(text, end=end, file=file, flush=True)
 
