@@ -1,15 +1,15 @@
 """What generation costs in addition to the model, and what prefix sharing and prompt lookup save.
 
-    python benchmarks/generation.py [--threads 2] [--repeats 5] [--only sampler,prefix,lookup,chat,ragged,memory]
+    python benchmarks/generation.py [--threads 2] [--repeats 5] [--only sampler,prefix,lookup,chat,memory,ragged]
         [--dtype float32]
 
 sampler  time of sampling as a fraction of a decode step, 1.1B shape, in bfloat16 or float32, whichever suits this CPU
 prefix   prefill of 8 prompts that share 400 tokens, 110M shape, with and without sharing
 lookup   prompt lookup compared with plain decoding, 110M shape, greedy, on a text that repeats and on one that does not
 chat     time to first token in 20 turns of a chat, with the bundled model
+memory   memory of the process after 50 and after 1,000 requests of random shapes, computed in `dtype`
 ragged   greedy generation of 32 tokens for prompts of 16, 64, 128 and 256 tokens, compared with transformers and
          llama.cpp on the same weights, 110M shape in float32; needs the extra `bench`
-memory   memory of the process after 50 and after 1,000 requests of random shapes, computed in `dtype`
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import random
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,11 +187,10 @@ def main(threads: int = 2, repeats: int = 5, only: str | tuple[str, ...] = (), d
     chosen = only.split(",") if isinstance(only, str) else only
     print(f"torch {torch.__version__}, {threads} threads; medians of {repeats} (min - max)")
     torch.manual_seed(0)
-    for part in (sampler, prefix, lookup, chat, ragged):
-        if not chosen or part.__name__ in chosen:
-            part(repeats)
-    if not chosen or "memory" in chosen:
-        memory(dtype=dtype)
+    parts: dict[str, Callable[[], None]] = {p.__name__: partial(p, repeats) for p in (sampler, prefix, lookup, chat)}
+    parts |= {"memory": partial(memory, dtype=dtype), "ragged": partial(ragged, repeats)}
+    for name in chosen or parts:
+        parts[name]()
 
 
 if __name__ == "__main__":

@@ -211,10 +211,11 @@ def bench(
 ) -> None:
     """Load a model and measure every case `repeats` times, alternating between this library and each peer. Print a
     table, and as the last line JSON with the measurements."""
-    began, device = time.perf_counter(), source.device
+    device = source.device
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    began = time.perf_counter()
     model = loaded(source, compile)
     synchronize(device)
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     facts: dict[str, Any] = {
         "model": name,
         "dtype": dtype_name(source.dtype),
