@@ -158,8 +158,10 @@ def ragged(repeats: int, new: int = 32) -> None:
     taken = alternate({run.__name__: run for run in (ours, transformers, llama_cpp)}, repeats)
     same = sum(a == b for a, b in zip(ours(), transformers(), strict=True))
     print(f"ragged: {same} of {len(prompts)} rows equal those of transformers")
+    own = taken.pop("ours")
+    print(f"  ours {spread(own)} s")
     for name, times in taken.items():
-        print(f"  {name} {spread(times)} s; ours takes {ratio(taken['ours'], times)} of it")
+        print(f"  {name} {spread(times)} s; ours takes {ratio(own, times)} of it")
 
 
 def memory(requests: int = 1000, dtype: str | None = None) -> None:
