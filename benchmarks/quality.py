@@ -29,7 +29,8 @@ from common import CPU, MODELS, ROOT
 from torch import Tensor
 
 from llama import ModelArgs, Tokenizer, Transformer, parallel
-from llama.backends.quantized import Quantized, Scheme, dequantize, kernel
+from llama.backends.quantized import Quantized, Scheme, dequantize
+from llama.backends.quantized_matmul import kernel
 from llama.checkpoint import Checkpoint, read_quantized, shapes, shard_dim
 from llama.checkpoint.calibrate import calibrated, windows
 from llama.cli import measure

@@ -9,7 +9,7 @@ if torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from llama import Llama, backends, engine
-from llama.backends import cuda, quantized
+from llama.backends import cuda, quantized, quantized_matmul
 from llama.backends.quantized import Scheme
 from llama.batch import Batch, Span
 
@@ -100,7 +100,7 @@ def test_quantized_matrices(scheme, rows):
     weight = quantized.quantize(matrix, scheme)
     x = torch.randn(rows, 352, generator=torch.Generator().manual_seed(1))
     exact = x.double() @ quantized.dequantize(weight).double().t()
-    assert relative_error(quantized.Cuda(weight, torch.device("cpu"))(x).double(), exact) < 1e-3
+    assert relative_error(quantized_matmul.Cuda(weight, torch.device("cpu"))(x).double(), exact) < 1e-3
 
 
 def test_padding_stores_nothing():
@@ -181,12 +181,12 @@ def test_concatenated_quantized_matrices(scheme):
             usual = Scheme(4, 32, False) if scheme == "mixed" else quantized.scheme(scheme)
             schemes = [mixed.get(name, usual) if scheme == "mixed" else usual for name in names.split()]
             rounded = [quantized.quantize(linear.weight, own) for linear, own in zip(ours, schemes, strict=True)]
-            whole, at = quantized.Cuda(quantized.stack(rounded), torch.device("cpu")), 0
+            whole, at = quantized_matmul.Cuda(quantized.stack(rounded), torch.device("cpu")), 0
             for linear, other, weight in zip(ours, theirs, rounded, strict=True):
                 other.weight.copy_(quantized.dequantize(weight))
                 del linear.weight
                 end = at + len(weight.q)
-                linear.weight = quantized.Rows(whole, at, end) if len(ours) > 1 else whole
+                linear.weight = quantized_matmul.Rows(whole, at, end) if len(ours) > 1 else whole
                 at = end
     ways = plain, Interpreted(model)
     for parts in (

@@ -5,8 +5,9 @@ import torch
 from small import SHAPES, TOKENIZER, hugging_face, random_model, relative_error, save_random
 
 from llama import Llama, Transformer, backends
-from llama.backends import choose, quantized
+from llama.backends import choose, quantized, quantized_matmul
 from llama.backends.quantized import Scheme
+from llama.backends.quantized_matmul import Dequantized, kernel
 from llama.batch import Batch
 
 Cuda = pytest.importorskip("llama.backends.cuda").Cuda  # needs Triton
@@ -113,8 +114,8 @@ def test_continuous_batching_equals_each_alone(tokenizer):
 @pytest.mark.parametrize("rows", [1, 5, 70])
 def test_quantized_matmuls_equal_plain_ones(scheme, dtype, rows):
     weight = quantized.quantize(torch.randn(72, 352 if scheme.group < 64 else 384), scheme)
-    fast, plain = (kind(weight, torch.device("cuda")) for kind in (quantized.kernel, quantized.Plain))
-    assert isinstance(fast, quantized.Cuda)
+    fast, plain = (kind(weight, torch.device("cuda")) for kind in (kernel, Dequantized))
+    assert isinstance(fast, quantized_matmul.Cuda)
     x = torch.randn(rows, 2 * fast.shape[1], device="cuda").to(dtype)[:, : fast.shape[1]]  # not contiguous
     exact = x.double() @ quantized.dequantize(plain.weight).double().t()
     assert relative_error(fast(x).double(), exact) < {torch.float32: 1e-3, torch.bfloat16: 1e-2}[dtype]

@@ -23,7 +23,8 @@ from small import (
 
 from llama import Llama
 from llama.backends import cpu, quantized
-from llama.backends.quantized import Dequantized, Quantized, Scheme, dequantize, kernel, quantize, scheme
+from llama.backends.quantized import Quantized, Scheme, dequantize, quantize, scheme
+from llama.backends.quantized_matmul import Dequantized, Packed, Tiles, kernel
 from llama.checkpoint import Checkpoint, memory
 from llama.cli import measure as bench
 from llama.cli.convert import convert
@@ -140,7 +141,7 @@ def test_many_rows_of_int8_use_onednn_with_amx(rows, for_amx, monkeypatch):
     oneDNN, 8 with native.cpp."""
     monkeypatch.setattr(cpu, "library", lambda: for_amx)
     weight, x = quantize(torch.randn(192, 320), Scheme(8)), torch.randn(2, rows, 320)
-    tiles, packed = quantized.Tiles(weight), quantized.Packed(weight)
+    tiles, packed = Tiles(weight), Packed(weight)
     assert relative_error(tiles(x), F.linear(x, dequantize(weight))) < (1e-4 if 2 * rows > tiles.native_rows else 1e-2)
     assert relative_error(packed(x), F.linear(x, dequantize(weight))) < 1e-2
     assert tiles.parts[0].data_ptr() == torch.ops.mkldnn.data_ptr(tiles.packed) == tiles.native.weight
@@ -347,7 +348,7 @@ def test_estimated_memory_is_allocated_memory(folder, scheme):
     llama = build(folder, *asked(scheme))
     held = sum(weight.nbytes for weight in llama.model.parameters())
     weights = [getattr(module, "weight", None) for module in llama.model.modules()]
-    held += sum(weight.nbytes for weight in weights if isinstance(weight, (Dequantized, quantized.Packed)))
+    held += sum(weight.nbytes for weight in weights if isinstance(weight, (Dequantized, Packed)))
     assert memory.footprint(llama.model.params, 1, torch.float32, scheme).weights == held
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..args import ModelArgs
-from ..backends.quantized import GROUPS, Quantization, Quantized, Rows, Scheme, kernel, quantize, stack
+from ..backends.quantized import GROUPS, Quantization, Quantized, Scheme, quantize, stack
+from ..backends.quantized_matmul import Rows, kernel
 from ..devices import in_threads, trim, zeros
 from ..parallel import gather_objects, rank, replica, world_size
 from .plan import fused_groups, rank_range, shapes, shard_dim
