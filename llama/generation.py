@@ -120,7 +120,7 @@ class Llama:
         `tokenizer_path` defaults to tokenizer.model or tokenizer.json in the folder, or tokenizer.model in its parent;
         `device` to CUDA, then MPS, then CPU; `dtype` to the checkpoint's, or float32 where that is faster in PyTorch.
         `quantize` rounds the matrices to int8 or int4, in groups of `group_size` columns (int4: 32; int8: 128, or whole
-        rows, 0, on GPUs and CPUs with AMX); a checkpoint that is quantized already needs neither. `chat_format` is
+        rows, 0, on GPUs); a checkpoint that is quantized already needs neither. `chat_format` is
         llama2, llama3 or template: the folder's own, which is the default if there is one; else the tokenizer decides.
         `lora` is the folder of a PEFT LoRA adapter, which is merged into the weights, or a list of folders or of pairs
         (folder, weight).

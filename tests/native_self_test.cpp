@@ -37,6 +37,14 @@ static std::vector<T> narrowed(std::vector<float> &x) {  // x as T; rounds x its
     return to;
 }
 
+static float as(const float *, double x) { return x; }
+template <typename T>
+static float as(const T *, double x) {  // x rounded to T
+    std::vector<float> y(L, x);
+    narrowed<T>(y);
+    return y[0];
+}
+
 static void test_conversions_and_reductions() {
     const float values[] = {0, 1, -1, 1.0009765625f, 65504, 1e6f, -1e6f, 6.1e-5f, 6e-8f, 1e-9f, INFINITY, NAN};
     for (float value : values) {
@@ -112,7 +120,9 @@ static void test_integers(int64_t bits_, int64_t rows, int64_t out, int64_t in, 
     const Matrix m{bits_ == 4 ? INT4 : INT8, out, in, group, zero, packed.data(), scale.data(), with_min ? min.data() : nullptr};
     std::vector<double> right(rows * out), rounded(rows * in);
     const int64_t chunk = chunk_columns(m);
-    for (bool ties = true; ties;) {
+    const bool amx = uses_amx(m, rows);
+    if (amx) narrowed<BFloat16>(x), rounded.assign(x.begin(), x.end());
+    for (bool ties = !amx; ties;) {
         ties = false;
         for (int64_t begin = 0; begin < rows * in; begin += chunk) {
             double mean = 0, most = 1e-30;
@@ -133,18 +143,11 @@ static void test_integers(int64_t bits_, int64_t rows, int64_t out, int64_t in, 
             for (int64_t k = 0; k < in; k++) {
                 const int64_t at = (o / N * groups + k / group) * N + o % N;
                 const double number = bits_ == 4 ? (double)q[o * in + k] - zero : (double)(int8_t)q[o * in + k];
-                right[r * out + o] += rounded[r * in + k] * (number * scales[at] + (with_min ? mins[at] : 0));
+                const double weight = number * scales[at] + (with_min ? mins[at] : 0);
+                right[r * out + o] += rounded[r * in + k] * (amx ? as((BFloat16 *)nullptr, weight) : weight);
             }
     // In the worst case up to 1,024 equal sums of chunks are added.
     expect_equal(y, right, worst ? 1e-5 : 2e-6, worst ? "largest integers" : "integer matmul", bits_ * 1000 + group, rows);
-}
-
-static float as(const float *, double x) { return x; }
-template <typename T>
-static float as(const T *, double x) {  // x rounded to T
-    std::vector<float> y(L, x);
-    narrowed<T>(y);
-    return y[0];
 }
 
 // Two equal sequences in a batch: in one pass, in chunks, and token by token. With a 16-bit cache a few keys may be rounded
@@ -202,7 +205,7 @@ int main(int count, char **arguments) {
             for (int64_t out : {7, 64, 100}) test_floats(kind, rows, out, out == 7 ? 304 : 320);
     for (int64_t bits : {4, 8})
         for (int64_t group : {16, 32, 64, 128, 256})
-            for (int64_t rows : {1, 2, 5, 7, 30})
+            for (int64_t rows : {1, 2, 5, 7, 35})
                 for (int64_t out : {64, 100})
                     for (bool with_min : {false, true})
                         for (int64_t outliers : {0, 9}) test_integers(bits, rows, out, 256, group, with_min, outliers, false);

@@ -8,6 +8,7 @@ from llama import Llama, ModelArgs, Transformer, backends, parallel
 from llama.backends import choose, cpu, quantized
 from llama.batch import Batch, Span
 from llama.cli import measure as bench
+from llama.devices import cpu_has
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 CPU = torch.device("cpu")
@@ -70,7 +71,6 @@ KINDS = [
 @pytest.mark.parametrize(("quantize", "dtype", "bound"), KINDS, ids=str)
 def test_native_equals_plain(quantize, dtype, bound, sequences, tokens, monkeypatch):
     monkeypatch.setattr(cpu, "PASS", tokens)
-    monkeypatch.setattr(cpu, "cpu_has", lambda *units: False)
     model = loaded(WIDE, quantize, dtype)
     for name, weight in model.named_parameters():
         weight.mul_(torch.rand_like(weight) + 0.5 if "norm" in name else 5)
@@ -102,7 +102,9 @@ def test_the_last_layer_is_computed_only_where_it_is_needed(quantize, dtype, out
         model.allocate_cache()
         found = compiled(model).hidden(batch._replace(outputs=outputs))
     assert torch.equal(torch.stack([*model.buffers()]), cache)
-    assert torch.allclose(found[needed], exact[needed], rtol=1e-4, atol=1e-5)
+    # With AMX, 32 rows are multiplied in bfloat16, and fewer in 8 bits.
+    near = 0.02 * float(exact.abs().max()) if quantize and cpu_has("amx_bf16") else 1e-5
+    assert torch.allclose(found[needed], exact[needed], rtol=1e-4, atol=near)
     assert torch.equal(found[rest], before[rest])
 
 

@@ -3,7 +3,6 @@
 import doctest
 import json
 import math
-import os
 
 import pytest
 import torch
@@ -15,21 +14,18 @@ from small import (
     TOKENIZER,
     edit_params,
     in_process,
-    needs_cpp,
     random_model,
     relative_error,
     save_random,
 )
 
 from llama import Llama
-from llama.backends import cpu, quantized
 from llama.backends.quantized import Quantized, Scheme, dequantize, quantize, scheme
-from llama.backends.quantized_matmul import Dequantized, Packed, Tiles, kernel
+from llama.backends.quantized_matmul import Dequantized, Packed, kernel
 from llama.checkpoint import Checkpoint, memory
 from llama.cli import measure as bench
 from llama.cli.convert import convert
 from llama.cli.inspect import inspect
-from llama.devices import cpu_has
 from llama.layers import linear
 
 CPU = torch.device("cpu")
@@ -122,31 +118,6 @@ def test_non_finite_values_stay_in_their_row(compiled):
         assert not finite[4].any() and not finite[9].any()
 
 
-@pytest.fixture(scope="module")
-def for_amx():
-    """native.cpp compiled as on a CPU with AMX: its tiles have oneDNN's layout."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXX", f"{cpu.command()[0]} -D__AMX_INT8__")
-        return cpu.load(cpu.cached())
-
-
-@needs_cpp
-@pytest.mark.skipif(
-    not cpu_has("avx512_vnni") or "ONEDNN_MAX_CPU_ISA" in os.environ,
-    reason="oneDNN packs so for AVX-512 VNNI and AMX alone",
-)
-@pytest.mark.parametrize("rows", [3, 12, 13, 70])
-def test_many_rows_of_int8_use_onednn_with_amx(rows, for_amx, monkeypatch):
-    """The weights are held once: oneDNN and native.cpp both read oneDNN's packed weights. Activations have 16 bits with
-    oneDNN, 8 with native.cpp."""
-    monkeypatch.setattr(cpu, "library", lambda: for_amx)
-    weight, x = quantize(torch.randn(192, 320), Scheme(8)), torch.randn(2, rows, 320)
-    tiles, packed = Tiles(weight), Packed(weight)
-    assert relative_error(tiles(x), F.linear(x, dequantize(weight))) < (1e-4 if 2 * rows > tiles.native_rows else 1e-2)
-    assert relative_error(packed(x), F.linear(x, dequantize(weight))) < 1e-2
-    assert tiles.parts[0].data_ptr() == torch.ops.mkldnn.data_ptr(tiles.packed) == tiles.native.weight
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_row_of_a_batch_is_computed_as_it_would_be_alone(compiled):
     """If a batch shared a scale of activations, a large row would take precision from others. A row may differ by the
@@ -216,11 +187,8 @@ def test_converted_and_loaded_quantization_are_equal(folder, scheme, tmp_path):
     assert torch.equal(logits(build(tmp_path / "back").model), logits(loaded.model))  # 2 shards -> 1, still quantized
 
 
-@pytest.mark.parametrize(
-    ("device", "units", "group"), [("cpu", (), 128), ("cpu", ("amx_int8",), 0), ("cuda", (), 0), (None, (), 0)]
-)
-def test_default_groups_of_int8(folder, monkeypatch, device, units, group):
-    monkeypatch.setattr(quantized, "cpu_has", lambda *names: any(name in units for name in names))
+@pytest.mark.parametrize(("device", "group"), [("cpu", 128), ("cuda", 0), (None, 0)])
+def test_default_groups_of_int8(folder, device, group):
     target = device and torch.device(device)
     checkpoint = Checkpoint(folder)
     assert checkpoint.scheme_for("int8", None, device=target) == Scheme(8, group)

@@ -2,7 +2,8 @@
 
 A pass is one call: between two matmuls the CPU's caches hold nothing but weights, so that each small PyTorch operation
 takes ten times as long as in a loop. Activations are float32, whatever the weights' dtype. Matmuls round them to
-bfloat16 where the weights are and the CPU has instructions for it, and to 8 bits where the weights are quantized.
+bfloat16 where the weights are and the CPU has instructions for it, and to 8 bits where the weights are quantized; many
+rows are rounded to bfloat16 on CPUs with AMX.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from torch import Tensor
 
 from ..args import ModelArgs
 from ..batch import Batch, Span, check
-from ..devices import cpu_has
 from ..model import Transformer, rope_frequencies
 from ..parallel import all_gather, all_reduce, world_size
 from ..textfile import lock
@@ -40,8 +40,6 @@ SOURCE = Path(__file__).with_name("native.cpp")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
 FLAGS = ["-std=c++17", "-O3", "-pthread", "-fPIC", "-shared"]
 PASS = 512  # tokens that are computed at a time, so that their activations stay in the last-level cache
-FEW = 16  # tokens up to which this backend is faster than oneDNN with AMX
-AMX = {torch.bfloat16: ("amx_bf16",), torch.float16: ("amx_fp16",)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,9 +257,6 @@ class Native:
             *(attention.n_heads, attention.n_kv_heads, p.head_dim, p.max_seq_len),
             *(p.norm_eps, self.embeddings.data_ptr(), self.floats(cos_sin), self.floats(weight), output, layers),
         )
-        sample: Any = (blocks[0].feed_forward.w2 if p.n_labels else model.output).weight  # a score head stays in floats
-        amx = isinstance(sample, Tensor) and cpu_has(*AMX.get(weight.dtype, ()))
-        self.most = FEW if amx else getattr(sample, "native_rows", 2**63)  # tokens; more are the plain model's
 
     def floats(self, tensor: Tensor) -> int:
         """The address of the tensor in float32, which is kept alive."""
@@ -269,8 +264,6 @@ class Native:
         return self.kept[-1].data_ptr()
 
     def hidden(self, batch: Batch) -> Tensor:
-        if len(batch.tokens) > self.most:
-            return self.model.hidden(batch)
         check(batch.sequences, self.model.params)  # C++ does not check bounds
         self.lib.llama_threads(threads())
         x = self.embed(batch.tokens)
@@ -306,8 +299,6 @@ class Native:
         x += y
 
     def logits(self, hidden: Tensor) -> Tensor:
-        if len(hidden) > self.most:
-            return self.model.logits(hidden.type_as(self.model.norm.weight))
         x, y = hidden.float().contiguous(), torch.empty(len(hidden), self.c.output.out, dtype=torch.float32)
         self.lib.llama_logits(ctypes.byref(self.c), x.data_ptr(), y.data_ptr(), len(x))
         return y if self.model.params.n_labels else all_gather(y)  # every rank has the whole score head

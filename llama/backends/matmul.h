@@ -1,6 +1,7 @@
 // Matmuls: y (rows, out) = x (rows, in) times the transpose of a matrix (out, in).
 //
 // Activations are float32; with bfloat16 weights they are rounded to bfloat16 where the CPU has a dot product of bfloat16.
+// With AMX, many rows are multiplied in bfloat16 by quantized weights too.
 // Weights (out, in) are float32, float16 or bfloat16 in row-major order, or quantized: w = scale q + min, with q of 8 or 4
 // bits, and scale and min in float16 for each group of columns. Quantized weights are packed into tiles of TILE_N outputs,
 // so that a register holds the same columns of several outputs:
@@ -10,11 +11,12 @@
 //            4 t .. 4 t + 3 of the block in the low nibbles, columns block / 2 + 4 t .. in the high nibbles
 //   scale    for each group, one float16 of each output; min likewise
 //
-// Activations are quantized dynamically: x = scale n, with a scale for each token and chunk of columns. n has 8 bits, but 16
-// for outliers: n = low + 256 high, where high is 0 in most columns. So w x is a sum over chunks of scale_w scale_x (q n) +
-// min_w x, where q n is a dot product of integers.
+// Otherwise activations are quantized for them dynamically: x = scale n, with a scale for each token and chunk of columns. n
+// has 8 bits, but 16 for outliers: n = low + 256 high, where high is 0 in most columns. So w x is a sum over chunks of
+// scale_w scale_x (q n) + min_w x, where q n is a dot product of integers.
 #pragma once
 
+#include "amx.h"
 #include "float_matmul.h"
 
 constexpr int64_t BLOCK_M = 96;  // rows of x that are multiplied with a tile while they stay in the L2 cache
@@ -168,14 +170,15 @@ INLINE void chunk_dots_int4(const uint8_t *w, bool cold, const QuantizedRow *x, 
         for (int v = 0; v < V; v++) dots[r][v] = HALVES == 2 ? widen_add(dots[r][v], part[r][v]) : part[r][v];
 }
 
-// Micro-kernel: computes R rows x V vectors of outputs, beginning with output `first` of a tile, and stores the first n of
-// each row. `cold`: the weights are not cached yet and are prefetched.
-template <int R, int V, int bits, int chunk>
-__attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, int64_t first, const QuantizedRow *x,
-                                                 float *y, int64_t stride, int64_t n, bool cold) {
-    const uint8_t *w = (const uint8_t *)m.weight + tile * TILE_N * m.in * bits / 8 + first * 4;
-    const Half *mins = m.min ? m.min : m.scale;             // times 0
-    int64_t at = tile * (m.in / m.group) * TILE_N + first;  // of the group's scales
+// Micro-kernel: computes R rows of a tile's outputs, and stores the first n of each row. `cold`: the weights are not cached
+// yet and are prefetched.
+template <int R, int bits, int chunk>
+__attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, const QuantizedRow *x, float *y,
+                                                 int64_t stride, int64_t n, bool cold) {
+    constexpr int V = TILE_V;
+    const uint8_t *w = (const uint8_t *)m.weight + tile * TILE_N * m.in * bits / 8;
+    const Half *mins = m.min ? m.min : m.scale;     // times 0
+    int64_t at = tile * (m.in / m.group) * TILE_N;  // of the group's scales
     F total[R][V] = {};
     for (int64_t k = 0, c = 0, end = m.group; k < m.in; c++, w += TILE_N * chunk * bits / 8) {
         I dots[R][V];
@@ -249,9 +252,7 @@ static void int_matmul(const Matrix &m, const QuantizedRow *row, float *y, int64
             const int64_t left = m.out - tile * TILE_N;
             float *to = y + tile * TILE_N;
             const auto kernel = [&](auto R, int64_t r) {
-                constexpr int V = R * TILE_V > 6 * INT_V ? INT_V : TILE_V;
-                for (int64_t o = 0; o < TILE_N; o += V * L)
-                    int_kernel<R, V, bits, chunk>(m, tile, o, row + r, to + r * stride + o, stride, left - o, r == 0);
+                int_kernel<R, bits, chunk>(m, tile, row + r, to + r * stride, stride, left, r == 0);
             };
             rows > DOT_MAX_ROWS ? for_blocks<most[1]>(r0, last, kernel) : for_blocks<most[0]>(r0, last, kernel);
             for (int64_t r = r0; r < last; r++)
@@ -287,6 +288,69 @@ static void float_matmul(const Matrix *m, int count, const float *x, float *y, i
     });
 }
 
+// --------------------------------------------------------------------------------------------------------------------
+// Matmuls of many rows with AMX: activations, and quantized weights, are rounded to bfloat16
+
+// Whether AMX is the fastest for so many rows: with fewer, dequantizing the weights takes longer than multiplying them.
+static bool uses_amx(const Matrix &m, int64_t rows) {
+    return has_amx && m.kind >= BFLOAT16 && m.in % 32 == 0 && rows >= (m.kind == BFLOAT16 ? 12 : 32);
+}
+
+// The weights of outputs n .. n + 31 as amx_multiply reads them.
+static const Pair *amx_weights(const Matrix &m, int64_t n) {
+    float *to = (float *)scratch<WEIGHT_TILE>(m.in / 2 * 32 * sizeof(Pair));
+    if (m.kind == BFLOAT16) {
+        pack_weight_tile((const Pair *)m.weight + n * m.in / 2, m.in / 2, m.in / 2, m.out - n, to);
+        return (const Pair *)to;
+    }
+    const int64_t bits = m.kind == INT8 ? 8 : 4, half = chunk_columns(m) / 2;
+    const uint8_t *w = (const uint8_t *)m.weight + n * m.in * bits / 8;
+    const Half *scales = m.scale + n * (m.in / m.group), *mins = m.min ? m.min + (scales - m.scale) : nullptr;
+    for (int64_t begin = 0; begin < m.in; begin += m.group, scales += TILE_N, mins += mins ? TILE_N : 0) {
+        F scale[TILE_V], min[TILE_V];
+        for (int v = 0; v < TILE_V; v++) {
+            scale[v] = load(scales + v * L);
+            min[v] = mins ? load(mins + v * L) : scale[v] * (float)-m.zero;
+        }
+        const auto dequantize = [&](int64_t k, int v, const auto &q) {  // columns k .. k + 3
+            F x[4];
+            for (int j = 0; j < 4; j++) x[j] = __builtin_convertvector(q(j), F) * scale[v] + min[v];
+            for (int j = 0; j < 4; j += 2) store(to + (k + j) / 2 * TILE_N + v * L, to_pairs(x[j], x[j + 1]));
+        };
+        for (int64_t k = begin, end = begin + m.group; k < end; bits == 4 && (k + 4) % half == 0 ? k += 4 + half : k += 4)
+            for (int v = 0; v < TILE_V; v++, w += BYTES) {
+                const U q = load_as<U>(w);
+                prefetch(w + 4096);
+                if (bits == 8) {
+                    dequantize(k, v, [&](int j) { return (I)(q << (24 - 8 * j)) >> 24; });
+                } else {
+                    dequantize(k, v, [&](int j) { return (I)(q >> 8 * j & 15); });
+                    dequantize(k + half, v, [&](int j) { return (I)(q >> (8 * j + 4) & 15); });
+                }
+            }
+    }
+    return (const Pair *)to;
+}
+
+static void amx_matmul(const Matrix *m, int count, const float *x, float *y, int64_t rows, int64_t out) {
+    const int64_t in = m->in / 2;  // in Pairs
+    Pair *pairs = (Pair *)scratch<BF16_X>((rows + 31) / 32 * 32 * in * sizeof(Pair));
+    parallel_for_rows(rows, m->in, [&](int64_t r) {
+        Pair *row = pairs + r / 32 * 32 * in + r % 32 * 16;
+        for (int64_t k = 0; k < in; k += 16)
+            for (int64_t i = 0; i < 32; i += L) store((BFloat16 *)(row + k * 32) + i, load(x + (r * in + k) * 2 + i));
+    });
+    for_each_tile(m, count, y, 32, [&](const Matrix &b, float *to, int64_t begin, int64_t end) {
+        begin_tiles();
+        for (int64_t n = begin * 32; n < std::min(b.out, end * 32); n += 32) {
+            const Pair *w = amx_weights(b, n);
+            for (int64_t r = 0; r < rows; r += AMX_ROWS)
+                amx_multiply(w, pairs + r * in, in, to + r * out + n, std::min(AMX_ROWS, rows - r), out, b.out - n);
+        }
+        end_tiles();
+    });
+}
+
 // y (rows, out) = x (rows, in) times the transpose of `count` matrices, whose outputs are concatenated.
 static void matmul(const Matrix *m, int count, const float *x, float *y, int64_t rows) {
     int64_t out = 0;
@@ -297,7 +361,9 @@ static void matmul(const Matrix *m, int count, const float *x, float *y, int64_t
             return b.kind == first.kind && b.group == first.group && b.zero == first.zero && !b.min == !first.min;
         };
         while (i + n < count && same_format(m[i + n])) n++;
-        if (first.kind < INT8) {
+        if (uses_amx(first, rows)) {
+            amx_matmul(m + i, n, x, y, rows, out);
+        } else if (first.kind < INT8) {
             dispatch(first.kind, (void *)first.weight, [&](auto *weight) {
                 using T = std::remove_pointer_t<decltype(weight)>;
                 if constexpr (HAS_DOT2 && std::is_same_v<T, BFloat16>)

@@ -99,7 +99,7 @@ static void last_layer(const Model &m, const Layer &l, float *x, const float *ad
 
 extern "C" {
 int64_t llama_tile() { return TILE_N; }
-const char *llama_instructions() { return INSTRUCTIONS; }
+const char *llama_instructions() { return has_amx ? "AMX and AVX-512 VNNI" : INSTRUCTIONS; }
 void llama_threads(int n) {
     if (n != pool->size()) pool->resize(n);
 }

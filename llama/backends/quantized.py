@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..devices import cpu_has
-
 GROUPS = (16, 32, 64, 128)
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")  # weights of matmuls
 
@@ -92,8 +90,8 @@ def scheme(
     ValueError for arguments that name none.
 
     The default group size of int4 is 32 columns. int8, which is always symmetric, has a scale for each row by default,
-    for which GPUs and AMX have faster kernels, and which any number of ranks can divide. On other CPUs the default is
-    128 columns, which is as fast and halves the error.
+    for which GPUs have a faster kernel, and which any number of ranks can divide. On CPUs the default is 128 columns,
+    which is as fast and halves the error.
     """
     if quantize not in (None, "int8", "int4"):
         raise ValueError(f"quantize is {quantize!r}; it must be int8 or int4")
@@ -104,7 +102,7 @@ def scheme(
         return None
     if quantize == "int4":
         return Scheme(4, group_size or 32, symmetric)
-    by_row = device is None or device.type != "cpu" or cpu_has("amx_int8")
+    by_row = device is None or device.type != "cpu"
     return Scheme(8, (0 if by_row else 128) if group_size is None else group_size)
 
 

@@ -1,12 +1,11 @@
 """Matmuls by quantized matrices, one class for each way.
 
 `kernel` returns the fastest for a device. All are equal to a matmul by `dequantize` up to rounding. Compiled code for
-CPUs also quantizes the activations, to 8 bits with one scale per token and group, which makes it several times faster.
+CPUs also rounds the activations, to 8 bits with one scale per token and group, which makes it several times faster.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 from contextlib import suppress
 
@@ -14,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..devices import cpu_has, zeros
-from ..layers import in_few_shapes
+from ..devices import zeros
 from .quantized import Quantized, dequantize
 
 
@@ -35,7 +33,6 @@ class Kernel:
 
 def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Kernel:
     """The fastest matmul for a matrix on this device; `native` allows those that need a C++ compiler."""
-    by_row = weight.bits == 8 and weight.scale.shape[1] == 1 and weight.min is None
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         return Cuda(weight, device)
     if device.type == "cpu" and native and weight.shape[1] % 16 == 0:
@@ -43,7 +40,7 @@ def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Ker
             from . import cpu
 
             if cpu.library() is not None:
-                return (Tiles if cpu_has("amx_int8") and by_row and weight.shape[0] % 64 == 0 else Packed)(weight)
+                return Packed(weight)
     return Dequantized(weight, device)
 
 
@@ -60,8 +57,8 @@ class Dequantized(Kernel):
 
 
 class Packed(Kernel):
-    """The matrix in tiles, for native.cpp. It quantizes each row of x to 8 bits, outliers to 16, so that a row's
-    result does not depend on the others."""
+    """The matrix in tiles, for native.cpp. It quantizes each row of x to 8 bits, outliers to 16, with scales that do
+    not depend on other rows; with AMX, 32 and more rows are rounded to bfloat16 instead."""
 
     def __init__(self, weight: Quantized) -> None:
         from . import cpu
@@ -87,41 +84,6 @@ class Packed(Kernel):
         from .cpu import matmul
 
         return matmul(self.native, x)
-
-
-class Tiles(Packed):
-    """The same for CPUs with AMX for 8 bits: oneDNN multiplies many rows of x, from the same memory. It takes
-    unsigned bytes with zero point 128, and one scale for a whole row of x, which is coarse. So each activation becomes
-    two bytes, the second one in steps of a 254th of the first's."""
-
-    native_rows = 12  # rows up to which native.cpp is faster
-
-    def __init__(self, weight: Quantized) -> None:
-        super().__init__(weight)
-        self.packed = torch.ops.onednn.qlinear_prepack(weight.q.contiguous(), None)
-        self.scale, self.zeros = weight.scale[:, 0].float(), torch.zeros(len(weight.q), dtype=torch.int32)
-        ops, size = torch.ops.mkldnn, weight.q.numel()
-        memory = (ctypes.c_uint8 * ops._nbytes(self.packed)).from_address(ops.data_ptr(self.packed))
-        tiles = torch.frombuffer(memory, dtype=torch.uint8, count=size)
-        if torch.equal(tiles, self.parts[0]):  # otherwise oneDNN's layout is another, and two copies remain
-            self.parts[0] = tiles
-            self.native.weight = tiles.data_ptr()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        few = x.numel() <= self.native_rows * x.shape[-1]
-        return super().__call__(x) if few else in_few_shapes(self.rounded, x)
-
-    def rounded(self, x: Tensor) -> Tensor:
-        step = x.float().abs().amax(-1, keepdim=True) / 127  # a row of zeros has step 0, and 0 * anything in the end
-        nearest_q = x / step
-        coarse = nearest_q.round()
-        fine = nearest_q.sub_(coarse).mul_(254).round_()
-        q = torch.cat((coarse, fine)).add_(128).to(torch.uint8)
-        y = torch.ops.onednn.qlinear_pointwise(
-            q, 1.0, 128, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        coarse, fine = y.chunk(2)
-        return coarse.add_(fine, alpha=1 / 254).mul_(step).type_as(x)
 
 
 class Rows(Kernel):

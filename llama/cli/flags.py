@@ -17,7 +17,7 @@ FLAGS = {
     "check_memory": "refuse a model that does not fit into memory",
     "quantize": "int8 or int4, to quantize the weights while loading",
     "group_size": "columns that share a scale: 16, 32, 64, 128, or with int8 0 for a whole row; by default 32 "
-    "for int4, and for int8 128 when loading on a CPU without AMX, else 0",
+    "for int4, and for int8 128 when loading on a CPU, else 0",
     "compile": "whether to use the C++ backend on a CPU; by default for more than 50 MB of weights",
     "chat_format": "llama2, llama3 or template; by default the folder's template, else the tokenizer's format",
     "lora": "folder of a PEFT LoRA adapter to merge; or a list such as "
