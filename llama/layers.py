@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Any) -> Tensor:
 
 
 def in_few_shapes(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`multiply` applied to x (..., in), padded to a rounded number of rows. oneDNN, which computes 16 and 8 bits on
+    """`multiply` applied to x (..., in), padded to a rounded number of rows. oneDNN, which computes 16 bits on
     CPUs, caches a kernel for each number of rows: 41 MB after 1,000 small requests."""
     rows = x.numel() // x.shape[-1]
     step = 1 if rows <= 8 else 16 if rows <= 256 else 64
