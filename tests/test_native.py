@@ -228,3 +228,13 @@ def test_large_models_are_compiled_by_default_in_their_own_dtype(monkeypatch):
         llama.text_completion(["Once"], max_gen_len=1)
         assert type(llama.engine.backend) is expected
         assert llama.model.norm.weight.dtype == (torch.bfloat16 if expected is cpu.Native else torch.float32)
+
+
+@needs_cpp
+def test_native_matmuls_and_pytorchs_alternate():
+    """With AMX both configure the tiles of the same thread."""
+    weight, x = torch.randn(768, 768, dtype=torch.bfloat16), torch.randn(64, 768)
+    exact = x.bfloat16().double() @ weight.double().t()
+    for _ in range(3):
+        assert relative_error(cpu.matmul(cpu.c_matrix(weight), x), exact) < 0.005
+        assert relative_error(torch.nn.functional.linear(x.bfloat16(), weight), exact) < 0.005
