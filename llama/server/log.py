@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from datetime import datetime, timezone
 
 TEXT = "%(asctime)s %(levelname)s %(message)s"
@@ -23,7 +24,9 @@ class JsonLines(logging.Formatter):
 
 def set_up(as_json: bool) -> None:
     """Log to stderr from level INFO on. Lines that cannot be written, as on a full disk, are dropped."""
-    handler = logging.StreamHandler()
+    # Not by sys.stderr: what cannot be written stays in its buffer, and would make Python end with exit code 120.
+    stream = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines() if as_json else logging.Formatter(TEXT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.raiseExceptions = False

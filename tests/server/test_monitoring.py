@@ -77,7 +77,8 @@ def test_json_lines_of_other_records():
     assert (found["level"], found["message"]) == ("WARNING", 'a "b\n"')
 
 
-def test_a_full_log_disk_does_not_stop_the_server():
+def test_a_full_log_disk_does_not_stop_the_server(monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with open("/dev/full", "w") as full, command("--log_json", stderr=full) as [process]:
         wait_until_ready(process)
         for _ in range(100):
