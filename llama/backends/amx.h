@@ -1,18 +1,20 @@
-// Matmuls of bfloat16 with AMX, the matrix unit of some x86 CPUs. An instruction adds to a tile C (16, 16) of float32 the
-// product of a tile A (16, 32) of bfloat16 and a tile B (32, 16), which is stored as (16, 16) Pairs of rows: as much as
-// 256 instructions of AVX512-BF16.
+// Matmuls in bfloat16 with AMX, the matrix unit of some x86 CPUs, of bfloat16 weights and of dequantized ones.
+//
+// An instruction adds to a tile C (16, 16) of float32 the product of a tile A (16, 32) of bfloat16 and a tile B (32, 16), which
+// is stored as (16, 16) Pairs of rows: as much as 256 instructions of AVX512-BF16.
 #pragma once
 
-#include "threads.h"
+#include "float_matmul.h"
+#include "matrix.h"
 
 #if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__AVX512BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 
-// Linux allows tiles to a process that has asked: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+// Linux requires a process to request tiles before it uses them: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 static const bool has_amx = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 
-// Compilers' intrinsics do not tell that tiles read and write memory.
+// These are assembly, as GCC's intrinsics do not declare the memory that they read and write.
 template <int tile>
 INLINE void tile_zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(tile));
@@ -62,8 +64,8 @@ constexpr int64_t AMX_ROWS = 256;  // rows of x that stay in the L2 cache
 constexpr int64_t AMX_K = 128;     // Pairs of columns, of 32 outputs, that stay in the L1 cache
 
 // y (rows, n) = x (rows, in) times the transpose of the weights of n outputs, at most 32, for at most AMX_ROWS rows. Weights
-// and x consist of Pairs of columns, which `in` counts: weights are (in, 32), and x is (rows / 32, in / 16, 32, 16), with any
-// values in the rows that are missing in the last block.
+// and x consist of Pairs of columns, which `in` counts: weights are (in, 32), and x is (rows / 32, in / 16, 32, 16). The rows
+// that pad the last block may have any values.
 static void amx_multiply(const Pair *w, const Pair *x, int64_t in, float *y, int64_t rows, int64_t stride, int64_t n) {
     char *sums = (char *)scratch<COLUMNS>(AMX_ROWS * 32 * sizeof(float));  // of 32 rows, four tiles C
     for (int64_t k = 0; k < in; k += AMX_K)
@@ -85,4 +87,64 @@ static void amx_multiply(const Pair *w, const Pair *x, int64_t in, float *y, int
             if (n - o >= 16) memcpy(y + r * stride + o, from, 64);
             else memcpy(y + r * stride + o, from, (n - o) * sizeof(float));
         }
+}
+
+// Whether AMX computes a matmul. For few rows the other kernels are faster, because they do not convert the weights.
+static bool uses_amx(const Matrix &m, int64_t rows) {
+    return has_amx && m.kind >= BFLOAT16 && m.in % 32 == 0 && rows >= (m.kind == BFLOAT16 ? 12 : 32);
+}
+
+// The weights of outputs n .. n + 31 as amx_multiply reads them.
+static const Pair *amx_weights(const Matrix &m, int64_t n) {
+    float *to = (float *)scratch<WEIGHT_TILE>(m.in / 2 * 32 * sizeof(Pair));
+    if (m.kind == BFLOAT16) {
+        pack_weight_tile((const Pair *)m.weight + n * m.in / 2, m.in / 2, m.in / 2, m.out - n, to);
+        return (const Pair *)to;
+    }
+    const int64_t bits = m.kind == INT8 ? 8 : 4, half = chunk_columns(m) / 2;
+    const uint8_t *w = (const uint8_t *)m.weight + n * m.in * bits / 8;
+    const Half *scales = m.scale + n * (m.in / m.group), *mins = m.min ? m.min + (scales - m.scale) : nullptr;
+    for (int64_t begin = 0; begin < m.in; begin += m.group, scales += TILE_N, mins += mins ? TILE_N : 0) {
+        F scale[TILE_V], min[TILE_V];
+        for (int v = 0; v < TILE_V; v++) {
+            scale[v] = load(scales + v * L);
+            min[v] = mins ? load(mins + v * L) : scale[v] * (float)-m.zero;
+        }
+        const auto dequantize = [&](int64_t k, int v, const auto &q) {  // columns k .. k + 3
+            F x[4];
+            for (int j = 0; j < 4; j++) x[j] = __builtin_convertvector(q(j), F) * scale[v] + min[v];
+            for (int j = 0; j < 4; j += 2) store(to + (k + j) / 2 * TILE_N + v * L, to_pairs(x[j], x[j + 1]));
+        };
+        for (int64_t k = begin, end = begin + m.group; k < end; bits == 4 && (k + 4) % half == 0 ? k += 4 + half : k += 4)
+            for (int v = 0; v < TILE_V; v++, w += BYTES) {
+                const U q = load_as<U>(w);
+                prefetch(w + 4096);
+                if (bits == 8) {
+                    dequantize(k, v, [&](int j) { return (I)(q << (24 - 8 * j)) >> 24; });
+                } else {
+                    dequantize(k, v, [&](int j) { return (I)(q >> 8 * j & 15); });
+                    dequantize(k + half, v, [&](int j) { return (I)(q >> (8 * j + 4) & 15); });
+                }
+            }
+    }
+    return (const Pair *)to;
+}
+
+static void amx_matmul(const Matrix *m, int count, const float *x, float *y, int64_t rows, int64_t out) {
+    const int64_t in = m->in / 2;  // in Pairs
+    Pair *pairs = (Pair *)scratch<BF16_X>((rows + 31) / 32 * 32 * in * sizeof(Pair));
+    parallel_for_rows(rows, m->in, [&](int64_t r) {
+        Pair *row = pairs + r / 32 * 32 * in + r % 32 * 16;
+        for (int64_t k = 0; k < in; k += 16)
+            for (int64_t i = 0; i < 32; i += L) store((BFloat16 *)(row + k * 32) + i, load(x + (r * in + k) * 2 + i));
+    });
+    for_each_tile(m, count, y, 32, [&](const Matrix &b, float *to, int64_t begin, int64_t end) {
+        begin_tiles();
+        for (int64_t n = begin * 32; n < std::min(b.out, end * 32); n += 32) {
+            const Pair *w = amx_weights(b, n);
+            for (int64_t r = 0; r < rows; r += AMX_ROWS)
+                amx_multiply(w, pairs + r * in, in, to + r * out + n, std::min(AMX_ROWS, rows - r), out, b.out - n);
+        }
+        end_tiles();
+    });
 }

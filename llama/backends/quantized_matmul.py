@@ -1,4 +1,4 @@
-"""Matmuls by quantized matrices, one class for each way.
+"""Matmuls of quantized matrices, one class for each kernel.
 
 `kernel` returns the fastest for a device. All are equal to a matmul by `dequantize` up to rounding. Compiled code for
 CPUs also rounds the activations, to 8 bits with one scale per token and group, which makes it several times faster.
@@ -58,7 +58,7 @@ class Dequantized(Kernel):
 
 class Packed(Kernel):
     """The matrix in tiles, for native.cpp. It quantizes each row of x to 8 bits, outliers to 16, with scales that do
-    not depend on other rows; with AMX, 32 and more rows are rounded to bfloat16 instead."""
+    not depend on other rows. With AMX, 32 or more rows are rounded to bfloat16 instead."""
 
     def __init__(self, weight: Quantized) -> None:
         from . import cpu

@@ -24,7 +24,7 @@ class JsonLines(logging.Formatter):
 
 def set_up(as_json: bool) -> None:
     """Log to stderr from level INFO on. Lines that cannot be written, as on a full disk, are dropped."""
-    # Not by sys.stderr: what cannot be written stays in its buffer, and would make Python end with exit code 120.
+    # Not sys.stderr: data that could not be written stays in its buffer, and Python would end with exit code 120.
     stream = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines() if as_json else logging.Formatter(TEXT))

@@ -1,0 +1,230 @@
+// Matmuls of quantized matrices with the CPU's dot products of 8-bit integers.
+//
+// Activations are quantized dynamically: x = scale n, with a scale for each token and chunk of columns. n has 8 bits, but 16
+// for outliers: n = low + 256 high, where high is 0 in most columns. So w x is a sum over chunks of scale_w scale_x (q n) +
+// min_w x, where q n is a dot product of integers.
+#pragma once
+
+#include "float_matmul.h"
+#include "matrix.h"
+
+constexpr int64_t BLOCK_M = 96;  // rows of x that are multiplied with a tile while they stay in the L2 cache
+constexpr float OUTLIER = 6;  // an outlier exceeds this multiple of the row's mean absolute value
+constexpr float MAX_LOW = 127, MAX_HIGH = 256 * MAX_LOW + MAX_LOW;
+
+// Four adjacent columns of a row of x, at least one of them an outlier.
+struct Outliers {
+    float scale;            // of the high bytes
+    int32_t high, init;     // four high bytes, and -zero * their sum
+    int32_t offset, shift;  // offset of these columns in a tile's weights, in bytes, and shift of the bits in each byte
+    int32_t group;          // of the weights
+};
+// A row of x. Integers accumulate over chunks of columns, whose weights have one scale.
+struct QuantizedRow {
+    void *low;      // Activation8 or, for int4 weights, int8_t; an Activation8 of 16 bits is n itself, and has no high byte
+    float *scale;   // of each chunk; NaN where x is not finite
+    int32_t *init;  // of each chunk: the accumulators' initial value, -zero * sum(low), which compensates the zero point
+    float *sum;     // of each chunk: the sum of scale n, by which min is multiplied; 0 without min
+    Outliers *outliers;  // n_outliers of them
+    int64_t n_outliers;
+};
+
+INLINE void store_quantized(int8_t *q, I n) { store_as(q, __builtin_convertvector(n, Vector<int8_t, BYTES / 4>::type)); }
+INLINE void store_quantized(int16_t *q, I n) {
+    auto pairs = __builtin_convertvector(n, Vector<int16_t, BYTES / 2>::type);
+    for (int i = 0; i < L; i += 4) {
+        const int16_t second = pairs[i + 1];
+        pairs[i + 1] = pairs[i + 2], pairs[i + 2] = second;
+    }
+    store_as(q, pairs);
+}
+
+static float mean_abs(const float *x, int64_t columns) {
+    F total[4] = {};
+    for (int64_t k = 0; k < columns; k += L) total[k / L % 4] += abs(load(x + k));
+    return reduce_add(total[0] + total[1] + (total[2] + total[3])) / columns;
+}
+
+template <typename T>
+static void quantize_row(const float *x, const Matrix &m, QuantizedRow &to) {
+    const int64_t chunk = chunk_columns(m), chunks = m.in / chunk;
+    const int32_t zero = m.kind == INT8 ? BIAS : m.zero;
+    const float largest = OUTLIER * mean_abs(x, m.in);
+    to.n_outliers = 0;
+    for (int64_t c = 0; c < chunks; c += L) {  // L chunks at a time, as a horizontal reduction of one vector is slow
+        const int64_t n = std::min<int64_t>(L, chunks - c);
+        F reduced[L] = {};
+        for (int i = 0; i < n; i++)
+            for (int64_t k = 0; k < chunk; k += L) reduced[i] = max_abs(reduced[i], abs(load(x + (c + i) * chunk + k)));
+        const F most = reduce_each(reduced, max_abs);
+        const F scale = max(max(min(most, splat(largest)) / MAX_LOW, most / MAX_HIGH), splat(1e-32f)) + most * 0.0f;
+        memcpy(to.scale + c, &scale, n * sizeof(float));
+        for (int i = 0; i < n; i++) {
+            const F inverse = splat(1 / scale[i]);
+            const bool outliers = sizeof(T) == 1 && most[i] > largest;
+            const int64_t begin = (c + i) * chunk;
+            int8_t high[128];
+            I sum = {};
+            for (int64_t k = 0; k < chunk; k += L) {
+                I q = round_to_int(load(x + begin + k) * inverse);
+                if (outliers) {
+                    const I low = q << 24 >> 24;
+                    store_quantized(high + k, (q - low) >> 8);
+                    q = low;
+                }
+                store_quantized((T *)to.low + begin + k, q);
+                sum += q;
+            }
+            reduced[i] = __builtin_convertvector(sum, F);
+            to.sum[c + i] = 0;
+            for (int64_t j = 0; j < chunk && outliers; j += 4)
+                if (const int32_t bytes = load_as<int32_t>(high + j)) {
+                    const int32_t sum_high = high[j] + high[j + 1] + high[j + 2] + high[j + 3];
+                    const bool second = m.kind == INT4 && j >= chunk / 2;  // half of the chunk, in the high nibbles
+                    const int64_t offset = (m.kind == INT8 ? begin + j : begin / 2 + j % (chunk / 2)) * TILE_N;
+                    const float step = 256 * scale[i];
+                    if (m.min) to.sum[c + i] += step * sum_high;
+                    to.outliers[to.n_outliers++] = {step, bytes, -zero * sum_high, (int32_t)offset, second * 4,
+                                                    int32_t(begin / m.group)};
+                }
+        }
+        const F sum = sum_each(reduced);
+        for (int i = 0; i < n; i++) {
+            to.init[c + i] = -zero * (int32_t)sum[i];
+            if (m.min) to.sum[c + i] += scale[i] * sum[i];
+        }
+    }
+}
+
+// Dot products of a chunk of columns: R rows of x with V vectors of outputs of a tile. Weights are prefetched if `cold`.
+template <int chunk, int R, int V>
+INLINE void chunk_dots_int8(const uint8_t *w, bool cold, const QuantizedRow *x, int64_t begin, I (&dots)[R][V]) {
+#pragma GCC unroll 8
+    for (int k = 0; k < chunk / 4; k++, w += TILE_N * 4) {
+        for (int i = 0; cold && i < V * BYTES; i += 64) prefetch(w + i + 4096);
+        for (int half = 0; half < HALVES; half++) {
+            B weights[V];
+            for (int v = 0; v < V; v++) weights[v] = int8_operand(load_as<B>(w + v * BYTES), half);
+            for (int r = 0; r < R; r++) {
+                const I row = splat(load_as<int32_t>((const int32_t *)x[r].low + (begin / 4 + k) * HALVES + half));
+                for (int v = 0; v < V; v++) dots[r][v] = dot_int8(dots[r][v], weights[v], row);
+            }
+        }
+    }
+}
+template <int chunk, int R, int V>
+INLINE void chunk_dots_int4(const uint8_t *w, bool cold, const QuantizedRow *x, int64_t begin, I (&dots)[R][V]) {
+    I part[R][V];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) part[r][v] = HALVES == 2 ? I{} : dots[r][v];
+#pragma GCC unroll 4
+    for (int t = 0; t < chunk / 8; t++, w += TILE_N * 4) {
+        for (int i = 0; cold && i < V * BYTES; i += 64) prefetch(w + i + 4096);
+        for (int half = 0; half < 2; half++) {
+            B weights[V];
+            for (int v = 0; v < V; v++) {
+                const B nibbles = load_as<B>(w + v * BYTES);
+                weights[v] = (half ? (B)((I16)nibbles >> 4) : nibbles) & 15;
+            }
+            for (int r = 0; r < R; r++) {
+                const I row = splat(load_as<int32_t>((const int8_t *)x[r].low + begin + half * chunk / 2 + 4 * t));
+                for (int v = 0; v < V; v++) part[r][v] = dot_int4(part[r][v], weights[v], row);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) dots[r][v] = HALVES == 2 ? widen_add(dots[r][v], part[r][v]) : part[r][v];
+}
+
+// Micro-kernel: computes R rows of a tile's outputs, and stores the first n of each row. `cold`: the weights are not cached
+// yet and are prefetched.
+template <int R, int bits, int chunk>
+__attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, const QuantizedRow *x, float *y,
+                                                 int64_t stride, int64_t n, bool cold) {
+    constexpr int V = TILE_V;
+    const uint8_t *w = (const uint8_t *)m.weight + tile * TILE_N * m.in * bits / 8;
+    const Half *mins = m.min ? m.min : m.scale;     // times 0
+    int64_t at = tile * (m.in / m.group) * TILE_N;  // of the group's scales
+    F total[R][V] = {};
+    for (int64_t k = 0, c = 0, end = m.group; k < m.in; c++, w += TILE_N * chunk * bits / 8) {
+        I dots[R][V];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) dots[r][v] = splat(x[r].init[c]);
+        if constexpr (bits == 8) chunk_dots_int8<chunk>(w, cold, x, k, dots);
+        else chunk_dots_int4<chunk>(w, cold, x, k, dots);
+        F scale[V];
+        for (int v = 0; v < V; v++) scale[v] = load(m.scale + at + v * L);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++)
+                total[r][v] += __builtin_convertvector(dots[r][v], F) * (splat(x[r].scale[c]) * scale[v]);
+        if (bits == 4 || m.min)  // in int4, a branch would cost more
+            for (int v = 0; v < V; v++) {
+                const F min = load(mins + at + v * L);
+                for (int r = 0; r < R; r++) total[r][v] += min * x[r].sum[c];
+            }
+        if ((k += chunk) == end) at += TILE_N, end += m.group;
+    }
+    for (int r = 0; r < R; r++)
+        if (n >= V * L)
+            for (int v = 0; v < V; v++) store(y + r * stride + v * L, total[r][v]);
+        else if (n > 0)
+            memcpy(y + r * stride, total[r], n * sizeof(float));
+}
+
+// Adds the products of the weights and the high bytes of x to n outputs y of a tile.
+template <int bits>
+__attribute__((noinline)) static void add_outliers(const Matrix &m, int64_t tile, const QuantizedRow &x, float *y,
+                                                   int64_t n) {
+    const uint8_t *weight = (const uint8_t *)m.weight + tile * m.in * TILE_N * bits / 8;
+    const Half *scales = m.scale + tile * (m.in / m.group) * TILE_N;
+    F total[TILE_V] = {};
+    for (const Outliers *of = x.outliers; of < x.outliers + x.n_outliers; of++)
+        for (int v = 0; v < TILE_V; v++) {
+            const B w = load_as<B>(weight + of->offset + v * BYTES);
+            I dots = splat(of->init);
+            if constexpr (bits == 8) dots = dot_int8(dots, int8_operand(w, 0), splat(of->high));
+            else dots = widen_add(dots, dot_int4(I{}, (B)((I16)w >> of->shift) & 15, splat(of->high)));
+            const F scale = load(scales + of->group * TILE_N + v * L);
+            total[v] += __builtin_convertvector(dots, F) * (splat(of->scale) * scale);
+        }
+    const float *sum = (const float *)total;
+    for (int64_t j = 0; j < std::min<int64_t>(n, TILE_N); j++) y[j] += sum[j];
+}
+
+// Quantizes the rows of x for matrices of the kind and groups of m; valid until the next call.
+static const QuantizedRow *quantize_rows(const Matrix &m, const float *x, int64_t rows) {
+    const int64_t chunks = m.in / chunk_columns(m), size = m.in * (m.kind == INT8 ? sizeof(Activation8) : 1);
+    const int64_t bytes = size + 3 * chunks * sizeof(float), outliers = m.in / 4;  // of a row
+    char *memory = (char *)scratch<QUANTIZED_X>(rows * (sizeof(QuantizedRow) + bytes + outliers * sizeof(Outliers)));
+    QuantizedRow *row = (QuantizedRow *)memory;
+    char *at = (char *)(row + rows);
+    Outliers *lists = (Outliers *)(at + rows * bytes);  // behind what is read for every tile
+    parallel_for_rows(rows, m.in, [&](int64_t r) {
+        float *scale = (float *)(at + r * bytes + size);
+        row[r] = {at + r * bytes, scale, (int32_t *)scale + chunks, scale + 2 * chunks, lists + r * outliers, 0};
+        if (m.kind == INT8) quantize_row<Activation8>(x + r * m.in, m, row[r]);
+        else quantize_row<int8_t>(x + r * m.in, m, row[r]);
+    });
+    return row;
+}
+
+// Outputs of tiles begin .. end - 1 of a quantized matrix.
+template <int bits, int chunk>
+static void int_matmul(const Matrix &m, const QuantizedRow *row, float *y, int64_t rows, int64_t stride, int64_t begin,
+                       int64_t end) {
+    constexpr auto most = bits == 8 ? INT8_ROWS : INT4_ROWS;
+    for (int64_t r0 = 0; r0 < rows; r0 += BLOCK_M)
+        for (int64_t tile = begin, last = std::min(rows, r0 + BLOCK_M); tile < end; tile++) {
+            const int64_t left = m.out - tile * TILE_N;
+            float *to = y + tile * TILE_N;
+            const auto kernel = [&](auto R, int64_t r) {
+                int_kernel<R, bits, chunk>(m, tile, row + r, to + r * stride, stride, left, r == 0);
+            };
+            rows > DOT_MAX_ROWS ? for_blocks<most[1]>(r0, last, kernel) : for_blocks<most[0]>(r0, last, kernel);
+            for (int64_t r = r0; r < last; r++)
+                if (row[r].n_outliers) add_outliers<bits>(m, tile, row[r], to + r * stride, left);
+        }
+}
+constexpr decltype(&int_matmul<8, 16>) INT8_MATMULS[] = {int_matmul<8, 16>, int_matmul<8, 32>, int_matmul<8, 64>,
+                                                         int_matmul<8, 128>},
+                                       INT4_MATMULS[] = {int_matmul<4, 16>, int_matmul<4, 32>};
