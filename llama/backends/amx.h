@@ -1,7 +1,8 @@
-// Matmuls in bfloat16 with AMX, the matrix unit of some x86 CPUs, of bfloat16 weights and of dequantized ones.
+// AMX, the matrix unit of some x86 CPUs, and matmuls in bfloat16 with it, of bfloat16 weights and of dequantized ones.
 //
 // An instruction adds to a tile C (16, 16) of float32 the product of a tile A (16, 32) of bfloat16 and a tile B (32, 16), which
-// is stored as (16, 16) Pairs of rows: as much as 256 instructions of AVX512-BF16.
+// is stored as (16, 16) Pairs of rows; or, in integers, of A (16, 64) and B (64, 16), stored as 16 rows of four bytes of
+// each column. It does as much as 256 instructions of AVX-512.
 #pragma once
 
 #include "float_matmul.h"
@@ -27,21 +28,23 @@ template <int tile>
 INLINE void tile_store(void *to) {
     asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"((int64_t)64) : "memory");
 }
-template <int c, int a, int b>
+template <typename T, int c, int a, int b>
 INLINE void tile_multiply() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+    if constexpr (std::is_same_v<T, int8_t>) asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+    else asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
 }
 INLINE F to_pairs(F first, F second) {
     I16 order;
     for (int i = 0; i < 32; i++) order[i] = i / 2 + i % 2 * 16;
     return (F)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 }
-static void begin_tiles() {
+// Configures the tiles: 0 to 3 as C (rows, 16), 4 and 5 as A (rows, 64 bytes), 6 and 7 as B (16, 64 bytes).
+static void begin_tiles(uint8_t rows = 16) {
     const struct {
         uint8_t palette = 1, start = 0, reserved[14] = {};
         uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
+        uint8_t rows[16];
+    } config{.rows = {rows, rows, rows, rows, rows, rows, 16, 16}};
     asm volatile("ldtilecfg %0" ::"m"(config));
 }
 static void end_tiles() { asm volatile("tilerelease"); }
@@ -53,10 +56,10 @@ template <int>
 INLINE void tile_load(const void *, int64_t) {}
 template <int>
 INLINE void tile_store(void *) {}
-template <int, int, int>
+template <typename, int, int, int>
 INLINE void tile_multiply() {}
 INLINE F to_pairs(F first, F) { return first; }
-static void begin_tiles() {}
+static void begin_tiles(uint8_t = 16) {}
 static void end_tiles() {}
 #endif
 
@@ -75,9 +78,10 @@ static void amx_multiply(const Pair *w, const Pair *x, int64_t in, float *y, int
             else tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
             for (int64_t i = k; i < std::min(k + AMX_K, in); i += 16) {
                 const Pair *a = x + r * in + i * 32, *b = w + i * 32;
-                tile_load<6>(b, 128), tile_load<4>(a, 64), tile_multiply<0, 4, 6>();
-                tile_load<7>(b + 16, 128), tile_multiply<1, 4, 7>();
-                if (rows - r > 16) tile_load<5>(a + 256, 64), tile_multiply<2, 5, 6>(), tile_multiply<3, 5, 7>();
+                tile_load<6>(b, 128), tile_load<4>(a, 64), tile_multiply<BFloat16, 0, 4, 6>();
+                tile_load<7>(b + 16, 128), tile_multiply<BFloat16, 1, 4, 7>();
+                if (rows - r <= 16) continue;
+                tile_load<5>(a + 256, 64), tile_multiply<BFloat16, 2, 5, 6>(), tile_multiply<BFloat16, 3, 5, 7>();
             }
             tile_store<0>(c), tile_store<1>(c + 1024), tile_store<2>(c + 2048), tile_store<3>(c + 3072);
         }
@@ -89,9 +93,11 @@ static void amx_multiply(const Pair *w, const Pair *x, int64_t in, float *y, int
         }
 }
 
-// Whether AMX computes a matmul. For few rows the other kernels are faster, because they do not convert the weights.
+// Whether AMX computes a matmul in bfloat16. For few rows other kernels are faster, because they do not convert the weights,
+// and for int8 weights in groups of 128, amx_int8_kernel is.
 static bool uses_amx(const Matrix &m, int64_t rows) {
-    return has_amx && m.kind >= BFLOAT16 && m.in % 32 == 0 && rows >= (m.kind == BFLOAT16 ? 12 : 32);
+    const bool integers = m.kind == INT8 && chunk_columns(m) == 128;
+    return has_amx && m.kind >= BFLOAT16 && !integers && m.in % 32 == 0 && rows >= (m.kind == BFLOAT16 ? 12 : 32);
 }
 
 // The weights of outputs n .. n + 31 as amx_multiply reads them.

@@ -1,6 +1,8 @@
 // RoPE, the KV cache and attention, for the sequences of a packed batch.
 #pragma once
 
+#include <vector>
+
 #include "matmul.h"
 
 struct Sequence {  // consecutive tokens of one sequence
@@ -10,10 +12,7 @@ struct Sequence {  // consecutive tokens of one sequence
 
 // Applies RoPE to adjacent pairs of x (D,), with cos and sin interleaved in cos_sin (D,), and multiplies by `scale`.
 static void rope(float *x, const float *cos_sin, int64_t D, float scale) {
-    for (int64_t d = 0; d < D; d += 2) {
-        const float a = x[d], b = x[d + 1], cos = cos_sin[d] * scale, sin = cos_sin[d + 1] * scale;
-        x[d] = a * cos - b * sin, x[d + 1] = a * sin + b * cos;
-    }
+    for (int64_t d = 0; d < D; d += L) store(x + d, complex_multiply(load(x + d), load(cos_sin + d) * scale));
 }
 template <typename T>
 static void convert(const float *x, T *to, int64_t n) {
@@ -185,22 +184,21 @@ template <typename T>
 static void attention(const Heads &h, float *qkv, const float *cos_sin, T *cache, const Sequence *sequences, int64_t count,
                       float *y) {
     const int64_t H = h.H, K = h.K, D = h.D;
+    std::vector<std::pair<int64_t, int64_t>> tokens;  // slot and position of each
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t t = 0; t < sequences[i].length; t++) tokens.push_back({sequences[i].slot, sequences[i].start + t});
+    parallel_for_rows(tokens.size(), h.width(), [&](int64_t n) {
+        const auto [slot, position] = tokens[n];
+        float *row = qkv + n * h.width();
+        for (int64_t j = 0; j < H + K; j++)
+            rope(row + j * D, cos_sin + position * D, D, j < H ? 1 / std::sqrt((float)D) : 1);
+        for (int64_t j = 0; j < 2 * K; j++)
+            convert(row + (H + j) * D, cache + ((slot * 2 * K + j) * h.max_seq_len + position) * D, D);
+    });
     const auto compute = [&](auto *prefill_cache) {  // the cache with the element type that attend_prefill reads
-        for (int64_t i = 0, n = 0; i < count; n += sequences[i++].length) {
-            const Sequence sequence = sequences[i];
-            float *const begin = qkv + n * h.width();
-            T *const slot = cache + sequence.slot * 2 * K * h.max_seq_len * D;
-            parallel_for_rows(sequence.length, h.width(), [&](int64_t t) {
-                float *row = begin + t * h.width();
-                const int64_t position = sequence.start + t;
-                for (int64_t j = 0; j < H + K; j++)
-                    rope(row + j * D, cos_sin + position * D, D, j < H ? 1 / std::sqrt((float)D) : 1);
-                for (int64_t j = 0; j < 2 * K; j++)
-                    convert(row + (H + j) * D, slot + (j * h.max_seq_len + position) * D, D);
-            });
-            if (sequence.length >= MIN_PREFILL && sequence.outputs)
-                attend_prefill(h, begin, prefill_cache, sequence, y + n * H * D);
-        }
+        for (int64_t i = 0, n = 0; i < count; n += sequences[i++].length)
+            if (sequences[i].length >= MIN_PREFILL && sequences[i].outputs)
+                attend_prefill(h, qkv + n * h.width(), prefill_cache, sequences[i], y + n * H * D);
         attend_decode<T>(h, qkv, cache, sequences, count, y);
     };
     if constexpr (HAS_DOT2 && std::is_same_v<T, BFloat16>)

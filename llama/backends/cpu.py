@@ -2,8 +2,8 @@
 
 A pass is one call: between two matmuls the CPU's caches hold nothing but weights, so that each small PyTorch operation
 takes ten times as long as in a loop. Activations are float32, whatever the weights' dtype. Matmuls round them to
-bfloat16 where the weights are and the CPU has instructions for it, and to 8 bits where the weights are quantized. AMX,
-which computes prompts and large batches, rounds activations to bfloat16 in both cases.
+bfloat16 where the weights are and the CPU has instructions for it, and to 8 bits where the weights are quantized, or
+to bfloat16 where AMX multiplies such weights in bfloat16.
 """
 
 from __future__ import annotations

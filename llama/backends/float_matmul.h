@@ -133,7 +133,13 @@ static void pack_weight_tile(const T *w, int64_t stride, int64_t K, int64_t n, f
 
 constexpr int64_t DOT_MAX_ROWS = 64;  // more rows are a blocked GEMM
 constexpr int64_t DOT_N = 6;          // the most outputs of a micro-kernel of dot products
-constexpr int64_t BLOCK_K = 256, BLOCK_N = 4 * FLOAT_N;  // tiles (BLOCK_K, FLOAT_N) stay in the L2 cache, x in the L1 cache
+constexpr int64_t BLOCK_N = 2 * FLOAT_N;  // outputs whose packed weights stay in the L2 cache
+// Columns of a blocked GEMM: as many as possible, as each block reads and writes y.
+static int64_t block_columns(int64_t in) {
+    constexpr int64_t most = 2048;
+    const int64_t blocks = (in + most - 1) / most;
+    return (in / L + blocks - 1) / blocks * L;
+}
 template <typename T>
 constexpr bool ODD_BF16 = HAS_DOT2 && std::is_same_v<T, BFloat16>;  // columns are not whole vectors of Pairs, which is rare
 template <typename T>
@@ -146,10 +152,7 @@ constexpr bool IS_INTERLEAVED = R == 2 * VECTOR_ROWS || (sizeof(T) == 4 && R == 
 // power of two would map to a few sets of the L1 cache.
 template <int64_t block>
 INLINE void pack_row(const float *row, int64_t r, int64_t rows, int64_t in, float *to) {
-    for (int64_t k = 0; k < in; k += block) {
-        const int64_t K = block > L ? std::min(block, in - k) : block;
-        memcpy(to + k * rows + r * K, row + k, K * sizeof(float));
-    }
+    for (int64_t k = 0; k < in; k += block) memcpy(to + k * rows + r * block, row + k, block * sizeof(float));
 }
 
 // x packed for the two functions below; valid until the next call.
@@ -163,9 +166,13 @@ static const float *pack_x(const float *x, int64_t rows, int64_t in) {
         x = (const float *)pairs;
     }
     if (rows == 1) return x;
-    float *to = (float *)scratch<PACKED_X>((rows + GROUP_ROWS<T>) * in * sizeof(float));
+    const int64_t block = block_columns(in), size = (in / block + 1) * (block + L);
+    float *to = (float *)scratch<PACKED_X>((rows + GROUP_ROWS<T>) * size * sizeof(float));
     if (rows > DOT_MAX_ROWS)
-        parallel_for_rows(rows, in, [&](int64_t r) { pack_row<BLOCK_K>(x + r * in, r, rows, in, to); });
+        parallel_for_rows(rows, in, [&](int64_t r) {
+            for (int64_t k = 0; k < in; k += block)
+                memcpy(to + (k / block * rows + r) * (block + L), x + r * in + k, std::min(block, in - k) * sizeof(float));
+        });
     else
         for_overlapping_blocks<GROUP_ROWS<T>>(0, rows, [&](auto R, int64_t r) {
             for (int i = 0; i < R; i++)
@@ -209,20 +216,21 @@ static void dot_matmul(const T *w, int64_t in, const float *x, float *y, int64_t
 template <typename T>
 static void blocked_matmul(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
                           int64_t end) {
-    float *tiles = (float *)scratch<WEIGHT_TILE>(BLOCK_N * BLOCK_K * sizeof(float)), last[FLOAT_ROWS * FLOAT_N];
+    const int64_t block = block_columns(in);
+    float *tiles = (float *)scratch<WEIGHT_TILE>(BLOCK_N * block * sizeof(float)), last[FLOAT_ROWS * FLOAT_N];
     for (int64_t n = begin; n < end; n += BLOCK_N)
-        for (int64_t k = 0; k < in; k += BLOCK_K) {
-            const int64_t K = std::min(BLOCK_K, in - k), stop = std::min(end, n + BLOCK_N);
+        for (int64_t k = 0; k < in; k += block) {
+            const int64_t K = std::min(block, in - k), stop = std::min(end, n + BLOCK_N);
             for (int64_t m = n; m < stop; m += FLOAT_N)
-                pack_weight_tile(w + m * in + k, in, K, end - m, tiles + (m - n) * BLOCK_K);
+                pack_weight_tile(w + m * in + k, in, K, end - m, tiles + (m - n) * block);
             for_blocks<FLOAT_ROWS>(0, rows, [&](auto R, int64_t r) {
-                const float *from = x + k * rows + r * K, *tile = tiles;
+                const float *from = x + (k / block * rows + r) * (block + L), *tile = tiles;
                 float *to = y + r * stride + n;
                 int64_t m = n;
-                for (; m + FLOAT_N <= stop; m += FLOAT_N, tile += FLOAT_N * BLOCK_K, to += FLOAT_N)
-                    outer_product_kernel<R, FLOAT_V, T>(tile, FLOAT_N, from, K, to, stride, K, k > 0);
+                for (; m + FLOAT_N <= stop; m += FLOAT_N, tile += FLOAT_N * block, to += FLOAT_N)
+                    outer_product_kernel<R, FLOAT_V, T>(tile, FLOAT_N, from, block + L, to, stride, K, k > 0);
                 if (m == stop) return;
-                outer_product_kernel<R, FLOAT_V, T>(tile, FLOAT_N, from, K, last, FLOAT_N, K, false);
+                outer_product_kernel<R, FLOAT_V, T>(tile, FLOAT_N, from, block + L, last, FLOAT_N, K, false);
                 for (int i = 0; i < R; i++)
                     for (int64_t o = 0; o < stop - m; o++)
                         to[i * stride + o] = last[i * FLOAT_N + o] + (k ? to[i * stride + o] : 0);

@@ -1,11 +1,11 @@
-// Matmuls of quantized matrices with the CPU's dot products of 8-bit integers.
+// Matmuls of quantized matrices with the CPU's dot products of 8-bit integers, or AMX's.
 //
 // Activations are quantized dynamically: x = scale n, with a scale for each token and chunk of columns. n has 8 bits, but 16
 // for outliers: n = low + 256 high, where high is 0 in most columns. So w x is a sum over chunks of scale_w scale_x (q n) +
 // min_w x, where q n is a dot product of integers.
 #pragma once
 
-#include "float_matmul.h"
+#include "amx.h"
 #include "matrix.h"
 
 constexpr int64_t BLOCK_M = 96;  // rows of x that are multiplied with a tile while they stay in the L2 cache
@@ -21,7 +21,7 @@ struct Outliers {
 };
 // A row of x. Integers accumulate over chunks of columns, whose weights have one scale.
 struct QuantizedRow {
-    void *low;      // Activation8 or, for int4 weights, int8_t; an Activation8 of 16 bits is n itself, and has no high byte
+    char *low;      // Activation8 or, for int4 weights, int8_t; an Activation8 of 16 bits is n itself, and has no high byte
     float *scale;   // of each chunk; NaN where x is not finite
     int32_t *init;  // of each chunk: the accumulators' initial value, -zero * sum(low), which compensates the zero point
     float *sum;     // of each chunk: the sum of scale n, by which min is multiplied; 0 without min
@@ -30,13 +30,13 @@ struct QuantizedRow {
 };
 
 INLINE void store_quantized(int8_t *q, I n) { store_as(q, __builtin_convertvector(n, Vector<int8_t, BYTES / 4>::type)); }
+// In each four elements, swaps the second and the third.
+template <typename V, int... i>
+INLINE V swap_middle(V x, std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(x, x, ((i + 1) % 4 / 2 ? i ^ 3 : i)...);
+}
 INLINE void store_quantized(int16_t *q, I n) {
-    auto pairs = __builtin_convertvector(n, Vector<int16_t, BYTES / 2>::type);
-    for (int i = 0; i < L; i += 4) {
-        const int16_t second = pairs[i + 1];
-        pairs[i + 1] = pairs[i + 2], pairs[i + 2] = second;
-    }
-    store_as(q, pairs);
+    store_as(q, swap_middle(__builtin_convertvector(n, Vector<int16_t, BYTES / 2>::type), LANES));
 }
 
 static float mean_abs(const float *x, int64_t columns) {
@@ -147,16 +147,19 @@ __attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, 
     int64_t at = tile * (m.in / m.group) * TILE_N;  // of the group's scales
     F total[R][V] = {};
     for (int64_t k = 0, c = 0, end = m.group; k < m.in; c++, w += TILE_N * chunk * bits / 8) {
-        I dots[R][V];
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) dots[r][v] = splat(x[r].init[c]);
-        if constexpr (bits == 8) chunk_dots_int8<chunk>(w, cold, x, k, dots);
-        else chunk_dots_int4<chunk>(w, cold, x, k, dots);
-        F scale[V];
-        for (int v = 0; v < V; v++) scale[v] = load(m.scale + at + v * L);
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++)
-                total[r][v] += __builtin_convertvector(dots[r][v], F) * (splat(x[r].scale[c]) * scale[v]);
+        constexpr int W = BYTES == 32 && R * V > 12 ? 1 : V;  // vectors whose accumulators are in registers
+        for (int first = 0; first < V; first += W) {
+            I dots[R][W];
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < W; v++) dots[r][v] = splat(x[r].init[c]);
+            if constexpr (bits == 8) chunk_dots_int8<chunk>(w + first * BYTES, cold, x, k, dots);
+            else chunk_dots_int4<chunk>(w, cold, x, k, dots);
+            F scale[W];
+            for (int v = 0; v < W; v++) scale[v] = load(m.scale + at + (first + v) * L);
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < W; v++)
+                    total[r][first + v] += __builtin_convertvector(dots[r][v], F) * (splat(x[r].scale[c]) * scale[v]);
+        }
         if (bits == 4 || m.min)  // in int4, a branch would cost more
             for (int v = 0; v < V; v++) {
                 const F min = load(mins + at + v * L);
@@ -169,6 +172,43 @@ __attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, 
             for (int v = 0; v < V; v++) store(y + r * stride + v * L, total[r][v]);
         else if (n > 0)
             memcpy(y + r * stride, total[r], n * sizeof(float));
+}
+
+// The same with AMX, for int8 weights, chunks of 128 columns and up to 16 rows of x.
+__attribute__((noinline)) static void amx_int8_kernel(const Matrix &m, int64_t tile, const QuantizedRow *x, int rows,
+                                                      float *y, int64_t stride, int64_t n) {
+    const int64_t x_stride = x[1].low - x[0].low;
+    const uint8_t *w = (const uint8_t *)m.weight + tile * TILE_N * m.in;
+    int64_t at = tile * (m.in / m.group) * TILE_N;  // of the group's scales
+    F total[16][2] = {};
+    I dots[2][2][16];  // two tiles C of a chunk of columns, while the next chunk is computed
+    for (int64_t k = 0, c = 0, end = m.group; k < m.in; c++) {
+        const auto multiply = [&](auto C0, auto C1) {
+            tile_zero<C0>(), tile_zero<C1>();
+            for (int i = 0; i < 128; i += 64, w += 64 * TILE_N) {
+                for (int j = 0; j < 64 * TILE_N; j += 64) prefetch(w + j + 4096);
+                tile_load<4>(x->low + k + i, x_stride);
+                tile_load<6>(w, 128), tile_multiply<int8_t, C0, 4, 6>();
+                tile_load<7>(w + 64, 128), tile_multiply<int8_t, C1, 4, 7>();
+            }
+            tile_store<C0>(dots[c % 2][0]), tile_store<C1>(dots[c % 2][1]);
+        };
+        c % 2 ? multiply(constant<2>, constant<3>) : multiply(constant<0>, constant<1>);
+        F scale[2], min[2] = {};
+        for (int v = 0; v < 2; v++) {
+            scale[v] = load(m.scale + at + v * L);
+            if (m.min) min[v] = load(m.min + at + v * L);
+        }
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < 2; v++)
+                total[r][v] += __builtin_convertvector(dots[c % 2][v][r], F) * (splat(x[r].scale[c]) * scale[v]);
+        for (int r = 0; r < rows && m.min; r++)
+            for (int v = 0; v < 2; v++) total[r][v] += min[v] * x[r].sum[c];
+        if ((k += 128) == end) at += TILE_N, end += m.group;
+    }
+    for (int r = 0; r < rows; r++)
+        if (n >= TILE_N) memcpy(y + r * stride, total[r], TILE_N * sizeof(float));
+        else memcpy(y + r * stride, total[r], n * sizeof(float));
 }
 
 // Adds the products of the weights and the high bytes of x to n outputs y of a tile.
@@ -194,11 +234,10 @@ __attribute__((noinline)) static void add_outliers(const Matrix &m, int64_t tile
 // Quantizes the rows of x for matrices of the kind and groups of m; valid until the next call.
 static const QuantizedRow *quantize_rows(const Matrix &m, const float *x, int64_t rows) {
     const int64_t chunks = m.in / chunk_columns(m), size = m.in * (m.kind == INT8 ? sizeof(Activation8) : 1);
-    const int64_t bytes = size + 3 * chunks * sizeof(float), outliers = m.in / 4;  // of a row
-    char *memory = (char *)scratch<QUANTIZED_X>(rows * (sizeof(QuantizedRow) + bytes + outliers * sizeof(Outliers)));
-    QuantizedRow *row = (QuantizedRow *)memory;
-    char *at = (char *)(row + rows);
-    Outliers *lists = (Outliers *)(at + rows * bytes);  // behind what is read for every tile
+    const int64_t bytes = (size + 3 * chunks * sizeof(float) + 63) / 64 * 64, outliers = m.in / 4;  // of a row
+    char *at = (char *)scratch<QUANTIZED_X>(rows * (bytes + sizeof(QuantizedRow) + outliers * sizeof(Outliers)));
+    QuantizedRow *row = (QuantizedRow *)(at + rows * bytes);
+    Outliers *lists = (Outliers *)(row + rows);  // behind what is read for every tile
     parallel_for_rows(rows, m.in, [&](int64_t r) {
         float *scale = (float *)(at + r * bytes + size);
         row[r] = {at + r * bytes, scale, (int32_t *)scale + chunks, scale + 2 * chunks, lists + r * outliers, 0};
@@ -213,17 +252,26 @@ template <int bits, int chunk>
 static void int_matmul(const Matrix &m, const QuantizedRow *row, float *y, int64_t rows, int64_t stride, int64_t begin,
                        int64_t end) {
     constexpr auto most = bits == 8 ? INT8_ROWS : INT4_ROWS;
-    for (int64_t r0 = 0; r0 < rows; r0 += BLOCK_M)
-        for (int64_t tile = begin, last = std::min(rows, r0 + BLOCK_M); tile < end; tile++) {
+    const bool amx = has_amx && bits == 8 && chunk == 128 && rows > 8;
+    const int64_t R = std::min<int64_t>(16, rows), block = amx ? rows : BLOCK_M;
+    if (amx) begin_tiles(R);
+    for (int64_t r0 = 0; r0 < rows; r0 += block)
+        for (int64_t tile = begin, last = std::min(rows, r0 + block); tile < end; tile++) {
             const int64_t left = m.out - tile * TILE_N;
             float *to = y + tile * TILE_N;
             const auto kernel = [&](auto R, int64_t r) {
                 int_kernel<R, bits, chunk>(m, tile, row + r, to + r * stride, stride, left, r == 0);
             };
-            rows > DOT_MAX_ROWS ? for_blocks<most[1]>(r0, last, kernel) : for_blocks<most[0]>(r0, last, kernel);
+            if (amx)
+                for (int64_t r = 0; r < rows; r += R) {
+                    const int64_t from = std::min(r, rows - R);  // the last two blocks may overlap
+                    amx_int8_kernel(m, tile, row + from, R, to + from * stride, stride, left);
+                }
+            else rows > DOT_MAX_ROWS ? for_blocks<most[1]>(r0, last, kernel) : for_blocks<most[0]>(r0, last, kernel);
             for (int64_t r = r0; r < last; r++)
                 if (row[r].n_outliers) add_outliers<bits>(m, tile, row[r], to + r * stride, left);
         }
+    if (amx) end_tiles();
 }
 constexpr decltype(&int_matmul<8, 16>) INT8_MATMULS[] = {int_matmul<8, 16>, int_matmul<8, 32>, int_matmul<8, 64>,
                                                          int_matmul<8, 128>},

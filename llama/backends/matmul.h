@@ -1,7 +1,7 @@
 // Matmuls: y (rows, out) = x (rows, in) times the transpose of a matrix (out, in), whose format chooses the kernel.
 //
 // x and y are float32. Kernels round x to bfloat16 if the weights are bfloat16 and the CPU has a dot product of bfloat16,
-// and to 8 bits if the weights are quantized. AMX rounds x to bfloat16 in both cases.
+// and to 8 bits if the weights are quantized. Where AMX dequantizes weights, x is rounded to bfloat16.
 #pragma once
 
 #include "amx.h"

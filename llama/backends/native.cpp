@@ -1,7 +1,5 @@
 // The forward pass of a Llama on a CPU: whole layers, behind a C interface for ctypes.
 
-#include <vector>
-
 #include "attention.h"
 
 // --------------------------------------------------------------------------------------------------------------------

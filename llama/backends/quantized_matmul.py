@@ -58,7 +58,8 @@ class Dequantized(Kernel):
 
 class Packed(Kernel):
     """The matrix in tiles, for native.cpp. It quantizes each row of x to 8 bits, outliers to 16, with scales that do
-    not depend on other rows. With AMX, 32 or more rows are rounded to bfloat16 instead."""
+    not depend on other rows. With AMX it rounds 32 or more rows to bfloat16 instead, for int4 weights and for int8
+    weights in groups of less than 128 columns."""
 
     def __init__(self, weight: Quantized) -> None:
         from . import cpu

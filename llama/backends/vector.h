@@ -27,7 +27,7 @@ constexpr int BYTES = 64, FLOAT_ROWS = 12, FLOAT_V = 2, DOT_ROWS = 8, TILE_V = 2
 constexpr int INT8_ROWS[] = {8, 4}, INT4_ROWS[] = {6, 4};  // for up to DOT_MAX_ROWS rows, and for more
 #elif defined(__AVX2__)
 constexpr int BYTES = 32, FLOAT_ROWS = 6, FLOAT_V = 2, DOT_ROWS = 4, TILE_V = 2;
-constexpr int INT8_ROWS[] = {6, 6}, INT4_ROWS[] = {4, 4};
+constexpr int INT8_ROWS[] = {8, 6}, INT4_ROWS[] = {4, 4};
 #else
 constexpr int BYTES = 16, FLOAT_ROWS = 6, FLOAT_V = 4, DOT_ROWS = 4, TILE_V = 4;
 constexpr int INT8_ROWS[] = {6, 6}, INT4_ROWS[] = {4, 4};
@@ -140,7 +140,7 @@ INLINE void store(Half *to, F x) {
 
 INLINE F max(F a, F b) { return b > a ? b : a; }  // a where a is NaN
 INLINE F min(F a, F b) { return b < a ? b : a; }
-INLINE F max_abs(F a, F b) { return (I)b > (I)a ? b : a; }  // of absolute values; NaN is the largest
+INLINE F max_abs(F a, F b) { return (F)((I)b > (I)a ? (I)b : (I)a); }  // of absolute values; NaN is the largest
 INLINE F abs(F x) { return (F)((U)x & 0x7FFFFFFF); }
 // |x| < 2^22: adding 1.5 * 2^23 rounds x to an integer in the low bits of the mantissa.
 INLINE I round_to_int(F x) { return (I)(x + 12582912.0f) - 0x4B400000; }
@@ -152,6 +152,14 @@ INLINE F interleave(F a, F b, std::integer_sequence<int, i...>) {
 constexpr auto LANES = std::make_integer_sequence<int, L>();
 INLINE F interleave_low(F a, F b) { return interleave<0>(a, b, LANES); }       // a0 b0 a1 b1 .. of the lower halves
 INLINE F interleave_high(F a, F b) { return interleave<L / 2>(a, b, LANES); }  // of the upper halves
+
+template <int... i>
+INLINE F complex_multiply(F x, F y, std::integer_sequence<int, i...>) {
+    const F real = __builtin_shufflevector(y, y, (i & ~1)...), imaginary = __builtin_shufflevector(y, y, (i | 1)...);
+    const F sign = {(i % 2 ? 1.0f : -1.0f)...};
+    return x * real + __builtin_shufflevector(x, x, (i ^ 1)...) * (imaginary * sign);
+}
+INLINE F complex_multiply(F x, F y) { return complex_multiply(x, y, LANES); }  // of pairs (real, imaginary)
 
 // Transposes L x L floats in log2(L) rounds. Each round interleaves the first half of the vectors with the second.
 INLINE void transpose(F *x) {
