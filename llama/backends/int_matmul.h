@@ -174,26 +174,26 @@ __attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, 
             memcpy(y + r * stride, total[r], n * sizeof(float));
 }
 
-// The same with AMX, for int8 weights, chunks of 128 columns and up to 16 rows of x.
+// The same with AMX, for int8 weights, chunks of 128 columns and `rows` rows of x: 32, or up to 16.
+template <bool is_32>
 __attribute__((noinline)) static void amx_int8_kernel(const Matrix &m, int64_t tile, const QuantizedRow *x, int rows,
                                                       float *y, int64_t stride, int64_t n) {
     const int64_t x_stride = x[1].low - x[0].low;
     const uint8_t *w = (const uint8_t *)m.weight + tile * TILE_N * m.in;
     int64_t at = tile * (m.in / m.group) * TILE_N;  // of the group's scales
-    F total[16][2] = {};
-    I dots[2][2][16];  // two tiles C of a chunk of columns, while the next chunk is computed
+    F total[is_32 ? 32 : 16][2] = {};
+    I dots[2][2][16];  // the tiles C: of each 16 rows, two of 16 outputs
     for (int64_t k = 0, c = 0, end = m.group; k < m.in; c++) {
-        const auto multiply = [&](auto C0, auto C1) {
-            tile_zero<C0>(), tile_zero<C1>();
-            for (int i = 0; i < 128; i += 64, w += 64 * TILE_N) {
-                for (int j = 0; j < 64 * TILE_N; j += 64) prefetch(w + j + 4096);
-                tile_load<4>(x->low + k + i, x_stride);
-                tile_load<6>(w, 128), tile_multiply<int8_t, C0, 4, 6>();
-                tile_load<7>(w + 64, 128), tile_multiply<int8_t, C1, 4, 7>();
-            }
-            tile_store<C0>(dots[c % 2][0]), tile_store<C1>(dots[c % 2][1]);
-        };
-        c % 2 ? multiply(constant<2>, constant<3>) : multiply(constant<0>, constant<1>);
+        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+        for (const char *a = x->low + k; a < x->low + k + 128; a += 64, w += 64 * TILE_N) {
+            for (int i = 0; i < 64 * TILE_N; i += 64) prefetch(w + i + 4096);
+            tile_load<6>(w, 128), tile_load<4>(a, x_stride), tile_multiply<int8_t, 0, 4, 6>();
+            tile_load<7>(w + 64, 128), tile_multiply<int8_t, 1, 4, 7>();
+            if (!is_32) continue;
+            tile_load<5>(a + 16 * x_stride, x_stride), tile_multiply<int8_t, 2, 5, 6>(), tile_multiply<int8_t, 3, 5, 7>();
+        }
+        tile_store<0>(dots[0][0]), tile_store<1>(dots[0][1]);
+        if (is_32) tile_store<2>(dots[1][0]), tile_store<3>(dots[1][1]);
         F scale[2], min[2] = {};
         for (int v = 0; v < 2; v++) {
             scale[v] = load(m.scale + at + v * L);
@@ -201,7 +201,7 @@ __attribute__((noinline)) static void amx_int8_kernel(const Matrix &m, int64_t t
         }
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < 2; v++)
-                total[r][v] += __builtin_convertvector(dots[c % 2][v][r], F) * (splat(x[r].scale[c]) * scale[v]);
+                total[r][v] += __builtin_convertvector(dots[r / 16][v][r % 16], F) * (splat(x[r].scale[c]) * scale[v]);
         for (int r = 0; r < rows && m.min; r++)
             for (int v = 0; v < 2; v++) total[r][v] += min[v] * x[r].sum[c];
         if ((k += 128) == end) at += TILE_N, end += m.group;
@@ -253,8 +253,8 @@ static void int_matmul(const Matrix &m, const QuantizedRow *row, float *y, int64
                        int64_t end) {
     constexpr auto most = bits == 8 ? INT8_ROWS : INT4_ROWS;
     const bool amx = has_amx && bits == 8 && chunk == 128 && rows > 8;
-    const int64_t R = std::min<int64_t>(16, rows), block = amx ? rows : BLOCK_M;
-    if (amx) begin_tiles(R);
+    const int64_t block = amx ? rows : BLOCK_M;
+    if (amx) begin_tiles(std::min<int64_t>(rows, 16));
     for (int64_t r0 = 0; r0 < rows; r0 += block)
         for (int64_t tile = begin, last = std::min(rows, r0 + block); tile < end; tile++) {
             const int64_t left = m.out - tile * TILE_N;
@@ -263,9 +263,11 @@ static void int_matmul(const Matrix &m, const QuantizedRow *row, float *y, int64
                 int_kernel<R, bits, chunk>(m, tile, row + r, to + r * stride, stride, left, r == 0);
             };
             if (amx)
-                for (int64_t r = 0; r < rows; r += R) {
-                    const int64_t from = std::min(r, rows - R);  // the last two blocks may overlap
-                    amx_int8_kernel(m, tile, row + from, R, to + from * stride, stride, left);
+                for (int64_t r = 0, n; r < rows; r += n) {
+                    n = rows >= 32 && rows - r > 16 ? 32 : std::min<int64_t>(rows, 16);
+                    const int64_t from = std::min(r, rows - n);  // the last block may repeat rows of the one before
+                    const auto multiply = n == 32 ? amx_int8_kernel<true> : amx_int8_kernel<false>;
+                    multiply(m, tile, row + from, n, to + from * stride, stride, left);
                 }
             else rows > DOT_MAX_ROWS ? for_blocks<most[1]>(r0, last, kernel) : for_blocks<most[0]>(r0, last, kernel);
             for (int64_t r = r0; r < last; r++)
