@@ -183,7 +183,7 @@ class Engine:
             if length:
                 rows.append(Row(request, start, length, draft, samples))
         rows.sort(key=lambda row: row.request.slot)  # neighbours may attend in one operation
-        tokens = [id for row in rows for id in [*row.request.ids, *row.draft][row.start : row.end]]
+        tokens = [id for row in rows for id in [*row.request.ids[row.start : row.end], *row.draft]]
         return rows, torch.tensor(tokens, device=self.device)
 
     def _following(self, current: Pass) -> tuple[list[Row], Tensor]:

@@ -148,8 +148,7 @@ constexpr int GROUP_ROWS =  // the most rows of a micro-kernel, where there are 
 template <typename T, int R>
 constexpr bool IS_INTERLEAVED = R == 2 * VECTOR_ROWS || (sizeof(T) == 4 && R == VECTOR_ROWS);  // by interleaved_kernel
 
-// Packs row r of x by blocks of columns, (in / block, rows, block). x is then one sequential stream; rows whose stride is a
-// power of two would map to a few sets of the L1 cache.
+// Packs row r of x by blocks of columns, (in / block, rows, block). x is then one sequential stream.
 template <int64_t block>
 INLINE void pack_row(const float *row, int64_t r, int64_t rows, int64_t in, float *to) {
     for (int64_t k = 0; k < in; k += block) memcpy(to + k * rows + r * block, row + k, block * sizeof(float));
@@ -168,7 +167,7 @@ static const float *pack_x(const float *x, int64_t rows, int64_t in) {
     if (rows == 1) return x;
     const int64_t block = block_columns(in), size = (in / block + 1) * (block + L);
     float *to = (float *)scratch<PACKED_X>((rows + GROUP_ROWS<T>) * size * sizeof(float));
-    if (rows > DOT_MAX_ROWS)
+    if (rows > DOT_MAX_ROWS)  // padded, as rows whose stride is a power of two would map to a few sets of the L1 cache
         parallel_for_rows(rows, in, [&](int64_t r) {
             for (int64_t k = 0; k < in; k += block)
                 memcpy(to + (k / block * rows + r) * (block + L), x + r * in + k, std::min(block, in - k) * sizeof(float));
@@ -212,7 +211,8 @@ static void dot_matmul(const T *w, int64_t in, const float *x, float *y, int64_t
         for (int64_t n = begin; n < end; n++) y[r * stride + n] = columns[(n - begin) * padded + r];
 }
 
-// Outputs begin .. end - 1 of more rows. Weights are packed by transposing, so that no sum needs to be taken across lanes.
+// Outputs begin .. end - 1 of more rows. x is (blocks, rows, block + L), with L columns of padding. Weights are packed by
+// transposing, so that no sum needs to be taken across lanes.
 template <typename T>
 static void blocked_matmul(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
                           int64_t end) {

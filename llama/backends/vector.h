@@ -153,13 +153,14 @@ constexpr auto LANES = std::make_integer_sequence<int, L>();
 INLINE F interleave_low(F a, F b) { return interleave<0>(a, b, LANES); }       // a0 b0 a1 b1 .. of the lower halves
 INLINE F interleave_high(F a, F b) { return interleave<L / 2>(a, b, LANES); }  // of the upper halves
 
+// Products of complex numbers, whose real and imaginary parts are adjacent.
 template <int... i>
 INLINE F complex_multiply(F x, F y, std::integer_sequence<int, i...>) {
     const F real = __builtin_shufflevector(y, y, (i & ~1)...), imaginary = __builtin_shufflevector(y, y, (i | 1)...);
     const F sign = {(i % 2 ? 1.0f : -1.0f)...};
     return x * real + __builtin_shufflevector(x, x, (i ^ 1)...) * (imaginary * sign);
 }
-INLINE F complex_multiply(F x, F y) { return complex_multiply(x, y, LANES); }  // of pairs (real, imaginary)
+INLINE F complex_multiply(F x, F y) { return complex_multiply(x, y, LANES); }
 
 // Transposes L x L floats in log2(L) rounds. Each round interleaves the first half of the vectors with the second.
 INLINE void transpose(F *x) {
