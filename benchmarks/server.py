@@ -1,11 +1,11 @@
 """The server under load, compared with llama.cpp's, and its overhead over the engine.
 
-    python benchmarks/server.py load [--llama_server PATH] [--quantize int8] [--dtype float32] [--slots 16]
+    python benchmarks/server.py load [--llama_server PATH] [--quantize int8] [--dtype float32] [--slots 32]
     python benchmarks/server.py overhead
 
 `load`: 32 concurrent clients stream answers of 32 to 128 tokens to prompts of 64 to 512 tokens; then one client sends
 the same requests one after another. 110M shape (dim 768, 12 layers, FFN 2048, vocabulary 32000), random weights in one
-GGUF file of F16 or Q8_0 that both servers read; two threads each, 16 slots. `overhead`: CPU time per token of 8 streams
+GGUF file of F16 or Q8_0 that both servers read; two threads and 32 slots each. `overhead`: CPU time per token of 8 streams
 of the bundled model, with the server and with the engine alone. Needs the extra `server`; llama.cpp's server must be
 built from source.
 """
@@ -125,7 +125,7 @@ def load(
     llama_server: str | None = None,
     quantize: str | None = None,
     dtype: str | None = None,
-    slots: int = 16,
+    slots: int = CLIENTS,
     repeats: int = 3,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
