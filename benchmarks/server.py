@@ -5,9 +5,9 @@
 
 `load`: 32 concurrent clients stream answers of 32 to 128 tokens to prompts of 64 to 512 tokens; then one client sends
 the same requests one after another. 110M shape (dim 768, 12 layers, FFN 2048, vocabulary 32000), random weights in one
-GGUF file of F16 or Q8_0 that both servers read; two threads and 32 slots each. `overhead`: CPU time per token of 8 streams
-of the bundled model, with the server and with the engine alone. Needs the extra `server`; llama.cpp's server must be
-built from source.
+GGUF file of F16 or Q8_0 that both servers read; two threads and 32 slots each. `overhead`: CPU time per token of 8
+streams of the bundled model, with the server and with the engine alone. Needs the extra `server`; llama.cpp's server
+must be built from source.
 """
 
 from __future__ import annotations
