@@ -25,8 +25,8 @@ INLINE void tile_load(const void *from, int64_t stride) {
     asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(from), "r"(stride) : "memory");
 }
 template <int tile>
-INLINE void tile_store(void *to) {
-    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"((int64_t)64) : "memory");
+INLINE void tile_store(void *to, int64_t stride = 64) {
+    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"(stride) : "memory");
 }
 template <typename T, int c, int a, int b>
 INLINE void tile_multiply() {
@@ -55,7 +55,7 @@ INLINE void tile_zero() {}
 template <int>
 INLINE void tile_load(const void *, int64_t) {}
 template <int>
-INLINE void tile_store(void *) {}
+INLINE void tile_store(void *, int64_t = 64) {}
 template <typename, int, int, int>
 INLINE void tile_multiply() {}
 INLINE F to_pairs(F first, F) { return first; }
@@ -71,25 +71,31 @@ constexpr int64_t AMX_K = 128;     // Pairs of columns, of 32 outputs, that stay
 // that pad the last block may have any values.
 static void amx_multiply(const Pair *w, const Pair *x, int64_t in, float *y, int64_t rows, int64_t stride, int64_t n) {
     char *sums = (char *)scratch<COLUMNS>(AMX_ROWS * 32 * sizeof(float));  // of 32 rows, four tiles C
-    for (int64_t k = 0; k < in; k += AMX_K)
+    const int64_t direct = n < 32 ? 0 : rows / 32 * 32;                    // rows whose last sums are stored in y
+    for (int64_t k = 0, end; k < in; k = end) {
+        end = std::min(k + AMX_K, in);
         for (int64_t r = 0; r < rows; r += 32) {
             char *c = sums + r * 128;
             if (k) tile_load<0>(c, 64), tile_load<1>(c + 1024, 64), tile_load<2>(c + 2048, 64), tile_load<3>(c + 3072, 64);
             else tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-            for (int64_t i = k; i < std::min(k + AMX_K, in); i += 16) {
+            for (int64_t i = k; i < end; i += 16) {
                 const Pair *a = x + r * in + i * 32, *b = w + i * 32;
                 tile_load<6>(b, 128), tile_load<4>(a, 64), tile_multiply<BFloat16, 0, 4, 6>();
                 tile_load<7>(b + 16, 128), tile_multiply<BFloat16, 1, 4, 7>();
                 if (rows - r <= 16) continue;
                 tile_load<5>(a + 256, 64), tile_multiply<BFloat16, 2, 5, 6>(), tile_multiply<BFloat16, 3, 5, 7>();
             }
-            tile_store<0>(c), tile_store<1>(c + 1024), tile_store<2>(c + 2048), tile_store<3>(c + 3072);
+            const bool last = end == in && r < direct;
+            float *to = last ? y + r * stride : (float *)c, *below = last ? to + 16 * stride : to + 512;
+            const int64_t bytes = last ? stride * sizeof(float) : 64, right = last ? 16 : 256;
+            tile_store<0>(to, bytes), tile_store<1>(to + right, bytes);
+            tile_store<2>(below, bytes), tile_store<3>(below + right, bytes);
         }
-    for (int64_t r = 0; r < rows; r++)
+    }
+    for (int64_t r = direct; r < rows; r++)
         for (int64_t o = 0; o < 32 && o < n; o += 16) {
             const char *from = sums + (r / 16 * 2 + o / 16) * 1024 + r % 16 * 64;
-            if (n - o >= 16) memcpy(y + r * stride + o, from, 64);
-            else memcpy(y + r * stride + o, from, (n - o) * sizeof(float));
+            memcpy(y + r * stride + o, from, std::min<int64_t>(n - o, 16) * sizeof(float));
         }
 }
 

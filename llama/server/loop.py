@@ -31,7 +31,7 @@ log = logging.getLogger("llama.server")
 Item = tuple[int, "Work | None"] | None  # a ticket's number with its Work, or with None to cancel it; None: the end
 Inbox = queue.SimpleQueue[Item]
 IDLE = 5.0  # seconds between messages to idle ranks; they show that all ranks are alive (gloo's timeout is 30 minutes)
-KEEPALIVE = 15.0  # seconds without an event after which a stream gets a comment, so that proxies do not close it
+KEEPALIVE = 15.0  # seconds between comments in a stream, so that proxies do not close it
 # Finish reasons of events -> of the API and of metrics; the last two occur in metrics only.
 REASONS = {None: None, "eos": "stop", "stop": "stop", "length": "length", "refused": "content_filter"}
 REASONS |= {"cancelled": "abort", "error": "error"}
@@ -102,16 +102,23 @@ class Ticket(Job):
         self.open = len(work.prompts)  # requests that have not ended
 
     async def events(self) -> AsyncIterator[Event | None]:
-        """The events of all requests; None after KEEPALIVE seconds without one. ApiError if a request has failed."""
-        while self.open or not self.updates.empty():
-            try:
-                events = await asyncio.wait_for(self.updates.get(), KEEPALIVE)
-            except asyncio.TimeoutError:
-                yield None
-                continue
-            for event in events:
-                self.check(event)
-                yield event
+        """The events of all requests, and None every KEEPALIVE seconds. ApiError if a request has failed."""
+        beats = asyncio.create_task(self._beat())  # a timeout for each event would cost more than the event
+        try:
+            while self.open or not self.updates.empty():
+                events = await self.updates.get()
+                for event in events:
+                    self.check(event)
+                    yield event
+                if not events:
+                    yield None
+        finally:
+            beats.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(KEEPALIVE)
+            self.updates.put_nowait([])
 
     def check(self, event: Event) -> None:
         super().check(event)

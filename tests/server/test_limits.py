@@ -9,7 +9,7 @@ import pytest
 from serving import GREEDY, build, gauge, httpx, openai, serving, streamed, wait_for
 
 from llama import parallel
-from llama.server import app, protocol
+from llama.server import app, loop, protocol
 from llama.server.app import Config
 from llama.server.loop import Loop
 from llama.server.metrics import Metrics
@@ -65,6 +65,18 @@ def test_waiting_too_long_for_a_slot_is_an_error(llama, slow):
         assert gauge(client, "num_requests_running") == 4
         for stream in streams:
             assert streamed(stream)[1] == {0: "length"}
+
+
+def test_streams_get_comments_in_between(llama, whole, slow, monkeypatch):
+    """Answers that are not streamed get none."""
+    monkeypatch.setattr(loop, "KEEPALIVE", 0.1)
+    body = {"prompt": "Once", "max_tokens": 20, "min_tokens": 20, "temperature": 0}
+    with serving(llama) as client:
+        lines = httpx.post(f"{client.url}/v1/completions", json={**body, "stream": True}).text.split("\n\n")
+        comments = lines.count(": keepalive")
+        assert 2 <= comments < len(lines) - comments
+        found = httpx.post(f"{client.url}/v1/completions", json=body).json()
+        assert whole.startswith(found["choices"][0]["text"])
 
 
 def cut_on_ranks():
