@@ -3,11 +3,11 @@
     python benchmarks/server.py load [--llama_server PATH] [--quantize int8] [--dtype float32] [--slots 32]
     python benchmarks/server.py overhead
 
-`load`: 32 concurrent clients stream answers of 32 to 128 tokens to prompts of 64 to 512 tokens; then one client sends
-the same requests one after another. 110M shape (dim 768, 12 layers, FFN 2048, vocabulary 32000), random weights in one
-GGUF file of F16 or Q8_0 that both servers read; two threads and 32 slots each. `overhead`: CPU time per token of 8
-streams of the bundled model, with the server and with the engine alone. Needs the extra `server`; llama.cpp's server
-must be built from source.
+`load`: 32 concurrent clients stream answers of 32 to 128 tokens to prompts of 64 to 512 tokens, and one client sends as
+many requests of the same lengths one after another, in alternation. 110M shape (dim 768, 12 layers, FFN 2048,
+vocabulary 32000), random weights in one GGUF file of F16 or Q8_0 that both servers read; two threads and 32 slots each.
+`overhead`: CPU time per token of 8 streams of the bundled model, with the server and with the engine alone. Needs the
+extra `server`; llama.cpp's server must be built from source.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import fire
 import torch
-from common import MODELS, random_folder
+from common import MODELS, random_folder, ratio
 from processes import free_port, running
 
 from llama import Llama
@@ -135,22 +135,28 @@ def load(
         flags += ["--dtype", dtype] if dtype else []
         commands = {"this server": [sys.executable, "-m", "llama", "serve", path, *flags]}
         if llama_server:
-            theirs = ["-m", path, "-np", str(slots), "-c", str(slots * CONTEXT), "--port", str(port)]
-            commands["llama-server"] = [llama_server, *theirs, "-t", str(THREADS), "-tb", str(THREADS)]
-        found = {}
+            options = ["-m", path, "-np", str(slots), "-c", str(slots * CONTEXT), "--port", str(port)]
+            commands["llama-server"] = [llama_server, *options, "-t", str(THREADS), "-tb", str(THREADS)]
+        speeds: dict[str, list[float]] = {}
         for name, command in commands.items():
+            ways: dict[str, Clients] = {f"{name}, {CLIENTS} at once": all_at_once}
+            ways |= {f"{name}, in turn": in_turn} if name == "this server" else {}
+            timings: dict[str, list[Timing]] = {way: [] for way in ways}
+            seeds = itertools.count()
             with running(*command, port=port):
-                asyncio.run(all_at_once(port, bodies(4, seed=99)))  # to warm up
-                speeds, timings = zip(*(rate(all_at_once, port, seed) for seed in range(repeats)), strict=True)
+                rate(all_at_once, port, next(seeds))  # to warm up
+                for way, clients in [*ways.items()] * repeats:  # alternately, as the machine's speed varies
+                    speed, rows = rate(clients, port, next(seeds))
+                    speeds.setdefault(way, []).append(speed)
+                    timings[way] += rows
                 if name == "this server":
                     print(f"no two tokens of an answer are further apart than {longest_gap(port)} s")
-                found[name] = statistics.median(speeds)
-                report(f"{name}, {CLIENTS} at once", found[name], [row for rows in timings for row in rows])
-                found[f"{name}, in turn"], alone = rate(in_turn, port, repeats)
-                report(f"{name}, in turn", found[f"{name}, in turn"], alone)
-        print(f"at once / in turn: {found['this server'] / found['this server, in turn']:.2f}")
-        if llama_server:
-            print(f"this server / llama-server: {found['this server'] / found['llama-server']:.2f}")
+            for way, rows in timings.items():
+                report(way, statistics.median(speeds[way]), rows)
+        ours, alone, *theirs = speeds.values()
+        print(f"at once / in turn: {ratio(ours, alone)}")
+        for values in theirs:
+            print(f"this server / llama-server: {ratio(ours, values)}")
 
 
 def overhead(tokens: int = 200, streams: int = 8, repeats: int = 5) -> None:

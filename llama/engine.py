@@ -31,7 +31,7 @@ from .request import Event, Request, Row, choose
 from .sampling import Sampler, top_logprobs
 
 AHEAD = {"cuda"}  # devices on which a pass is launched before the host has read the tokens of the last one
-CHUNK = 512  # prompt tokens of a pass beside running requests: enough to be compute-bound, not bound by weight reads
+CHUNK = 512  # tokens of a pass with prompts and running requests: enough to be compute-bound
 WORTH_SHARING = 32  # tokens of a prefix; fewer are computed again rather than copied or waited for
 
 
@@ -169,7 +169,8 @@ class Engine:
         running, rows = self._running(), list[Row]()
         stored = {request: len(self.slots[request.slot].tokens) for request in running}
         decoding = {request for request in running if stored[request] >= len(request.prompt)}
-        budget = CHUNK if decoding else sum(len(request.ids) for request in running)
+        beside = max(CHUNK - len(decoding), CHUNK // 4 + 1)
+        budget = beside if decoding else sum(len(request.ids) for request in running)
         for request in running:  # in the order in which they came
             start, known = stored[request], len(request.ids)
             draft: list[int] = []
