@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import fire
 import torch
-from common import MODELS, random_folder, ratio
+from common import MODELS, random_folder, ratio, spread
 from processes import free_port, running
 
 from llama import Llama
@@ -159,7 +159,7 @@ def load(
             print(f"this server / llama-server: {ratio(ours, values)}")
 
 
-def overhead(tokens: int = 200, streams: int = 8, repeats: int = 5) -> None:
+def overhead(tokens: int = 200, streams: int = 8, repeats: int = 9) -> None:
     """CPU time of all threads of this process; clients run in another process."""
     from llama.server.app import Config
     from llama.server.process import Server
@@ -172,20 +172,20 @@ def overhead(tokens: int = 200, streams: int = 8, repeats: int = 5) -> None:
     texts = [str(row["prompt"]) for row in rows]
     client = f"import asyncio,sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from server import *; "
     client += f"print(sum(t.tokens for t in asyncio.run(all_at_once({server.port}, {rows!r}))))"
-    by_server, by_engine = [], []
+    by_server, by_engine = [], []  # ms per token
+
+    def cpu(run: Callable[[], object]) -> float:
+        llama.engine.forget()
+        began = time.process_time()
+        run()
+        return 1000 * (time.process_time() - began) / (tokens * streams)
+
     for _ in range(repeats + 1):
-        llama.engine.forget()
-        began = time.process_time()
-        subprocess.run([sys.executable, "-c", client], check=True, stdout=subprocess.DEVNULL)
-        by_server.append(time.process_time() - began)
-        llama.engine.forget()
-        began = time.process_time()
-        llama.text_completion(texts, temperature=0, max_gen_len=tokens, min_gen_len=tokens)
-        by_engine.append(time.process_time() - began)
+        by_server.append(cpu(lambda: subprocess.run([sys.executable, "-c", client], check=True, capture_output=True)))
+        by_engine.append(cpu(lambda: llama.text_completion(texts, 0, max_gen_len=tokens, min_gen_len=tokens)))
     server.drain()
-    count = 1000 / (tokens * streams)
-    with_it, without = (statistics.median(times[1:]) * count for times in (by_server, by_engine))
-    print(f"CPU per token: server {with_it:.3f} ms, engine {without:.3f} ms, difference {with_it - without:.3f} ms")
+    more = [a - b for a, b in zip(by_server, by_engine, strict=True)]
+    print(f"CPU per token: engine {spread(by_engine[1:], ' ms')}, more with the server {spread(more[1:], ' ms')}")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 import importlib
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
-from serving import build, command, gauge, httpx, openai, streamed, wait_for, wait_until_ready
+from serving import build, command, gauge, httpx, openai, serving, streamed, wait_for, wait_until_ready
 from small import ROOT, cases
 
 from llama.cli.serve import serve
 from llama.server.app import Config
 from llama.server.process import Server
+from llama.server.protocol import Http
 
 LONG = {"model": "small-chat", "prompt": "Once", "max_tokens": 400, "extra_body": {"min_tokens": 400}}
 
@@ -88,6 +90,21 @@ def test_a_rank_that_is_killed_ends_the_job(jobs, victim, busy):
     errors = [line for line in err.splitlines() if "INFO" not in line and "WARNING" not in line and "[W" not in line]
     assert len(errors) == 1, err
     assert errors[0].startswith(f"error: rank {1 - victim}: lost contact with another rank")
+
+
+def test_parts_of_a_response_do_not_wait(llama, monkeypatch):
+    """Regression: the server's sockets lacked TCP_NODELAY, so that each reply took 40 ms more."""
+    found = []
+    made = Http.connection_made
+
+    def connection_made(self, transport):
+        made(self, transport)
+        found.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(Http, "connection_made", connection_made)
+    with serving(llama) as client:
+        assert client.models.list().data
+    assert found and all(found)
 
 
 @pytest.mark.parametrize(
