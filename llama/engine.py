@@ -31,7 +31,7 @@ from .request import Event, Request, Row, choose
 from .sampling import Sampler, top_logprobs
 
 AHEAD = {"cuda"}  # devices on which a pass is launched before the host has read the tokens of the last one
-CHUNK = 512  # tokens of a pass with prompts and running requests: enough to be compute-bound
+CHUNK = 512  # tokens of a pass that also decodes: enough to be compute-bound, and one pass of native.cpp (cpu.PASS)
 WORTH_SHARING = 32  # tokens of a prefix; fewer are computed again rather than copied or waited for
 
 
@@ -169,7 +169,7 @@ class Engine:
         running, rows = self._running(), list[Row]()
         stored = {request: len(self.slots[request.slot].tokens) for request in running}
         decoding = {request for request in running if stored[request] >= len(request.prompt)}
-        beside = max(CHUNK - len(decoding), CHUNK // 4 + 1)
+        beside = max(CHUNK - len(decoding), CHUNK // 4 + 1)  # prompts advance, however many requests decode
         budget = beside if decoding else sum(len(request.ids) for request in running)
         for request in running:  # in the order in which they came
             start, known = stored[request], len(request.ids)
