@@ -3,6 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+UVLOOP = "uvloop; platform_system != 'Windows'"
 
 setup(
     name="llama-reference",
@@ -20,11 +21,11 @@ setup(
             *("pytest", "pytest-cov", "pytest-xdist", "hypothesis", "pexpect", "ruff", "mypy"),
             *("transformers", "peft", "gguf", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
             *("bitsandbytes", "compressed-tensors; python_version >= '3.11'"),
-            *("starlette>=0.46", "uvicorn", "httpx", "openai", "playwright", "llguidance"),
+            *("starlette>=0.46", "uvicorn", UVLOOP, "httpx", "openai", "playwright", "llguidance"),
             "triton; platform_system == 'Linux'",  # whose interpreter runs the CUDA kernels on a CPU
         ],
         "chat": ["prompt_toolkit"],
-        "server": ["starlette>=0.46", "uvicorn"],
+        "server": ["starlette>=0.46", "uvicorn", UVLOOP],
         "eval": ["lm-eval[api]"],  # api: for models behind a server
         "grammar": ["llguidance"],  # structured output: json_schema, regex
         "hf": ["tokenizers", "jinja2", "huggingface_hub"],

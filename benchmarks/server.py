@@ -168,8 +168,9 @@ def overhead(tokens: int = 200, streams: int = 8, repeats: int = 9) -> None:
     server = Server(Config("model"))
     threading.Thread(target=server.serve, args=(llama,)).start()
     options = {"max_tokens": tokens, "min_tokens": tokens, "temperature": 0}
-    rows = [{"model": "model", "prompt": f"{i} Once upon a time", "stream": True, **options} for i in range(streams)]
-    texts = [str(row["prompt"]) for row in rows]
+    # Of different lengths: the model computes sequences of equal length in fewer operations, but HTTP requests differ.
+    texts = ["Once upon a time" + " there" * (2 * i) for i in range(streams)]
+    rows = [{"model": "model", "prompt": text, "stream": True, **options} for text in texts]
     client = f"import asyncio,sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from server import *; "
     client += f"print(sum(t.tokens for t in asyncio.run(all_at_once({server.port}, {rows!r}))))"
     by_server, by_engine = [], []  # ms per token

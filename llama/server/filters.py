@@ -38,12 +38,15 @@ class Filters:
                 return text
         return None
 
-    async def filter_outputs(self, events: AsyncIterator[Event | None], whole: bool) -> AsyncIterator[Event | None]:
+    def filter_outputs(self, events: AsyncIterator[Event | None], whole: bool) -> AsyncIterator[Event | None]:
         """Pass on events. If `whole`, or if there are output filters, each answer is one event, once it is complete,
         and None stands for the events before."""
+        return self._whole(events) if whole or self.output_filters else events
+
+    async def _whole(self, events: AsyncIterator[Event | None]) -> AsyncIterator[Event | None]:
         held: dict[int, list[Event]] = {}
         async for event in events:
-            if event and (whole or self.output_filters):
+            if event:
                 event = next(iter(ended(held, [event])), None)
             if event and event.finish_reason and event.finish_reason != "refused":
                 verdict = await self._verdict(self.output_filters, event.text)

@@ -21,6 +21,7 @@ log = logging.getLogger("llama.server")
 OPEN = {"/", "/health"}  # paths that need no key
 POLLED = {"/health", "/metrics"}  # paths that are requested so often that they are logged at level DEBUG
 ID = re.compile(r"[\x21-\x7e]{1,128}")  # request ids that clients may choose
+to_json = json.JSONEncoder(separators=(",", ":")).encode  # in ASCII, which can represent any str
 
 
 class Guard:
@@ -80,11 +81,6 @@ def access(fields: Mapping[str, Any]) -> None:
         text += f", {json.dumps(fields['prompt'])}"
     level = logging.DEBUG if fields["path"] in POLLED else logging.INFO
     log.log(level, "%s", text, extra={"fields": fields})
-
-
-def to_json(value: object) -> str:
-    """JSON in ASCII, which can represent any str."""
-    return json.dumps(value, separators=(",", ":"))
 
 
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

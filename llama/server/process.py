@@ -31,8 +31,8 @@ class Server:
             self.socket = socket.create_server((host, port), family=family, dualstack_ipv6=both)
         except OSError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-        # Connections inherit it; asyncio sets it only on sockets that name their protocol. Without it, a part of a
-        # response waits until the client has acknowledged the part before, up to 40 ms.
+        # Connections inherit it; asyncio, unlike uvloop, sets it only on sockets that name their protocol. Without it,
+        # a part of a response waits until the client has acknowledged the part before, up to 40 ms.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port = self.socket.getsockname()[1]
         address = f"[{host}]" if v6 else host
@@ -46,7 +46,7 @@ class Server:
                 http=Http,
                 ws="none",
                 h11_max_incomplete_event_size=LARGEST_HEADERS,
-                loop="asyncio",
+                loop="auto",  # uvloop if it is installed: a third less CPU time for each event
                 lifespan="off",
                 access_log=False,
                 log_config=None,
