@@ -148,8 +148,10 @@ class Soak:
 
 def fuzz(url: str, count: int) -> Counter[int]:
     """Count the statuses of `count` random bodies. Raises AssertionError for a server error."""
+    numbers = st.integers(-3, 300) | st.floats() | st.sampled_from([2**31, 2**63, 2**70, 10**400])
+    biases = st.dictionaries(st.integers(0, 1100).map(str), numbers, max_size=2)
     values = st.recursive(
-        st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text(max_size=5) | st.just(2**70),
+        st.none() | st.booleans() | st.text(max_size=5) | numbers | biases,
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
         max_leaves=4,
     )

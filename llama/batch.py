@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .devices import to_device
+
 if TYPE_CHECKING:
     from .args import ModelArgs
 
@@ -57,10 +59,8 @@ class Batch(NamedTuple):
     @staticmethod
     def arrange(tokens: Tensor, sequences: Sequence[Span], outputs: Sequence[int] | None = None) -> Batch:
         """A batch of tokens (N,) of `sequences`. The tokens may still be in computation on a GPU."""
-        positions = torch.tensor([s.start + i for s in sequences for i in range(s.length)], device="cpu")
-        slots = torch.tensor([s.slot for s in sequences for _ in range(s.length)], device="cpu")
-        # This does not wait for a GPU.
-        positions, slots = (part.to(tokens.device, non_blocking=True) for part in (positions, slots))
+        positions = to_device([s.start + i for s in sequences for i in range(s.length)], tokens.device)
+        slots = to_device([s.slot for s in sequences for _ in range(s.length)], tokens.device)
         return Batch(tokens, positions, slots, tuple(sequences), outputs)
 
     @staticmethod

@@ -173,6 +173,11 @@ def own_context(inference: bool = True) -> Iterator[None]:
             yield
 
 
+def to_device(values: Any, device: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor of numbers on a device. This does not wait for a GPU, unlike torch.tensor(values, device=device)."""
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
+
+
 def to_host(*tensors: torch.Tensor) -> Callable[[], list[Any]]:
     """Start copying tensors to the host, on a GPU without waiting. The function that is returned waits and gives their
     values as one list. On a GPU the tensors must have one dtype."""

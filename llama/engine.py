@@ -24,7 +24,7 @@ from torch import Tensor
 from . import backends
 from .backends import Backend
 from .batch import Batch, Span
-from .devices import own_context, to_host
+from .devices import own_context, to_device, to_host
 from .model import Transformer
 from .parallel import broadcast, broadcast_object, world_size
 from .request import Event, Request, Row, choose
@@ -53,8 +53,8 @@ class Pass(NamedTuple):
 
 
 class Engine:
-    """Runs requests on one model. Threads may call it concurrently: their requests share the passes. Ranks submit the
-    same requests in the same order, and what the first rank samples and cancels holds for all."""
+    """Runs requests on one model. On one rank threads may call it concurrently: their requests share the passes.
+    Several ranks submit the same requests in the same order, and what the first samples and cancels holds for all."""
 
     @staticmethod
     def of(model: Transformer, compile: bool = False) -> Engine:
@@ -136,19 +136,20 @@ class Engine:
             self.cancel(*requests)
 
     @own_context()
-    def step(self) -> list[Event]:
-        """One pass: a token, and draft tokens, of each running request, and chunks of prompts. Returns events, which
-        are also in the requests' `outputs`. Hold `lock` where several threads use the engine."""
+    def step(self) -> None:
+        """One pass: a token, and draft tokens, of each running request, and chunks of prompts. It adds events to the
+        requests' `outputs`. Hold `lock` where several threads use the engine."""
         if self.broken:
             raise RuntimeError("an earlier call failed on this rank and left the others behind; start the job again")
         try:
             current = self.ahead or self._launch(*self._schedule())
-            if current is None:
-                return []
-            self.ahead = self._launch(*self._following(current))
-            return self._read(current)
+            if current is not None:
+                self.ahead = self._launch(*self._following(current))
+                self._read(current)
         except BaseException as error:  # nobody knows what the cache holds
-            self._reset(self._running(), f"a pass shared with another call failed: {type(error).__name__}: {error}")
+            # If no request runs, those that wait would fail again, for ever.
+            failed = self._running() or [*self.waiting]
+            self._reset(failed, f"a pass shared with another call failed: {type(error).__name__}: {error}")
             raise
 
     def forget(self) -> None:
@@ -185,7 +186,7 @@ class Engine:
                 rows.append(Row(request, start, length, draft, samples))
         rows.sort(key=lambda row: row.request.slot)  # neighbours may attend in one operation
         tokens = [id for row in rows for id in [*row.request.ids[row.start : row.end], *row.draft]]
-        return rows, torch.tensor(tokens, device=self.device)
+        return rows, to_device(tokens, self.device)
 
     def _following(self, current: Pass) -> tuple[list[Row], Tensor]:
         """The rows and tokens of the pass after `current`, whose sampled tokens the host has not read yet. No rows
@@ -201,7 +202,9 @@ class Engine:
             return [], current.ids
         going = [(i, row) for i, row in alive if row.end + 1 < row.request.limit]
         rows = [Row(row.request, row.end, 1, samples=1) for _, row in going]
-        return rows, current.ids if len(going) == len(current.rows) else current.ids[[i for i, _ in going]]
+        if len(going) == len(current.rows):
+            return rows, current.ids
+        return rows, current.ids[to_device([i for i, _ in going], self.device, torch.long)]
 
     def _running(self) -> list[Request]:
         """In the order in which they came."""
@@ -271,24 +274,23 @@ class Engine:
         ids = sums = torch.empty(0, dtype=torch.long, device=hidden.device)
         with backends.single_threaded(self.backend):
             prompt_sums = [part.sum(dtype=torch.float32).view(1) for part in prompts]
-            last = hidden if len(index) == len(hidden) else hidden[index]
-        logits = self.backend.logits(last) if index else hidden
-        with backends.single_threaded(self.backend):
             if index:
+                last = hidden if len(index) == len(hidden) else hidden[to_device(index, hidden.device)]
+                logits = self.backend.logits(last)
                 ids = choose(logits, [row for row in rows if row.samples], self.sampler)
                 sums = logits.sum(-1)
             message = [ids.float(), sums, *prompt_sums]
             if world_size() > 1:
-                more = torch.tensor([len(self.cancelled) > 0 or not self.outbox.empty()])
-                message = [broadcast(torch.cat((*message, more.to(hidden.device, non_blocking=True))))]
+                more = to_device([len(self.cancelled) > 0 or not self.outbox.empty()], hidden.device)
+                message = [broadcast(torch.cat((*message, more)))]
                 ids = message[0][: len(index)].long()
             if index and any(row.request.logprobs for row in rows):
                 logprobs = to_host(top_logprobs(logits, ids, max(row.request.top_logprobs for row in rows)))
         return Pass(rows, ids, to_host(*message), logprobs)
 
-    def _read(self, current: Pass) -> list[Event]:
+    def _read(self, current: Pass) -> None:
         """Wait for the tokens of a pass, and add them to the requests."""
-        values, outputs, at = current.read(), [], 0
+        values, at = current.read(), 0
         if values and world_size() > 1 and values[-1]:
             cancelled = [self.cancelled.popleft().id for _ in range(len(self.cancelled))]
             cancelled, items = broadcast_object((cancelled, [self.outbox.get() for _ in range(self.outbox.qsize())]))
@@ -303,7 +305,7 @@ class Engine:
             if request.finish:  # it ended in the pass before, after this one was launched
                 continue
             if not finite or not self._take(row, values[begin:at], values[M + begin : M + at]):
-                outputs.append(self._fail(request))
+                self._fail(request)
                 continue
             taken = request.ids[row.end - len(row.draft) :] if row.samples else []
             if not row.samples and len(request.ids) == len(self.slots[request.slot].tokens) >= request.limit:
@@ -311,8 +313,7 @@ class Engine:
             if request.finish:
                 self._leave(request)
             if taken or request.finish:
-                outputs.append(request.emit(taken, logprobs[begin : begin + len(taken)] if request.logprobs else []))
-        return outputs
+                request.emit(taken, logprobs[begin : begin + len(taken)] if request.logprobs else [])
 
     def _take(self, row: Row, ids: Sequence[float], sums: Sequence[float]) -> bool:
         """Add sampled ids to a request, up to the first that differs from its draft. Returns whether the logits of all
@@ -345,7 +346,7 @@ class Engine:
                 self._leave(request)
             request.emit()
 
-    def _fail(self, request: Request) -> Event:
+    def _fail(self, request: Request) -> None:
         """End a request whose logits or hidden states are not finite. Others go on."""
         again = Batch.of([(request.slot, 0, request.ids)], self.device)
         request.error = backends.not_finite(self.model, again)
@@ -354,7 +355,7 @@ class Engine:
         self.slots[request.slot].tokens = []
         for cache in backends.caches(self.model):  # a masked NaN is still NaN times 0: it would break the next request
             cache.kv[request.slot] = 0
-        return request.emit()
+        request.emit()
 
     def _reset(self, requests: Sequence[Request], why: str) -> None:
         """End requests with an error, and forget what the cache holds."""
@@ -363,6 +364,8 @@ class Engine:
         for slot in self.slots:
             slot.tokens, slot.request = [], None
         for request in requests:
+            if request in self.waiting:
+                self.waiting.remove(request)
             request.error, request.finish = RuntimeError(why), "error"
             request.emit()
 
@@ -376,7 +379,6 @@ def _forked() -> None:
     for engine in [*_engines.values()]:
         torch.set_num_threads(1)
         engine.lock, requests = threading.Lock(), [*engine._running(), *engine.waiting]
-        engine.waiting.clear()
         engine._reset(requests, "the process was forked, and this stream is its parent's")
 
 

@@ -58,8 +58,8 @@ class Scored(TypedDict):
 class Llama:
     """Text and chat completion for any number of prompts: those beyond max_batch_size wait for a slot of the cache.
 
-    Threads may call concurrently, and streams may be open during other calls: all share the passes of one engine. Under
-    torchrun all ranks make the same calls in the same order, and the arguments of rank 0 count.
+    On one rank threads may call concurrently, and streams may be open during other calls: all share the passes of one
+    engine. Under torchrun all ranks make the same calls in the same order, and the arguments of rank 0 count.
 
     copy.deepcopy copies the weights and makes a new cache; quantized matrices, which nothing writes to, are shared. A
     Llama cannot be pickled. Another process calls `build`, which shares the pages of the files; or it is forked from

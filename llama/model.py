@@ -49,7 +49,8 @@ def rope_frequencies(positions: Tensor, args: ModelArgs) -> Tensor:
 def unscaled_rope_frequencies(head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
     """theta^(-2i/D) of each pair i, float32 (D/2,)."""
     exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
-    return 1.0 / theta**exponents  # theta**-exponents rounds differently: at position 4,000 a logit's fifth digit
+    # As Meta's code does: theta**-exponents rounds differently, which changes a logit's fifth digit at position 4,000.
+    return 1.0 / theta**exponents
 
 
 def scale_rope_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:

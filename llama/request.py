@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .devices import to_device
 from .grammar import Matcher
 from .lookup import PromptLookup
 from .sampling import Sampler, SamplingParams
@@ -25,7 +26,8 @@ class Event(NamedTuple):
     text: str = ""  # final: tokens that may be part of a character or of a stop string are held back
     tokens: list[int] = []  # noqa: RUF012 - never changed
     logprobs: list[float] = []  # noqa: RUF012 - of each token, if the request has `logprobs`
-    finish_reason: str | None = None  # "eos", "stop", "length" or "refused", in the last event only
+    # "eos", "stop", "length" or "refused", in the last event only; of the engine also "cancelled" or "error".
+    finish_reason: str | None = None
     # With `top_logprobs`, for each generated token: the most probable ids at its position and their log probabilities.
     top_logprobs: list[list[tuple[int, float]]] = []  # noqa: RUF012
 
@@ -89,7 +91,7 @@ class Request:
         elif len(self.ids) == self.limit:
             self.finish = "length"
 
-    def emit(self, tokens: Sequence[int] = (), top_logprobs: Sequence[Sequence[float]] = ()) -> Event:
+    def emit(self, tokens: Sequence[int] = (), top_logprobs: Sequence[Sequence[float]] = ()) -> None:
         """Append an event to `outputs`: new tokens, for each a row of `sampling.top_logprobs`, and `finish` if set."""
         logprobs, k = [row[0] for row in top_logprobs], self.top_logprobs
         best = [[*zip(map(int, row[len(row) // 2 + 1 :]), row[1 : k + 1], strict=False)] for row in top_logprobs if k]
@@ -99,7 +101,6 @@ class Request:
             self.echo = False
         text = self.text.read(bool(self.finish)) if self.text else ""
         self.outputs.append(Event(self.row, text, [*tokens], logprobs, self.finish, best))
-        return self.outputs[-1]
 
 
 class Row(NamedTuple):
@@ -143,7 +144,7 @@ def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
         at, slots = [starts[i] + t for i in some], [rows[i].request.slot for i in some]
         indices = [rows[i].answered + t for i in some]
         if t:
-            drafted = torch.tensor([rows[i].draft[t - 1] for i in some], device=logits.device)
+            drafted = to_device([rows[i].draft[t - 1] for i in some], logits.device)
             valid[some] &= found[[n - 1 for n in at]] == drafted
         ids = sampler(forbid(logits[at], [rows[i].request for i in some], indices), slots, indices)
         sampler.count(ids, slots, valid[some] if t else None)
@@ -161,7 +162,7 @@ def forbid(logits: Tensor, requests: Sequence[Request], indices: Sequence[int]) 
             excluded = ~request.matcher.mask(ends).to(logits.device, non_blocking=True)
             logits = logits.index_put((torch.tensor(i),), logits[i].masked_fill(excluded, -math.inf))
         else:
-            early += [(i, id) for id in ends if id >= 0]
+            early += [(i, id) for id in ends]
     if not early:
         return logits
-    return logits.index_put(tuple(torch.tensor(early, device=logits.device).t()), logits.new_tensor(-math.inf))
+    return logits.index_put(tuple(to_device(early, logits.device).t()), logits.new_full((), -math.inf))

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .devices import to_device
+
 LARGEST = 1e30  # magnitude of a setting: products with logits stay finite in float32
 FEW = 512  # most probable tokens, which are sorted first, and the whole vocabulary only where they do not suffice
 BUCKETS, PER_LOGIT = 4096, 64  # of `nucleus`: a bucket is 1/64 of a logit wide
@@ -140,19 +142,19 @@ class Rows:
 
     def __init__(self, params: Sequence[SamplingParams], slots: Sequence[int], vocab_size: int, device: Any) -> None:
         def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor([[getattr(row, name)] for row in params], dtype=dtype, device=device)  # (B, 1)
+            return to_device([[getattr(row, name)] for row in params], device, dtype)  # (B, 1)
 
         self.params = params
-        self.slots = torch.tensor(slots, device=device)
+        self.slots = to_device(slots, device)
         self.greedy = all(row.temperature == 0 for row in params)
         self.temperature = column("temperature")
         # (B,), false where the argmax is taken: at temperature 0, and below 1e-45, which float32 rounds to 0
         self.sampled = self.temperature[:, 0] > 0
         self.excluding = [*map(excludes, params)]
-        self.filtered = torch.tensor(self.excluding, device=device)
+        self.filtered = to_device(self.excluding, device)
         # (B,), where top_p is the only filter; on CPUs alone, as MPS has no double precision for `nucleus`
         alone = [row.top_p < 1 and not row.top_k and not row.min_p for row in params]
-        self.by_top_p = torch.tensor(alone, device=device) & (self.slots.device.type == "cpu")
+        self.by_top_p = to_device(alone, device) & (self.slots.device.type == "cpu")
         self.filters = column("top_k", torch.long), column("top_p"), column("min_p")
         self.penalties: Tensor | None = None  # (3, B, 1)
         if any(map(penalized, params)):
@@ -162,7 +164,8 @@ class Rows:
         if any(row.logit_bias for row in params):
             self.bias = torch.zeros(len(params), vocab_size, dtype=torch.float32, device=device)
             for to, row in zip(self.bias, params, strict=True):
-                to[list(row.logit_bias)] = torch.tensor([*row.logit_bias.values()]).to(to)
+                biases = to_device([*map(float, row.logit_bias.values())], device, torch.float32)
+                to[to_device([*row.logit_bias], device, torch.long)] = biases
 
 
 class Sampler:
@@ -188,7 +191,7 @@ class Sampler:
                 self.counts = torch.zeros(self.shape, dtype=torch.float32, device=self.device)
                 self.prompt = self.counts.bool()
             self.prompt[slot], self.counts[slot] = False, 0
-            self.prompt[slot, list({*prompt})] = True
+            self.prompt[slot, to_device([*{*prompt}], self.device)] = True
 
     def __call__(self, logits: Tensor, slots: Sequence[int], indices: Sequence[int]) -> Tensor:
         """Sample ids (B,) from logits (B, V); row b is for token indices[b] of the answer in slot slots[b]."""

@@ -81,7 +81,7 @@ class SentencePieceVocabulary(Vocabulary):
         self.n_words, self.pad_id = model.vocab_size(), model.pad_id()
         self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
         end = model.piece_to_id(INFILLING_END)
-        self.eos_ids = {self.eos_id} if end == model.unk_id() else {self.eos_id, end}
+        self.eos_ids = ({self.eos_id} if end == model.unk_id() else {self.eos_id, end}) - {-1}
         special = [id for id in range(self.n_words) if model.is_control(id) or model.is_unknown(id)]
         self.special = {model.id_to_piece(id): id for id in special}
         # SentencePiece does not expose how it decodes, so it is tried: the text of <unk>, and how many of two leading

@@ -167,15 +167,13 @@ def test_recorded_tokens_of_a_slot_are_in_its_cache(monkeypatch, ahead):
     assert failed and len(earlier) > 50
 
 
-def test_step_returns_the_events_of_all_requests():
+def test_steps_add_events_to_the_requests():
     engine = Engine.of(random_model())
-    requests, found = [Request([1, 2], 5), Request([3, 4, 5], 9)], []
-    requests[1].row = 1
+    requests = [Request([1, 2], 5), Request([3, 4, 5], 9)]
     engine.submit(*requests)
     while any(not request.finish for request in requests):
-        found += engine.step()
+        engine.step()
     for request in requests:
-        assert [event for event in found if event.row == request.row] == [*request.outputs]
         assert sum(len(event.tokens) for event in request.outputs) == request.limit - len(request.prompt)
 
 
@@ -190,6 +188,18 @@ def test_a_request_whose_admission_fails_is_removed(monkeypatch):
     request = Request([1, 2], 5)
     assert [event.finish_reason for step in engine.run([request]) for event in step][-1] == "length"
     assert not any(slot.request for slot in engine.slots)
+
+
+def test_a_request_that_no_pass_can_be_scheduled_for_ends(monkeypatch):
+    """Regression: it stayed in the queue, and the server tried again at once, without end."""
+    engine = Engine.of(random_model())
+    engine.submit(request := Request([1, 2], 5))
+    with monkeypatch.context() as patch:
+        patch.setattr("llama.backends.choose", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert request.finish == "error" and not engine.waiting
+    assert [event.finish_reason for step in engine.run([Request([1, 2], 5)]) for event in step][-1] == "length"
 
 
 def test_non_finite_values_are_found_in_every_chunk(monkeypatch):

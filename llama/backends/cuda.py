@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..batch import Batch
+from ..devices import to_device
 from ..model import Transformer, rope_frequencies
 from ..parallel import all_gather, all_reduce, gather_objects, rank
 from . import cuda_kernels as kernels
@@ -105,7 +106,7 @@ class Cuda:
                 return x
             y = attention(q, rope)
             if layer is self.layers[-1] and needed:
-                rows = torch.tensor(needed).to(self.device, non_blocking=True)
+                rows = to_device(needed, self.device)
                 inputs, x, y, few = x, x[rows], y[rows], len(needed) <= self.few
             x = self.add(x, y, layer.wo, few)
             if few:

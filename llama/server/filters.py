@@ -39,19 +39,19 @@ class Filters:
         return None
 
     def filter_outputs(self, events: AsyncIterator[Event | None], whole: bool) -> AsyncIterator[Event | None]:
-        """Pass on events. If `whole`, or if there are output filters, each answer is one event, once it is complete,
-        and None stands for the events before."""
+        """Pass on events. If `whole`, or if there are output filters, each answer is one event, once it is complete."""
         return self._whole(events) if whole or self.output_filters else events
 
     async def _whole(self, events: AsyncIterator[Event | None]) -> AsyncIterator[Event | None]:
         held: dict[int, list[Event]] = {}
         async for event in events:
-            if event:
-                event = next(iter(ended(held, [event])), None)
-            if event and event.finish_reason and event.finish_reason != "refused":
-                verdict = await self._verdict(self.output_filters, event.text)
-                event = event if verdict is None else event._replace(text=verdict, finish_reason="refused")
-            yield event
+            if event is None:
+                yield None
+                continue
+            for answer in ended(held, [event]):
+                refused = answer.finish_reason == "refused"
+                text = None if refused else await self._verdict(self.output_filters, answer.text)
+                yield answer if text is None else answer._replace(text=text, finish_reason="refused")
 
     async def _verdict(self, filters: Sequence[Callable[[Any], str | None]], value: object) -> str | None:
         """The first text that a filter returns, else None."""

@@ -1,4 +1,5 @@
-"""The engine's loop: each iteration sends new requests to all ranks, runs a step and returns its results.
+"""The engine's loop: each iteration submits new requests, which all ranks have received, runs a step and returns its
+results.
 
 It runs in the main thread of every rank; HTTP runs in another thread of the first rank.
 """
@@ -313,7 +314,8 @@ class Loop:
             for request, times in zip(ticket.requests, ticket.times, strict=True):
                 if request.slot >= 0 and not times.admitted:
                     times.admitted = began
-                    ticket.began = ticket.began or began
+                    # A ticket that waited too long may still get a slot before the ranks have cancelled it.
+                    ticket.began = ticket.began or (0.0 if ticket.late else began)
                 while request.outputs:
                     events.append(in_time(ticket, request, request.outputs.popleft()))
             if events or (waited and ticket.began):

@@ -192,13 +192,13 @@ def with_settings(llama: Llama, body: Mapping[str, Any], work: Work, most: int) 
     if len(work.prompts) * n > MAX_CHOICES:
         raise ApiError(400, f"{len(work.prompts)} prompts times n {n} are more than {MAX_CHOICES} choices", "n")
     prompts = [prompt for prompt in work.prompts for _ in range(n)]
-    options: dict[str, Any] = {"temperature": 1, "top_p": 1, "max_gen_len": most}
+    options: dict[str, Any] = {"temperature": 1, "top_p": 1, "max_gen_len": min(most, llama.model.params.max_seq_len)}
     options |= {OPTIONS[name]: value for name, value in body.items() if name in OPTIONS}
     options["top_k"] = max(0, options.get("top_k", 0))
     options["logit_bias"] = {int(id): bias for id, bias in body.get("logit_bias", {}).items()}
     structure, field = read_structure(body)
     if body.get("ignore_eos") and not structure:  # EOS is never sampled, unless it is in stop_token_ids
-        ends = {id for id in llama.tokenizer.eos_ids if id >= 0} - {*body.get("stop_token_ids", ())}
+        ends = {*llama.tokenizer.eos_ids} - {*body.get("stop_token_ids", ())}
         options["logit_bias"] |= dict.fromkeys(ends, -math.inf)
     if (seed := body.get("seed")) is not None:  # each choice has its own 64-bit seed, the first one the request's
         others = [(seed + k + 2**63) % 2**64 - 2**63 for k in range(1, n)]

@@ -81,6 +81,8 @@ def test_output_filters_see_whole_answers(llama, module):
         assert found.usage.completion_tokens > 0
         chunks = [*client.chat.completions.create(**CHAT, stream=True)]
         assert [chunk.choices[0].delta.content for chunk in chunks] == ["", "Censored.", None]
+        text = httpx.post(f"{client.url}/v1/chat/completions", json={**CHAT, "stream": True}).text
+        assert "Censored." in text and ": keepalive" not in text  # Regression: one for each event that was held back
         other = {**CHAT, "messages": [{"role": "user", "content": "Hello"}]}
         [own] = llama.chat_completion([other["messages"]], max_gen_len=20, temperature=0)
         texts, _, _, _ = streamed(client.chat.completions.create(**other, stream=True))

@@ -4,16 +4,19 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from serving import GREEDY, build, gauge, httpx, openai, serving, streamed, wait_for
 
 from llama import parallel
+from llama.request import Request
 from llama.server import app, loop, protocol
 from llama.server.app import Config
-from llama.server.loop import Loop
+from llama.server.loop import Loop, Ticket
 from llama.server.metrics import Metrics
 from llama.server.process import Server
+from llama.server.schema import ApiError, Work
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,21 @@ def test_waiting_too_long_for_a_slot_is_an_error(llama, slow):
         assert gauge(client, "num_requests_running") == 4
         for stream in streams:
             assert streamed(stream)[1] == {0: "length"}
+
+
+def test_waiting_too_long_is_an_error_although_a_slot_became_free(llama):
+    """Regression: on several ranks, which cancel with the next pass, the answer was empty, without an error."""
+    server_loop, found = Loop(llama, Metrics("")), []
+    server_loop.event_loop = SimpleNamespace(call_soon_threadsafe=lambda deliver, tickets: found.extend(tickets))
+    ticket = Ticket(0, Work([[1]]), server_loop.inbox)
+    ticket.late, ticket.requests = "no slot was free", [request := Request([1], 9)]
+    request.slot, request.finish = 0, "cancelled"
+    request.emit()
+    server_loop._send([ticket], time.monotonic())
+    [(_, [event])] = found
+    with pytest.raises(ApiError, match="no slot was free") as error:
+        ticket.check(event)
+    assert error.value.status == 503 and not ticket.began
 
 
 def test_streams_get_comments_in_between(llama, whole, slow, monkeypatch):

@@ -84,6 +84,18 @@ def test_openais_client_raises_its_own_errors(client):
         client.completions.create(model="small-chat", prompt="a", top_p=3)
 
 
+@pytest.mark.parametrize(
+    "more", [{"max_tokens": 10**400}, {"min_tokens": 10**400}, {"logit_bias": {"5": -(10**20)}}, {"temperature": 2**70}]
+)
+def test_huge_numbers(client, more):
+    """Regression: a max_tokens beyond float64 stopped the events of all requests of a step, and an integer bias beyond
+    int64 ended all running requests."""
+    body = {**TEXT, "prompt": [1] * 250, "stream": True, "max_tokens": 6, **more}
+    with httpx.stream("POST", f"{client.url}/v1/completions", content=json.dumps(body), timeout=10) as reply:
+        text = reply.read().decode()
+    assert reply.status_code == 200 and "error" not in text and text.endswith("data: [DONE]\n\n")
+
+
 def test_keys_and_origins(llama):
     page = {"Origin": "https://a.org", "Access-Control-Request-Method": "POST"}
     with serving(llama, keys=("key", "other"), allow_origins=("https://a.org",), any_model=True) as client:
@@ -98,8 +110,10 @@ def test_keys_and_origins(llama):
         assert "access-control-allow-origin" not in found.headers
 
 
+NUMBERS = st.integers(-3, 300) | st.floats() | st.sampled_from([2**31, 2**63, 2**70, 10**400])
+BIASES = st.dictionaries(st.integers(0, 1100).map(str), NUMBERS, max_size=2)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text(max_size=5) | st.just(2**70),
+    st.none() | st.booleans() | st.text(max_size=5) | NUMBERS | BIASES,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
