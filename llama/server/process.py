@@ -18,6 +18,7 @@ from .protocol import KEEP_ALIVE, LARGEST_HEADERS, Http
 
 log = logging.getLogger("llama.server")
 GRACE = 60  # seconds that running requests have to end after the first signal
+MORE = 10  # seconds that responses then have, which say that their requests were cancelled
 
 
 class Server:
@@ -52,7 +53,7 @@ class Server:
                 log_config=None,
                 log_level="warning",
                 timeout_keep_alive=KEEP_ALIVE,
-                timeout_graceful_shutdown=GRACE,
+                timeout_graceful_shutdown=GRACE + MORE,
             )
         )
         self.thread = threading.Thread(target=self._http, name="http", daemon=True)
@@ -77,8 +78,13 @@ class Server:
         self.thread.join()
 
     def drain(self) -> None:
-        """Accept no new requests, and end when the running ones have ended. From any thread."""
+        """Accept no new requests, and end when the running ones have ended; cancel them after GRACE seconds. From any
+        thread."""
         self.service.draining = self.http.should_exit = True
+        if self.service.loop:
+            timer = threading.Timer(GRACE, self.service.loop.stop)
+            timer.daemon = True
+            timer.start()
 
 
 def serve_rank(llama: Llama, server: Server | None) -> None:

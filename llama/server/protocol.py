@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import h11
@@ -12,7 +13,7 @@ BODY = 60.0  # seconds for a body, then 408
 KEEP_ALIVE = 75  # seconds that an idle connection stays open; longer than clients and proxies keep one
 # Seconds that a connection may take for the headers of a request, and for a body that no route reads.
 SENDING = {h11.IDLE: float(KEEP_ALIVE), h11.SEND_BODY: BODY + 10}
-READING = 60.0  # seconds that a client may take to receive what was sent
+READING = 60.0  # seconds that a client may receive nothing of what was sent
 LARGEST_HEADERS = 2**15  # bytes
 
 
@@ -30,6 +31,14 @@ class Http(H11Protocol):
     def handle_events(self) -> None:
         super().handle_events()
         self._watch()
+        # uvicorn stops reading when a client sends its next request early, and would not notice that it disconnects.
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < LARGEST_HEADERS:
+            self.flow.resume_reading()
+
+    def send_400_response(self, msg: str) -> None:
+        with suppress(h11.LocalProtocolError):  # it has been answered already
+            super().send_400_response(msg)
+        self.transport.close()
 
     def _watch(self) -> None:
         """Wait for the rest of a request."""
@@ -41,7 +50,14 @@ class Http(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.reading = self.loop.call_later(READING, self.transport.abort)
+        self._await_reader(-1)
+
+    def _await_reader(self, left: int) -> None:
+        """Wait for the client to receive more; `left` bytes were not sent yet when it was last checked."""
+        if left == (size := self.transport.get_write_buffer_size()):
+            self.transport.abort()
+        else:
+            self.reading = self.loop.call_later(READING, self._await_reader, size)
 
     def resume_writing(self) -> None:
         super().resume_writing()

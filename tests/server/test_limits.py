@@ -190,6 +190,43 @@ def test_malformed_http(llama):
         assert client.models.list().data
 
 
+def test_a_client_that_sends_more_and_disconnects(llama, slow):
+    """Regression: the server stopped reading at the client's next request, so that it missed the end."""
+    body = json.dumps({"prompt": "Once", "max_tokens": 200, "min_tokens": 200}).encode()
+    with serving(llama) as client:
+        with socket.create_connection(("127.0.0.1", client.server.port)) as connection:
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            wait_for(lambda: gauge(client, "num_requests_running") == 1)
+            connection.sendall(b"GET /health HTTP/1.1\r\n")
+            time.sleep(0.1)
+        wait_for(lambda: gauge(client, "num_requests_running") == 0, 1)
+
+
+def test_a_malformed_body_after_its_answer(llama, caplog):
+    """Regression: an exception and its traceback in the log."""
+    with serving(llama) as client:
+        chunked = b"POST /nothing HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+        assert sent(client, chunked, b"zz\r\n", pause=0.2).startswith(b"HTTP/1.1 404")
+    assert "Traceback" not in caplog.text and "Fatal" not in caplog.text
+
+
+def test_a_client_that_reads_slowly(llama, monkeypatch):
+    """Regression: it had 60 seconds for the whole answer, although it read all the time."""
+    monkeypatch.setattr(protocol, "READING", 0.5)
+    body = json.dumps({"prompt": ["Once"] * 40, "max_tokens": 1, "echo": True, "logprobs": 20}).encode()
+    with serving(llama, max_waiting=100) as client, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        connection.connect(("127.0.0.1", client.server.port))
+        connection.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        answer, began = b"", time.monotonic()
+        while part := connection.recv(2048):
+            answer += part
+            time.sleep(0.05)
+        assert len(json.loads(answer.partition(b"\r\n\r\n")[2])["choices"]) == 40
+        assert time.monotonic() - began > 1
+
+
 def test_a_client_that_does_not_read(llama, monkeypatch):
     """Its requests end even if the answer fills all socket buffers."""
     monkeypatch.setattr(protocol, "READING", 0.5)

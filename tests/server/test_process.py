@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from serving import build, command, gauge, httpx, openai, serving, streamed, wai
 from small import ROOT, cases
 
 from llama.cli.serve import serve
+from llama.server import process as server_process
 from llama.server.app import Config
 from llama.server.process import Server
 from llama.server.protocol import Http
@@ -66,6 +68,27 @@ def test_sigterm_under_load(jobs):
         client.completions.create(**LONG)
     assert [streamed(stream)[1] for stream in streams] == [{0: "length"}] * 4
     assert [ended(process)[0] for process in jobs] == [0, 0]
+
+
+def test_requests_that_take_longer_than_the_grace_are_cancelled(llama, slow, monkeypatch):
+    """Regression: their answers broke off, or were "Internal Server Error"."""
+    monkeypatch.setattr(server_process, "GRACE", 0.5)
+    monkeypatch.setattr(server_process, "MORE", 20)
+    body = {"prompt": "Once", "max_tokens": 200, "min_tokens": 200}
+    found = {}
+
+    def ask(stream):
+        found[stream] = httpx.post(f"{client.url}/v1/completions", json={**body, "stream": stream}, timeout=30)
+
+    with serving(llama) as client:
+        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
+        [thread.start() for thread in threads]
+        wait_for(lambda: gauge(client, "num_requests_running") == 2)
+        client.server.drain()
+        [thread.join(10) for thread in threads]
+    assert (found[False].status_code, found[False].headers["retry-after"]) == (503, "1")
+    assert found[False].json()["error"]["message"] == "the request was cancelled"
+    assert "the request was cancelled" in found[True].text and found[True].text.endswith("data: [DONE]\n\n")
 
 
 def test_a_second_signal_ends_at_once(jobs):
