@@ -27,7 +27,7 @@ from .batch import Batch, Span
 from .devices import own_context, to_device, to_host
 from .model import Transformer
 from .parallel import broadcast, broadcast_object, world_size
-from .request import Event, Request, Row, choose
+from .request import Event, Part, Request, choose
 from .sampling import Sampler, top_logprobs
 
 AHEAD = {"cuda"}  # devices on which a pass is launched before the host has read the tokens of the last one
@@ -43,9 +43,9 @@ class Slot:
 
 
 class Pass(NamedTuple):
-    rows: list[Row]
-    ids: Tensor  # (M,) on the device, M the number of samples of all rows
-    # Waits for the pass and gives: the M ids; the sum of the logits of each; the sum of the hidden states of each row
+    parts: list[Part]
+    ids: Tensor  # (M,) on the device, M the number of samples of all parts
+    # Waits for the pass and gives: the M ids; the sum of the logits of each; the sum of the hidden states of each part
     # of a prompt, NaN if its observer failed (a sum is finite only if all its terms are); on several ranks, whether
     # rank 0 sends a second message. All in float32, which holds ids below 2^24 exactly.
     read: Callable[[], list[float]]
@@ -91,18 +91,18 @@ class Engine:
         """Queue requests."""
         for request in requests:
             request.id = next(self.ids)
-            if len(request.prompt) >= request.limit and not request.observe:
-                request.finish = "length"
+            if len(request.prompt) >= request.max_len and not request.observe:
+                request.finish_reason = "length"
                 request.emit()
             else:
                 self.waiting.append(request)
 
     def cancel(self, *requests: Request) -> None:
         """End requests, with the next step. On several ranks this steps until they have ended: rank 0 decides when."""
-        self.cancelled.extend(request for request in requests if not request.finish)
+        self.cancelled.extend(request for request in requests if not request.finish_reason)
         if world_size() > 1 and not self.broken and self.lock.acquire(blocking=False):
             try:
-                while not all(request.finish for request in requests):
+                while not all(request.finish_reason for request in requests):
                     self.step()
             finally:
                 self.lock.release()
@@ -160,14 +160,14 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # What a pass computes
 
-    def _schedule(self) -> tuple[list[Row], Tensor]:
-        """The rows of the next pass, and their tokens (N,)."""
+    def _schedule(self) -> tuple[list[Part], Tensor]:
+        """The parts of the next pass, and their tokens (N,)."""
         if world_size() == 1:
             self._drop([self.cancelled.popleft() for _ in range(len(self.cancelled))])
         if not self._running():
             self._renew()
         self._admit()
-        running, rows = self._running(), list[Row]()
+        running, parts = self._running(), list[Part]()
         stored = {request: len(self.slots[request.slot].tokens) for request in running}
         decoding = {request for request in running if stored[request] >= len(request.prompt)}
         beside = max(CHUNK - len(decoding), CHUNK // 4 + 1)  # prompts advance, however many requests decode
@@ -176,35 +176,35 @@ class Engine:
             start, known = stored[request], len(request.ids)
             draft: list[int] = []
             if request in decoding:
-                draft = request.drafts.draft(request.ids)[: request.limit - known - 1]
+                draft = request.drafts.draft(request.ids)[: request.max_len - known - 1]
                 length = 1 + len(draft)
             else:
                 length = min(known - start, budget)
                 budget -= length
-            samples = 1 + len(draft) if start + length >= known and known < request.limit else 0
+            samples = 1 + len(draft) if start + length >= known and known < request.max_len else 0
             if length:
-                rows.append(Row(request, start, length, draft, samples))
-        rows.sort(key=lambda row: row.request.slot)  # neighbours may attend in one operation
-        tokens = [id for row in rows for id in [*row.request.ids[row.start : row.end], *row.draft]]
-        return rows, to_device(tokens, self.device)
+                parts.append(Part(request, start, length, draft, samples))
+        parts.sort(key=lambda part: part.request.slot)  # neighbours may attend in one operation
+        tokens = [id for part in parts for id in [*part.request.ids[part.start : part.end], *part.draft]]
+        return parts, to_device(tokens, self.device)
 
-    def _following(self, current: Pass) -> tuple[list[Row], Tensor]:
-        """The rows and tokens of the pass after `current`, whose sampled tokens the host has not read yet. No rows
+    def _following(self, current: Pass) -> tuple[list[Part], Tensor]:
+        """The parts and tokens of the pass after `current`, whose sampled tokens the host has not read yet. No parts
         unless all requests decode without drafts, and none is admitted or cancelled."""
         running = self._running()
         cancels = world_size() == 1 and self.cancelled
         admits = self.waiting and len(running) < len(self.slots)
         if self.device.type not in AHEAD or cancels or admits:
             return [], current.ids
-        alive = [(i, row) for i, row in enumerate(current.rows) if not row.request.finish]
-        simple = all(row.samples == 1 and not row.request.needs_tokens for row in current.rows)
+        alive = [(i, part) for i, part in enumerate(current.parts) if not part.request.finish_reason]
+        simple = all(part.samples == 1 and not part.request.needs_tokens for part in current.parts)
         if not simple or len(running) != len(alive):
             return [], current.ids
-        going = [(i, row) for i, row in alive if row.end + 1 < row.request.limit]
-        rows = [Row(row.request, row.end, 1, samples=1) for _, row in going]
-        if len(going) == len(current.rows):
-            return rows, current.ids
-        return rows, current.ids[to_device([i for i, _ in going], self.device, torch.long)]
+        going = [(i, part) for i, part in alive if part.end + 1 < part.request.max_len]
+        parts = [Part(part.request, part.end, 1, samples=1) for _, part in going]
+        if len(going) == len(current.parts):
+            return parts, current.ids
+        return parts, current.ids[to_device([i for i, _ in going], self.device, torch.long)]
 
     def _running(self) -> list[Request]:
         """In the order in which they came."""
@@ -230,7 +230,7 @@ class Engine:
             free = [slot for slot in self.slots if slot.request is None]
             if not free:
                 return
-            prefix = list(request.prompt[: request.first]) if self.shares else []
+            prefix = list(request.prompt[: request.compute_from]) if self.shares else []
             shared = {slot: common(slot.tokens, prefix) for slot in self.slots}
             source = max(self.slots, key=lambda slot: (shared[slot], slot.request is None))
             prompts = [slot.request.prompt for slot in self.slots if slot.request]
@@ -252,41 +252,41 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # A pass
 
-    def _launch(self, rows: list[Row], tokens: Tensor) -> Pass | None:
-        """Start a pass over rows with their tokens (N,); None without rows."""
-        if not rows:
+    def _launch(self, parts: list[Part], tokens: Tensor) -> Pass | None:
+        """Start a pass over parts with their tokens (N,); None without parts."""
+        if not parts:
             return None
-        spans = [Span(row.request.slot, row.start, row.length) for row in rows]
-        outputs = [row.length if row.of_prompt and row.request.observe else row.samples for row in rows]
-        return self._sample(rows, self.backend.hidden(Batch.arrange(tokens, spans, outputs)))
+        spans = [Span(part.request.slot, part.start, part.length) for part in parts]
+        outputs = [part.length if part.of_prompt and part.request.observe else part.samples for part in parts]
+        return self._sample(parts, self.backend.hidden(Batch.arrange(tokens, spans, outputs)))
 
-    def _sample(self, rows: list[Row], hidden: Tensor) -> Pass:
+    def _sample(self, parts: list[Part], hidden: Tensor) -> Pass:
         """Sample from hidden states (N, dim). This does not wait for a GPU, unless a request has an observer."""
         at, index, prompts = 0, list[int](), list[Tensor]()
-        for row in rows:
-            if row.of_prompt:
-                part, observe = hidden[at : at + row.length], row.request.observe
-                finite = observe is None or observe(part, row.start, self.backend.logits)
-                prompts.append(part if finite else part * math.nan)
-            at += row.length
-            index += range(at - row.samples, at)
+        for part in parts:
+            if part.of_prompt:
+                states, observe = hidden[at : at + part.length], part.request.observe
+                finite = observe is None or observe(states, part.start, self.backend.logits)
+                prompts.append(states if finite else states * math.nan)
+            at += part.length
+            index += range(at - part.samples, at)
         logprobs = None
         ids = sums = torch.empty(0, dtype=torch.long, device=hidden.device)
         with backends.single_threaded(self.backend):
-            prompt_sums = [part.sum(dtype=torch.float32).view(1) for part in prompts]
+            prompt_sums = [states.sum(dtype=torch.float32).view(1) for states in prompts]
             if index:
                 last = hidden if len(index) == len(hidden) else hidden[to_device(index, hidden.device)]
                 logits = self.backend.logits(last)
-                ids = choose(logits, [row for row in rows if row.samples], self.sampler)
+                ids = choose(logits, [part for part in parts if part.samples], self.sampler)
                 sums = logits.sum(-1)
             message = [ids.float(), sums, *prompt_sums]
             if world_size() > 1:
                 more = to_device([len(self.cancelled) > 0 or not self.outbox.empty()], hidden.device)
                 message = [broadcast(torch.cat((*message, more)))]
                 ids = message[0][: len(index)].long()
-            if index and any(row.request.logprobs for row in rows):
-                logprobs = to_host(top_logprobs(logits, ids, max(row.request.top_logprobs for row in rows)))
-        return Pass(rows, ids, to_host(*message), logprobs)
+            if index and any(part.request.logprobs for part in parts):
+                logprobs = to_host(top_logprobs(logits, ids, max(part.request.top_logprobs for part in parts)))
+        return Pass(parts, ids, to_host(*message), logprobs)
 
     def _read(self, current: Pass) -> None:
         """Wait for the tokens of a pass, and add them to the requests."""
@@ -299,35 +299,35 @@ class Engine:
         M = len(current.ids)
         logprobs = current.logprobs() if current.logprobs else [[]] * M
         prompt_sums = iter(values[2 * M :])
-        for row in current.rows:
-            request, begin, at = row.request, at, at + row.samples
-            finite = not row.of_prompt or math.isfinite(next(prompt_sums))
-            if request.finish:  # it ended in the pass before, after this one was launched
+        for part in current.parts:
+            request, begin, at = part.request, at, at + part.samples
+            finite = not part.of_prompt or math.isfinite(next(prompt_sums))
+            if request.finish_reason:  # it ended in the pass before, after this one was launched
                 continue
-            if not finite or not self._take(row, values[begin:at], values[M + begin : M + at]):
+            if not finite or not self._take(part, values[begin:at], values[M + begin : M + at]):
                 self._fail(request)
                 continue
-            taken = request.ids[row.end - len(row.draft) :] if row.samples else []
-            if not row.samples and len(request.ids) == len(self.slots[request.slot].tokens) >= request.limit:
-                request.finish = "length"
-            if request.finish:
+            taken = request.ids[part.end - len(part.draft) :] if part.samples else []
+            if not part.samples and len(request.ids) == len(self.slots[request.slot].tokens) >= request.max_len:
+                request.finish_reason = "length"
+            if request.finish_reason:
                 self._leave(request)
-            if taken or request.finish:
+            if taken or request.finish_reason:
                 request.emit(taken, logprobs[begin : begin + len(taken)] if request.logprobs else [])
 
-    def _take(self, row: Row, ids: Sequence[float], sums: Sequence[float]) -> bool:
+    def _take(self, part: Part, ids: Sequence[float], sums: Sequence[float]) -> bool:
         """Add sampled ids to a request, up to the first that differs from its draft. Returns whether the logits of all
         that were added are finite."""
-        request, slot, accepted = row.request, self.slots[row.request.slot], 0
-        known = row.end - len(row.draft)
-        for n, (id, drafted) in enumerate(zip(map(int, ids), [*row.draft, -1], strict=False)):
+        request, slot, accepted = part.request, self.slots[part.request.slot], 0
+        known = part.end - len(part.draft)
+        for n, (id, drafted) in enumerate(zip(map(int, ids), [*part.draft, -1], strict=False)):
             if not math.isfinite(sums[n]):
                 return False
             request.take(id)
-            if request.finish or id != drafted:
+            if request.finish_reason or id != drafted:
                 break
             accepted += 1
-        if row.draft:
+        if part.draft:
             request.drafts.accepted(accepted)
         slot.tokens += request.ids[len(slot.tokens) : known + accepted]
         return True
@@ -337,9 +337,9 @@ class Engine:
 
     def _drop(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            if request.finish:
+            if request.finish_reason:
                 continue
-            request.finish = "cancelled"
+            request.finish_reason = "cancelled"
             if request in self.waiting:
                 self.waiting.remove(request)
             else:
@@ -350,7 +350,7 @@ class Engine:
         """End a request whose logits or hidden states are not finite. Others go on."""
         again = Batch.of([(request.slot, 0, request.ids)], self.device)
         request.error = backends.not_finite(self.model, again)
-        request.finish = "error"
+        request.finish_reason = "error"
         self._leave(request)
         self.slots[request.slot].tokens = []
         for cache in backends.caches(self.model):  # a masked NaN is still NaN times 0: it would break the next request
@@ -366,7 +366,7 @@ class Engine:
         for request in requests:
             if request in self.waiting:
                 self.waiting.remove(request)
-            request.error, request.finish = RuntimeError(why), "error"
+            request.error, request.finish_reason = RuntimeError(why), "error"
             request.emit()
 
 

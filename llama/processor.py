@@ -109,7 +109,7 @@ class InputProcessor:
             matcher = self.grammars.matcher(row.grammar, chat) if row.grammar else None
             request = Request(
                 prompt,
-                limit=min(self.params.max_seq_len, len(prompt) + row.max_new),
+                max_len=min(self.params.max_seq_len, len(prompt) + row.max_new),
                 sampling=row.sampling,
                 eos_ids=self.tokenizer.eos_ids,
                 stop_ids=row.stop_ids,
@@ -123,7 +123,7 @@ class InputProcessor:
             )
             if echo and logprobs:
                 request.observe = scores = Scores(prompt, top=top_logprobs)
-                request.first, request.prompt_logprobs = 0, scores.logprobs
+                request.compute_from, request.prompt_logprobs = 0, scores.logprobs
             requests.append(request)
         return requests
 

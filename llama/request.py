@@ -42,7 +42,7 @@ class Request:
     """A prompt, how to continue it, and its state while it runs."""
 
     prompt: Sequence[int]  # at least one token
-    limit: int  # of prompt and answer together, at most max_seq_len
+    max_len: int  # of prompt and answer together, at most max_seq_len
     sampling: SamplingParams = field(default_factory=SamplingParams)
     eos_ids: Collection[int] = ()
     stop_ids: Collection[int] = ()
@@ -52,16 +52,17 @@ class Request:
     top_logprobs: int = 0  # with `logprobs`, also those of this many most probable tokens at each position
     text: Text | None = None
     matcher: Matcher | None = None  # excludes `lookup`
-    observe: Observe | None = None  # called with the hidden states of the prompt from position `first` on
-    first: int | None = None  # cached prefixes are reused only before this position; None: the last token's
+    observe: Observe | None = None  # called with the hidden states of the prompt from `compute_from` on
+    compute_from: int | None = None  # cached prefixes are reused only before this position; None: the last token's
     echo: bool = False  # the first event begins with the prompt
     prompt_logprobs: Sequence[float] = ()  # of the prompt's tokens but the first, for an echo; `observe` fills it
 
     def __post_init__(self) -> None:
         self.prompt, self.ids = list(self.prompt), list(self.prompt)
-        self.first = len(self.ids) - 1 if self.first is None else min(self.first, len(self.ids) - 1)
+        last = len(self.ids) - 1
+        self.compute_from = last if self.compute_from is None else min(self.compute_from, last)
         self.drafts = PromptLookup(self.lookup)
-        self.finish: str | None = None  # "eos", "stop", "length", "cancelled" or "error"
+        self.finish_reason: str | None = None  # "eos", "stop", "length", "cancelled" or "error"
         self.error: BaseException | None = None
         self.id = self.slot = -1  # set by the engine
         self.cached = 0  # tokens of the prompt that a slot held already
@@ -74,42 +75,42 @@ class Request:
         return self.lookup > 0 or self.matcher is not None
 
     def take(self, id: int) -> None:
-        """Append a sampled token to the answer, unless it is EOS or a stop id; set `finish` where the answer ends."""
+        """Append a sampled token to the answer, unless it is EOS or a stop id; set `finish_reason` at its end."""
         complete = False
         if self.matcher:
             try:
                 complete = self.matcher.take(id)
             except ValueError as error:
-                self.error, self.finish = error, "error"
+                self.error, self.finish_reason = error, "error"
                 return
         if id in self.eos_ids or id in self.stop_ids:
-            self.finish = "eos" if id in self.eos_ids else "stop"
+            self.finish_reason = "eos" if id in self.eos_ids else "stop"
             return
         self.ids.append(id)
         if (self.text and self.text.add(id)) or complete:
-            self.finish = "stop"
-        elif len(self.ids) == self.limit:
-            self.finish = "length"
+            self.finish_reason = "stop"
+        elif len(self.ids) == self.max_len:
+            self.finish_reason = "length"
 
     def emit(self, tokens: Sequence[int] = (), top_logprobs: Sequence[Sequence[float]] = ()) -> None:
-        """Append an event to `outputs`: new tokens, for each a row of `sampling.top_logprobs`, and `finish` if set."""
+        """Append an event: new tokens, a row of `sampling.top_logprobs` for each, and `finish_reason`."""
         logprobs, k = [row[0] for row in top_logprobs], self.top_logprobs
         best = [[*zip(map(int, row[len(row) // 2 + 1 :]), row[1 : k + 1], strict=False)] for row in top_logprobs if k]
         if self.echo:
             tokens = [*self.prompt, *tokens]
             logprobs = [0.0, *self.prompt_logprobs, *logprobs] if self.logprobs else []
             self.echo = False
-        text = self.text.read(bool(self.finish)) if self.text else ""
-        self.outputs.append(Event(self.row, text, [*tokens], logprobs, self.finish, best))
+        text = self.text.read(bool(self.finish_reason)) if self.text else ""
+        self.outputs.append(Event(self.row, text, [*tokens], logprobs, self.finish_reason, best))
 
 
-class Row(NamedTuple):
+class Part(NamedTuple):
     """A request's part of a pass."""
 
     request: Request
     start: int  # position of its first token
     length: int
-    draft: Sequence[int] = ()  # draft tokens, the last ones of the row
+    draft: Sequence[int] = ()  # draft tokens, the last ones of the part
     samples: int = 0  # how many of its last positions are sampled from
 
     @property
@@ -128,25 +129,25 @@ class Row(NamedTuple):
         return self.end - self.samples + 1 - len(self.request.prompt)
 
 
-def choose(logits: Tensor, rows: Sequence[Row], sampler: Sampler) -> Tensor:
-    """Sample tokens (M,) from logits (M, V): `samples` of each row, row by row. Sample t > 0 of a row follows draft
+def choose(logits: Tensor, parts: Sequence[Part], sampler: Sampler) -> Tensor:
+    """Sample tokens (M,) from logits (M, V): `samples` of each part, part by part. Sample t > 0 of a part follows draft
     token t - 1, and is valid only where all draft tokens before it were sampled too."""
-    if all(row.samples == 1 for row in rows):
-        indices, slots = [row.answered for row in rows], [row.request.slot for row in rows]
-        ids = sampler(forbid(logits, [row.request for row in rows], indices), slots, indices)
+    if all(part.samples == 1 for part in parts):
+        indices, slots = [part.answered for part in parts], [part.request.slot for part in parts]
+        ids = sampler(forbid(logits, [part.request for part in parts], indices), slots, indices)
         sampler.count(ids, slots)
         return ids
-    starts = [0, *itertools.accumulate(row.samples for row in rows)]
+    starts = [0, *itertools.accumulate(part.samples for part in parts)]
     found = logits.new_empty(len(logits), dtype=torch.long)
-    valid = logits.new_ones(len(rows), dtype=torch.bool)
-    for t in range(max(row.samples for row in rows)):
-        some = [i for i, row in enumerate(rows) if row.samples > t]
-        at, slots = [starts[i] + t for i in some], [rows[i].request.slot for i in some]
-        indices = [rows[i].answered + t for i in some]
+    valid = logits.new_ones(len(parts), dtype=torch.bool)
+    for t in range(max(part.samples for part in parts)):
+        some = [i for i, part in enumerate(parts) if part.samples > t]
+        at, slots = [starts[i] + t for i in some], [parts[i].request.slot for i in some]
+        indices = [parts[i].answered + t for i in some]
         if t:
-            drafted = to_device([rows[i].draft[t - 1] for i in some], logits.device)
+            drafted = to_device([parts[i].draft[t - 1] for i in some], logits.device)
             valid[some] &= found[[n - 1 for n in at]] == drafted
-        ids = sampler(forbid(logits[at], [rows[i].request for i in some], indices), slots, indices)
+        ids = sampler(forbid(logits[at], [parts[i].request for i in some], indices), slots, indices)
         sampler.count(ids, slots, valid[some] if t else None)
         found[at] = ids
     return found

@@ -137,7 +137,7 @@ def top_logprobs(logits: Tensor, tokens: Tensor, k: int) -> Tensor:
     return torch.cat((logprobs.gather(-1, tokens[:, None]), best.values, best.indices.to(logprobs.dtype)), -1)
 
 
-class Rows:
+class SamplingTensors:
     """The settings of the requests in `slots`, one for each row of logits (B, V), as tensors."""
 
     def __init__(self, params: Sequence[SamplingParams], slots: Sequence[int], vocab_size: int, device: Any) -> None:
@@ -179,13 +179,13 @@ class Sampler:
         self.random: list[list[float]] = [[] for _ in range(slots)]
         # (slots, V), allocated for the first request with penalties: tokens of the prompt, and counts of the answer's.
         self.prompt, self.counts = torch.empty(0), torch.empty(0)
-        self.rows: dict[tuple[int, ...], Rows] = {}  # of recent passes, by their slots
+        self.tensors: dict[tuple[int, ...], SamplingTensors] = {}  # of recent passes, by their slots
 
     def admit(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
         """A new request takes a slot."""
         self.params[slot], self.random[slot] = params, []
         self.generators[slot].manual_seed(params.seed)
-        self.rows.clear()
+        self.tensors.clear()
         if penalized(params):
             if not self.counts.numel():
                 self.counts = torch.zeros(self.shape, dtype=torch.float32, device=self.device)
@@ -195,53 +195,53 @@ class Sampler:
 
     def __call__(self, logits: Tensor, slots: Sequence[int], indices: Sequence[int]) -> Tensor:
         """Sample ids (B,) from logits (B, V); row b is for token indices[b] of the answer in slot slots[b]."""
-        rows = self.tabulate(slots)
-        if rows.bias is not None:
-            logits = logits + rows.bias
-        if rows.penalties is not None:
-            logits = penalize(logits, self.prompt[rows.slots], self.counts[rows.slots], rows.penalties)
+        settings = self.tabulate(slots)
+        if settings.bias is not None:
+            logits = logits + settings.bias
+        if settings.penalties is not None:
+            logits = penalize(logits, self.prompt[settings.slots], self.counts[settings.slots], settings.penalties)
         best = argmax(logits)
-        if rows.greedy:
+        if settings.greedy:
             return best
-        probs, u = softmax(logits, rows.temperature), self.uniform(slots, indices)
+        probs, u = softmax(logits, settings.temperature), self.uniform(slots, indices)
         # The same random number samples another token from sorted probabilities than from unsorted ones. So whether a
         # row's are sorted depends on its own settings alone, not on those of other rows.
         chosen = best
-        if not all(rows.excluding):
-            chosen = torch.where(rows.sampled & ~rows.filtered, sample(probs, u), chosen)
-        if any(rows.excluding):
-            ids, wide = self.candidates(logits, probs, rows)
-            kept = filter_top_k_top_p(probs.gather(-1, ids), *rows.filters)
+        if not all(settings.excluding):
+            chosen = torch.where(settings.sampled & ~settings.filtered, sample(probs, u), chosen)
+        if any(settings.excluding):
+            ids, wide = self.candidates(logits, probs, settings)
+            kept = filter_top_k_top_p(probs.gather(-1, ids), *settings.filters)
             tokens = ids.gather(-1, sample(kept, u)[:, None])[:, 0]
             for b in wide:
-                tokens[b] = nucleus(logits[b], probs[b], rows.params[b].top_p, u[b])
-            chosen = torch.where(rows.sampled & rows.filtered, tokens, chosen)
+                tokens[b] = nucleus(logits[b], probs[b], settings.params[b].top_p, u[b])
+            chosen = torch.where(settings.sampled & settings.filtered, tokens, chosen)
         return chosen
 
-    def tabulate(self, slots: Sequence[int]) -> Rows:
+    def tabulate(self, slots: Sequence[int]) -> SamplingTensors:
         """The settings of the requests in `slots`."""
-        if (key := tuple(slots)) not in self.rows:
-            if len(self.rows) > 16:  # drafts of different lengths make many combinations of slots
-                self.rows.clear()
-            self.rows[key] = Rows([self.params[slot] for slot in slots], key, self.shape[1], self.device)
-        return self.rows[key]
+        if (key := tuple(slots)) not in self.tensors:
+            if len(self.tensors) > 16:  # drafts of different lengths make many combinations of slots
+                self.tensors.clear()
+            self.tensors[key] = SamplingTensors([self.params[slot] for slot in slots], key, self.shape[1], self.device)
+        return self.tensors[key]
 
-    def candidates(self, logits: Tensor, probs: Tensor, rows: Rows) -> tuple[Tensor, list[int]]:
+    def candidates(self, logits: Tensor, probs: Tensor, settings: SamplingTensors) -> tuple[Tensor, list[int]]:
         """The ids (B, M) of the M largest logits, in descending order; ties by id. (Not of probabilities: at high
         temperatures different logits round to equal ones.) M suffices for all rows but those listed, for `nucleus`."""
-        V, M = logits.shape[-1], max(FEW, 64 + max(row.top_k for row in rows.params))
+        V, M = logits.shape[-1], max(FEW, 64 + max(row.top_k for row in settings.params))
         if V <= FEW or logits.device.type == "cuda":  # where comparing with what suffices would wait for the GPU
             return logits.sort(dim=-1, descending=True, stable=True).indices, []
-        top_k, top_p, min_p = rows.filters
+        top_k, top_p, min_p = settings.filters
         few, ids = logits.topk(min(M, V))
         p = probs.gather(-1, ids)
         # Ties with the last candidate may be missing, so the candidates above it must suffice.
         reached = (p * (few > few[:, FEW - 1 : FEW]))[:, :FEW].sum(-1)  # of FEW, not of M, which depends on other rows
-        wide = rows.by_top_p & (reached <= top_p[:, 0] + 1e-4)
+        wide = settings.by_top_p & (reached <= top_p[:, 0] + 1e-4)
         above = few > few[:, -1:]
         enough = (top_k > 0) & above.gather(-1, top_k.clamp(min=1, max=few.shape[-1]) - 1)
         enough |= ((p * above).sum(-1, keepdim=True) > top_p + 1e-4) | (p[:, -1:] < min_p * p[:, :1])
-        if M < V and (enough[:, 0] | ~rows.filtered | wide).all():
+        if M < V and (enough[:, 0] | ~settings.filtered | wide).all():
             ids = ids.sort(-1).values
             ids = ids.gather(-1, logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices)
         else:
@@ -260,10 +260,10 @@ class Sampler:
 
     def count(self, ids: Tensor, slots: Sequence[int], valid: Tensor | None = None) -> None:
         """Count ids (B,) as tokens of the answers in `slots`, where `valid` (B,) is true."""
-        rows = self.tabulate(slots)
-        if rows.penalties is not None:
+        settings = self.tabulate(slots)
+        if settings.penalties is not None:
             ones = torch.ones_like(ids, dtype=self.counts.dtype) if valid is None else valid.to(self.counts.dtype)
-            self.counts.index_put_((rows.slots, ids), ones, accumulate=True)
+            self.counts.index_put_((settings.slots, ids), ones, accumulate=True)
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def score(engine: Engine, rows: Sequence[Sequence[int]], begins: Sequence[int], 
     not finite."""
     engine.model.params.check_output()
     scores = [Scores(row, begin, top) for row, begin in zip(rows, begins, strict=True)]
-    for _ in engine.run([Request(s.ids, len(s.ids), observe=s, first=s.first) for s in scores]):
+    for _ in engine.run([Request(s.ids, len(s.ids), observe=s, compute_from=s.first) for s in scores]):
         pass
     return scores
 
@@ -94,7 +94,7 @@ def to_pool(
         return bool(found.isfinite().all())
 
     first = 0 if pooling == "mean" else None
-    return [Request(row, len(row), observe=partial(add, i), first=first) for i, row in enumerate(rows)], pooled
+    return [Request(row, len(row), observe=partial(add, i), compute_from=first) for i, row in enumerate(rows)], pooled
 
 
 def perplexity(

@@ -38,7 +38,7 @@ def random_settings(chance, prompt):
     )
     return {
         "prompt": prompt,
-        "limit": min(CONTEXT, len(prompt) + chance.choice([0, 1, 5, 20, 40])),
+        "max_len": min(CONTEXT, len(prompt) + chance.choice([0, 1, 5, 20, 40])),
         "sampling": sampling,
         "eos_ids": {chance.randrange(VOCABULARY) for _ in range(chance.choice([0, 1, 30]))},
         "stop_ids": [chance.randrange(VOCABULARY)],
@@ -75,7 +75,7 @@ def fuzz(seed, count):
     )
     running, earlier, found = [], [], []
     asked = 0
-    while asked < count or any(not request.finish for request, _, _ in running):
+    while asked < count or any(not request.finish_reason for request, _, _ in running):
         for _ in range(chance.choice([0, 0, 0, 1, 1, 3, 8]) if asked < count else 0):
             asked += 1
             prompt = random_prompt(chance, earlier[-20:])
@@ -85,12 +85,12 @@ def fuzz(seed, count):
             engine.submit(request)
         if running and chance.random() < 0.05:
             request = chance.choice(running)[0]
-            if not request.finish:
+            if not request.finish_reason:
                 engine.cancel(request)
-        if any(not request.finish for request, _, _ in running):
+        if any(not request.finish_reason for request, _, _ in running):
             engine.step()
         for request, settings, stops in [*running]:
-            if request.finish:
+            if request.finish_reason:
                 running.remove((request, settings, stops))
                 earlier.append(request.ids)
                 found.append((answer(request.outputs), alone(settings, stops, tokenizer, single)))
@@ -162,8 +162,8 @@ def test_recorded_tokens_of_a_slot_are_in_its_cache(monkeypatch, ahead):
         except MemoryError:
             failed += 1
         held(engine, other)
-        earlier += [request.ids for request in running if request.finish]
-        running = [request for request in running if not request.finish]
+        earlier += [request.ids for request in running if request.finish_reason]
+        running = [request for request in running if not request.finish_reason]
     assert failed and len(earlier) > 50
 
 
@@ -171,10 +171,10 @@ def test_steps_add_events_to_the_requests():
     engine = Engine.of(random_model())
     requests = [Request([1, 2], 5), Request([3, 4, 5], 9)]
     engine.submit(*requests)
-    while any(not request.finish for request in requests):
+    while any(not request.finish_reason for request in requests):
         engine.step()
     for request in requests:
-        assert sum(len(event.tokens) for event in request.outputs) == request.limit - len(request.prompt)
+        assert sum(len(event.tokens) for event in request.outputs) == request.max_len - len(request.prompt)
 
 
 def test_a_request_whose_admission_fails_is_removed(monkeypatch):
@@ -198,7 +198,7 @@ def test_a_request_that_no_pass_can_be_scheduled_for_ends(monkeypatch):
         patch.setattr("llama.backends.choose", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
-    assert request.finish == "error" and not engine.waiting
+    assert request.finish_reason == "error" and not engine.waiting
     assert [event.finish_reason for step in engine.run([Request([1, 2], 5)]) for event in step][-1] == "length"
 
 
@@ -212,8 +212,8 @@ def test_non_finite_values_are_found_in_every_chunk(monkeypatch):
     engine.step()
     engine.submit(second := Request([1, 77, *range(3, 40)], 60))
     engine.step()
-    assert second.finish == "error" and isinstance(second.error, FloatingPointError)
-    assert not first.finish and not any(77 in slot.tokens for slot in engine.slots)
+    assert second.finish_reason == "error" and isinstance(second.error, FloatingPointError)
+    assert not first.finish_reason and not any(77 in slot.tokens for slot in engine.slots)
     assert all(kv.isfinite().all() for kv in engine.model.buffers())
 
 

@@ -125,7 +125,7 @@ class HarnessModel(TemplateLM):
                 alike[tuple(ids[:-1]), len(ids) - len(continuation)].append(i)
         keys = sorted(alike)  # so that neighbours share prefixes, which are computed once
         observers = [Continuations(row, begin, [ends[i] for i in alike[row, begin]]) for row, begin in keys]
-        queued = [Request(o.row, len(o.row), observe=o, first=o.first) for o in observers]
+        queued = [Request(o.row, len(o.row), observe=o, compute_from=o.first) for o in observers]
         self._run(queued, disable_tqdm, "log likelihoods")
         for key, observer in zip(keys, observers, strict=True):
             for i, result in zip(alike[key], observer.results(), strict=True):

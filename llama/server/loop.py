@@ -70,7 +70,7 @@ class Job:
 
     @property
     def unfinished(self) -> list[Request]:
-        return [request for request in self.requests if not request.finish]
+        return [request for request in self.requests if not request.finish_reason]
 
     def usage(self) -> dict[str, Any]:
         """Numbers of tokens, in OpenAI's format. A prompt counts once, whatever n is."""

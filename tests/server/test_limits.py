@@ -76,7 +76,7 @@ def test_waiting_too_long_is_an_error_although_a_slot_became_free(llama):
     server_loop.event_loop = SimpleNamespace(call_soon_threadsafe=lambda deliver, tickets: found.extend(tickets))
     ticket = Ticket(0, Work([[1]]), server_loop.inbox)
     ticket.late, ticket.requests = "no slot was free", [request := Request([1], 9)]
-    request.slot, request.finish = 0, "cancelled"
+    request.slot, request.finish_reason = 0, "cancelled"
     request.emit()
     server_loop._send([ticket], time.monotonic())
     [(_, [event])] = found
