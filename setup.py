@@ -19,7 +19,8 @@ setup(
     extras_require={
         "test": [
             *("pytest", "pytest-cov", "pytest-xdist", "hypothesis", "pexpect", "ruff", "mypy"),
-            *("transformers", "peft", "gguf", "jinja2", "numpy", "prompt_toolkit", "setuptools"),
+            *("transformers", "peft", "gguf", "jinja2", "numpy", "prompt_toolkit"),
+            "setuptools>=70.1",  # which builds wheels without the package wheel
             *("bitsandbytes", "compressed-tensors; python_version >= '3.11'"),
             *("starlette>=0.46", "uvicorn", UVLOOP, "httpx", "openai", "playwright", "llguidance"),
             "triton; platform_system == 'Linux'",  # whose interpreter runs the CUDA kernels on a CPU
