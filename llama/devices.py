@@ -159,18 +159,13 @@ def trim() -> None:
 def own_context(inference: bool = True) -> Iterator[None]:
     """Shield a block from the caller's settings: no autocast, the CPU as the default device, inference mode as given.
     The default dtype belongs to all threads and is not changed: name the dtype of float tensors in the block."""
-    elsewhere = torch.empty(0).device.type != "cpu"  # ten times as fast as torch.get_default_device()
-    autocast = [*filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps"))]
-    with torch.inference_mode(inference):
-        if not elsewhere and not autocast:
-            yield
-            return
-        with ExitStack() as stack:
-            if elsewhere:
-                stack.enter_context(torch.device("cpu"))
-            for kind in autocast:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(inference))
+        if torch.empty(0).device.type != "cpu":  # ten times as fast as torch.get_default_device()
+            stack.enter_context(torch.device("cpu"))
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def to_device(values: Any, device: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
