@@ -92,8 +92,7 @@ class Engine:
         for request in requests:
             request.id = next(self.ids)
             if len(request.prompt) >= request.max_len and not request.observe:
-                request.finish_reason = "length"
-                request.emit()
+                self._end(request, "length")
             else:
                 self.waiting.append(request)
 
@@ -290,21 +289,20 @@ class Engine:
 
     def _read(self, current: Pass) -> None:
         """Wait for the tokens of a pass, and add them to the requests."""
-        values, at = current.read(), 0
-        if values and world_size() > 1 and values[-1]:
+        values, M, at = current.read(), len(current.ids), 0
+        if world_size() > 1 and values.pop():
             cancelled = [self.cancelled.popleft().id for _ in range(len(self.cancelled))]
             cancelled, items = broadcast_object((cancelled, [self.outbox.get() for _ in range(self.outbox.qsize())]))
             self.received += items
             self._drop([request for request in [*self._running(), *self.waiting] if request.id in cancelled])
-        M = len(current.ids)
+        ids, sums, prompt_sums = values[:M], values[M : 2 * M], iter(values[2 * M :])
         logprobs = current.logprobs() if current.logprobs else [[]] * M
-        prompt_sums = iter(values[2 * M :])
         for part in current.parts:
             request, begin, at = part.request, at, at + part.samples
             finite = not part.of_prompt or math.isfinite(next(prompt_sums))
             if request.finish_reason:  # it ended in the pass before, after this one was launched
                 continue
-            if not finite or not self._take(part, values[begin:at], values[M + begin : M + at]):
+            if not finite or not self._take(part, ids[begin:at], sums[begin:at]):
                 self._fail(request)
                 continue
             taken = request.ids[part.end - len(part.draft) :] if part.samples else []
@@ -320,8 +318,8 @@ class Engine:
         that were added are finite."""
         request, slot, accepted = part.request, self.slots[part.request.slot], 0
         known = part.end - len(part.draft)
-        for n, (id, drafted) in enumerate(zip(map(int, ids), [*part.draft, -1], strict=False)):
-            if not math.isfinite(sums[n]):
+        for id, logit_sum, drafted in zip(map(int, ids), sums, [*part.draft, -1], strict=False):
+            if not math.isfinite(logit_sum):
                 return False
             request.take(id)
             if request.finish_reason or id != drafted:
@@ -335,27 +333,27 @@ class Engine:
     def _leave(self, request: Request) -> None:
         self.slots[request.slot].request, self.slots[request.slot].used = None, next(self.clock)
 
+    def _end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
+        """End a request that is new, waits or runs, with an event of its own."""
+        request.finish_reason, request.error = reason, error
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request.slot >= 0:
+            self._leave(request)
+        request.emit()
+
     def _drop(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            if request.finish_reason:
-                continue
-            request.finish_reason = "cancelled"
-            if request in self.waiting:
-                self.waiting.remove(request)
-            else:
-                self._leave(request)
-            request.emit()
+            if not request.finish_reason:
+                self._end(request, "cancelled")
 
     def _fail(self, request: Request) -> None:
         """End a request whose logits or hidden states are not finite. Others go on."""
         again = Batch.of([(request.slot, 0, request.ids)], self.device)
-        request.error = backends.not_finite(self.model, again)
-        request.finish_reason = "error"
-        self._leave(request)
+        self._end(request, "error", backends.not_finite(self.model, again))
         self.slots[request.slot].tokens = []
         for cache in backends.caches(self.model):  # a masked NaN is still NaN times 0: it would break the next request
             cache.kv[request.slot] = 0
-        request.emit()
 
     def _reset(self, requests: Sequence[Request], why: str) -> None:
         """End requests with an error, and forget what the cache holds."""
@@ -364,10 +362,7 @@ class Engine:
         for slot in self.slots:
             slot.tokens, slot.request = [], None
         for request in requests:
-            if request in self.waiting:
-                self.waiting.remove(request)
-            request.error, request.finish_reason = RuntimeError(why), "error"
-            request.emit()
+            self._end(request, "error", RuntimeError(why))
 
 
 _engines: WeakValueDictionary[int, Engine] = WeakValueDictionary()
