@@ -243,8 +243,9 @@ class Llama:
         `top_logprobs` = k also the texts and log probabilities of the k most probable tokens at each position.
 
         A continuation's tokens are those of prompt + continuation from the first that is not wholly the prompt's, whose
-        white space at the end counts as the continuation's. The perplexity of an empty text is NaN. Raises ValueError
-        for a prompt that is longer than max_seq_len, and for a continuation that adds nothing to its prompt."""
+        white space at the end counts as the continuation's. The perplexity of a text with nothing to score is NaN.
+        Raises ValueError for a prompt that has no token, not even BOS, or is longer than max_seq_len, and for a
+        continuation that adds nothing to its prompt."""
         if type(top_logprobs) is not int or not 0 <= top_logprobs <= self.model.vocab_size:
             raise ValueError(f"top_logprobs is {top_logprobs!r}; it must be an int from 0 to {self.model.vocab_size}")
         if continuations is None:
@@ -252,8 +253,7 @@ class Llama:
             begins = [1] * len(rows)
         else:
             rows, begins = self.inputs.encode_continuations(prompts, continuations)
-        for i, row in enumerate(rows):
-            self.inputs.check_length(row, f"prompt {i}")
+        self.inputs.check_all(rows, "prompt")
         return [self._scored(scores) for scores in score(self.engine, rows, begins, top_logprobs)]
 
     def _scored(self, scores: Scores) -> Scored:
@@ -275,8 +275,7 @@ class Llama:
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling is {pooling!r}; it must be 'mean' or 'last'")
         rows = self.inputs.encode(texts, "texts")
-        for i, row in enumerate(rows):
-            self.inputs.check_length(row, f"text {i}")
+        self.inputs.check_all(rows, "text")
         return embed(self.engine, rows, pooling)
 
     @parallel.as_first_rank
@@ -292,12 +291,13 @@ class Llama:
             rows = [self.inputs.encode_dialog(d, f"dialog {i}", answered=True) for i, d in enumerate(inputs)]
         else:
             rows = self.inputs.encode(inputs, "inputs")
-        for i, row in enumerate(rows):
-            self.inputs.check(row, f"input {i}")
+        self.inputs.check_all(rows, "input")
         return classify(self.engine, rows, self.pad_id)
 
     def _stream(self, prompts: Sequence[Sequence[int]], logprobs: bool, echo: bool, /, **options: Any) -> Stream:
-        self.inputs.check_ids(prompts)
+        if not isinstance(prompts, list) or not all(isinstance(row, list) for row in prompts):
+            raise ValueError(f"prompt_tokens is {shorten(prompts)}; it must be a list of lists of token ids")
+        self.inputs.check_all(prompts, "prompt")
         settings = self.inputs.settings(len(prompts), options)
         requests = self.inputs.requests(prompts, settings, logprobs, echo)
         before = [() if echo else prompt for prompt in prompts]
@@ -310,19 +310,19 @@ class Llama:
             self.chat_format.check(dialog, f"dialog {i}")
         input_filter, output_filter = pop_filters(options)
         refusals: dict[int, str] = {}
+        prompts: dict[int, list[int]] = {}
         for i, dialog in enumerate(dialogs):
             verdict = self.chat_format.refusal(dialog)
             if verdict is None and input_filter is not None:
                 verdict = parallel.ask_first_rank(input_filter, dialog)
             if verdict is not None:
                 refusals[i] = check_verdict(verdict)
-        allowed = [i for i in range(len(dialogs)) if i not in refusals]
-        prompts = [self.chat_format.encode(self.tokenizer, dialogs[i]) for i in allowed]
-        for i, prompt in zip(allowed, prompts, strict=True):
-            self.inputs.check(prompt, f"dialog {i}")
+                continue
+            prompts[i] = self.chat_format.encode(self.tokenizer, dialog)
+            self.inputs.check(prompts[i], f"dialog {i}")
         settings = self.inputs.settings(len(dialogs), options, chat=True)
-        requests = self.inputs.requests(prompts, [settings[i] for i in allowed], logprobs, chat=True)
-        return filtered(self.engine.run(requests), allowed, refusals, output_filter)
+        requests = self.inputs.requests([*prompts.values()], [settings[i] for i in prompts], logprobs, chat=True)
+        return filtered(self.engine.run(requests), [*prompts], refusals, output_filter)
 
     def _tokens(self, row: Event, stream: Stream) -> _Tokens:
         scored: _Tokens = {"finish_reason": row.finish_reason}

@@ -59,26 +59,20 @@ class InputProcessor:
             raise ValueError(f"{name}: {refusal}")
         return self.chat_format.encode(self.tokenizer, dialog, answered, unfinished)
 
-    def check_ids(self, prompts: Any) -> None:
-        """ValueError unless prompts are lists of token ids that the model can continue."""
-        if not isinstance(prompts, list) or not all(isinstance(row, list) for row in prompts):
-            raise ValueError(f"prompt_tokens is {shorten(prompts)}; it must be a list of lists of token ids")
+    def check_all(self, prompts: Sequence[Sequence[int]], name: str) -> None:
         for i, prompt in enumerate(prompts):
-            self.check(prompt, f"prompt {i}")
+            self.check(prompt, f"{name} {i}")
 
     def check(self, prompt: Sequence[int], name: str) -> None:
-        size = self.params.vocab_size
+        """ValueError for a prompt that is empty, has another model's ids or does not fit in the cache."""
+        size, limit = self.params.vocab_size, self.params.max_seq_len
         if not prompt:
             raise ValueError(f"{name} is empty; it needs at least one token, such as bos_id")
         if odd := [id for id in prompt if type(id) is not int or not 0 <= id < size]:
             raise ValueError(f"{name} contains {shorten(odd[0])}; ids are ints from 0 to {size - 1}")
-        self.check_length(prompt, name)
-
-    def check_length(self, ids: Sequence[int], name: str) -> None:
-        limit = self.params.max_seq_len
-        if len(ids) > limit:
+        if len(prompt) > limit:
             raise ValueError(
-                f"{name} has {len(ids)} tokens, more than max_seq_len {limit}; "
+                f"{name} has {len(prompt)} tokens, more than max_seq_len {limit}; "
                 "shorten it or build with a larger max_seq_len"
             )
 

@@ -179,6 +179,15 @@ def test_inputs_that_cannot_be_scored(call, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(("method", "name"), [("score", "prompt 1"), ("embed", "text 1")])
+def test_a_text_without_tokens(method, name):
+    """Regression: without BOS an empty text ended its pass, with those of other calls, in an error of PyTorch."""
+    llama = Llama(random_model(SHAPES["GQA"], vocab_size=OURS.n_words), Tokenizer(TOKENIZER))
+    llama.tokenizer.vocabulary.adds_bos = False
+    with pytest.raises(ValueError, match=f"{name} is empty; it needs at least one token"):
+        getattr(llama, method)(["a", ""])
+
+
 def test_a_perplexity_that_overflows_is_infinite():
     """Regression: OverflowError."""
     llama = built()

@@ -209,7 +209,7 @@ def answer_logprob(llama: Llama, messages: Sequence[Message], text: str) -> floa
     reply: Message = {"role": "assistant", "content": llama.chat_format.cleaned(text).strip()}
     ids = llama.inputs.encode_dialog([*messages, reply], "the dialog", answered=True, unfinished=True)
     begin = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
-    llama.inputs.check_length(ids, "the expected answer")
+    llama.inputs.check(ids, "the expected answer")
     [scores] = scoring.score(llama.engine, [ids], [begin])
     return math.fsum(scores.logprobs)
 
