@@ -121,6 +121,10 @@ class Quantized(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return len(self.q), self.q.shape[1] * (8 // self.bits)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self if part is not None)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Quantized:
         """The matrix with `change` applied to each of its tensors."""
         return Quantized(change(self.q), change(self.scale), None if self.min is None else change(self.min))

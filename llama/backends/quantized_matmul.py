@@ -49,8 +49,7 @@ class Dequantized(Kernel):
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
         self.weight = weight.map(lambda part: part.to(device))
-        self.shape = weight.shape
-        self.nbytes = sum(part.nbytes for part in weight if part is not None)
+        self.shape, self.nbytes = weight.shape, weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, dequantize(self.weight).type_as(x))
@@ -99,20 +98,19 @@ class Rows(Kernel):
         return self.whole(x)[..., self.begin : self.end]
 
 
-class Cuda(Dequantized):
+class Cuda(Kernel):
     """A few rows are multiplied by a kernel that dequantizes as it reads; more by cuBLAS, after dequantizing."""
 
     def __init__(self, weight: Quantized, device: torch.device) -> None:
         from .cuda_kernels import Matrix
 
-        super().__init__(weight, device)
-        q, scale, minimum = self.weight
+        self.shape, self.nbytes = weight.shape, weight.nbytes
+        q, scale, minimum = weight.map(lambda part: part.to(device).contiguous())
         if minimum is None and weight.bits == 4:
             minimum = -8 * scale
         by_row = weight.bits == 8 and scale.shape[1] == 1 and minimum is None
-        group = 0 if by_row else self.shape[1] // scale.shape[1]
-        self.matrix = Matrix(q.contiguous(), scale.contiguous(), minimum, weight.bits, group)
-        del self.weight
+        group = 0 if by_row else weight.shape[1] // scale.shape[1]
+        self.matrix = Matrix(q, scale, minimum, weight.bits, group)
 
     def __call__(self, x: Tensor) -> Tensor:
         from .cuda_kernels import MOST, dequantize, linear
