@@ -14,7 +14,7 @@ import torch
 from . import parallel
 from .chat import Dialog, Message
 from .generation import Llama
-from .options import plain_arguments
+from .options import DEFAULTS, plain_arguments
 from .stream import Event, Stream, pop_filters
 
 
@@ -29,7 +29,7 @@ class Chat:
     @plain_arguments
     def __init__(self, llama: Llama, system: str | None = None, dialog: Dialog = (), **options: Any) -> None:
         self.llama = llama
-        self.options: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": None}
+        self.options = {**DEFAULTS}
         self.set(**options)
         system, dialog = parallel.broadcast_object((system, dialog))
         if not isinstance(dialog, (list, tuple)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, ValuesView
-from dataclasses import fields
 from functools import wraps
 from inspect import Parameter, signature
 from operator import index
@@ -19,7 +18,7 @@ from .sampling import SamplingParams
 T = TypeVar("T")
 P = ParamSpec("P")
 ATOMS = {int, float, str, bool, bytes, type(None)}
-DEFAULTS: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": None, "logit_bias": {}}
+DEFAULTS: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "max_gen_len": None}
 
 
 def plain(value: Any) -> Any:
@@ -97,7 +96,7 @@ def spread_options(
         return [default if value is None else value for value in spread(name, options.get(name), B)]
 
     drawn = torch.randint(2**63 - 1, (B,), generator=generator, device="cpu").tolist()
-    columns = {f.name: column(f.name, DEFAULTS.get(f.name, f.default)) for f in fields(SamplingParams)}
+    columns = {name: column(name, DEFAULTS.get(name, own)) for name, own in vars(SamplingParams()).items()}
     columns["seed"] = [new if seed is None else seed for seed, new in zip(column("seed"), drawn, strict=True)]
     sampling = [SamplingParams(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
     stops = several("stop", options.get("stop"), B, str)
