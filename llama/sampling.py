@@ -114,7 +114,7 @@ def nucleus(logits: Tensor, probs: Tensor, top_p: float, u: Tensor) -> Tensor:
     def tokens(n: int) -> tuple[Tensor, Tensor]:
         """The ids of a bucket, sorted, and the cumulative probability at each."""
         ids = (bucket == n).nonzero()[:, 0]
-        ids = ids[logits[ids].sort(descending=True, stable=True).indices]
+        ids = ids[descending(logits[ids])]
         return ids, (reached[n] - mass[n]) + probs[ids].double().cumsum(0)
 
     top_p = min(top_p, reached[-1].item())  # a sum that is rounded may end below 1
@@ -195,7 +195,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor, slots: Sequence[int], indices: Sequence[int]) -> Tensor:
         """Sample ids (B,) from logits (B, V); row b is for token indices[b] of the answer in slot slots[b]."""
-        settings = self.tabulate(slots)
+        settings = self.sampling_tensors(slots)
         if settings.bias is not None:
             logits = logits + settings.bias
         if settings.penalties is not None:
@@ -218,7 +218,7 @@ class Sampler:
             chosen = torch.where(settings.sampled & settings.filtered, tokens, chosen)
         return chosen
 
-    def tabulate(self, slots: Sequence[int]) -> SamplingTensors:
+    def sampling_tensors(self, slots: Sequence[int]) -> SamplingTensors:
         """The settings of the requests in `slots`."""
         if (key := tuple(slots)) not in self.tensors:
             if len(self.tensors) > 16:  # drafts of different lengths make many combinations of slots
@@ -231,7 +231,7 @@ class Sampler:
         temperatures different logits round to equal ones.) M suffices for all rows but those listed, for `nucleus`."""
         V, M = logits.shape[-1], max(FEW, 64 + max(row.top_k for row in settings.params))
         if V <= FEW or logits.device.type == "cuda":  # where comparing with what suffices would wait for the GPU
-            return logits.sort(dim=-1, descending=True, stable=True).indices, []
+            return descending(logits), []
         top_k, top_p, min_p = settings.filters
         few, ids = logits.topk(min(M, V))
         p = probs.gather(-1, ids)
@@ -243,9 +243,9 @@ class Sampler:
         enough |= ((p * above).sum(-1, keepdim=True) > top_p + 1e-4) | (p[:, -1:] < min_p * p[:, :1])
         if M < V and (enough[:, 0] | ~settings.filtered | wide).all():
             ids = ids.sort(-1).values
-            ids = ids.gather(-1, logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices)
+            ids = ids.gather(-1, descending(logits.gather(-1, ids)))
         else:
-            ids = logits.sort(dim=-1, descending=True, stable=True).indices
+            ids = descending(logits)
         return ids, wide.nonzero()[:, 0].tolist()
 
     def uniform(self, slots: Sequence[int], indices: Sequence[int]) -> Tensor:
@@ -260,10 +260,15 @@ class Sampler:
 
     def count(self, ids: Tensor, slots: Sequence[int], valid: Tensor | None = None) -> None:
         """Count ids (B,) as tokens of the answers in `slots`, where `valid` (B,) is true."""
-        settings = self.tabulate(slots)
+        settings = self.sampling_tensors(slots)
         if settings.penalties is not None:
             ones = torch.ones_like(ids, dtype=self.counts.dtype) if valid is None else valid.to(self.counts.dtype)
             self.counts.index_put_((settings.slots, ids), ones, accumulate=True)
+
+
+def descending(values: Tensor) -> Tensor:
+    """The indices (..., V) of values (..., V) from the largest to the smallest, equal ones in their order."""
+    return values.argsort(descending=True, stable=True)
 
 
 def argmax(logits: Tensor) -> Tensor:

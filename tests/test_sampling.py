@@ -239,7 +239,7 @@ def test_settings_out_of_range(settings, message):
 def distribution(logits, rows):
     """The distribution (B, V) that is left of each row, in one batch."""
     sampler, slots = sampler_of(rows, [[0]] * len(rows), logits.shape[1]), tuple(range(len(rows)))
-    table = sampler.tabulate(slots)
+    table = sampler.sampling_tensors(slots)
     probs = sampling.softmax(logits, table.temperature)
     ids, wide = sampler.candidates(logits, probs, table)
     if wide:  # `nucleus` sorts none of these
