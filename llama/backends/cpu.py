@@ -153,8 +153,7 @@ def cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
 
 def threads() -> int:
     """The number of threads: PyTorch's, but no more than the container's CPU quota."""
-    most = torch.get_num_threads()
-    return most if cpu_quota() >= most else max(1, math.ceil(cpu_quota()))
+    return max(1, math.ceil(min(torch.get_num_threads(), cpu_quota())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
