@@ -34,7 +34,7 @@ def test_a_search_is_never_worse_than_rounding_to_nearest(scheme, weighted):
     for weight in (torch.randn(48, 128), torch.randn(48, 128) ** 5, torch.rand(48, 128) + 3, torch.ones(48, 128)):
         errors = []
         for found in (quantize(weight, scheme), quantize(weight, scheme, h)):
-            error = ((dequantize(found) - weight).square() * h).unflatten(1, (-1, scheme.columns(128)))
+            error = ((dequantize(found) - weight).square() * h).unflatten(1, (-1, scheme.group_size(128)))
             errors.append(error.sum(-1))
         assert (errors[1] <= errors[0] * (1 + 1e-5) + 1e-9).all()
         total = [old + float(new.sum()) for old, new in zip(total, errors, strict=True)]

@@ -76,7 +76,7 @@ def test_values_are_those_of_the_folder(written):
             most = sum(part.abs().amax() for part in matrix[1:] if part is not None).float()
             bound = whole.abs() * 2**-10 + most * 2**-10
             assert (matrix.bits, matrix.min is None) == (own.bits, own.symmetric)
-            assert matrix.shape[1] // matrix.scale.shape[1] == own.columns(matrix.shape[1])
+            assert matrix.shape[1] // matrix.scale.shape[1] == own.group_size(matrix.shape[1])
         dim = shard_dim(name) or 0
         for begin, end in ((0, whole.shape[dim]), (whole.shape[dim] // 2, whole.shape[dim])):
             found = checkpoint.read(name, whole.shape, begin, end, torch.float32)

@@ -198,7 +198,7 @@ def test_default_groups_of_int8(folder, device, group):
 
 def test_indivisible_columns_of_int8_have_one_scale_for_each_row():
     weight = torch.randn(3, 40)
-    assert Scheme(8, 128).columns(40) == 40
+    assert Scheme(8, 128).group_size(40) == 40
     rows, grouped = (dequantize(quantize(weight, Scheme(8, group))) for group in (0, 128))
     assert torch.equal(rows, grouped)
 
@@ -339,4 +339,4 @@ def test_a_quantized_model_outside_of_inference_mode(folder):
 def test_a_random_model_keeps_its_vocabulary():
     assert random_model(WIDE).vocab_size == 128
     with pytest.raises(ValueError, match="40 columns cannot be quantized in groups of 16"):
-        scheme("int4").columns(40)
+        scheme("int4").group_size(40)

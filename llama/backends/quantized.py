@@ -44,21 +44,19 @@ class Scheme(NamedTuple):
             return None
         return Scheme(8) if name == "output.weight" and self.bits == 4 else self
 
-    def columns(self, of: int) -> int:
-        """The group size for a matrix with `of` columns."""
-        if not self.group:
-            return of
-        fit = [group for group in GROUPS if group <= self.group and of % group == 0]
-        if not fit and self.bits == 8:
-            return of
-        if not fit:
-            raise ValueError(f"a matrix of {of} columns cannot be quantized in groups of {GROUPS[0]}")
-        return fit[-1]
+    def group_size(self, columns: int) -> int:
+        """How many columns share a scale in a matrix that has so many."""
+        fit = [group for group in GROUPS if group <= self.group and columns % group == 0]
+        if fit:
+            return fit[-1]
+        if self.bits == 8 or not self.group:
+            return columns
+        raise ValueError(f"a matrix of {columns} columns cannot be quantized in groups of {GROUPS[0]}")
 
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The tensors that store the weight `name`, of this shape and scheme: their names, shapes and dtypes."""
         (rows, columns), stem = shape, name.removesuffix(".weight")
-        groups, many = (rows, columns // self.columns(columns)), "s" if self.group else ""
+        groups, many = (rows, columns // self.group_size(columns)), "s" if self.group else ""
         q = ((rows, columns // 2), torch.uint8) if self.bits == 4 else (shape, torch.int8)
         scales = {f"{stem}.scale{many}": (groups, torch.float16)}
         return {name: q, **scales, **({} if self.symmetric else {f"{stem}.min{many}": (groups, torch.float16)})}
@@ -145,7 +143,7 @@ class Quantized(NamedTuple):
 def quantize(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Quantized:
     """Round a matrix (out, in) to the nearest values of `scheme`. A group's scale and min come from its extremes; or,
     with the importance (in,) of each column, from a search for the least squared error, weighted by it."""
-    groups = weight.float().unflatten(1, (-1, scheme.columns(weight.shape[1])))  # (out, groups, columns)
+    groups = weight.float().unflatten(1, (-1, scheme.group_size(weight.shape[1])))  # (out, groups, columns)
     found = min_max(groups, scheme) if importance is None else search(groups, scheme, importance)
     return assemble(nearest_q(groups, *found, scheme), *found, scheme)
 

@@ -136,7 +136,7 @@ def factor(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def round_rows(weight: Tensor, hessian: Tensor, ratios: Tensor, order: Tensor, scheme: Scheme) -> Quantized:
     """`gptq` for some rows (out, in) of a matrix; `ratios` are U[i, j] / U[j, j]."""
     columns = weight.shape[1]
-    shaped = weight.unflatten(1, (-1, scheme.columns(columns)))  # (out, groups, columns)
+    shaped = weight.unflatten(1, (-1, scheme.group_size(columns)))  # (out, groups, columns)
     scale, minimum = search(shaped, scheme, hessian.diagonal())
 
     def by_column(part: Tensor) -> Tensor:  # (out, groups, 1 or columns) -> (in, out), in order

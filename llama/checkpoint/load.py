@@ -134,7 +134,7 @@ def read_quantized(
 def read_parts(weights: Weights, name: str, shape: tuple[int, ...], begin: int, end: int, scheme: Scheme) -> Quantized:
     """The slice, as in `read_quantized`, of a matrix that was saved in `scheme` in Meta's layout."""
     dim, found = shard_dim(name) or 0, []
-    unit = scheme.columns(shape[1]) if dim == 1 and scheme.group else 1  # whole groups are read
+    unit = scheme.group_size(shape[1]) if dim == 1 and scheme.group else 1  # whole groups are read
     if unit > 1 and math.gcd(unit, begin, end) < GROUPS[0]:
         raise ValueError(f"{name} {shape} of {scheme} cannot be divided at columns {begin} and {end}")
     first, last = begin // unit * unit, -(-end // unit) * unit
