@@ -8,6 +8,7 @@ path that both must equal is `Transformer.hidden`.
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -50,6 +51,8 @@ class Graph(NamedTuple):
 
 
 class Cuda:
+    """The model in Triton kernels and CUDA graphs."""
+
     def __init__(self, model: Transformer) -> None:
         p = model.params
         self.dim, self.eps, self.device = p.dim, p.norm_eps, model.norm.weight.device
@@ -174,13 +177,13 @@ class Attention:
     def __init__(self, backend: Cuda, rope: Rope, batch: Batch | None) -> None:
         self.heads, self.head_dim = backend.n_heads, backend.head_dim
         sequences = batch.sequences if batch else ()
-        starts = torch.tensor([0, *(s.length for s in sequences)]).cumsum(0).tolist()
+        starts = [0, *itertools.accumulate(s.length for s in sequences)]
         self.longer = [(at, *s) for at, s in zip(starts, sequences, strict=False) if s.length > 1]
         self.single: Tensor | None = None  # their indices; None: all
         M = len(rope.positions)
         if batch:
             single = [at for at, s in zip(starts, sequences, strict=False) if s.length == 1]
-            self.single, M = torch.tensor(single, dtype=torch.int64).to(rope.positions.device), len(single)
+            self.single, M = to_device(single, backend.device, torch.long), len(single)
             self.positions, self.slots = rope.positions[self.single], rope.slots[self.single]
         if M:
             self.scratch = attend_scratch(M, self.heads, backend.kv_heads, self.head_dim, backend.device)
