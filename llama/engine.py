@@ -36,6 +36,8 @@ WORTH_SHARING = 32  # tokens of a prefix; fewer are computed again rather than c
 
 
 class Slot:
+    """The cache of one sequence."""
+
     def __init__(self) -> None:
         self.tokens: list[int] = []  # whose keys and values it holds
         self.request: Request | None = None
@@ -43,6 +45,8 @@ class Slot:
 
 
 class Pass(NamedTuple):
+    """A forward pass that has been launched, with its samples."""
+
     parts: list[Part]
     ids: Tensor  # (M,) on the device, M the number of samples of all parts
     # Waits for the pass and gives: the M ids; the sum of the logits of each; the sum of the hidden states of each part
@@ -154,7 +158,8 @@ class Engine:
     def forget(self) -> None:
         """Never reuse what the cache holds now as a prefix."""
         for slot in self.slots:
-            slot.tokens = [] if slot.request is None else slot.tokens
+            if slot.request is None:
+                slot.tokens = []
 
     # -----------------------------------------------------------------------------------------------------------------
     # What a pass computes

@@ -16,6 +16,13 @@ from ..args import ModelArgs
 from ..batch import Batch, groups
 from ..model import Attention, FeedForward, KVCache, RMSNorm, Transformer, TransformerBlock
 
+log = logging.getLogger(__name__)
+OURS: set[type[nn.Module]] = {Transformer, TransformerBlock, Attention, FeedForward, KVCache, RMSNorm, nn.ModuleList}
+OURS |= {layers.ColumnParallelLinear, layers.RowParallelLinear, layers.ReplicatedLinear, layers.ParallelEmbedding}
+FORWARD = {module: module.forward for module in OURS}  # as imported: a user may assign another to the class
+LARGE = 50e6  # bytes of weights above which native.cpp computes by default
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # attributes of a module
+
 
 class Backend(Protocol):
     """What the engine calls. The model itself is one: the plain backend, on any device, with the user's hooks."""
@@ -60,14 +67,6 @@ class ForwardBackend:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden[:, self.model.params.dim :]
-
-
-log = logging.getLogger(__name__)
-OURS: set[type[nn.Module]] = {Transformer, TransformerBlock, Attention, FeedForward, KVCache, RMSNorm, nn.ModuleList}
-OURS |= {layers.ColumnParallelLinear, layers.RowParallelLinear, layers.ReplicatedLinear, layers.ParallelEmbedding}
-FORWARD = {module: module.forward for module in OURS}  # as imported: a user may assign another to the class
-LARGE = 50e6  # bytes of weights above which native.cpp computes by default
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # attributes of a module
 
 
 def modules(model: nn.Module) -> list[nn.Module]:
