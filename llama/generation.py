@@ -320,8 +320,9 @@ class Llama:
                 continue
             prompts[i] = self.chat_format.encode(self.tokenizer, dialog)
             self.inputs.check(prompts[i], f"dialog {i}")
-        settings = self.inputs.settings(len(dialogs), options, chat=True)
-        requests = self.inputs.requests([*prompts.values()], [settings[i] for i in prompts], logprobs, chat=True)
+        settings = self.inputs.settings(len(dialogs), options, continues=False)
+        allowed = [settings[i] for i in prompts]
+        requests = self.inputs.requests([*prompts.values()], allowed, logprobs, continues=False)
         return filtered(self.engine.run(requests), [*prompts], refusals, output_filter)
 
     def _tokens(self, row: Event, stream: Stream) -> _Tokens:

@@ -55,20 +55,21 @@ class Grammars:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.compile = lru_cache(64)(self._compile)
 
-    def matcher(self, grammar: str, begins: bool) -> Matcher:
+    def matcher(self, grammar: str, continues: bool) -> Matcher:
         """A matcher of a new request; see `_compile`."""
-        return Matcher(self.compile(grammar, begins).deep_copy(), self.vocab_size)
+        return Matcher(self.compile(grammar, continues).deep_copy(), self.vocab_size)
 
-    def _compile(self, grammar: str, begins: bool) -> Any:
-        """A matcher to copy. ValueError if llguidance is missing or refuses the grammar. If an answer `begins` a text,
-        decoding may drop a space before its first token, so the grammar allows one."""
+    def _compile(self, grammar: str, continues: bool) -> Any:
+        """A matcher to copy. ValueError if llguidance is missing or refuses the grammar. Where the answer does not
+        continue a text, decoding may drop a space before its first token, so the grammar allows one."""
         name = "regex" if grammar.startswith("body: /") else "json_schema"
         try:
             from llguidance import LLMatcher
         except ImportError as error:
             text = f"{name} needs the package llguidance: pip install 'llama-reference[grammar]'"
             raise ValueError(text) from error
-        start = 'start: " "? body' if begins and self.tokenizer.vocabulary.drops else "start: body"
+        drops = self.tokenizer.vocabulary.drops and not continues
+        start = 'start: " "? body' if drops else "start: body"
         found = LLMatcher(self.vocabulary, f"{start}\n{grammar}\n", log_level=0)
         if found.is_error():
             why = re.sub(r"^at \d+\(\d+\): ", "", found.get_error()).partition("\n   1 | ")[0]  # the grammar follows

@@ -76,13 +76,13 @@ class InputProcessor:
                 "shorten it or build with a larger max_seq_len"
             )
 
-    def settings(self, B: int, options: Mapping[str, Any], chat: bool = False) -> list[Settings]:
-        """The settings of each of B prompts; with `chat`, of answers to dialogs."""
+    def settings(self, B: int, options: Mapping[str, Any], continues: bool = True) -> list[Settings]:
+        """The settings of each of B prompts; `continues` as for `requests`."""
         self.params.check_output()
         limits = self.params.vocab_size, self.tokenizer.eos_ids, self.params.max_seq_len
         found = spread_options(B, *limits, self.generator, options)
         for grammar in {row.grammar for row in found if row.grammar}:
-            self.grammars.compile(grammar, chat)
+            self.grammars.compile(grammar, continues)
         return found
 
     def requests(
@@ -91,16 +91,16 @@ class InputProcessor:
         settings: Sequence[Settings],
         logprobs: bool,
         echo: bool = False,
-        chat: bool = False,
+        continues: bool = True,
         top_logprobs: int = 0,
     ) -> list[Request]:
-        """A request for each prompt. The text continues the prompt's; with `chat` it is a text of its own."""
+        """A request for each prompt. Its answer `continues` the prompt's text, or is a new text, as in a chat."""
         requests = []
         for prompt, row in zip(prompts, settings, strict=True):
-            text = Text(self.tokenizer, row.stop, row.min_new, () if echo or chat else prompt)
+            text = Text(self.tokenizer, row.stop, row.min_new, prompt if continues and not echo else ())
             if echo:
                 text.preface(prompt)
-            matcher = self.grammars.matcher(row.grammar, chat) if row.grammar else None
+            matcher = self.grammars.matcher(row.grammar, continues) if row.grammar else None
             request = Request(
                 prompt,
                 max_len=min(self.params.max_seq_len, len(prompt) + row.max_new),

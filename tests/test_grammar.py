@@ -55,9 +55,9 @@ def tokenizers(folder):
         yield f"{name}, tokenizer.json", Tokenizer(inner / "tokenizer.json")
 
 
-def walk(grammars, tokenizer, grammar, begins, chance):
+def walk(grammars, tokenizer, grammar, continues, chance):
     """The text of random tokens, each of them allowed by the grammar."""
-    ids, matcher = [], grammars.matcher(grammar, begins)
+    ids, matcher = [], grammars.matcher(grammar, continues)
     while len(ids) < 500:
         id = chance.choice(matcher.mask().nonzero()[:, 0].tolist())
         complete = matcher.take(id)
@@ -66,7 +66,7 @@ def walk(grammars, tokenizer, grammar, begins, chance):
         ids.append(id)
         if complete:
             break
-    before = [] if begins else tokenizer.encode("In the beginning", bos=True, eos=False)
+    before = tokenizer.encode("In the beginning", bos=True, eos=False) if continues else []
     return "".join(tokenizer.decode_pieces(ids, before))
 
 
@@ -74,12 +74,12 @@ def test_any_sequence_of_allowed_tokens_matches(tmp_path):
     chance = random.Random(0)
     for name, tokenizer in tokenizers(tmp_path):
         grammars = Grammars(tokenizer, tokenizer.n_words + 3)  # as checkpoints pad it
-        for begins in (False, True):
+        for continues in (False, True):
             for pattern in PATTERNS:
                 for _ in range(5):
-                    text = walk(grammars, tokenizer, to_grammar(None, pattern), begins, chance)
-                    assert re.fullmatch(pattern, text), (name, begins, pattern, text)
-            assert is_person(walk(grammars, tokenizer, to_grammar(PERSON, None), begins, chance)), name
+                    text = walk(grammars, tokenizer, to_grammar(None, pattern), continues, chance)
+                    assert re.fullmatch(pattern, text), (name, continues, pattern, text)
+            assert is_person(walk(grammars, tokenizer, to_grammar(PERSON, None), continues, chance)), name
 
 
 @pytest.fixture(scope="module")

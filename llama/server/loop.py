@@ -60,7 +60,7 @@ class Job:
         """Submit the requests. Only the first rank keeps all events in their `outputs`."""
         work = self.work
         if work.settings:
-            options = work.logprobs, work.echo, not work.continues, work.top_logprobs
+            options = work.logprobs, work.echo, work.continues, work.top_logprobs
             self.requests = llama.inputs.requests(work.prompts, work.settings, *options)
         else:
             self.requests, self.embeddings = to_pool(llama.engine, work.prompts, "mean")

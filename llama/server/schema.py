@@ -204,7 +204,7 @@ def with_settings(llama: Llama, body: Mapping[str, Any], work: Work, most: int) 
         others = [(seed + k + 2**63) % 2**64 - 2**63 for k in range(1, n)]
         options["seed"] = [seed, *others] * len(work.prompts)
     try:
-        settings = llama.inputs.settings(len(prompts), {**options, **structure}, not work.continues)
+        settings = llama.inputs.settings(len(prompts), {**options, **structure}, work.continues)
     except ValueError as error:
         if str(error).startswith(tuple(structure) or " "):
             raise ApiError(400, str(error), field) from error
