@@ -38,7 +38,8 @@ WORTH_SHARING = 32  # tokens of a prefix; fewer are computed again rather than c
 class Slot:
     """The cache of one sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int) -> None:
+        self.index = index  # in the KV cache
         self.tokens: list[int] = []  # whose keys and values it holds
         self.request: Request | None = None
         self.used = 0  # the engine's clock when a request last left
@@ -72,7 +73,7 @@ class Engine:
         if not model.params.max_batch_size:
             raise ValueError("a model without a cache (max_batch_size 0) cannot generate")
         self.model, self.compile, self.lock = model, False, threading.Lock()
-        self.slots = [Slot() for _ in range(model.params.max_batch_size)]
+        self.slots = [Slot(i) for i in range(model.params.max_batch_size)]
         self.waiting: deque[Request] = deque()
         self.cancelled: deque[Request] = deque()  # on several ranks, those of rank 0 decide
         self.outbox: SimpleQueue[Any] = SimpleQueue()  # items that rank 0 sends to all ranks with the next step
@@ -247,9 +248,9 @@ class Engine:
             length = shared[target]
             if target is not source and shared[source] >= length + WORTH_SHARING:
                 length = shared[source]
-                backends.copy_slot(self.model, self.slots.index(source), self.slots.index(target), length)
+                backends.copy_slot(self.model, source.index, target.index, length)
             target.tokens = prefix[:length]
-            target.request, request.slot, request.cached = request, self.slots.index(target), length
+            target.request, request.slot, request.cached = request, target.index, length
             self.waiting.remove(request)
             self.sampler.admit(request.slot, request.sampling, request.prompt)
 
@@ -310,7 +311,7 @@ class Engine:
             if not finite or not self._take(part, ids[begin:at], sums[begin:at]):
                 self._fail(request)
                 continue
-            taken = request.ids[part.end - len(part.draft) :] if part.samples else []
+            taken = request.ids[part.known :] if part.samples else []
             if not part.samples and len(request.ids) == len(self.slots[request.slot].tokens) >= request.max_len:
                 request.finish_reason = "length"
             if request.finish_reason:
@@ -322,7 +323,6 @@ class Engine:
         """Add sampled ids to a request, up to the first that differs from its draft. Returns whether the logits of all
         that were added are finite."""
         request, slot, accepted = part.request, self.slots[part.request.slot], 0
-        known = part.end - len(part.draft)
         for id, logit_sum, drafted in zip(map(int, ids), sums, [*part.draft, -1], strict=False):
             if not math.isfinite(logit_sum):
                 return False
@@ -332,7 +332,7 @@ class Engine:
             accepted += 1
         if part.draft:
             request.drafts.accepted(accepted)
-        slot.tokens += request.ids[len(slot.tokens) : known + accepted]
+        slot.tokens += request.ids[len(slot.tokens) : part.known + accepted]
         return True
 
     def _leave(self, request: Request) -> None:

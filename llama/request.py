@@ -124,9 +124,14 @@ class Part(NamedTuple):
         return self.start < len(self.request.prompt)
 
     @property
+    def known(self) -> int:
+        """The position after its last token that is not a draft token: that of the first sample."""
+        return self.end - len(self.draft)
+
+    @property
     def answered(self) -> int:
         """How many tokens of the answer come before the first that is sampled."""
-        return self.end - self.samples + 1 - len(self.request.prompt)
+        return self.known - len(self.request.prompt)
 
 
 def choose(logits: Tensor, parts: Sequence[Part], sampler: Sampler) -> Tensor:
