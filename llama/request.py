@@ -137,24 +137,26 @@ class Part(NamedTuple):
 def choose(logits: Tensor, parts: Sequence[Part], sampler: Sampler) -> Tensor:
     """Sample tokens (M,) from logits (M, V): `samples` of each part, part by part. Sample t > 0 of a part follows draft
     token t - 1, and is valid only where all draft tokens before it were sampled too."""
-    if all(part.samples == 1 for part in parts):
-        indices, slots = [part.answered for part in parts], [part.request.slot for part in parts]
+
+    def sample(logits: Tensor, parts: Sequence[Part], t: int, valid: Tensor | None = None) -> Tensor:
+        """Sample t of each part (B,), from logits (B, V)."""
+        slots, indices = [part.request.slot for part in parts], [part.answered + t for part in parts]
         ids = sampler(forbid(logits, [part.request for part in parts], indices), slots, indices)
-        sampler.count(ids, slots)
+        sampler.count(ids, slots, valid)
         return ids
+
+    if all(part.samples == 1 for part in parts):
+        return sample(logits, parts, 0)
     starts = [0, *itertools.accumulate(part.samples for part in parts)]
     found = logits.new_empty(len(logits), dtype=torch.long)
     valid = logits.new_ones(len(parts), dtype=torch.bool)
     for t in range(max(part.samples for part in parts)):
         some = [i for i, part in enumerate(parts) if part.samples > t]
-        at, slots = [starts[i] + t for i in some], [parts[i].request.slot for i in some]
-        indices = [parts[i].answered + t for i in some]
+        at = [starts[i] + t for i in some]
         if t:
             drafted = to_device([parts[i].draft[t - 1] for i in some], logits.device)
             valid[some] &= found[[n - 1 for n in at]] == drafted
-        ids = sampler(forbid(logits[at], [parts[i].request for i in some], indices), slots, indices)
-        sampler.count(ids, slots, valid[some] if t else None)
-        found[at] = ids
+        found[at] = sample(logits[at], [parts[i] for i in some], t, valid[some] if t else None)
     return found
 
 
