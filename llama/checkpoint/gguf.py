@@ -17,23 +17,9 @@ from ..gguf import BlockType, Gguf
 from ..model import scale_rope_frequencies, unscaled_rope_frequencies
 from .blocks import CODECS, from_blocks
 from .files import Entry, File, Packed
-from .hf import params_of
+from .hf import IN_LAYOUTS, params_of
 
-# Meta's name -> GGUF's. Rows of wq and wk are in Meta's order there too.
-NAMES = {
-    "tok_embeddings": "token_embd",
-    "norm": "output_norm",
-    "output": "output",
-    "layers.{}.attention.wq": "blk.{}.attn_q",
-    "layers.{}.attention.wk": "blk.{}.attn_k",
-    "layers.{}.attention.wv": "blk.{}.attn_v",
-    "layers.{}.attention.wo": "blk.{}.attn_output",
-    "layers.{}.feed_forward.w1": "blk.{}.ffn_gate",
-    "layers.{}.feed_forward.w2": "blk.{}.ffn_down",
-    "layers.{}.feed_forward.w3": "blk.{}.ffn_up",
-    "layers.{}.attention_norm": "blk.{}.attn_norm",
-    "layers.{}.ffn_norm": "blk.{}.ffn_norm",
-}
+NAMES = {meta: theirs for meta, _, theirs in IN_LAYOUTS if theirs}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Keys that change what is computed, and the values that are supported.
 SUPPORTED = {"expert_count": 0, "attention.causal": True, "rope.scaling.attn_factor": 1.0, "attention.clamp_kqv": 0.0}

@@ -14,22 +14,23 @@ from ..args import ModelArgs, RopeScaling, check_layers
 from ..textfile import read_json
 from .paths import NO_WEIGHTS, advice, listed
 
-# Meta's name -> Hugging Face's.
-NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "score": "score",
-    "layers.{}.attention.wq": "model.layers.{}.self_attn.q_proj",
-    "layers.{}.attention.wk": "model.layers.{}.self_attn.k_proj",
-    "layers.{}.attention.wv": "model.layers.{}.self_attn.v_proj",
-    "layers.{}.attention.wo": "model.layers.{}.self_attn.o_proj",
-    "layers.{}.feed_forward.w1": "model.layers.{}.mlp.gate_proj",
-    "layers.{}.feed_forward.w2": "model.layers.{}.mlp.down_proj",
-    "layers.{}.feed_forward.w3": "model.layers.{}.mlp.up_proj",
-    "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
-    "layers.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
-}
+# The names of weights in Meta's layout, Hugging Face's, and GGUF files, whose rows of wq and wk are in Meta's order.
+IN_LAYOUTS = (
+    ("tok_embeddings", "model.embed_tokens", "token_embd"),
+    ("norm", "model.norm", "output_norm"),
+    ("output", "lm_head", "output"),
+    ("score", "score", None),
+    ("layers.{}.attention.wq", "model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
+    ("layers.{}.attention.wk", "model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
+    ("layers.{}.attention.wv", "model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
+    ("layers.{}.attention.wo", "model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
+    ("layers.{}.feed_forward.w1", "model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
+    ("layers.{}.feed_forward.w2", "model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
+    ("layers.{}.feed_forward.w3", "model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
+    ("layers.{}.attention_norm", "model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
+    ("layers.{}.ffn_norm", "model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
+)
+NAMES = {meta: theirs for meta, theirs, _ in IN_LAYOUTS}
 # Keys of a Llama's config.json, and the values that this library can compute with, besides null.
 SUPPORTED = {
     "model_type": ("llama",),
