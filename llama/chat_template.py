@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from .chat import FORMATS, ChatFormat, Dialog, Message, get_chat_format, is_answered
 from .gguf import is_gguf, read_gguf
-from .textfile import read_json, read_text
+from .textfile import read_optional_json, read_text
 from .tokenizer import Tokenizer
 from .vocabulary import any_of, special_names
 
@@ -135,14 +135,14 @@ def choose_format(folder: Path, tokenizer: Tokenizer, chat_format: str | None) -
 
 def template_of(folder: Path) -> str | None:
     """The template in a Hugging Face folder (a file, or the default entry of tokenizer_config.json) or a GGUF file."""
-    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    found: Any = None
+    alone = folder / "chat_template.jinja"
+    found: Any
     if is_gguf(folder):
         found = read_gguf(folder).keys.get("tokenizer.chat_template")
     elif alone.is_file():
         found = read_text(alone)
-    elif config.is_file():
-        found = read_json(config).get("chat_template")
+    else:
+        found = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):
         entries = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
         found = entries[0].get("template") if entries else None

@@ -63,6 +63,11 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return content
 
 
+def read_optional_json(path: Path) -> Any:
+    """The JSON object in a file; {} if there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
 def lock(file: IO[Any], wait: bool = False) -> bool:
     """Lock an open file until it is closed or this process ends. If another process has locked it, return False, or
     with `wait` wait for it. Always true on Windows, which has no such locks."""

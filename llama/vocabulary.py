@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceProcessor
 from . import gguf_tokenizer
 from .gguf import read_gguf
 from .pre_tokenizer import LLAMA3, LLAMA3_PATTERN, steps_of
-from .textfile import read_json
+from .textfile import read_json, read_optional_json
 
 EACH = "llama.each"  # U+FFFD for each byte, as SentencePiece has it; "replace" has one for several
 codecs.register_error(EACH, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
@@ -283,16 +283,15 @@ def special_names(folder: Path) -> dict[str, str]:
     tokenizer.json have them."""
     found = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            content = read_json(folder / name)
-            for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
-                token = content.get(role)
-                token = token.get("content") if isinstance(token, dict) else token
-                if isinstance(token, str) and token:
-                    found[role] = token
-            usual = True if "Llama" in str(content.get("tokenizer_class")) else None
-            if (adds := content.get("add_bos_token", usual)) is not None:
-                found["add_bos_token"] = str(adds)
+        content = read_optional_json(folder / name)
+        for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = content.get(role)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token:
+                found[role] = token
+        usual = True if "Llama" in str(content.get("tokenizer_class")) else None
+        if (adds := content.get("add_bos_token", usual)) is not None:
+            found["add_bos_token"] = str(adds)
     return found
 
 
@@ -328,8 +327,7 @@ def open_vocabulary(path: Path) -> Vocabulary:
     if start.startswith(b"GGUF"):
         return gguf_vocabulary(path)
     if start.startswith(b"{"):
-        config = path.with_name("config.json")
-        size = read_json(config).get("vocab_size") if config.is_file() else None
+        size = read_optional_json(path.with_name("config.json")).get("vocab_size")
         return tokenizer_json(path, read_json(path), special_names(path.parent), size)
     tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", start)
     found = TiktokenVocabulary.from_file(path) if tiktoken else SentencePieceVocabulary.from_file(path)

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from ..args import ModelArgs
 from ..backends.quantized import Quantization, Quantized, Scheme, dequantize, scheme, stack
 from ..gguf import is_gguf, read_gguf, split_files
-from ..textfile import read_json
+from ..textfile import read_json, read_optional_json
 from . import gguf, hf, hf_quantized
 from .files import READABLE, File, open_file, schemes
 from .load import Stored, read_parts, stored_tensors
@@ -144,7 +143,7 @@ class Checkpoint:
         """The ids below `n_words` that end an answer by Hugging Face's files, besides the tokenizer's own."""
         found: set[int] = set()
         for name in ("config.json", "generation_config.json"):
-            ids = self._json(name).get("eos_token_id")
+            ids = read_optional_json(self.folder / name).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             found |= {id for id in ids if type(id) is int and 0 <= id < n_words}
         return found
@@ -154,20 +153,15 @@ class Checkpoint:
         if not (n_labels := self.params.get("n_labels", 0)):
             return []
         with named_errors(self.folder / "config.json"):
-            labels = hf.labels(self._json("config.json"), n_labels)
+            labels = hf.labels(read_optional_json(self.folder / "config.json"), n_labels)
             if len(labels) != n_labels:
                 raise ValueError(f"id2label or num_labels gives {len(labels)} labels; the score head has {n_labels}")
         return labels
 
     def pad_id(self, n_words: int) -> int | None:
         """pad_token_id of config.json, if it is below `n_words`. The tokenizer's own does not count."""
-        id = self._json("config.json").get("pad_token_id")
+        id = read_optional_json(self.folder / "config.json").get("pad_token_id")
         return id if type(id) is int and 0 <= id < n_words else None
-
-    def _json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder, {} without one. With a score head Meta's layout has a config.json too."""
-        path = self.folder / name
-        return read_json(path) if path.is_file() else {}
 
     def tied(self) -> bool:
         """Whether the output matrix is the embeddings, and not a copy of them."""
@@ -181,10 +175,9 @@ class Checkpoint:
     def trim(self, n_words: int) -> None:
         """Ignore rows of the vocabulary beyond the tokenizer's pieces, which are padding. ValueError names added tokens
         other than padding."""
-        added = self._json("added_tokens.json").items()
-        odd = [token for token, id in added if type(id) is not int or id >= n_words]
+        path = self.folder / "added_tokens.json"
+        odd = [token for token, id in read_optional_json(path).items() if type(id) is not int or id >= n_words]
         if odd := [token for token in odd if "pad" not in token.lower()]:
-            path = self.folder / "added_tokens.json"
             raise ValueError(f"{path} adds {listed(odd)} to the tokenizer's {n_words} pieces, which cannot be encoded")
         log.warning(
             "%s: the vocabulary has %d rows behind the tokenizer's %d tokens, which are left out",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..gguf import is_gguf
-from ..textfile import mistaken, read_json
+from ..textfile import mistaken, read_optional_json
 
 ROLES = ["<unk>", "<s>", "</s>"]  # tokens that every tokenizer.model of Llama 2's kind has
 ROLES += ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]  # and Code Llama's
@@ -81,9 +81,9 @@ def find_tokenizer(ckpt_dir: Path, tokenizer_path: str | os.PathLike[str] | None
 
 def added_tokens(folder: Path) -> list[str]:
     """Tokens, other than padding, that a Hugging Face folder adds to those of its tokenizer.model."""
-    path, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
-    found = list(read_json(path)) if path.is_file() else []
-    if config.is_file() and isinstance(tokens := read_json(config).get("added_tokens_decoder"), dict):
+    found = list(read_optional_json(folder / "added_tokens.json"))
+    tokens = read_optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    if isinstance(tokens, dict):
         found += [token.get("content") for token in tokens.values() if isinstance(token, dict)]
     return [token for token in found if isinstance(token, str) and token not in ROLES and "pad" not in token.lower()]
 
