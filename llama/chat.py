@@ -28,7 +28,7 @@ REFUSAL = f"Error: a message may not contain the tags {' '.join(TAGS)}."
 
 
 class ChatFormat:
-    """How a dialog becomes ids, and which dialogs are allowed. Subclasses define `render` and `_encode`."""
+    """How a dialog becomes ids, and which dialogs are allowed. Subclasses define `_render` and `_encode`."""
 
     name = ""
     note = ""  # logged when a dialog is first encoded
@@ -77,6 +77,10 @@ class ChatFormat:
 
     def render(self, dialog: Dialog) -> str:
         """The text that `encode` encodes, for people to read."""
+        self.check(dialog)
+        return self._render(dialog)
+
+    def _render(self, dialog: Dialog) -> str:
         raise NotImplementedError
 
     def _encode(self, tokenizer: Tokenizer, dialog: Dialog, unfinished: bool) -> list[int]:
@@ -122,8 +126,7 @@ class Llama2Format(ChatFormat):
         turns.append((last.rstrip(), False) if unfinished else (last, ended))
         return [id for text, ended in turns for id in tokenizer.encode(text, bos=True, eos=ended)]
 
-    def render(self, dialog: Dialog) -> str:
-        self.check(dialog)
+    def _render(self, dialog: Dialog) -> str:
         return "\n".join(f"<s>{text}{'</s>' * ended}" for text, ended in self._turns(dialog))
 
     def _turns(self, dialog: Dialog) -> list[tuple[str, bool]]:
@@ -157,8 +160,7 @@ class Llama3Format(ChatFormat):
             raise ValueError(f"the tokenizer has no token {error}, which the chat format llama3 needs") from error
         return ids
 
-    def render(self, dialog: Dialog) -> str:
-        self.check(dialog)
+    def _render(self, dialog: Dialog) -> str:
         return "<|begin_of_text|>" + "".join(text for text, _ in self._parts(dialog))
 
     def _parts(self, dialog: Dialog) -> list[tuple[str, bool]]:

@@ -64,10 +64,6 @@ class TemplateFormat(ChatFormat):
         self.tokens |= {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(tokenizer.eos_id, "")}
         self.names = any_of(self.ids)
 
-    def render(self, dialog: Dialog) -> str:
-        self.check(dialog)
-        return self._render(dialog)
-
     def _render(self, dialog: Dialog) -> str:
         given = {**self.tokens, "messages": dialog, "add_generation_prompt": not is_answered(dialog)}
         try:
