@@ -81,15 +81,14 @@ def read_gguf(path: Path) -> Gguf:
 
 
 class Header:
-    """A reader of a file's header."""
+    """A reader of a file's header, from the position of the mapped file on."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
+        self.data = data
 
     def read(self) -> Gguf:
-        if self.data[:4] != b"GGUF":
-            raise ValueError(f"it begins with {self.data[:4]!r}")
-        self.at = 4
+        if (start := self.data.read(4)) != b"GGUF":
+            raise ValueError(f"it begins with {start!r}")
         version = self.number("I")
         if version not in (2, 3):
             order = " in big-endian order" if version in (2 << 24, 3 << 24) else ""
@@ -103,15 +102,16 @@ class Header:
             found[name] = self.value(self.number("I"), name)
         return Gguf(found, self.tensors(tensors, found.get("general.alignment", 32)))
 
-    def number(self, kind: str) -> Any:
-        [value] = struct.unpack_from("<" + kind, self.data, self.at)
-        self.at += struct.calcsize(kind)
-        return value
+    def number(self, form: str) -> Any:
+        return self.numbers(form, 1)[0]
+
+    def numbers(self, form: str, count: int) -> tuple[Any, ...]:
+        return struct.unpack(f"<{count}{form}", self.data.read(struct.calcsize(form) * count))
 
     def count(self, of: str, least: int) -> int:
         """A count of items of at least `least` bytes each. ValueError if the rest of the file is shorter."""
         count: int = self.number("Q")
-        if count * least > len(self.data) - self.at:
+        if count * least > len(self.data) - self.data.tell():
             raise ValueError(f"it is too short for {count:,} {of}")
         return count
 
@@ -119,15 +119,15 @@ class Header:
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        data, at, end, size_at = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
+        data, at, end, size_at = self.data, self.data.tell(), len(self.data), struct.Struct("<Q").unpack_from
         found = []
-        for _ in range(count):  # a tokenizer has 400,000 of them
+        for _ in range(count):  # a tokenizer has 400,000 of them: slices are twice as fast as reads
             [size] = size_at(data, at)
             at += 8 + size
             if at > end:
                 raise ValueError(f"it is too short for {size:,} bytes of a string")
             found.append(data[at - size : at].decode())
-        self.at = at
+        data.seek(at)
         return found
 
     def value(self, kind: int, name: str) -> Any:
@@ -143,16 +143,13 @@ class Header:
         if kind not in NUMBERS:
             raise ValueError(f"the key {name} is an array of type {kind}")
         form = NUMBERS[kind]
-        count = self.count(f"numbers of {name}", struct.calcsize(form))
-        values = struct.unpack_from(f"<{count}{form}", self.data, self.at)
-        self.at += struct.calcsize(form) * count
-        return list(values)
+        return list(self.numbers(form, self.count(f"numbers of {name}", struct.calcsize(form))))
 
     def tensors(self, count: int, alignment: Any) -> dict[str, TensorEntry]:
         if type(alignment) is not int or alignment < 1 or alignment % 8:
             raise ValueError(f"general.alignment is {alignment!r}, which is not a multiple of 8")
         entries = [self.entry() for _ in range(count)]
-        begin = aligned(self.at, alignment)
+        begin = aligned(self.data.tell(), alignment)
         found, end, last = dict[str, TensorEntry](), begin, "the header"
         for name, kind, shape, offset in sorted(entries, key=lambda entry: entry[3]):
             if name in found:
