@@ -165,24 +165,21 @@ class File:
         """Rows or columns `begin` to `end`, along `dim`, of a tensor: a view of the file's pages, which processes
         share, or a copy where rows are in another order. Writing to it does not change the file, and is lost at
         `release`. The file must not be truncated while the view is in use."""
-        entry, head = self.tensors[name], self.head_dim
+        whole, head = self.view(self.tensors[name]), self.head_dim
         if not (head and hf.is_permuted(name)):
-            return self.view(entry, dim, begin, end)
+            return whole.narrow(dim, begin, end - begin)
         first, last = begin - begin % head, -(-end // head) * head  # rows are permuted within a head
-        pairs = hf.to_pairs(self.view(entry, dim, first, last), head)  # a copy
+        pairs = hf.to_pairs(whole[first:last], head)  # a copy
         self.release()
         return pairs[begin - first : end - first]
 
-    def view(self, entry: Entry, dim: int, begin: int, end: int) -> Tensor:
-        """`read`, with the rows in the order of the file."""
+    def view(self, entry: Entry) -> Tensor:
+        """A whole tensor, with the rows in the order of the file: a view of its pages."""
         key, shape, dtype, offset, _ = entry
-        first, last = (begin, end) if dim == 0 else (0, shape[0])
-        row = math.prod(shape[1:])
-        start, count = offset + first * row * dtype.itemsize, (last - first) * row
-        if start + count * dtype.itemsize > len(self.pages):
+        count = math.prod(shape)
+        if offset + count * dtype.itemsize > len(self.pages):
             raise ValueError(f"{self.path} ends inside of {key}; download it again")
-        part = torch.frombuffer(self.pages, dtype=dtype, offset=start, count=count).view(-1, *shape[1:])
-        return part if dim == 0 else part.narrow(dim, begin, end - begin)
+        return torch.frombuffer(self.pages, dtype=dtype, offset=offset, count=count).view(shape)
 
     def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized | Tensor]:
         """Rows or columns `begin` to `end`, along `dim`, of a packed matrix, some rows at a time: floats if it has no
@@ -221,8 +218,8 @@ class LoadedFile(File):
         self.state = read_shard(path)
         super().__init__(path, {k: Entry(k, tuple(t.shape), t.dtype, t.data_ptr()) for k, t in self.state.items()})
 
-    def view(self, entry: Entry, dim: int, begin: int, end: int) -> Tensor:
-        return self.state[entry.key].reshape(-1, *entry.shape[1:])[: entry.shape[0]].narrow(dim, begin, end - begin)
+    def view(self, entry: Entry) -> Tensor:
+        return self.state[entry.key].flatten()[: math.prod(entry.shape)].view(entry.shape)
 
     def release(self) -> None:
         pass

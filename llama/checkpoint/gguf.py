@@ -111,7 +111,7 @@ def divisors(files: Sequence[File]) -> Tensor | None:
             if entry.dtype != torch.float32 or len(entry.shape) != 1:
                 kind = entry.packed.kind if entry.packed else entry.dtype
                 raise ValueError(f"{DIVISORS} is of type {kind} and shape {entry.shape}")
-            return file.view(entry, 0, 0, *entry.shape)
+            return file.view(entry)
     return None
 
 
@@ -119,17 +119,16 @@ def open_gguf(path: Path, header: Gguf) -> File:
     """One file of a GGUF model."""
     file = File(path, {})
     for key, (kind, shape, offset) in header.tensors.items():
-        packed = blocks(file, kind, shape, offset) if kind.name in CODECS else None
-        file.tensors[key] = Entry(key, shape, DTYPES.get(kind.name, torch.uint8), offset, packed)
+        entry = Entry(key, shape, DTYPES.get(kind.name, torch.uint8), offset)
+        file.tensors[key] = entry._replace(packed=blocks(file, kind, entry)) if kind.name in CODECS else entry
     return file
 
 
-def blocks(file: File, kind: BlockType, shape: Sequence[int], offset: int) -> Packed:
+def blocks(file: File, kind: BlockType, entry: Entry) -> Packed:
     """A tensor that is stored in blocks."""
-    row = kind.size(shape[1:])  # bytes
+    stored = entry._replace(shape=(*entry.shape[:-1], entry.shape[-1] // kind.values, kind.nbytes))
 
     def rows(begin: int, end: int) -> Quantized:
-        part = torch.frombuffer(file.pages, dtype=torch.uint8, offset=offset + begin * row, count=(end - begin) * row)
-        return from_blocks(kind.name, part.view(end - begin, -1, kind.nbytes))
+        return from_blocks(kind.name, file.view(stored)[begin:end])
 
     return Packed(kind.name, CODECS[kind.name].scheme, rows)

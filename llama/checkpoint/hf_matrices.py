@@ -56,11 +56,10 @@ class Parts:
         self.check(part, dtypes, (rows or shape[0], columns or shape[1]))
         return shape[0], shape[1]
 
-    def __call__(self, part: str, dim: int = 0, begin: int = 0, end: int | None = None) -> Tensor:
-        """Rows or columns `begin` to `end` of a tensor, or all of it."""
-        (file, _), entry = self.tensors[part], self.entry(part)
-        entry = entry._replace(shape=entry.shape or (1,))
-        return file.view(entry, dim, begin, entry.shape[dim] if end is None else end)
+    def __call__(self, part: str) -> Tensor:
+        """A tensor: a view of its file."""
+        entry = self.entry(part)
+        return self.tensors[part][0].view(entry._replace(shape=entry.shape or (1,)))
 
     def by_row(self, part: str, out: int) -> Tensor:
         """Numbers (out, groups) that a tensor has for each row, or for all of them."""
@@ -165,9 +164,9 @@ def gptq(parts: Parts) -> Entry:
         parts.entry("g_idx")
 
     def read(begin: int, end: int) -> Integers:
-        q = parts("qweight", 1, begin, end).T.contiguous().view(torch.uint8)
-        zeros = unsigned(parts("qzeros", 1, begin // per, -(-end // per)), bits)[:, : end - begin]
-        return Integers(q, parts("scales", 1, begin, end).T, (zeros + less & 2**bits - 1).T)
+        q = parts("qweight")[:, begin:end].T.contiguous().view(torch.uint8)
+        zeros = unsigned(parts("qzeros")[:, begin // per : -(-end // per)], bits)[:, : end - begin]
+        return Integers(q, parts("scales")[:, begin:end].T, (zeros + less & 2**bits - 1).T)
 
     return packed_integers(parts, (out, words * per), bits, groups, read, order_of(parts, "g_idx", words * per, groups))
 
@@ -181,12 +180,12 @@ def awq(parts: Parts) -> Entry:
         parts.check("qzeros", [torch.int32], (groups, words))
 
     def unpacked(part: str, begin: int, end: int) -> Tensor:
-        eights = unsigned(parts(part, 1, begin // 8, -(-end // 8)), 4).unflatten(1, (-1, 8))
+        eights = unsigned(parts(part)[:, begin // 8 : -(-end // 8)], 4).unflatten(1, (-1, 8))
         return eights[..., AWQ_ORDER].flatten(1)[:, : end - begin].T
 
     def read(begin: int, end: int) -> Integers:
         zero = unpacked("qzeros", begin, end) if zeros else None
-        return Integers(pack(unpacked("qweight", begin, end)), parts("scales", 1, begin, end).T, zero)
+        return Integers(pack(unpacked("qweight", begin, end)), parts("scales")[:, begin:end].T, zero)
 
     return packed_integers(parts, (8 * words, columns), 4, groups, read, symmetric=not zeros)
 
@@ -213,10 +212,10 @@ def pack_quantized(parts: Parts) -> Entry:
     def zero(begin: int, end: int) -> Tensor:
         if signed:
             return parts.by_row("weight_zero_point", out)[begin:end].float() + 2 ** (bits - 1)
-        return unsigned(parts("weight_zero_point", 0, begin // per, -(-end // per)).T, bits)[:, : end - begin].T
+        return unsigned(parts("weight_zero_point")[begin // per : -(-end // per)].T, bits)[:, : end - begin].T
 
     def read(begin: int, end: int) -> Integers:
-        q = parts("weight_packed", 0, begin, end).view(torch.uint8)[:, : -(-columns * bits // 8)]
+        q = parts("weight_packed")[begin:end].view(torch.uint8)[:, : -(-columns * bits // 8)]
         return Integers(q, parts.by_row("weight_scale", out)[begin:end], zero(begin, end) if zeros else None)
 
     order = order_of(parts, "weight_g_idx", columns, groups)
@@ -239,7 +238,7 @@ def int8(parts: Parts) -> Entry:
 
     def read(begin: int, end: int) -> Integers:
         zero = parts.by_row("weight_zero_point", out)[begin:end].float() + 128 if zeros else None
-        q = parts("weight", 0, begin, end).view(torch.uint8) ^ 128
+        q = parts("weight")[begin:end].view(torch.uint8) ^ 128
         return Integers(q, parts.by_row(scale, out)[begin:end] / divisor, zero)
 
     return packed_integers(parts, (out, columns), 8, groups, read, symmetric=not zeros)
@@ -264,7 +263,7 @@ def float8(parts: Parts) -> Entry:
         scale = (parts.by_row(part, out) if of_rows else parts(part))[torch.arange(begin, end) // height]
         if scale.shape[1] > 1:
             scale = scale.repeat_interleave(width, 1)[:, :columns]
-        return decoded(parts("weight", 0, begin, end)).mul_(decoded(scale))
+        return decoded(parts("weight")[begin:end]).mul_(decoded(scale))
 
     return parts.packed(shape, rows)
 
@@ -294,8 +293,8 @@ def microscaling(parts: Parts) -> Entry:
     of_bytes = pairs.view(torch.int16).flatten()
 
     def read(begin: int, end: int) -> Integers:
-        q = lookup(of_bytes, parts(part, 0, begin, end)).view(torch.uint8).view(end - begin, 2 * size)
-        return Integers(q, decoded(parts("weight_scale", 0, begin, end)) * (factor / 2), None)
+        q = lookup(of_bytes, parts(part)[begin:end]).view(torch.uint8).view(end - begin, 2 * size)
+        return Integers(q, decoded(parts("weight_scale")[begin:end]) * (factor / 2), None)
 
     return packed_integers(parts, (out, 2 * size), 8, groups, read, symmetric=True)
 
@@ -320,7 +319,7 @@ def float4(parts: Parts) -> Entry:
     dtype, blocks = parts.entry("weight").dtype, -(-out * columns // size)
     at_once = 2 * dtype.itemsize  # numbers in an element
     count = -(-out * columns // at_once)
-    dim = parts.check("weight", (torch.uint8, *SCALES), (count, 1), (1, count)).index(count)
+    parts.check("weight", (torch.uint8, *SCALES), (count, 1), (1, count))
     parts.check("weight.quant_map", [torch.float32], (16,))
     parts.check("weight.absmax", [torch.uint8 if nested else torch.float32], (blocks,))
     if nested:
@@ -328,7 +327,7 @@ def float4(parts: Parts) -> Entry:
         parts.check("weight.nested_absmax", [torch.float32], (-(-blocks // nested[0]),))
 
     def largest(begin: int, end: int) -> Tensor:
-        absmax = parts("weight.absmax", 0, begin, end)
+        absmax = parts("weight.absmax")[begin:end]
         if not nested:
             return absmax
         scale = parts("weight.nested_absmax")[torch.arange(begin, end) // nested[0]]
@@ -338,7 +337,7 @@ def float4(parts: Parts) -> Entry:
         first, last = begin * columns, end * columns
         values = parts("weight.quant_map")
         of_bytes = torch.stack((values.repeat_interleave(16), values.repeat(16)), -1)  # (256, 2)
-        stored = parts("weight", dim, first // at_once, -(-last // at_once)).flatten().view(torch.uint8)
+        stored = parts("weight").flatten()[first // at_once : -(-last // at_once)].view(torch.uint8)
         q = lookup(of_bytes, stored).flatten()[: last - first]
         scale = largest(first // size, -(-last // size)).repeat_interleave(size)[first % size :][: last - first]
         return q.view(-1, columns).mul_(scale.view(-1, columns))

@@ -219,7 +219,7 @@ class Adapter:
     def part(self, name: str, part: str) -> Tensor:
         """One part of a weight's change, with rows in Meta's order: a view of the file, or a copy."""
         key = self.keys[name][part]
-        found = self.file.read(key, 0, 0, self.file.tensors[key].shape[0])
+        found = self.file.view(self.file.tensors[key])
         found = found.T if "lora_embedding" in key else found
         if part == "lora_A":
             return found

@@ -120,7 +120,7 @@ def blank_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     written = open_file(path)
     with path.open("r+b") as file:
         written.pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
-    return {name: written.view(entry, 0, 0, entry.shape[0]) for name, entry in written.tensors.items()}
+    return {name: written.view(entry) for name, entry in written.tensors.items()}
 
 
 def check_new(target: Path) -> None:
