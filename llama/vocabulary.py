@@ -8,7 +8,6 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,10 +23,10 @@ EACH = "llama.each"  # U+FFFD for each byte, as SentencePiece has it; "replace" 
 codecs.register_error(EACH, lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
 
 # The special tokens of Llama 3.1 to 3.3, whose ids follow the ranks; Llama 3 has three of them reserved.
-NAMED = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id"}
-NAMED |= {8: "eom_id", 9: "eot_id", 10: "python_tag"}
-RESERVED = count()
-LLAMA3_SPECIAL = [f"<|{NAMED.get(i) or f'reserved_special_token_{next(RESERVED)}'}|>" for i in range(256)]
+RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(248)]
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:2], "<|finetune_right_pad_id|>", RESERVED[2]]
+LLAMA3_SPECIAL += ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
+LLAMA3_SPECIAL += RESERVED[3:]
 EOS_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # end a text, a message before a tool's result, a turn
 INFILLING_END = "▁<EOT>"  # ends Code Llama's infilling
 BLOCK, RUN = 400_000, 25_000  # most characters of one call of the regular expression, and of one run of a kind
@@ -224,15 +223,13 @@ class TokenizersVocabulary(Vocabulary):
         except ImportError as error:
             raise ValueError(f"{path} needs the package tokenizers: pip install tokenizers") from error
         roles = {names.get("bos_token"), names.get("eos_token")}  # are special, whatever the file says
-        tokens = [t | {"special": t["special"] or t["content"] in roles} for t in content.get("added_tokens") or []]
-        content = {**content, "added_tokens": tokens}
+        tokens = [t | {"special": t["special"] or t["content"] in roles} for t in content["added_tokens"]]
+        # Truncation and padding are set for training, and saved in the file.
+        content = {**content, "added_tokens": tokens, "truncation": None, "padding": None}
         try:  # two, as threads may encode a text and a template at once
             self.tokenizer, self.parsing = (tokenizers.Tokenizer.from_str(json.dumps(content)) for _ in range(2))
         except Exception as error:  # the package raises no other type
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
-        for each in (self.tokenizer, self.parsing):  # set for training, and saved in the file
-            each.no_truncation()
-            each.no_padding()
         self.tokenizer.encode_special_tokens = True  # text that spells <s> stays text
         self.n_words = self.tokenizer.get_vocab_size()
         decoder = json.dumps(content.get("decoder"))

@@ -223,7 +223,7 @@ def tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
         yield from zip(keys, (part for part in matrix if part is not None), strict=True)
 
 
-def write_hf(job: Job, folder: Path, bar: tqdm, bos: int = 1, eos: Sequence[int] = (2,)) -> None:
+def write_hf(job: Job, folder: Path, bar: tqdm, bos: int, eos: Sequence[int]) -> None:
     """config.json, and one file of safetensors, or several with an index."""
     whole, names = shapes(job.args), hf.names(job.args.n_layers)
     if job.args.tie_word_embeddings:
