@@ -42,6 +42,13 @@ def steps_of(pre_tokenizer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
 
 
+def unicode_to_bytes() -> dict[str, int]:
+    """The characters that stand for bytes in GPT-2's files: a printable byte's own, else one from U+0100 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
 def added_token(id: int, content: str, special: bool = True) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": id, "content": content, **flags, "special": special}

@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor
 
 from . import gguf_tokenizer
 from .gguf import read_gguf
-from .pre_tokenizer import LLAMA3, LLAMA3_PATTERN, steps_of
+from .pre_tokenizer import LLAMA3, LLAMA3_PATTERN, steps_of, unicode_to_bytes
 from .textfile import read_json, read_optional_json
 
 EACH = "llama.each"  # U+FFFD for each byte, as SentencePiece has it; "replace" has one for several
@@ -163,13 +163,6 @@ def parts(text: str) -> Iterator[str]:
                 yield block[start:cut]
                 start = cut
         yield block[start:]
-
-
-def unicode_to_bytes() -> dict[str, int]:
-    """The characters that stand for bytes in GPT-2's files: a printable byte's own, else one from U+0100 on."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def tokenizer_json(

@@ -10,8 +10,8 @@ from test_vocabulary import write_ranks
 from llama import Chat, Llama, Tokenizer, encode_dialog, render_dialog
 from llama.chat import get_chat_format
 from llama.chat_template import TemplateFormat, choose_format
-from llama.checkpoint.bpe_tokenizer import byte_pair_files
 from llama.checkpoint.convert import convert
+from llama.checkpoint.tokenizer_write import byte_pair_files
 
 HELLO = [{"role": "user", "content": "Hello"}]
 SYSTEM = [{"role": "system", "content": " You are a helpful cat.\n"}, *HELLO]

@@ -355,7 +355,7 @@ def test_models_that_gguf_cannot_represent(tmp_path):
     for settings, message in (
         ({"model_type": "unigram"}, "it is not of type BPE"),
         ({"remove_extra_whitespaces": True}, "it removes extra spaces"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "its normalization is nmt_nfkc"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "its normalization is 'nmt_nfkc'"),
     ):
         path = trained(tmp_path, **settings)
         save_random(tmp_path / "small", GQA, vocab_size=Tokenizer(path).n_words)

@@ -13,12 +13,12 @@ import tokenizers
 from small import MODELS, TOKENIZER, cases
 
 from llama import Llama, Tokenizer
-from llama.checkpoint.bpe_tokenizer import byte_pair_files, merges, ranks_file
 from llama.checkpoint.convert import convert, files_of
 from llama.checkpoint.hf_tokenizer import tokenizer_files
-from llama.pre_tokenizer import LLAMA3_PATTERN
+from llama.checkpoint.tokenizer_write import byte_pair_files, merges, ranks_file
+from llama.pre_tokenizer import LLAMA3_PATTERN, unicode_to_bytes
 from llama.tokenizer import Decoder
-from llama.vocabulary import LLAMA3_SPECIAL, parts, unicode_to_bytes
+from llama.vocabulary import LLAMA3_SPECIAL, parts
 
 TEXT = (
     "Once upon a time there was a little cat who said: don't, DON'T! It's 1234567 o'clock.\n\n\tdef f(x):\r\n"

@@ -20,18 +20,15 @@ from ..args import ModelArgs
 from ..backends.quantized import Scheme
 from ..chat_template import template_of
 from ..devices import dtype_name
-from ..pre_tokenizer import tokenizer_config
 from ..tokenizer import Tokenizer
-from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary
 from . import gguf_write, hf
-from .bpe_tokenizer import byte_pair_files, has_usual_names, ranks_file
 from .calibrate import calibrated, windows
 from .folder import Checkpoint
-from .hf_tokenizer import tokenizer_files
 from .load import Stored, Weights, read_quantized, read_whole, stored_tensors
 from .lora import with_lora
 from .paths import find_tokenizer
 from .plan import check_divides, shapes, shard_dim, slice_shape
+from .tokenizer_write import files_of, tokenizer_keys
 from .write import LOCK, blank_file, check_new, new_folder, shards_of, write_checklist, write_file, writing
 
 HF_FILE = 2 * 10**9  # bytes of one model-0000n-of-0000m.safetensors, which are in memory together
@@ -149,36 +146,6 @@ def write(job: Job, folder: Path, to: str, mp: int, tokenizer: Tokenizer, files:
         write_checklist(folder / "checklist.chk", written, bar.update)
 
 
-def files_of(tokenizer: Tokenizer, path: Path, source: Path, to: str) -> dict[str, Any]:
-    """Names and contents (bytes or JSON) of the tokenizer's files in a layout. ValueError if it cannot hold them."""
-    if to == "gguf":  # which holds the tokenizer itself
-        return {}
-    kind, template = tokenizer.vocabulary, template_of(source)
-    files: dict[str, Any] = {} if template is None else {"chat_template.jinja": template.encode()}
-    if isinstance(kind, SentencePieceVocabulary):
-        files["tokenizer.model"] = kind.model.serialized_model_proto()
-        files |= {} if to == "meta" else tokenizer_files(kind.model)
-    elif isinstance(kind, TiktokenVocabulary) and to == "meta" and has_usual_names(kind):
-        files["tokenizer.model"] = ranks_file(kind)
-    elif path.suffix == ".json":  # as it is
-        beside = [path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
-        files |= {file.name: file.read_bytes() for file in beside if file.is_file()}
-        return files | {"tokenizer.json": path.read_bytes()}
-    elif isinstance(kind, TiktokenVocabulary):
-        files |= byte_pair_files(kind)
-    elif isinstance(kind, TokenizersVocabulary):
-        names = {id: name for name, id in tokenizer.special.items()}
-        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        roles = {role: names[id] for role, id in ids.items() if id in names}
-        config = tokenizer_config(**roles, add_bos_token=kind.adds_bos)
-        return files | {"tokenizer.json": kind.json(), "tokenizer_config.json": config}
-    if not kind.adds_bos:
-        files["tokenizer_config.json"] = files.get("tokenizer_config.json", {}) | {"add_bos_token": False}
-        if "tokenizer.json" in files:
-            files["tokenizer.json"]["post_processor"] = None
-    return files
-
-
 def write_meta(job: Job, folder: Path, mp: int, bar: tqdm) -> None:
     """params.json and `mp` shards."""
     quantization = {"quantization": job.scheme.params()} if job.scheme else {}
@@ -258,7 +225,7 @@ def write_gguf(job: Job, folder: Path, tokenizer: Tokenizer, eos_ids: Iterable[i
     source, kinds = job.checkpoint, gguf_write.kinds_of(job.args, job.dtype, job.scheme)
     template, name = template_of(source.folder), source.folder.resolve().name
     keys = gguf_write.keys_of(job.args, kinds["layers.0.attention.wq.weight"], source.positions, name)
-    keys |= gguf_write.tokenizer_keys(tokenizer, eos_ids)
+    keys |= tokenizer_keys(tokenizer, eos_ids)
     keys |= {} if template is None else {"tokenizer.chat_template": template}
     gguf_write.write_gguf(folder / "model.gguf", job.weights, job.args, keys, kinds, job.search, bar.update)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,15 @@ from torch import Tensor
 from ..args import ModelArgs
 from ..backends.quantized import MATRICES, Scheme, quantize
 from ..gguf import TYPES, BlockType, aligned, header_bytes
-from ..gguf_tokenizer import byte_pair_keys, sentencepiece_keys
 from ..model import scale_rope_frequencies, unscaled_rope_frequencies
-from ..tokenizer import Tokenizer
-from ..vocabulary import SentencePieceVocabulary, TiktokenVocabulary, TokenizersVocabulary
 from .blocks import CODECS, to_blocks
-from .bpe_tokenizer import byte_pair_files
 from .files import AT_ONCE
 from .gguf import DIVISORS, DTYPES, NAMES
 from .hf import names
-from .hf_tokenizer import CHARSMAP, DUMMY_PREFIX, MODEL_TYPE, NAME, REMOVE_SPACES, SUFFIX, TYPE_BPE, Model
 from .load import Weights, read_whole
-from .paths import listed
 from .plan import shapes
 from .write import writing
 
-log = logging.getLogger(__name__)
 BY_NAME = {kind.name: kind for kind in TYPES.values()}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type
 # A dtype or scheme of matrices -> the type that they are written in.
@@ -61,40 +53,6 @@ def keys_of(args: ModelArgs, kind: BlockType, positions: int | None, name: str) 
     if scaling and scaling.rope_type == "linear":
         found |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(scaling.factor)}
     return found
-
-
-def tokenizer_keys(tokenizer: Tokenizer, ends: Iterable[int]) -> dict[str, Any]:
-    """The keys of a tokenizer. `ends` are the ids that end an answer. ValueError for a tokenizer that a GGUF file
-    cannot hold."""
-    kind, special = tokenizer.vocabulary, tokenizer.special
-    if isinstance(kind, SentencePieceVocabulary):
-        model = Model.of(kind.model.serialized_model_proto())
-        check_model(model)
-        found = sentencepiece_keys(model.pieces, space=bool(model.normalizer.get(DUMMY_PREFIX, 1)))
-    elif isinstance(kind, TiktokenVocabulary):
-        found = byte_pair_keys(byte_pair_files(kind)["tokenizer.json"], tokenizer.n_words)
-    else:
-        assert isinstance(kind, TokenizersVocabulary)
-        found = byte_pair_keys(kind.json(), tokenizer.n_words)
-    others = sorted({*ends} - {tokenizer.eos_id}, key=lambda id: id != special.get("<|eot_id|>"))
-    if len(others) > 2:
-        log.warning("a GGUF file cannot hold all ids that end an answer: it lacks %s", listed(others[2:]))
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
-    ids |= {"unknown": special.get("<unk>", -1), **dict(zip(("eot", "eom"), others, strict=False))}
-    found |= {f"tokenizer.ggml.{role}_token_id": id for role, id in ids.items() if id >= 0}
-    return found | {"tokenizer.ggml.add_bos_token": kind.adds_bos and tokenizer.bos_id >= 0}
-
-
-def check_model(model: Model) -> None:
-    """ValueError names a setting of a SentencePiece model that a GGUF file cannot hold."""
-    problems = {
-        "it is not of type BPE": model.trainer.get(MODEL_TYPE, 1) != TYPE_BPE,
-        "treat_whitespace_as_suffix is set": model.trainer.get(SUFFIX),
-        f"its normalization is {model.normalizer.get(NAME, b'').decode()}": model.normalizer.get(CHARSMAP),
-        "it removes extra spaces": model.normalizer.get(REMOVE_SPACES, 1),
-    }
-    if found := [problem for problem, holds in problems.items() if holds]:
-        raise ValueError(f"a GGUF file cannot hold this SentencePiece model: {found[0]}")
 
 
 def kinds_of(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, BlockType]:

@@ -49,6 +49,27 @@ class Model(NamedTuple):
         pieces = [Piece(e[1].decode(), struct.unpack("<f", e.get(2, bytes(4)))[0], e.get(3, NORMAL)) for e in entries]
         return Model(pieces, *(dict(fields(parts.get(i, [b""])[0])) for i in (TRAINER, NORMALIZER, DENORMALIZER)))
 
+    @property
+    def adds_space(self) -> bool:
+        """Whether a text is encoded with a space before it."""
+        return bool(self.normalizer.get(DUMMY_PREFIX, True))
+
+    @property
+    def removes_spaces(self) -> bool:
+        """Whether spaces around a text, and all but one of several, are removed."""
+        return bool(self.normalizer.get(REMOVE_SPACES, True))
+
+    def problem(self, *normalizations: str) -> str | None:
+        """What no other format can express: it is not BPE, or has a normalization that is not among these."""
+        if self.trainer.get(MODEL_TYPE, 1) != TYPE_BPE:
+            return "it is not of type BPE"
+        if self.trainer.get(SUFFIX):
+            return "treat_whitespace_as_suffix is set"
+        name = self.normalizer.get(NAME, b"").decode()
+        return (
+            f"its normalization is {name!r}" if self.normalizer.get(CHARSMAP) and name not in normalizations else None
+        )
+
 
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """The numbers and values of a protobuf message's fields: ints, or bytes of messages, strings and floats."""
@@ -80,7 +101,12 @@ def tokenizer_files(sp: SentencePieceProcessor) -> dict[str, dict[str, Any]]:
     AutoTokenizer recognizes these."""
     model = Model.of(sp.serialized_model_proto())
     texts = [piece.text for piece in model.pieces]
-    check_settings(model)
+    if problem := model.problem("nfkc", "nmt_nfkc"):
+        refuse(problem)
+    if model.denormalizer.get(CHARSMAP):
+        refuse("it normalizes what it decodes")
+    if unused := [piece.text for piece in model.pieces if piece.type == UNUSED]:
+        refuse(f"it has unused pieces: {unused[:3]}")
     merges = merges_of(model.pieces)
     symbols = [piece.text for piece in model.pieces if piece.type == USER_DEFINED]
     roles = {"unk_token": sp.unk_id(), "bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "pad_token": sp.pad_id()}
@@ -91,10 +117,10 @@ def tokenizer_files(sp: SentencePieceProcessor) -> dict[str, dict[str, Any]]:
         [[merge.left, merge.right] for merge in merges],
         [added_token(i, texts[i]) for i in special],
         {
-            "normalizer": {"type": "Sequence", "normalizers": normalizers(sp, model.normalizer)},
+            "normalizer": {"type": "Sequence", "normalizers": normalizers(sp, model)},
             "pre_tokenizer": pre_tokenizer(symbols) if symbols else None,
             "post_processor": post_processor(texts[sp.bos_id()], sp.bos_id()) if sp.bos_id() >= 0 else None,
-            "decoder": {"type": "Sequence", "decoders": decoders(model.normalizer)},
+            "decoder": {"type": "Sequence", "decoders": decoders(model)},
         },
         unk_token=names["unk_token"],
         fuse_unk=True,
@@ -109,21 +135,6 @@ def tokenizer_files(sp: SentencePieceProcessor) -> dict[str, dict[str, Any]]:
 
 def refuse(problem: str) -> NoReturn:
     raise ValueError(f"tokenizer.json cannot express this SentencePiece model: {problem}")
-
-
-def check_settings(model: Model) -> None:
-    """ValueError names a setting of a SentencePiece model that tokenizer.json cannot express."""
-    unused = [piece.text for piece in model.pieces if piece.type == UNUSED]
-    name = model.normalizer.get(NAME, b"").decode()
-    problems = {
-        "it is not of type BPE": model.trainer.get(MODEL_TYPE, 1) != TYPE_BPE,
-        "treat_whitespace_as_suffix is set": model.trainer.get(SUFFIX),
-        f"its normalization is {name!r}": model.normalizer.get(CHARSMAP) and name not in ("nfkc", "nmt_nfkc"),
-        "it normalizes what it decodes": model.denormalizer.get(CHARSMAP),
-        f"it has unused pieces: {unused[:3]}": unused,
-    }
-    if found := [problem for problem, given in problems.items() if given]:
-        refuse(found[0])
 
 
 class Merge(NamedTuple):
@@ -175,16 +186,16 @@ def replace(pattern: str, content: str, regex: bool = True) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"Regex" if regex else "String": pattern}, "content": content}
 
 
-def normalizers(sp: SentencePieceProcessor, spec: dict[int, Any]) -> list[dict[str, Any]]:
+def normalizers(sp: SentencePieceProcessor, model: Model) -> list[dict[str, Any]]:
     """The steps that normalize a text as SentencePiece does."""
-    space = SPACE if spec.get(ESCAPE_SPACES, True) else " "
-    found = nfkc(sp) if spec.get(CHARSMAP) else []
-    if spec.get(REMOVE_SPACES, True):
+    space = SPACE if model.normalizer.get(ESCAPE_SPACES, True) else " "
+    found = nfkc(sp) if model.normalizer.get(CHARSMAP) else []
+    if model.removes_spaces:
         if normalized(sp, [f"{SPACE} "]) == [" "]:  # if the normalization treats ▁ as a space
             found.append(replace(SPACE, " ", regex=False))
         found += [replace(rf"\A +|[ {space}]+\z", ""), replace(" {2,}", " ")]
     found.append(replace(" ", space, regex=False))
-    return [*found, {"type": "Prepend", "prepend": space}] if spec.get(DUMMY_PREFIX, True) else found
+    return [*found, {"type": "Prepend", "prepend": space}] if model.adds_space else found
 
 
 def normalized(sp: SentencePieceProcessor, texts: list[str]) -> list[str]:
@@ -245,10 +256,10 @@ def pre_tokenizer(symbols: Sequence[str]) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [{**split, "pattern": {"Regex": regex}} for regex in patterns]}
 
 
-def decoders(spec: dict[int, Any]) -> list[dict[str, Any]]:
+def decoders(model: Model) -> list[dict[str, Any]]:
     """The steps that turn tokens into text. The first space is stripped if encoding adds one, and all leading spaces if
     it removes them."""
-    count = 1000 if spec.get(REMOVE_SPACES, True) else int(spec.get(DUMMY_PREFIX, True))
+    count = 1000 if model.removes_spaces else int(model.adds_space)
     first = {"type": "Strip", "content": " ", "start": count, "stop": 0}
     return [replace(SPACE, " ", regex=False), {"type": "ByteFallback"}, {"type": "Fuse"}, *([first] if count else [])]
 
