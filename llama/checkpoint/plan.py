@@ -96,9 +96,9 @@ def slices(size: int, shards: int, begin: int, end: int) -> Iterator[Slice]:
 
 def fused_groups(names: Iterable[str]) -> list[list[str]]:
     """The names of parameters in groups: those of `FUSED` in one layer together, any other alone."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[object, list[str]] = {}
     for name in names:
-        *path, last, _ = name.split(".")
-        [first] = [group[0] for group in FUSED if last in group] or [last]
-        groups.setdefault(".".join([*path, first]), []).append(name)
+        *layer, last, _ = name.split(".")
+        group = next((group for group in FUSED if last in group), last)
+        groups.setdefault((*layer, group), []).append(name)
     return list(groups.values())
