@@ -19,24 +19,15 @@ from ..backends.quantized import Quantized, Scheme, unpack
 # scale and min are (rows, blocks, groups).
 
 
-def q4_0(b: Tensor) -> Quantized:
-    return Quantized(pairs(b[..., 2:]), float16(b[..., :2]))
+def of_32(numbers: Callable[[Tensor], Tensor], minimum: bool = False) -> Callable[[Tensor], Quantized]:
+    """The reader of blocks of 32 values: d, perhaps m, and numbers."""
 
+    def read(b: Tensor) -> Quantized:
+        if minimum:
+            return Quantized(numbers(b[..., 4:]), float16(b[..., :2]), float16(b[..., 2:4]))
+        return Quantized(numbers(b[..., 2:]), float16(b[..., :2]))
 
-def q4_1(b: Tensor) -> Quantized:
-    return Quantized(pairs(b[..., 4:]), float16(b[..., :2]), float16(b[..., 2:4]))
-
-
-def q5_0(b: Tensor) -> Quantized:
-    return Quantized(fifth(b[..., 2:6], b[..., 6:]).to(torch.int8) - 16, float16(b[..., :2]))
-
-
-def q5_1(b: Tensor) -> Quantized:
-    return Quantized(fifth(b[..., 4:8], b[..., 8:]).to(torch.int8), float16(b[..., :2]), float16(b[..., 2:4]))
-
-
-def q8_0(b: Tensor) -> Quantized:
-    return Quantized(b[..., 2:].contiguous().view(torch.int8), float16(b[..., :2]))
+    return read
 
 
 def q4_k(b: Tensor) -> Quantized:
@@ -71,10 +62,10 @@ def pairs(b: Tensor) -> Tensor:
     return torch.cat((low, high), -1).to(torch.uint8)
 
 
-def fifth(high: Tensor, low: Tensor) -> Tensor:
-    """Numbers (.., 32) of 5 bits: the highest bits in 4 bytes, the low four in 16."""
-    bits = high[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
-    return halves(low) | bits.flatten(-2) << 4
+def fifth(b: Tensor) -> Tensor:
+    """Numbers (.., 32) of 5 bits: the highest bits in 4 bytes, then the low four in 16."""
+    high = b[..., :4, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return (halves(b[..., 4:]) | high.flatten(-2) << 4).to(torch.int8)
 
 
 def float16(b: Tensor) -> Tensor:
@@ -98,11 +89,11 @@ class Codec(NamedTuple):
 
 
 CODECS = {
-    "Q4_0": Codec(Scheme(4, 32), q4_0),
-    "Q4_1": Codec(Scheme(4, 32, False), q4_1),
-    "Q5_0": Codec(Scheme(8, 32), q5_0),
-    "Q5_1": Codec(Scheme(8, 32, False), q5_1),
-    "Q8_0": Codec(Scheme(8, 32), q8_0),
+    "Q4_0": Codec(Scheme(4, 32), of_32(pairs)),
+    "Q4_1": Codec(Scheme(4, 32, False), of_32(pairs, minimum=True)),
+    "Q5_0": Codec(Scheme(8, 32), of_32(lambda b: fifth(b) - 16)),
+    "Q5_1": Codec(Scheme(8, 32, False), of_32(fifth, minimum=True)),
+    "Q8_0": Codec(Scheme(8, 32), of_32(lambda b: b.contiguous().view(torch.int8))),
     "Q4_K": Codec(Scheme(4, 32, False), q4_k),
     "Q5_K": Codec(Scheme(8, 32, False), q5_k),
     "Q6_K": Codec(Scheme(8, 16), q6_k),
