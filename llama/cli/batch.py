@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -97,57 +99,48 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
 
 
 class Share:
-    """A replica's share of the lines. Lines and answers go through torch's store: the first replica, which has the
-    files, publishes a few more lines than all replicas have taken, and writes the answers of all."""
+    """A replica's share of the lines. Lines and answers go through two queues of torch's store: the first replica,
+    which has the files, keeps as many lines in one as all replicas can run, and writes the answers from the other.
+    Behind the last line, the queue has an empty tuple for each replica."""
 
     def __init__(self, capacity: int, files: Files | None) -> None:
         self.files = files
         self.store: Any = dist.PrefixStore("llama/batch", parallel.store())
         self.replicas = parallel.replica()[1]
         self.ahead = capacity * self.replicas
-        self.claimed: int | None = None  # the line that this replica takes next, once it is published
         self.out_of_lines = False
         self.ended = False  # nothing is left to do but what this replica is computing
         if files:
-            self.lines, self.published, self.written = files.unanswered(), 0, 0
+            self.lines = itertools.chain(files.unanswered(), [()] * self.replicas)
+            self.published = self.written = 0
             self.began, self.errors, self.tokens = time.monotonic(), 0, 0
             self.bar = tqdm(total=files.count, initial=files.answered, unit="line", smoothing=0, disable=None)
 
     def take(self, count: int) -> list[tuple[int, bytes]]:
         """Take up to `count` lines, which no other replica will take. Returns their numbers and contents."""
         found: list[tuple[int, bytes]] = []
-        while len(found) < count and not self.out_of_lines:
-            if self.claimed is None:
-                self.claimed = self.store.add("taken", 1) - 1
-            end = self.store.check(["end"])  # asked before the line, which is published before the end is
-            if self.store.check([f"line {self.claimed}"]):
-                number, content = self._pop(f"line {self.claimed}").split(b" ", 1)
-                found.append((int(number), content))
-                self.claimed = None
-            elif end:
+        while len(found) < count and not self.out_of_lines and (line := self._pop("lines")) is not None:
+            if line:
+                found.append(line)
+            else:
                 self.out_of_lines = True
                 self.store.add("out", 1)
-            else:
-                break
         self.ended |= self.out_of_lines and not self.files
         return found
 
     def put(self, answer: bytes, tokens: int, failed: bool) -> None:
         """Pass an answer to the first replica, which writes it."""
-        self._set(f"answer {self.store.add('answered', 1) - 1}", b"%d %d %b" % (tokens, failed, answer))
+        self._push("answers", (answer, tokens, failed))
 
     def exchange(self) -> None:
         """Publish lines and write answers; only the first replica does."""
         if not self.files:
             return
-        wanted = self.store.add("taken", 0) + self.ahead
-        for line in itertools.islice(self.lines, wanted - self.published):
-            self._set(f"line {self.published}", b"%d %b" % line)
-            self.published += 1
-        if self.published < wanted:  # there are no more lines
-            self.store.set("end", b"")
+        for line in itertools.islice(self.lines, self.ahead - self.store.queue_len("lines")):
+            self._push("lines", line)
+            self.published += bool(line)
         self._write()
-        if self.written == self.published < wanted and self.store.add("out", 0) == self.replicas:
+        if self.written == self.published and self.store.add("out", 0) == self.replicas:
             self.ended = True
             self.bar.close()
             seconds = time.monotonic() - self.began
@@ -156,28 +149,32 @@ class Share:
 
     def _write(self) -> None:
         answers = []
-        while self.store.check([key := f"answer {self.written}"]):
-            tokens, failed, answer = self._pop(key).split(b" ", 2)
+        while put := self._pop("answers"):
+            answer, tokens, failed = put
             answers.append(answer)
-            self.tokens += int(tokens)
-            self.errors += int(failed)
+            self.tokens += tokens
+            self.errors += failed
             self.written += 1
         if answers and self.files:
             self.files.write(b"".join(answers))
             self.bar.set_postfix_str(f"{self.tokens / (time.monotonic() - self.began):,.0f} tokens/s", refresh=False)
             self.bar.update(len(answers))
 
-    def _set(self, key: str, value: bytes) -> None:
-        parts = [value[i : i + PART] for i in range(0, len(value), PART)]
-        for i, part in enumerate(parts[1:], 1):
-            self.store.set(f"{key} {i}", part)
-        self.store.set(key, b"%d %b" % (len(parts), parts[0]))  # last, as it is what others look for
+    def _push(self, queue: str, value: tuple[Any, ...]) -> None:
+        """Append a value to a queue, which gets the keys of its parts once they are in the store."""
+        data, name = pickle.dumps(value), uuid.uuid4().hex
+        parts = {f"{name}-{i}": data[i : i + PART] for i in range(0, len(data), PART)}
+        for key, part in parts.items():
+            self.store.set(key, part)
+        self.store.queue_push(queue, " ".join(parts))
 
-    def _pop(self, key: str) -> bytes:
-        """Read a value and delete it."""
-        count, first = self.store.get(key).split(b" ", 1)
-        parts = [f"{key} {i}" for i in range(1, int(count))]
-        value: bytes = first + b"".join(map(self.store.get, parts))
-        for part in (key, *parts):
-            self.store.delete_key(part)
+    def _pop(self, queue: str) -> Any:
+        """Remove the first value of a queue; None if there is none."""
+        try:
+            keys = self.store.queue_pop(queue, block=False).decode().split()
+        except dist.QueueEmptyError:
+            return None
+        value = pickle.loads(b"".join(map(self.store.get, keys)))
+        for key in keys:
+            self.store.delete_key(key)
         return value
