@@ -24,19 +24,10 @@ RENAMED |= {"json_schema": "guided_json", "regex": "guided_regex"}
 
 class Line(NamedTuple):
     number: int  # in its file, from 1
-    fields: dict[str, Any]  # without those that are null
-    error: ApiError | None = None  # of a line without an id
-
-    @property
-    def openai(self) -> bool:
-        return not self.fields.keys().isdisjoint(("custom_id", "url", "body"))
-
-    @property
-    def id(self) -> str | int | None:
-        if self.error:
-            return None
-        id: str | int = self.fields["custom_id"] if self.openai else self.fields.get("id", self.number)
-        return id
+    openai: bool = False  # its format
+    id: str | int | None = None  # None if there is an error
+    fields: Mapping[str, Any] = {}  # without those that are null
+    error: ApiError | None = None
 
     @property
     def key(self) -> Key:
@@ -44,17 +35,18 @@ class Line(NamedTuple):
 
 
 def parse_line(number: int, content: bytes) -> Line:
-    fields: dict[str, Any] = {}
+    openai = False
     try:
         fields = schema.parse(content, f"line {number}")
-        line = Line(number, fields)
-        if line.openai and type(fields.get("custom_id")) is not str:
+        openai = not fields.keys().isdisjoint(("custom_id", "url", "body"))
+        id = fields.get("custom_id") if openai else fields.get("id", number)
+        if openai and type(id) is not str:
             raise ApiError(400, f"line {number} needs a custom_id, a string", "custom_id")
-        if type(line.id) not in (str, int):
+        if type(id) not in (str, int):
             raise ApiError(400, f"the id of line {number} must be a string or an int", "id")
-        return line
+        return Line(number, openai, id, fields)
     except ApiError as error:
-        return Line(number, fields, error)
+        return Line(number, openai, error=error)
 
 
 class Task(Job):
