@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import math
 import platform
-import statistics
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -170,7 +170,7 @@ def clock(run: Run, case: Case, vocab_size: int, device: torch.device) -> float:
         synchronize(device)
         steps.append(time.perf_counter() - began)
         began = time.perf_counter()
-    return steps[0] if case.is_prefill else statistics.median(steps[1:])
+    return steps[0] if case.is_prefill else median(steps[1:])
 
 
 def work(model: Transformer, case: Case) -> tuple[float, float]:
@@ -239,7 +239,7 @@ def bench(
     facts["peak_bytes"] = peak(device)
     if cases[0].is_prefill:
         rates = facts["cases"][str(cases[0])]["tokens_per_second"]["llama"]
-        facts["first_token_s"] = cases[0].prompt / statistics.median(rates)
+        facts["first_token_s"] = cases[0].prompt / median(rates)
         say(f"{'first token':>17}: {facts['first_token_s']:.3f} s after {cases[0].prompt} tokens")
     say(f"{'load':>17}: {facts['load_s']:.2f} s; peak memory {facts['peak_bytes'] / 1e9:.2f} GB")
     say(json.dumps(facts))
@@ -253,31 +253,22 @@ def measure_case(
     device = model.norm.weight.device
     for run in runs.values():
         clock(run, case, model.vocab_size, device)  # warm-up
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    possible: dict[str, list[float]] = {name: [] for name in limits}
+    rounds: list[dict[str, float]] = []  # the limits, and the seconds of each library
     for _ in range(repeats):
-        for name, limit in limits.items():
-            possible[name].append(limit(3))
-        for name, run in runs.items():
-            times[name].append(clock(run, case, model.vocab_size, device))
-    mine = times["llama"]
+        found = {name: limit(3) for name, limit in limits.items()}
+        found |= {name: clock(run, case, model.vocab_size, device) for name, run in runs.items()}
+        rounds.append(found)
     count = case.batch * (case.prompt if case.is_prefill else 1)
-    rates = {name: sorted(count / t for t in taken) for name, taken in times.items()}
+    rates = {name: sorted(count / found[name] for found in rounds) for name in runs}
     needed = dict(zip(limits, work(model, case), strict=True))
     used: dict[str, Any] = {
-        USE[name]: statistics.median(needed[name] / t / most for t, most in zip(mine, possible[name], strict=True))
-        for name in limits
+        USE[name]: median(needed[name] / found["llama"] / found[name] for found in rounds) for name in limits
     }
     limiting = "matrix_rate" if case.is_prefill else "bandwidth"
-    use, of_first = USE[limiting], needed[limiting] / statistics.median(mine) / facts[limiting]
-    ratios = {
-        name: statistics.median(b / a for a, b in zip(mine, taken, strict=True))
-        for name, taken in times.items()
-        if name != "llama"
-    }
-    cells = [
-        f"{name} {statistics.median(rate):,.1f} ({rate[0]:,.1f} - {rate[-1]:,.1f})" for name, rate in rates.items()
-    ]
+    use = USE[limiting]
+    of_first = needed[limiting] / median(found["llama"] for found in rounds) / facts[limiting]
+    ratios = {name: median(found[name] / found["llama"] for found in rounds) for name in runs if name != "llama"}
+    cells = [f"{name} {median(rate):,.1f} ({rate[0]:,.1f} - {rate[-1]:,.1f})" for name, rate in rates.items()]
     cells += [f"{ratio:.2f} x {name}" for name, ratio in ratios.items()]
     say(f"{case!s:>17}: {use} {used[use]:.2f} ({of_first:.2f} of the first limit); {'; '.join(cells)}")
     return {"tokens_per_second": rates, **used, f"{use}_of_first_limit": of_first, "ratios": ratios}

@@ -174,16 +174,13 @@ class HarnessModel(TemplateLM):
     def _run(self, requests: Sequence[Request], disable_tqdm: bool, what: str) -> list[str]:
         """Run requests, and return the text of each."""
         hidden = disable_tqdm or self.hidden_progress
-        texts = list[str]()
+        texts, size = [""] * len(requests), QUEUE * len(self.llama.engine.slots)
         with tqdm(total=len(requests), desc=what, disable=hidden) as bar:
-            size = QUEUE * len(self.llama.engine.slots)
-            for some in (requests[i : i + size] for i in range(0, len(requests), size)):
-                parts = [""] * len(some)
-                for events in self.llama.engine.run(some):
+            for first in range(0, len(requests), size):
+                for events in self.llama.engine.run(requests[first : first + size]):
                     for event in events:
-                        parts[event.row] += event.text
+                        texts[first + event.row] += event.text
                         bar.update(event.finish_reason is not None)
-                texts += parts
         return texts
 
 
