@@ -97,7 +97,7 @@ class Ticket(Job):
         self.number, self.inbox, self.arrived = number, inbox, time.monotonic()
         self.updates: asyncio.Queue[list[Event]] = asyncio.Queue()
         self.times = [Times() for _ in work.prompts]
-        self.began = self.first = 0.0  # when it got its first slot and its first token; 0 before
+        self.began = 0.0  # when it got its first slot; 0 before
         self.late = ""  # the error message, once a time limit has ended it
         self.started = asyncio.Event()  # a request has taken a slot or has ended
         self.open = len(work.prompts)  # requests that have not ended
@@ -132,12 +132,12 @@ class Ticket(Job):
             self.inbox.put((self.number, None))
 
     def log_fields(self) -> dict[str, Any]:
-        usage = self.usage()
+        usage, first = self.usage(), min((times.first for times in self.times if times.first), default=None)
         return {
             "prompt_tokens": usage["prompt_tokens"],
             "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
             "completion_tokens": usage["completion_tokens"],
-            "first_token_seconds": round(self.first - self.arrived, 4) if self.first else None,
+            "first_token_seconds": round(first - self.arrived, 4) if first else None,
         }
 
     def cancelled(self) -> ApiError:
@@ -220,7 +220,6 @@ class Loop:
             metrics.add("generation_tokens_total", new)
             if not times.first:
                 times.first = now
-                ticket.first = ticket.first or now
                 metrics.observe("time_to_first_token_seconds", now - ticket.arrived)
             if more := new if times.latest else new - 1:
                 metrics.observe("inter_token_latency_seconds", (now - (times.latest or now)) / new, more)

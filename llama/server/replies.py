@@ -92,14 +92,10 @@ class Reply:
         choices = []
         for event in sorted(answers):  # by row
             message = {"role": "assistant", "content": event.text, "refusal": None}
-            choices.append(
-                {
-                    "index": event.row,
-                    **({"message": message} if self.chat else {"text": event.text}),
-                    "logprobs": self.logprobs(self.choices[event.row].take(event)),
-                    "finish_reason": REASONS[event.finish_reason],
-                }
-            )
+            choice: dict[str, Any] = {"index": event.row}
+            choice |= {"message": message} if self.chat else {"text": event.text}
+            choice["logprobs"] = self.logprobs(self.choices[event.row].take(event))
+            choices.append({**choice, "finish_reason": REASONS[event.finish_reason]})
         return {**self.head(), "choices": choices, "usage": self.job.usage()}
 
     def first_chunks(self) -> list[dict[str, Any]]:

@@ -97,6 +97,8 @@ FIELDS: dict[str, tuple[Test, str]] = {
 LOGPROBS = (lambda v: type(v) is int and 0 <= v <= 20), "an int from 0 to 20"
 OF_TEXT: dict[str, tuple[Test, str]] = {**FIELDS, "logprobs": LOGPROBS}
 OF_CHAT: dict[str, tuple[Test, str]] = {**FIELDS, "logprobs": BOOL, "top_logprobs": LOGPROBS}
+FORMAT = (lambda v: v in ("float", "base64")), "float or base64"
+OF_EMBEDDINGS: dict[str, tuple[Test, str]] = {"model": FIELDS["model"], "encoding_format": FORMAT}
 # Fields that this server does not support, and tests for values that are allowed because they request nothing.
 REFUSED: dict[str, Test] = {
     **dict.fromkeys(("tools", "functions"), lambda v: v == []),
@@ -238,17 +240,14 @@ def read_structure(body: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def read_embeddings(llama: Llama, body: Mapping[str, Any]) -> Work:
-    check_fields(body, {"model": FIELDS["model"]})
-    form = body.get("encoding_format", "float")
-    if form not in ("float", "base64"):
-        raise ApiError(400, f"encoding_format is {shorten(form)}; it must be float or base64", "encoding_format")
+    check_fields(body, OF_EMBEDDINGS)
     dim = llama.model.params.dim
     if body.get("dimensions", dim) != dim:
         raise ApiError(400, f"this model's embeddings have {dim} dimensions", "dimensions")
     text = body.get("input")
     if "" in (text if isinstance(text, list) else [text]):
         raise ApiError(400, "input has an empty string", "input")
-    return Work(read_prompts(llama, body, "input", 0), base64=form == "base64")
+    return Work(read_prompts(llama, body, "input", 0), base64=body.get("encoding_format") == "base64")
 
 
 def read_prompts(llama: Llama, body: Mapping[str, Any], name: str, most: int) -> list[list[int]]:
@@ -312,7 +311,7 @@ def read_message(i: int, message: Any) -> dict[str, str]:
 
 def read_part(part: Any, name: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else part
-    if not isinstance(part, dict) or kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
+    text = part.get(kind) if isinstance(part, dict) and kind in ("text", "refusal") else None
+    if not isinstance(text, str):
         raise ApiError(400, f"this server takes parts of type text, not {shorten(kind)}", name)
-    text: str = part[kind]
     return text
