@@ -27,8 +27,7 @@ class Files:
             raise ValueError(f"outfile {target} is not a file; answers cannot go to a folder, pipe or device")
         self.source, self.target = source, target
         seen: dict[Key, int] = {}
-        for number, content in numbered(source):
-            key = parse_line(number, content).key
+        for key, number, _ in lines(source):
             if key in seen:
                 raise ValueError(f"{source}: lines {seen[key]} and {number} have the same id, {key!r}")
             seen[key] = number
@@ -56,9 +55,7 @@ class Files:
 
     def unanswered(self) -> Iterator[tuple[int, bytes]]:
         """The number and content of each line that has no answer yet."""
-        for number, content in numbered(self.source):
-            if parse_line(number, content).key not in self.done:
-                yield number, content
+        return ((number, content) for key, number, content in lines(self.source) if key not in self.done)
 
     def write(self, answers: bytes) -> None:
         """Append complete lines."""
@@ -72,10 +69,12 @@ def answered(answer: Any) -> Key:
     return ("line", answer["line"]) if id is None else id
 
 
-def numbered(source: Path) -> Iterator[tuple[int, bytes]]:
-    """The number, counted from 1, and the content of each line that is not blank."""
+def lines(source: Path) -> Iterator[tuple[Key, int, bytes]]:
+    """The key, the number, counted from 1, and the content of each line that is not blank."""
     with source.open("rb") as file:
-        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        for number, content in enumerate(file, 1):
+            if content.strip():
+                yield parse_line(number, content).key, number, content
 
 
 def lock_alone(file: BinaryIO) -> None:
