@@ -1,8 +1,7 @@
-"""Triton kernels of a decode step's matmuls, and of what lies between the matmuls of a prefill.
+"""The kernels of a decode step's matmuls, see cuda_matmul.py, and of what lies between the matmuls of a prefill.
 
-Decoding a few tokens reads every weight once and does little with it, so a step is as fast as memory gives the weights.
-`linear` therefore fuses into the matmul whatever stands before and behind it: RMSNorm, the residual sum, SwiGLU, RoPE
-with the write to the KV cache, and the dequantization of 4- or 8-bit weights.
+`linear` fuses into the matmul whatever stands before and behind it: RMSNorm, the residual sum, SwiGLU, RoPE with the
+write to the KV cache, and the dequantization of 4- or 8-bit weights.
 
 Shapes:  M tokens   N outputs   K inputs of a matmul   H query heads   KV key-value heads   D head dimension
 """
@@ -16,11 +15,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-PLAIN, RESIDUAL, SWIGLU, ROPE = (tl.constexpr(i) for i in range(4))  # what `linear` does with the result of the matmul
-
-UNSPECIALIZED = ["M", "HEADS", "KV_HEADS", "GROUP_SIZE"]  # arguments for whose values Triton compiles no extra kernels
+from .cuda_matmul import (
+    PLAIN, RESIDUAL, ROPE, SWIGLU, UNSPECIALIZED, dequantized, gemm_kernel, gemv_kernel, load_weights, rope_and_store,
+)  # fmt: skip
 
 
 class Matrix(NamedTuple):
@@ -45,189 +43,6 @@ class Rope(NamedTuple):
     slots: Tensor
     cache: Tensor  # (slots, 2 KV, max_seq_len, D)
     n_heads: int
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Matmul of a few rows
-
-
-@triton.jit
-def load_weights(q, rows, k, N, K, EACH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Columns k to k + BLOCK_K of some rows, as they are stored, EACH columns packed in one number."""
-    columns = k // EACH + tl.arange(0, BLOCK_K // EACH)
-    inside = (rows[:, None] < N) & (columns[None, :] < K // EACH)
-    at = rows[:, None].to(tl.int64) * (K // EACH) + columns[None, :]
-    return tl.load(q + at, inside, other=0, eviction_policy="evict_first")
-
-
-@triton.jit
-def dequantized(w, scale, minimum, rows, k, N, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """scale * w + minimum of numbers w (rows, columns), which have whole groups."""
-    GROUPS: tl.constexpr = BLOCK_K // GROUP
-    group = k // GROUP + tl.arange(0, GROUPS)
-    at, inside = rows[:, None] * (K // GROUP) + group[None, :], (rows[:, None] < N) & (group[None, :] < K // GROUP)
-    s = tl.load(scale + at, inside, other=0).to(tl.float32)[:, :, None]
-    grouped = tl.reshape(w.to(tl.float32), [w.shape[0], GROUPS, w.shape[1] // GROUPS]) * s
-    if minimum is not None:
-        grouped += tl.load(minimum + at, inside, other=0).to(tl.float32)[:, :, None]
-    return tl.reshape(grouped, [w.shape[0], w.shape[1]])
-
-
-@triton.jit
-def add_dot(acc, w, x, scale, minimum, rows, k, N, K, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """acc (rows, tokens) + w (rows, columns) times x (tokens, columns), by tensor cores."""
-    if BITS == 4:
-        even, odd = tl.split(tl.reshape(x, [x.shape[0], BLOCK_K // 2, 2]))
-        low = dequantized(w & 15, scale, minimum, rows, k, N, K, GROUP, BLOCK_K).to(x.dtype)
-        high = dequantized(w >> 4, scale, minimum, rows, k, N, K, GROUP, BLOCK_K).to(x.dtype)
-        acc = tl.dot(low, tl.trans(even), acc, input_precision="ieee")
-        acc = tl.dot(high, tl.trans(odd), acc, input_precision="ieee")
-    elif GROUP > 0:
-        whole = dequantized(w, scale, minimum, rows, k, N, K, GROUP, BLOCK_K).to(x.dtype)
-        acc = tl.dot(whole, tl.trans(x), acc, input_precision="ieee")
-    else:
-        acc = tl.dot(w.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def add_product(
-    acc, w, x, scale, minimum, rows, k, N, K, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """acc (rows, chunks) + w (rows, columns) times x (1, columns), each thread the sum of a chunk of columns."""
-    ROWS: tl.constexpr = acc.shape[0]
-    CHUNKS: tl.constexpr = acc.shape[1]
-    SIZE: tl.constexpr = BLOCK_K // CHUNKS
-    if BITS == 4:  # eight in each number
-        q = tl.reshape(w, [ROWS, CHUNKS, SIZE // 8])
-        even, odd = tl.split(tl.reshape(x, [1, CHUNKS, SIZE // 8, 2, 2, 2]))
-        x04, x26 = tl.split(even)
-        x15, x37 = tl.split(odd)
-        product = tl.zeros([ROWS, CHUNKS], tl.float32)
-        for j in tl.static_range(4):
-            low, high = tl.split(x04 if j == 0 else x15 if j == 1 else x26 if j == 2 else x37)
-            product += tl.sum(tiny(q, j) * grown(low, j) + tiny(q, j + 4) * grown(high, j + 4), 2)
-        product *= 562949953421312.0  # 2^49
-    else:
-        shaped = tl.reshape(w.to(tl.float32), [ROWS, CHUNKS, SIZE])
-        product = tl.sum(shaped * tl.reshape(x, [1, CHUNKS, SIZE]), 2)
-    if GROUP > 0:
-        group = (k + tl.arange(0, CHUNKS) * SIZE) // GROUP
-        at, inside = rows[:, None] * (K // GROUP) + group[None, :], (rows[:, None] < N) & (group[None, :] < K // GROUP)
-        product *= tl.load(scale + at, inside, other=0).to(tl.float32)
-        if minimum is not None:
-            m = tl.load(minimum + at, inside, other=0).to(tl.float32)
-            product += m * tl.sum(tl.reshape(x, [1, CHUNKS, SIZE]), 2)
-    return acc + product
-
-
-# Four bits of a number are a float32 where they lie, if a tiny one: no instruction but the mask is spent on them. What
-# they are multiplied by is as much larger: tiny times grown is n x / 2^49.
-@triton.jit
-def tiny(q, J: tl.constexpr):
-    """n * 2^(4 J - 149) of the J-th four bits n of q, of the upper three as if q were shifted by 12."""
-    PLACE: tl.constexpr = 4 * J if J < 5 else 4 * J - 12
-    return ((q if J < 5 else q >> 12) & (15 << PLACE)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def grown(x, J: tl.constexpr):
-    return x * (2.0 ** (100 - (4 * J if J < 5 else 4 * J - 12)))
-
-
-@triton.jit
-def rope_and_store(
-    y, m, n, out, cos_sin, positions, slots, cache, M, HEADS, KV_HEADS, S, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Rotate queries and keys of y (BLOCK_M, BLOCK_N), tokens m and columns n of queries, keys and values; store
-    queries (M, H D) in `out`, keys and values in the cache."""
-    position = tl.load(positions + m, m < M, other=-1)[:, None]
-    slot = tl.load(slots + m, m < M, other=0)[:, None]
-    pair = tl.reshape(n, [BLOCK_N // 2, 2]).to(tl.int32)
-    even, _ = tl.split(pair)
-    rotary = (even[None, :] < (HEADS + KV_HEADS) * D) & (position >= 0)
-    at = cos_sin + position * D + (even % D)[None, :]
-    cos, sin = tl.load(at, rotary, other=1.0), tl.load(at + 1, rotary, other=0.0)
-    a, b = tl.split(tl.reshape(y, [BLOCK_M, BLOCK_N // 2, 2]))
-    y = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), [BLOCK_M, BLOCK_N])
-    token, column = m[:, None], n[None, :]
-    is_query = column < HEADS * D
-    tl.store(out + token * (HEADS * D) + column, y, (token < M) & is_query)
-    head = column // D - HEADS
-    to = cache + ((slot.to(tl.int64) * (2 * KV_HEADS) + head) * S + position) * D + column % D
-    tl.store(to, y, (token < M) & (position >= 0) & (head >= 0) & (head < 2 * KV_HEADS))
-
-
-@triton.jit
-def finished(acc, scale, rows, N, BITS: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr):
-    """What `add_dot` or `add_product` has summed up, (tokens, rows)."""
-    y = tl.trans(acc if DOT else tl.sum(acc, 1, keep_dims=True))
-    if BITS == 8 and GROUP == 0:
-        y *= tl.load(scale + rows, rows < N, other=0).to(tl.float32)[None, :]
-    return y
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def linear_kernel(
-    x, q, scale, minimum, norm, residual, out, cos_sin, positions, slots, cache, M, N, K, eps, HEADS, KV_HEADS, S,
-    D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, THEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """See `linear`. Each program makes BLOCK_N outputs of all tokens, so that every weight is read once."""
-    DOT: tl.constexpr = BLOCK_M > 1
-    EACH: tl.constexpr = 1 if BITS != 4 else 2 if DOT else 8
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    # SwiGLU has two outputs: w1's, and N rows further down w3's.
-    rows = N * 2 if THEN == SWIGLU else N
-    acc = tl.zeros([BLOCK_N, BLOCK_M if DOT else BLOCK_K // (8 if BITS >= 16 else 16)], tl.float32)
-    acc2 = acc
-    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    # Of one token always a block ahead. The first weights don't depend on the kernel before this one, and are fetched
-    # while that one ends.
-    w = load_weights(q, n, 0, N, K, EACH, BLOCK_K)
-    if THEN == SWIGLU:
-        w2 = load_weights(q, n + N, 0, rows, K, EACH, BLOCK_K)
-    if PDL:
-        gdc_wait()
-    for k in range(0, K, BLOCK_K):
-        columns = k + tl.arange(0, BLOCK_K)
-        tile = tl.load(x + m[:, None] * K + columns[None, :], (m[:, None] < M) & (columns[None, :] < K), other=0)
-        if DOT:  # Triton pipelines the loads of a dot by itself
-            w = load_weights(q, n, k, N, K, EACH, BLOCK_K)
-            acc = add_dot(acc, w, tile, scale, minimum, n, k, N, K, BITS, GROUP, BLOCK_K)
-            if THEN == SWIGLU:
-                w2 = load_weights(q, n + N, k, rows, K, EACH, BLOCK_K)
-                acc2 = add_dot(acc2, w2, tile, scale, minimum, n + N, k, rows, K, BITS, GROUP, BLOCK_K)
-        else:
-            tile = tile.to(tl.float32)
-            if NORM:
-                squares += tile * tile
-                tile *= tl.load(norm + columns, columns < K, other=0).to(tl.float32)[None, :]
-            now = w
-            w = load_weights(q, n, k + BLOCK_K, N, K, EACH, BLOCK_K)
-            acc = add_product(acc, now, tile, scale, minimum, n, k, N, K, BITS, GROUP, BLOCK_K)
-            if THEN == SWIGLU:
-                now = w2
-                w2 = load_weights(q, n + N, k + BLOCK_K, rows, K, EACH, BLOCK_K)
-                acc2 = add_product(acc2, now, tile, scale, minimum, n + N, k, rows, K, BITS, GROUP, BLOCK_K)
-    if PDL:
-        gdc_launch_dependents()
-    y = finished(acc, scale, n, N, BITS, GROUP, DOT)  # (BLOCK_M, BLOCK_N)
-    factor = tl.full([BLOCK_M, 1], 1.0, tl.float32)
-    if NORM:
-        factor = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / K + eps)
-    y *= factor
-    if THEN == SWIGLU:
-        y *= tl.sigmoid(y) * finished(acc2, scale, n + N, rows, BITS, GROUP, DOT) * factor
-    if THEN == ROPE:
-        rope_and_store(y, m, n, out, cos_sin, positions, slots, cache, M, HEADS, KV_HEADS, S, D, BLOCK_M, BLOCK_N)
-    else:
-        at, inside = m[:, None] * N + n[None, :], (m[:, None] < M) & (n[None, :] < N)
-        if THEN == RESIDUAL:
-            y += tl.load(residual + at, inside, other=0).to(tl.float32)
-        tl.store(out + at, y, inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +73,7 @@ def dequantize_kernel(
     q, scale, minimum, out, N, K, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_K
-    w = load_weights(q, n, k, N, K, 2 if BITS == 4 else 1, BLOCK_K)
+    w = load_weights(q, n, k, N, K, BITS, BLOCK_K)
     if BITS == 4:
         low = dequantized(w & 15, scale, minimum, n, k, N, K, GROUP, BLOCK_K)
         high = dequantized(w >> 4, scale, minimum, n, k, N, K, GROUP, BLOCK_K)
@@ -301,7 +116,10 @@ def linear(
     and wv's, stores keys and values in the cache and returns the queries (M, H D).
     """
     (M, K), N = x.shape, weight.shape[0]
-    if M > 1 and norm is not None:  # every program would normalize all of x again
+    bits = weight.q.itemsize * 8 if weight.scale is None else weight.bits
+    words = 8 if bits >= 16 else 2 if weight.group == 16 and bits == 4 else 4  # of a chunk
+    one = M == 1 and K % (words * 32 // bits if bits < 16 else words) == 0
+    if not one and norm is not None:  # every program would normalize all of x again
         x, norm = F.rms_norm(x, norm.shape, norm, eps), None
     x = x.contiguous()
     D = rope.cache.shape[3] if rope else 2
@@ -309,15 +127,15 @@ def linear(
     width = rope.n_heads * D if rope else N // 2 if then is SWIGLU else N
     out = torch.empty(M, width, dtype=dtype or x.dtype, device=x.device)
     N = N // 2 if then is SWIGLU else N
-    block_m = 1 if M == 1 else max(16, triton.next_power_of_2(M))
-    bits = weight.q.itemsize * 8 if weight.scale is None else weight.bits
-    block_n, block_k, warps, stages = config or (ONE if M == 1 else MORE)[bits]
-    q = weight.q.view(torch.int32) if bits == 4 and M == 1 else weight.q
-    linear_kernel[(triton.cdiv(N, block_n),)](
+    block_n, block_k, warps, stages = config or (ONE if one else MORE)[bits]
+    q = weight.q.view(torch.int32) if bits < 16 and one else weight.q
+    kernel: Any = gemv_kernel if one else gemm_kernel
+    shape = {"WORDS": words} if one else {"BLOCK_M": max(16, triton.next_power_of_2(M))}
+    kernel[(triton.cdiv(N, block_n),)](
         x, q, weight.scale, weight.minimum, norm, residual, out,
         rope and rope.cos_sin, rope and rope.positions, rope and rope.slots, rope and rope.cache,
         M, N, K, eps, rope.n_heads if rope else 0, kv_heads, rope.cache.shape[2] if rope else 0,
-        D=D, BITS=bits, GROUP=weight.group, NORM=norm is not None, THEN=then, BLOCK_M=block_m, BLOCK_N=block_n,
+        D=D, BITS=bits, GROUP=weight.group, NORM=norm is not None, THEN=then, **shape, BLOCK_N=block_n,
         BLOCK_K=block_k, PDL=PDL, num_warps=warps, num_stages=stages, launch_pdl=PDL,
     )  # fmt: skip
     return out
