@@ -19,19 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.backends.cuda_kernels import PLAIN, RESIDUAL, SWIGLU, Matrix, linear
+from llama.backends.cuda_kernels import Matrix, linear
+from llama.backends.cuda_matmul import PLAIN, RESIDUAL, SWIGLU
 from llama.cli.bench import numbers
 
 Config = tuple[int, int, int, int]  # BLOCK_N, BLOCK_K, warps, stages
 SHAPES = {"qkv": (12288, 4096), "wo": (4096, 4096), "w13": (22016, 4096), "w2": (4096, 11008)}
 ONE = [
     (4, 512, 4, 2), (4, 1024, 4, 2), (4, 1024, 8, 2), (4, 512, 2, 2), (8, 512, 4, 2), (8, 512, 2, 2), (2, 2048, 4, 2),
-    (8, 1024, 8, 2), (8, 1024, 4, 2), (16, 512, 4, 2), (2, 1024, 4, 2), (4, 2048, 4, 2),
+    (8, 1024, 8, 2), (8, 1024, 4, 2), (16, 512, 4, 2), (2, 1024, 4, 2), (4, 2048, 4, 2), (8, 1024, 2, 2),
+    (4, 1024, 2, 2), (8, 2048, 2, 2), (4, 2048, 2, 2), (8, 2048, 4, 2), (8, 1024, 1, 2), (16, 1024, 1, 2),
 ]  # fmt: skip
 SEVERAL = [
     (16, 256, 4, 4), (32, 128, 4, 5), (32, 256, 4, 3), (32, 256, 4, 4), (64, 128, 4, 4), (64, 64, 4, 6),
     (64, 128, 8, 4), (64, 256, 8, 3), (128, 64, 8, 4), (128, 64, 4, 5), (32, 512, 8, 2), (64, 128, 4, 3),
-    (128, 128, 8, 3),
+    (128, 128, 8, 3), (16, 512, 4, 3), (16, 512, 4, 4), (32, 512, 4, 3), (32, 256, 2, 4), (32, 128, 2, 5),
+    (16, 256, 1, 4),
 ]  # fmt: skip
 
 
@@ -42,8 +45,8 @@ def matrices(shape: tuple[int, int], bits: int, copies: int) -> list[Matrix]:
     q = [torch.randint(0, 255, (N, K * bits // 8), device="cuda", dtype=torch.uint8) for _ in range(copies)]
     if bits == 8:
         return [Matrix(part.view(torch.int8), torch.full((N, 1), 1e-4, device="cuda"), None, 8) for part in q]
-    scale = torch.full((N, K // 64), 1e-3, device="cuda", dtype=torch.float16)
-    return [Matrix(part, scale, -7 * scale, 4, 64) for part in q]
+    scale = torch.full((N, K // 32), 1e-3, device="cuda", dtype=torch.float16)
+    return [Matrix(part, scale, -7 * scale, 4, 32) for part in q]
 
 
 def seconds(calls: Sequence[Callable[[], object]]) -> float:

@@ -16,9 +16,9 @@ from llama.batch import Batch, Span
 PROMPTS = [[5, 17, 99, 3], [64], [127, 0, 7, 7, 7, 8, 9, 100, 101, 102]]
 SHORT = {name: {**SHAPES[name], "n_layers": 1} for name in ("GQA", "MQA", "odd FFN")}
 # The interpreter takes a millisecond for each program, several with coverage: few and large programs.
-cuda.kernels.ONE[32], cuda.kernels.MORE[32] = (64, 512, 4, 2), (64, 64, 4, 3)
-cuda.kernels.ONE[8], cuda.kernels.MORE[8] = (64, 256, 4, 2), (64, 128, 4, 3)
-cuda.kernels.ONE[4], cuda.kernels.MORE[4] = (64, 256, 4, 2), (64, 64, 4, 3)
+cuda.kernels.ONE.update({32: (64, 512, 4, 2), 8: (64, 256, 4, 2), 4: (64, 256, 4, 2)})
+cuda.kernels.SOME.update({32: (64, 64, 4, 3), 8: (32, 256, 4, 4), 4: (32, 256, 4, 4)})  # quantized: each warp a slice
+cuda.kernels.MORE.update({32: (64, 64, 4, 3), 8: (64, 128, 4, 3), 4: (64, 64, 4, 3)})
 
 
 class Interpreted(cuda.Cuda):
@@ -90,17 +90,27 @@ def test_many_tokens_use_cublas(strides, monkeypatch):
     assert relative_error(found, plain) < 1e-5
 
 
-SCHEMES = [Scheme(8), Scheme(8, 16), Scheme(8, 32), Scheme(8, 32, False), Scheme(4, 32, False), Scheme(4, 32)]
+SCHEMES = [Scheme(8), Scheme(8, 16), Scheme(8, 32), Scheme(8, 32, False)]
+SCHEMES += [Scheme(4, 16), Scheme(4, 32, False), Scheme(4, 32)]
+
+
+def check_matmul(scheme, rows, columns):
+    matrix = torch.randn(40, columns, generator=torch.Generator().manual_seed(0))
+    weight = quantized.quantize(matrix, scheme)
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    exact = x.double() @ quantized.dequantize(weight).double().t()
+    assert relative_error(quantized_matmul.Cuda(weight, torch.device("cpu"))(x).double(), exact) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 80])
+@pytest.mark.parametrize("rows", [1, 3, 40, 80])
 def test_quantized_matrices(scheme, rows):
-    matrix = torch.randn(40, 352, generator=torch.Generator().manual_seed(0))
-    weight = quantized.quantize(matrix, scheme)
-    x = torch.randn(rows, 352, generator=torch.Generator().manual_seed(1))
-    exact = x.double() @ quantized.dequantize(weight).double().t()
-    assert relative_error(quantized_matmul.Cuda(weight, torch.device("cpu"))(x).double(), exact) < 1e-3
+    check_matmul(scheme, rows, 352)
+
+
+@pytest.mark.parametrize(("scheme", "columns"), [(Scheme(8), 340), (Scheme(4, 32), 336)])
+def test_one_token_where_columns_are_no_whole_chunks(scheme, columns):
+    check_matmul(scheme, 1, columns)
 
 
 def test_padding_stores_nothing():

@@ -25,7 +25,8 @@ from ..model import Transformer, rope_frequencies
 from ..parallel import all_gather, all_reduce, gather_objects, rank
 from . import cuda_kernels as kernels
 from .cuda_attention import attend, attend_scratch
-from .cuda_kernels import RESIDUAL, ROPE, SWIGLU, Matrix, Rope
+from .cuda_kernels import Matrix, Rope
+from .cuda_matmul import RESIDUAL, ROPE, SWIGLU
 
 log = logging.getLogger(__name__)
 # Without cuDNN's attention, which compiles a plan for each prompt length, in more time than the prompt takes.

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .cuda_kernels import PDL, UNSPECIALIZED, Rope
+from .cuda_kernels import PDL, Rope
+from .cuda_matmul import UNSPECIALIZED
 
 LOG2_E = 1.4426950408889634
 

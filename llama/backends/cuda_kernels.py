@@ -17,8 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .cuda_matmul import (
-    PLAIN, RESIDUAL, ROPE, SWIGLU, UNSPECIALIZED, dequantized, gemm_kernel, gemv_kernel, load_weights, rope_and_store,
-)  # fmt: skip
+    PLAIN,
+    SWIGLU,
+    UNSPECIALIZED,
+    dequantized,
+    gemm_kernel,
+    gemv_kernel,
+    load_weights,
+    rope_and_store,
+)
 
 
 class Matrix(NamedTuple):
@@ -93,9 +100,27 @@ def dequantize_kernel(
 
 MOST = 64  # tokens that `linear` serves; more are better multiplied by cuBLAS
 PDL = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)  # programmatic dependent launch
-# (BLOCK_N, BLOCK_K, warps, stages) by bits of a weight, of one token and of more; benchmarks/cuda_kernels.py.
-ONE = {32: (4, 512, 4, 2), 16: (4, 1024, 4, 2), 8: (4, 1024, 4, 2), 4: (8, 1024, 2, 2)}
-MORE = {32: (16, 64, 4, 3), 16: (32, 256, 4, 4), 8: (32, 256, 4, 4), 4: (64, 128, 4, 4)}
+# (BLOCK_N, BLOCK_K, warps, stages) by bits of a weight, of one token, of up to 32 and of more: those with which the
+# kernels read weights fastest (benchmarks/cuda_kernels.py), of 8 and 4 bits with the fewest instructions for each
+# (benchmarks/cuda_instructions.py).
+ONE = {32: (4, 512, 4, 2), 16: (4, 1024, 4, 2), 8: (8, 1024, 2, 2), 4: (8, 2048, 2, 2)}
+SOME = {32: (16, 64, 4, 3), 16: (32, 256, 4, 4), 8: (32, 256, 4, 4), 4: (32, 256, 4, 4)}
+MORE = {32: (16, 64, 4, 3), 16: (32, 256, 4, 4), 8: (64, 128, 4, 3), 4: (64, 128, 4, 4)}
+
+
+def launch(
+    M: int, K: int, bits: int, group: int, config: tuple[int, int, int, int] | None = None
+) -> tuple[int, int, tuple[int, int, int, int, int]]:
+    """How `linear` multiplies M tokens: BLOCK_M; the WORDS of a chunk for `gemv_kernel`, 0 for `gemm_kernel`; and the
+    configuration with SLICES."""
+    words = 8 if bits >= 16 else 2 if group == 16 and bits == 4 else 4
+    if M > 1 or K % (8 if bits >= 16 else words * 32 // bits):
+        words = 0
+    block_m = max(16, triton.next_power_of_2(M))
+    block_n, block_k, warps, stages = config or (ONE if words else SOME if block_m <= 32 else MORE)[bits]
+    # A warp takes 16 rows at least. With more than 32 tokens the sums of all slices would not fit its registers.
+    slices = warps if block_n < 16 * warps and block_m <= 32 else 1
+    return block_m, words, (block_n, block_k, warps, stages, slices)
 
 
 def linear(
@@ -117,9 +142,8 @@ def linear(
     """
     (M, K), N = x.shape, weight.shape[0]
     bits = weight.q.itemsize * 8 if weight.scale is None else weight.bits
-    words = 8 if bits >= 16 else 2 if weight.group == 16 and bits == 4 else 4  # of a chunk
-    one = M == 1 and K % (words * 32 // bits if bits < 16 else words) == 0
-    if not one and norm is not None:  # every program would normalize all of x again
+    block_m, words, (block_n, block_k, warps, stages, slices) = launch(M, K, bits, weight.group, config)
+    if not words and norm is not None:  # every program would normalize all of x again
         x, norm = F.rms_norm(x, norm.shape, norm, eps), None
     x = x.contiguous()
     D = rope.cache.shape[3] if rope else 2
@@ -127,10 +151,9 @@ def linear(
     width = rope.n_heads * D if rope else N // 2 if then is SWIGLU else N
     out = torch.empty(M, width, dtype=dtype or x.dtype, device=x.device)
     N = N // 2 if then is SWIGLU else N
-    block_n, block_k, warps, stages = config or (ONE if one else MORE)[bits]
-    q = weight.q.view(torch.int32) if bits < 16 and one else weight.q
-    kernel: Any = gemv_kernel if one else gemm_kernel
-    shape = {"WORDS": words} if one else {"BLOCK_M": max(16, triton.next_power_of_2(M))}
+    q = weight.q.view(torch.int32) if bits < 16 and words else weight.q
+    kernel: Any = gemv_kernel if words else gemm_kernel
+    shape = {"WORDS": words} if words else {"BLOCK_M": block_m, "SLICES": slices}
     kernel[(triton.cdiv(N, block_n),)](
         x, q, weight.scale, weight.minimum, norm, residual, out,
         rope and rope.cos_sin, rope and rope.positions, rope and rope.slots, rope and rope.cache,

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 PLAIN, RESIDUAL, SWIGLU, ROPE = (tl.constexpr(i) for i in range(4))  # what is done with the result of a matmul
 
-UNSPECIALIZED = ["M", "HEADS", "KV_HEADS"]  # arguments for whose values Triton compiles no extra kernels
+UNSPECIALIZED = ["M", "HEADS", "KV_HEADS", "GROUP_SIZE"]  # arguments for whose values Triton compiles no extra kernels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,19 +45,37 @@ def dequantized(w, scale, minimum, rows, k, N, K, GROUP: tl.constexpr, BLOCK_K: 
 
 
 @triton.jit
-def add_dot(acc, w, x, scale, minimum, rows, k, N, K, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """acc (rows, tokens) + w (rows, columns) times x (tokens, columns), by tensor cores."""
+def sliced(x, SLICES: tl.constexpr):
+    """x (rows, columns) as (SLICES, rows, columns / SLICES), a slice for each warp; as it is for one slice."""
+    if SLICES > 1:
+        x = tl.permute(tl.reshape(x, [x.shape[0], SLICES, x.shape[1] // SLICES]), 1, 0, 2)
+    return x
+
+
+@triton.jit
+def add_dot(acc, w, x, SLICES: tl.constexpr):
+    """acc (rows, tokens) + w (rows, columns) times x (tokens, columns), by tensor cores; or acc (SLICES, rows, tokens)
+    with the products of as many slices of the columns."""
+    x = sliced(x, SLICES)
+    x = tl.permute(x, 0, 2, 1) if SLICES > 1 else tl.trans(x)
+    return tl.dot(sliced(w, SLICES), x, acc, input_precision="ieee")
+
+
+@triton.jit
+def add_block(
+    acc, w, x, scale, minimum, rows, k, N, K, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+):  # fmt: skip
+    """`add_dot` of weights as they are stored."""
     if BITS == 4:
         even, odd = tl.split(tl.reshape(x, [x.shape[0], BLOCK_K // 2, 2]))
         low = dequantized(w & 15, scale, minimum, rows, k, N, K, GROUP, BLOCK_K).to(x.dtype)
         high = dequantized(w >> 4, scale, minimum, rows, k, N, K, GROUP, BLOCK_K).to(x.dtype)
-        acc = tl.dot(low, tl.trans(even), acc, input_precision="ieee")
-        acc = tl.dot(high, tl.trans(odd), acc, input_precision="ieee")
+        acc = add_dot(add_dot(acc, low, even, SLICES), high, odd, SLICES)
     elif GROUP > 0:
-        whole = dequantized(w, scale, minimum, rows, k, N, K, GROUP, BLOCK_K).to(x.dtype)
-        acc = tl.dot(whole, tl.trans(x), acc, input_precision="ieee")
+        acc = add_dot(acc, dequantized(w, scale, minimum, rows, k, N, K, GROUP, BLOCK_K).to(x.dtype), x, SLICES)
     else:
-        acc = tl.dot(w.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
+        acc = add_dot(acc, w.to(x.dtype), x, SLICES)
     return acc
 
 
@@ -77,9 +95,9 @@ def load_chunks(q, rows, k, N, K, SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK
 
 
 @triton.jit
-def element(x, I: tl.constexpr):
-    """x[:, :, I], where the last dimension is a power of 2."""
-    place = I
+def element(x, INDEX: tl.constexpr):
+    """x[:, :, INDEX], where the last dimension is a power of 2."""
+    place = INDEX
     for _ in tl.static_range(3 if x.shape[2] == 8 else 2 if x.shape[2] == 4 else 1):
         even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
         x = odd if place % 2 else even
@@ -105,14 +123,14 @@ def grown(x, J: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def add_eight(part, w, x, I: tl.constexpr, BITS: tl.constexpr):
-    """part (rows, chunks) + columns 8 I to 8 I + 8 of each chunk of w times x (1, chunks, 8); of integers divided by
-    2^49, and those of 8 bits as 128 more than they are."""
+def add_eight(part, w, x, FIRST: tl.constexpr, BITS: tl.constexpr):
+    """part (rows, chunks) + columns FIRST to FIRST + 8 of each chunk of w times x (1, chunks, 8): of integers divided
+    by 2^49, and of those of 8 bits as if each were 128 more."""
     for j in tl.static_range(8):
         if BITS >= 16:
             part += element(w, j).to(tl.float32) * element(x, j)
         else:
-            word = element(w, (8 * I + j) * BITS // 32)
+            word = element(w, (FIRST + j) * BITS // 32)
             if BITS == 8:
                 word ^= -2139062144  # 0x80808080: from -128 .. 127 to 0 .. 255
             part += tiny(word, j % (32 // BITS), BITS) * grown(element(x, j), j % (32 // BITS), BITS)
@@ -124,7 +142,7 @@ def scaled(
     part, total, scale, minimum, rows, k, N, K, BITS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """What `add_eight` has summed up over the chunks at column k, by their scales; `total` (1, chunks) is the sum of x."""
+    """What `add_eight` has summed up over the chunks at column k, scaled; `total` (1, chunks) is the sum of x."""
     if BITS < 16:
         part *= 562949953421312.0  # 2^49
     if BITS == 8:
@@ -199,13 +217,16 @@ def by_row(y, scale, rows, N, BITS: tl.constexpr, GROUP: tl.constexpr):
 def gemm_kernel(
     x, q, scale, minimum, norm, residual, out, cos_sin, positions, slots, cache, M, N, K, eps, HEADS, KV_HEADS, S,
     D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, THEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`linear` for several tokens. Each program makes BLOCK_N outputs of all tokens, so that every weight is read once."""
+    """`linear` for several tokens. Each program makes BLOCK_N outputs of all tokens, so that every weight is read once.
+    SLICES of the columns are summed up separately, each by a warp, where the rows are too few for all warps."""
     n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     # SwiGLU has two outputs: w1's, and N rows further down w3's.
     rows = N * 2 if THEN == SWIGLU else N
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if SLICES > 1:
+        acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
     acc2 = acc
     if PDL:
         gdc_wait()
@@ -213,19 +234,22 @@ def gemm_kernel(
         columns = k + tl.arange(0, BLOCK_K)
         tile = tl.load(x + m[:, None] * K + columns[None, :], (m[:, None] < M) & (columns[None, :] < K), other=0)
         w = load_weights(q, n, k, N, K, BITS, BLOCK_K)
-        acc = add_dot(acc, w, tile, scale, minimum, n, k, N, K, BITS, GROUP, BLOCK_K)
+        acc = add_block(acc, w, tile, scale, minimum, n, k, N, K, BITS, GROUP, BLOCK_K, SLICES)
         if THEN == SWIGLU:
             w2 = load_weights(q, n + N, k, rows, K, BITS, BLOCK_K)
-            acc2 = add_dot(acc2, w2, tile, scale, minimum, n + N, k, rows, K, BITS, GROUP, BLOCK_K)
+            acc2 = add_block(acc2, w2, tile, scale, minimum, n + N, k, rows, K, BITS, GROUP, BLOCK_K, SLICES)
     if PDL:
         gdc_launch_dependents()
+    if SLICES > 1:
+        acc, acc2 = tl.sum(acc, 0), tl.sum(acc2, 0)
     y = by_row(tl.trans(acc), scale, n, N, BITS, GROUP)
     if THEN == SWIGLU:
         acc = y
         y = by_row(tl.trans(acc2), scale, n + N, rows, BITS, GROUP)
     store(
-        y, acc, m, n, residual, out, cos_sin, positions, slots, cache, M, N, HEADS, KV_HEADS, S, D, THEN, BLOCK_M, BLOCK_N
-    )
+        y, acc, m, n, residual, out, cos_sin, positions, slots, cache, M, N, HEADS, KV_HEADS, S, D, THEN, BLOCK_M,
+        BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -234,7 +258,7 @@ def gemv_kernel(
     D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, THEN: tl.constexpr,
     WORDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`linear` for one token. Each program makes BLOCK_N outputs; each thread the sum over some chunks of the columns."""
+    """`linear` for one token. Each program makes BLOCK_N outputs, each thread the sums over some chunks of columns."""
     SIZE: tl.constexpr = WORDS * 32 // BITS if BITS < 16 else 8
     CHUNKS: tl.constexpr = BLOCK_K // SIZE
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -257,17 +281,17 @@ def gemv_kernel(
             w2 = load_chunks(q, n + N, k + BLOCK_K, rows, K, SIZE, WORDS, BLOCK_K)
         part = tl.zeros([BLOCK_N, CHUNKS], tl.float32)
         part2, total = part, tl.zeros([1, CHUNKS], tl.float32)
-        for i in tl.static_range(SIZE // 8):  # eight columns of each chunk at a time
-            columns = (k + 8 * i + tl.arange(0, CHUNKS) * SIZE)[None, :, None] + tl.arange(0, 8)[None, None, :]
+        for first in tl.static_range(0, SIZE, 8):  # columns of each chunk
+            columns = (k + first + tl.arange(0, CHUNKS) * SIZE)[None, :, None] + tl.arange(0, 8)[None, None, :]
             tile = tl.load(x + columns, columns < K, other=0).to(tl.float32)
             if NORM:
                 squares += tile * tile
                 tile *= tl.load(norm + columns, columns < K, other=0).to(tl.float32)
             for j in tl.static_range(8):
                 total += element(tile, j)
-            part = add_eight(part, now, tile, i, BITS)
+            part = add_eight(part, now, tile, first, BITS)
             if THEN == SWIGLU:
-                part2 = add_eight(part2, now2, tile, i, BITS)
+                part2 = add_eight(part2, now2, tile, first, BITS)
         acc += scaled(part, total, scale, minimum, n, k, N, K, BITS, GROUP, SIZE, CHUNKS)
         if THEN == SWIGLU:
             acc2 += scaled(part2, total, scale, minimum, n + N, k, rows, K, BITS, GROUP, SIZE, CHUNKS)
