@@ -44,8 +44,8 @@ def compiled(bits: int, rows: int, then: Any, group: int, arch: int) -> tuple[An
     types |= dict.fromkeys(("x", "norm", "residual", "out", "cache"), f"*{x}")
     types |= dict.fromkeys(("scale", "minimum"), "*fp16") | dict.fromkeys(("positions", "slots"), "*i64")
     norm = words > 0 and then.value != PLAIN.value
-    constants: dict[str, Any] = {"D": 128, "BITS": bits, "GROUP": group, "NORM": norm, "THEN": then.value, "PDL": True}
-    constants |= {"BLOCK_N": block_n, "BLOCK_K": block_k, "residual": None}
+    constants: dict[str, Any] = {"D": 128, "BITS": bits, "GROUP": group, "NORM": norm, "THEN": then.value}
+    constants |= {"BLOCK_N": block_n, "BLOCK_K": block_k, "PDL": arch >= 90, "residual": None}
     constants |= {"WORDS": words} if words else {"BLOCK_M": block_m, "SLICES": slices}
     constants |= dict.fromkeys(("scale", "minimum") if bits >= 16 else ("minimum",) if bits == 8 else ())
     constants |= {} if norm else {"norm": None}
