@@ -96,6 +96,8 @@ DAMAGE = {
     "partial RoPE": (key("llama.rope.dimension_count", 8), "dimension_count is 8; only the size of a head, 16,"),
     "YaRN": (rewritten(lambda keys, tensors: keys.update({"llama.rope.scaling.type": "yarn",
              "llama.rope.scaling.factor": 4.0})), "llama.rope.scaling.type is 'yarn'"),
+    "two scalings": (rewritten(lambda keys, tensors: (keys.update({"llama.rope.scaling.factor": 4.0}),
+                     tensors.update({"rope_freqs.weight": (F32, (8,))}))), "scaling.factor is 4.0 beside rope_freqs"),
     "missing tensors": (rewritten(lambda keys, tensors: None), r"does not fit model.gguf: missing: \S+"),
     "an extra tensor in blocks": (rewritten(lambda keys, tensors: tensors.update(extra=(TYPES[2], (1, 32)))),
                                   "does not fit model.gguf: unexpected: extra"),  # was an IndexError

@@ -70,6 +70,8 @@ def rope_scaling(keys: Mapping[str, Any], found: Mapping[str, Any], divisors: Te
     factor = keys.get("llama.rope.scaling.factor", keys.get("llama.rope.scale_linear")) or 1.0
     if kind not in ("none", "linear") and factor != 1:
         raise ValueError(f"llama.rope.scaling.type is {kind!r}; only linear scaling is supported, and Llama 3's")
+    if divisors is not None and kind == "linear" and factor != 1:
+        raise ValueError(f"llama.rope.scaling.factor is {factor} beside {DIVISORS}; only one scaling is supported")
     if divisors is None:
         return RopeScaling(factor, rope_type="linear")._asdict() if kind == "linear" and factor != 1 else None
     head_dim = found.get("head_dim") or found["dim"] // found["n_heads"]

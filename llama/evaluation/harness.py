@@ -162,7 +162,8 @@ class HarnessModel(TemplateLM):
             own = {"temperature": 0.0, "top_p": 1.0, **kept, "max_gen_len": most, "stop": stop or None}
             prompt = prompt or [self.prefix_token_id]
             # As in chats, an answer's text does not continue the prompt's.
-            queued += llama.inputs.requests([prompt], llama.inputs.settings(1, own), logprobs=False, continues=False)
+            settings = llama.inputs.settings(1, own, continues=False)
+            queued += llama.inputs.requests([prompt], settings, logprobs=False, continues=False)
         # Longest first, so that the last to end are short.
         order = sorted(range(len(queued)), key=lambda i: (-len(queued[i].prompt), queued[i].prompt))
         texts = self._run([queued[i] for i in order], disable_tqdm, "generation")
