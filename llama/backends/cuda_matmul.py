@@ -87,11 +87,12 @@ def add_block(
 def load_chunks(q, rows, k, N, K, SIZE: tl.constexpr, WORDS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Columns k to k + BLOCK_K of some rows, in chunks of SIZE columns: (rows, chunks, WORDS), a word of 32 bits or a
     float. A thread reads a chunk at once."""
-    chunk = k // SIZE + tl.arange(0, BLOCK_K // SIZE)
-    inside = (rows[:, None] < N) & (chunk[None, :] < K // SIZE)
-    at = (rows[:, None].to(tl.int64) * (K // SIZE) + chunk[None, :]) * WORDS
-    words = at[:, :, None] + tl.arange(0, WORDS)[None, None, :]
-    return tl.load(q + words, inside[:, :, None], other=0, eviction_policy="evict_first")
+    # Two-dimensional, as Triton 3.6 gives rows, not chunks, of a three-dimensional load to neighbouring threads.
+    CHUNKS: tl.constexpr = BLOCK_K // SIZE
+    word = k // SIZE * WORDS + tl.arange(0, CHUNKS * WORDS)
+    inside = (rows[:, None] < N) & (word[None, :] // WORDS < K // SIZE)
+    at = rows[:, None].to(tl.int64) * (K // SIZE * WORDS) + word[None, :]
+    return tl.reshape(tl.load(q + at, inside, other=0, eviction_policy="evict_first"), [rows.shape[0], CHUNKS, WORDS])
 
 
 @triton.jit
@@ -148,7 +149,7 @@ def scaled(
     if BITS == 8:
         part -= 128 * total
     if GROUP > 0:
-        group = (k + tl.arange(0, CHUNKS) * SIZE) // GROUP
+        group = (k // SIZE + tl.arange(0, CHUNKS)) // (GROUP // SIZE)  # so that Triton sees neighbours
         at, inside = rows[:, None] * (K // GROUP) + group[None, :], (rows[:, None] < N) & (group[None, :] < K // GROUP)
         part *= tl.load(scale + at, inside, other=0).to(tl.float32)
         if minimum is not None:
@@ -266,7 +267,7 @@ def gemv_kernel(
     rows = N * 2 if THEN == SWIGLU else N
     acc = tl.zeros([BLOCK_N, CHUNKS], tl.float32)
     acc2 = acc
-    squares = tl.zeros([1, CHUNKS, 8], tl.float32)
+    squares = tl.zeros([CHUNKS, 8], tl.float32)
     # Always a block ahead. The first weights don't depend on the kernel before this one, and are fetched while it ends.
     w = load_chunks(q, n, 0, N, K, SIZE, WORDS, BLOCK_K)
     if THEN == SWIGLU:
@@ -282,11 +283,12 @@ def gemv_kernel(
         part = tl.zeros([BLOCK_N, CHUNKS], tl.float32)
         part2, total = part, tl.zeros([1, CHUNKS], tl.float32)
         for first in tl.static_range(0, SIZE, 8):  # columns of each chunk
-            columns = (k + first + tl.arange(0, CHUNKS) * SIZE)[None, :, None] + tl.arange(0, 8)[None, None, :]
+            columns = (k + first + tl.arange(0, CHUNKS) * SIZE)[:, None] + tl.arange(0, 8)[None, :]
             tile = tl.load(x + columns, columns < K, other=0).to(tl.float32)
             if NORM:
                 squares += tile * tile
                 tile *= tl.load(norm + columns, columns < K, other=0).to(tl.float32)
+            tile = tl.reshape(tile, [1, CHUNKS, 8])
             for j in tl.static_range(8):
                 total += element(tile, j)
             part = add_eight(part, now, tile, first, BITS)
