@@ -108,6 +108,12 @@ def test_long_lines_and_answers(tmp_path, monkeypatch):
     assert first.ended and second.ended
 
 
+def test_a_store_without_queues(monkeypatch):
+    monkeypatch.setattr(parallel, "store", lambda: TCPStore("127.0.0.1", 0, 1, True, use_libuv=False))
+    with pytest.raises(RuntimeError, match="no queues where USE_LIBUV is 0; unset it"):
+        Share(1, None)
+
+
 # Processes
 
 

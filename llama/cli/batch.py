@@ -106,6 +106,10 @@ class Share:
     def __init__(self, capacity: int, files: Files | None) -> None:
         self.files = files
         self.store: Any = dist.PrefixStore("llama/batch", parallel.store())
+        try:
+            self.store.queue_len("lines")
+        except NotImplementedError as error:
+            raise RuntimeError("torch's store has no queues where USE_LIBUV is 0; unset it") from error
         self.replicas = parallel.replica()[1]
         self.ahead = capacity * self.replicas
         self.out_of_lines = False
