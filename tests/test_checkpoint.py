@@ -49,6 +49,15 @@ def test_a_models_mapped_files_and_weights_do_not_change_each_other(folder):
     assert model.norm.weight.any()
 
 
+def test_rows_of_a_file_have_a_storage_of_their_own(folder):
+    """Otherwise torch.save and deepcopy of a rank's weights would write whole tensors."""
+    file = files.open_file(folder / "consolidated.00.pth")
+    whole, rows = (file.read("output.weight", 0, begin, 128) for begin in (0, 96))
+    assert torch.equal(rows, whole[96:])
+    assert rows.untyped_storage().nbytes() == rows.nbytes
+    assert torch.equal(file.read("output.weight", 1, 8, 24)[:128], whole[:, 8:24])
+
+
 def rezip(path, compression):
     with zipfile.ZipFile(path) as archive:
         content = {info.filename: archive.read(info) for info in archive.infolist()}

@@ -108,6 +108,28 @@ def test_quantized_matrices(scheme, rows):
     check_matmul(scheme, rows, 352)
 
 
+@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(8, 32), Scheme(4, 32)], ids=str)
+@pytest.mark.parametrize("size", [1e12, 1e-12])
+def test_large_and_small_activations(scheme, size):
+    weight = quantized.quantize(torch.randn(40, 352, generator=torch.Generator().manual_seed(0)), scheme)
+    x = torch.randn(1, 352, generator=torch.Generator().manual_seed(1)) * size
+    exact = x.double() @ quantized.dequantize(weight).double().t()
+    assert relative_error(quantized_matmul.Cuda(weight, torch.device("cpu"))(x).double(), exact) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("scheme", "columns", "has"),
+    [
+        (Scheme(8), 340, True),
+        (Scheme(8, 32), 340, True),
+        (Scheme(8, 32, False), 340, False),
+        (Scheme(4, 16), 352, True),
+    ],
+)
+def test_which_matrices_have_a_kernel(scheme, columns, has):
+    assert quantized_matmul.has_cuda_kernel(quantized.quantize(torch.randn(4, columns), scheme)) == has
+
+
 @pytest.mark.parametrize(("scheme", "columns"), [(Scheme(8), 340), (Scheme(4, 32), 336)])
 def test_one_token_where_columns_are_no_whole_chunks(scheme, columns):
     check_matmul(scheme, 1, columns)

@@ -107,7 +107,7 @@ def element(x, INDEX: tl.constexpr):
 
 
 # Some bits of a number are a float32 where they lie, if a tiny one: no instruction but the mask is spent on them. What
-# they are multiplied by is as much larger: tiny times grown is n x / 2^49.
+# they are multiplied by is as much larger: tiny times grown is n x / 2^69.
 @triton.jit
 def tiny(q, J: tl.constexpr, BITS: tl.constexpr):
     """n * 2^(PLACE - 149) of the J-th BITS bits n of q: those that would reach a float's exponent are shifted first."""
@@ -118,15 +118,15 @@ def tiny(q, J: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def grown(x, J: tl.constexpr, BITS: tl.constexpr):
-    """x * 2^(100 - PLACE)."""
+    """x * 2^(80 - PLACE), which is finite up to x = 2^48."""
     SHIFT: tl.constexpr = 0 if BITS * (J + 1) < 24 else 12 if BITS == 4 else 16
-    return x * (2.0 ** (100 - BITS * J + SHIFT))
+    return x * (2.0 ** (80 - BITS * J + SHIFT))
 
 
 @triton.jit
 def add_eight(part, w, x, FIRST: tl.constexpr, BITS: tl.constexpr):
     """part (rows, chunks) + columns FIRST to FIRST + 8 of each chunk of w times x (1, chunks, 8): of integers divided
-    by 2^49, and of those of 8 bits as if each were 128 more."""
+    by 2^69, and of those of 8 bits as if each were 128 more."""
     for j in tl.static_range(8):
         if BITS >= 16:
             part += element(w, j).to(tl.float32) * element(x, j)
@@ -145,7 +145,7 @@ def scaled(
 ):  # fmt: skip
     """What `add_eight` has summed up over the chunks at column k, scaled; `total` (1, chunks) is the sum of x."""
     if BITS < 16:
-        part *= 562949953421312.0  # 2^49
+        part *= 590295810358705651712.0  # 2^69
     if BITS == 8:
         part -= 128 * total
     if GROUP > 0:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..devices import zeros
-from .quantized import Quantized, dequantize
+from .quantized import GROUPS, Quantized, dequantize
 
 
 class Kernel:
@@ -33,7 +33,7 @@ class Kernel:
 
 def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Kernel:
     """The fastest matmul for a matrix on this device; `native` allows those that need a C++ compiler."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and has_cuda_kernel(weight) and importlib.util.find_spec("triton") is not None:
         return Cuda(weight, device)
     if device.type == "cpu" and native and weight.shape[1] % 16 == 0:
         with suppress(ImportError):  # backends/cpu.py may have been removed
@@ -42,6 +42,12 @@ def kernel(weight: Quantized, device: torch.device, native: bool = False) -> Ker
             if cpu.library() is not None:
                 return Packed(weight)
     return Dequantized(weight, device)
+
+
+def has_cuda_kernel(weight: Quantized) -> bool:
+    """Whether the groups are of a size that the CUDA kernels have, or rows of int8 without a minimum."""
+    group = weight.shape[1] // weight.scale.shape[1]
+    return group in GROUPS or (weight.bits == 8 and weight.scale.shape[1] == 1 and weight.min is None)
 
 
 class Dequantized(Kernel):

@@ -165,21 +165,24 @@ class File:
         """Rows or columns `begin` to `end`, along `dim`, of a tensor: a view of the file's pages, which processes
         share, or a copy where rows are in another order. Writing to it does not change the file, and is lost at
         `release`. The file must not be truncated while the view is in use."""
-        whole, head = self.view(self.tensors[name]), self.head_dim
+        entry, head = self.tensors[name], self.head_dim
+        if dim == 1:
+            return self.view(entry)[:, begin:end]
         if not (head and hf.is_permuted(name)):
-            return whole.narrow(dim, begin, end - begin)
+            return self.view(entry, begin, end)
         first, last = begin - begin % head, -(-end // head) * head  # rows are permuted within a head
-        pairs = hf.to_pairs(whole[first:last], head)  # a copy
+        pairs = hf.to_pairs(self.view(entry, first, last), head)  # a copy
         self.release()
         return pairs[begin - first : end - first]
 
-    def view(self, entry: Entry) -> Tensor:
-        """A whole tensor, with the rows in the order of the file: a view of its pages."""
+    def view(self, entry: Entry, begin: int = 0, end: int | None = None) -> Tensor:
+        """A tensor, or its rows `begin` to `end`, in the order of the file: a view of the pages of these rows alone."""
         key, shape, dtype, offset, _ = entry
-        count = math.prod(shape)
-        if offset + count * dtype.itemsize > len(self.pages):
+        row, end = math.prod(shape[1:]), shape[0] if end is None else end
+        if offset + shape[0] * row * dtype.itemsize > len(self.pages):
             raise ValueError(f"{self.path} ends inside of {key}; download it again")
-        return torch.frombuffer(self.pages, dtype=dtype, offset=offset, count=count).view(shape)
+        at, count = offset + begin * row * dtype.itemsize, (end - begin) * row
+        return torch.frombuffer(self.pages, dtype=dtype, offset=at, count=count).view(-1, *shape[1:])
 
     def unpacked(self, name: str, dim: int, begin: int, end: int) -> Iterator[Quantized | Tensor]:
         """Rows or columns `begin` to `end`, along `dim`, of a packed matrix, some rows at a time: floats if it has no
@@ -218,8 +221,8 @@ class LoadedFile(File):
         self.state = read_shard(path)
         super().__init__(path, {k: Entry(k, tuple(t.shape), t.dtype, t.data_ptr()) for k, t in self.state.items()})
 
-    def view(self, entry: Entry) -> Tensor:
-        return self.state[entry.key].flatten()[: math.prod(entry.shape)].view(entry.shape)
+    def view(self, entry: Entry, begin: int = 0, end: int | None = None) -> Tensor:
+        return self.state[entry.key].flatten()[: math.prod(entry.shape)].view(entry.shape)[begin:end]
 
     def release(self) -> None:
         pass

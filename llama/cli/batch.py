@@ -52,6 +52,7 @@ def batch(
     parallel.init_model_parallel(model_parallel_size)
     files = None
     with parallel.all_or_none():
+        queues()
         if parallel.rank() == parallel.replica()[0] == 0:
             files = Files(check_path(infile, "infile", "file"), Path(outfile).expanduser())
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **options)
@@ -98,6 +99,16 @@ def answer_lines(llama: Llama, files: Files | None, seed: int, model: str) -> No
                 share.put(*job.answer())
 
 
+def queues() -> Any:
+    """The store that replicas share. RuntimeError if it has no queues."""
+    store: Any = dist.PrefixStore("llama/batch", parallel.store())
+    try:
+        store.queue_len("lines")
+    except NotImplementedError as error:
+        raise RuntimeError("torch's store has no queues where USE_LIBUV is 0; unset it") from error
+    return store
+
+
 class Share:
     """A replica's share of the lines. Lines and answers go through two queues of torch's store: the first replica,
     which has the files, keeps as many lines in one as all replicas can run, and writes the answers from the other.
@@ -105,11 +116,7 @@ class Share:
 
     def __init__(self, capacity: int, files: Files | None) -> None:
         self.files = files
-        self.store: Any = dist.PrefixStore("llama/batch", parallel.store())
-        try:
-            self.store.queue_len("lines")
-        except NotImplementedError as error:
-            raise RuntimeError("torch's store has no queues where USE_LIBUV is 0; unset it") from error
+        self.store = queues()
         self.replicas = parallel.replica()[1]
         self.ahead = capacity * self.replicas
         self.out_of_lines = False
