@@ -1,5 +1,5 @@
-"""How many instructions the kernels of backends/cuda_matmul.py spend on a weight. They are compiled for a GPU, which
-need not be there.
+"""Counts the instructions per weight of the kernels in backends/cuda_matmul.py. They are compiled for a GPU, which does
+not have to be present.
 
     python benchmarks/cuda_instructions.py [--rows 1,8,64] [--bits 16,8,4] [--group 128] [--arch 90] [--show]
 
@@ -33,8 +33,8 @@ FLOATS = {16: "bf16", 32: "fp32"}
 
 
 def compiled(bits: int, rows: int, then: Any, group: int, arch: int) -> tuple[Any, float]:
-    """The kernel that `cuda_kernels.linear` launches for 7B's shapes, and how many weights a pass of its loop has for a
-    thread."""
+    """The kernel that `cuda_kernels.linear` launches for the shapes of 7B, and the number of weights that a thread
+    multiplies in one iteration of the loop."""
     block_m, words, config = cuda_kernels.launch(rows, 4096, bits, group)
     block_n, block_k, warps, stages, slices = config
     kernel: Any = gemv_kernel if words else gemm_kernel

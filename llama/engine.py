@@ -151,7 +151,7 @@ class Engine:
                 self.ahead = self._launch(*self._following(current))
                 self._read(current)
         except BaseException as error:  # nobody knows what the cache holds
-            # If no request runs, those that wait would fail again, for ever.
+            # If no request runs, those that wait would fail again in every step.
             failed = self._running() or [*self.waiting]
             self._reset(failed, f"a pass shared with another call failed: {type(error).__name__}: {error}")
             raise

@@ -1,6 +1,6 @@
 """The kernels of a decode step's matmuls, see cuda_matmul.py, and of what lies between the matmuls of a prefill.
 
-`linear` fuses into the matmul whatever stands before and behind it: RMSNorm, the residual sum, SwiGLU, RoPE with the
+`linear` fuses the operations before and after a matmul into it: RMSNorm, the residual sum, SwiGLU, RoPE with the
 write to the KV cache, and the dequantization of 4- or 8-bit weights.
 
 Shapes:  M tokens   N outputs   K inputs of a matmul   H query heads   KV key-value heads   D head dimension
@@ -111,8 +111,8 @@ MORE = {32: (16, 64, 4, 3), 16: (32, 256, 4, 4), 8: (64, 128, 4, 3), 4: (64, 128
 def launch(
     M: int, K: int, bits: int, group: int, config: tuple[int, int, int, int] | None = None
 ) -> tuple[int, int, tuple[int, int, int, int, int]]:
-    """How `linear` multiplies M tokens: BLOCK_M; the WORDS of a chunk for `gemv_kernel`, 0 for `gemm_kernel`; and the
-    configuration with SLICES."""
+    """Launch parameters of `linear` for M tokens: BLOCK_M; WORDS of a chunk for `gemv_kernel`, or 0 for `gemm_kernel`;
+    and (BLOCK_N, BLOCK_K, warps, stages, SLICES)."""
     words = 8 if bits >= 16 else 2 if group == 16 and bits == 4 else 4
     if M > 1 or K % (8 if bits >= 16 else words * 32 // bits):
         words = 0

@@ -1,4 +1,4 @@
-"""Triton: matmuls of few tokens, each fused with what stands before and behind it. See `cuda_kernels.linear`.
+"""Triton: matmuls of few tokens, each fused with the operations before and after it. See `cuda_kernels.linear`.
 
 Decoding a few tokens reads every weight once and does little with it, so a step is as fast as memory gives the weights,
 if few instructions are spent on each: `python benchmarks/cuda_instructions.py` counts them.
@@ -33,7 +33,7 @@ def load_weights(q, rows, k, N, K, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def dequantized(w, scale, minimum, rows, k, N, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """scale * w + minimum of numbers w (rows, columns), which have whole groups."""
+    """scale * w + minimum for integers w (rows, columns), whose columns are whole groups."""
     GROUPS: tl.constexpr = BLOCK_K // GROUP
     group = k // GROUP + tl.arange(0, GROUPS)
     at, inside = rows[:, None] * (K // GROUP) + group[None, :], (rows[:, None] < N) & (group[None, :] < K // GROUP)
@@ -106,18 +106,18 @@ def element(x, INDEX: tl.constexpr):
     return tl.reshape(x, [x.shape[0], x.shape[1]])
 
 
-# Some bits of a number are a float32 where they lie, if a tiny one: no instruction but the mask is spent on them. What
-# they are multiplied by is as much larger: tiny times grown is n x / 2^69.
+# The bits of one weight, masked and reinterpreted as float32, are a denormal number, without a conversion. The
+# activation is scaled up in return: the product of `as_denormal` and `scaled_up` is n x / 2^69.
 @triton.jit
-def tiny(q, J: tl.constexpr, BITS: tl.constexpr):
-    """n * 2^(PLACE - 149) of the J-th BITS bits n of q: those that would reach a float's exponent are shifted first."""
+def as_denormal(q, J: tl.constexpr, BITS: tl.constexpr):
+    """n * 2^(PLACE - 149) for the J-th weight n in q. Bits that would overlap the exponent are shifted right first."""
     SHIFT: tl.constexpr = 0 if BITS * (J + 1) < 24 else 12 if BITS == 4 else 16
     MASK: tl.constexpr = (2**BITS - 1) << (BITS * J - SHIFT)
     return ((q >> SHIFT) & MASK).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def grown(x, J: tl.constexpr, BITS: tl.constexpr):
+def scaled_up(x, J: tl.constexpr, BITS: tl.constexpr):
     """x * 2^(80 - PLACE), which is finite up to x = 2^48."""
     SHIFT: tl.constexpr = 0 if BITS * (J + 1) < 24 else 12 if BITS == 4 else 16
     return x * (2.0 ** (80 - BITS * J + SHIFT))
@@ -125,8 +125,8 @@ def grown(x, J: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def add_eight(part, w, x, FIRST: tl.constexpr, BITS: tl.constexpr):
-    """part (rows, chunks) + columns FIRST to FIRST + 8 of each chunk of w times x (1, chunks, 8): of integers divided
-    by 2^69, and of those of 8 bits as if each were 128 more."""
+    """part (rows, chunks) + the products of columns FIRST to FIRST + 8 of each chunk of w with x (1, chunks, 8).
+    Integer products are divided by 2^69, and 8-bit weights have an offset of 128; `scaled` corrects both."""
     for j in tl.static_range(8):
         if BITS >= 16:
             part += element(w, j).to(tl.float32) * element(x, j)
@@ -134,7 +134,7 @@ def add_eight(part, w, x, FIRST: tl.constexpr, BITS: tl.constexpr):
             word = element(w, (FIRST + j) * BITS // 32)
             if BITS == 8:
                 word ^= -2139062144  # 0x80808080: from -128 .. 127 to 0 .. 255
-            part += tiny(word, j % (32 // BITS), BITS) * grown(element(x, j), j % (32 // BITS), BITS)
+            part += as_denormal(word, j % (32 // BITS), BITS) * scaled_up(element(x, j), j % (32 // BITS), BITS)
     return part
 
 
@@ -143,13 +143,13 @@ def scaled(
     part, total, scale, minimum, rows, k, N, K, BITS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """What `add_eight` has summed up over the chunks at column k, scaled; `total` (1, chunks) is the sum of x."""
+    """The sums of `add_eight` for the chunks at column k, dequantized; `total` (1, chunks) is the sum of x."""
     if BITS < 16:
         part *= 590295810358705651712.0  # 2^69
     if BITS == 8:
         part -= 128 * total
     if GROUP > 0:
-        group = (k // SIZE + tl.arange(0, CHUNKS)) // (GROUP // SIZE)  # so that Triton sees neighbours
+        group = (k // SIZE + tl.arange(0, CHUNKS)) // (GROUP // SIZE)  # contiguous where GROUP is SIZE
         at, inside = rows[:, None] * (K // GROUP) + group[None, :], (rows[:, None] < N) & (group[None, :] < K // GROUP)
         part *= tl.load(scale + at, inside, other=0).to(tl.float32)
         if minimum is not None:
@@ -158,7 +158,7 @@ def scaled(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Behind the matmul
+# Epilogue
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def store(
     y, gate, m, n, residual, out, cos_sin, positions, slots, cache, M, N, HEADS, KV_HEADS, S, D: tl.constexpr,
     THEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Store y (BLOCK_M, BLOCK_N), tokens m and columns n of a product, as THEN says."""
+    """The epilogue THEN of y (BLOCK_M, BLOCK_N), tokens m and columns n of a product, and the store of its result."""
     if THEN == SWIGLU:
         y *= gate * tl.sigmoid(gate)
     if THEN == ROPE:
@@ -204,7 +204,7 @@ def store(
 
 @triton.jit
 def by_row(y, scale, rows, N, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """A product (tokens, rows), by the scales of whole rows if the weights have such."""
+    """A product (tokens, rows), multiplied by the scales of int8 weights that have one for each row."""
     if BITS == 8 and GROUP == 0:
         y *= tl.load(scale + rows, rows < N, other=0).to(tl.float32)[None, :]
     return y
@@ -221,7 +221,8 @@ def gemm_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`linear` for several tokens. Each program makes BLOCK_N outputs of all tokens, so that every weight is read once.
-    SLICES of the columns are summed up separately, each by a warp, where the rows are too few for all warps."""
+    SLICES of the columns are summed up separately, each by a warp, where the rows are too few for all warps. The
+    arguments are those of `gemv_kernel`, but x is normalized already."""
     n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     # SwiGLU has two outputs: w1's, and N rows further down w3's.
     rows = N * 2 if THEN == SWIGLU else N

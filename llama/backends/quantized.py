@@ -45,7 +45,8 @@ class Scheme(NamedTuple):
         return Scheme(8) if name == "output.weight" and self.bits == 4 else self
 
     def group_size(self, columns: int) -> int:
-        """How many columns share a scale in a matrix that has so many."""
+        """The number of columns that share a scale in a matrix with `columns` columns. ValueError if no group size
+        divides them."""
         fit = [group for group in GROUPS if group <= self.group and columns % group == 0]
         if fit:
             return fit[-1]

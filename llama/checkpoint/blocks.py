@@ -20,7 +20,7 @@ from ..backends.quantized import Quantized, Scheme, unpack
 
 
 def of_32(numbers: Callable[[Tensor], Tensor], minimum: bool = False) -> Callable[[Tensor], Quantized]:
-    """The reader of blocks of 32 values: d, perhaps m, and numbers."""
+    """A decoder of blocks of 32 values, which consist of the scale, optionally the minimum, and the integers."""
 
     def read(b: Tensor) -> Quantized:
         if minimum:
