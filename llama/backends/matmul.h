@@ -10,7 +10,7 @@
 // Float matrices of one kind, whose weights are read as T; a Pair holds two columns.
 template <typename T>
 static void float_matmul(const Matrix *m, int count, const float *x, float *y, int64_t rows, int64_t out) {
-    const int64_t unit = rows > DOT_MAX_ROWS ? FLOAT_N : DOT_N, in = m->in / PER_LANE<T>;
+    const int64_t unit = rows > DOT_MAX_ROWS ? BLOCK_N : DOT_N, in = m->in / PER_LANE<T>;
     const float *from = pack_x<T>(x, rows, in);
     for_each_tile(m, count, y, unit, [&](const Matrix &b, float *to, int64_t begin, int64_t end) {
         const auto multiply = rows > DOT_MAX_ROWS ? blocked_matmul<T> : dot_matmul<T>;
