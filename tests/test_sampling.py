@@ -149,7 +149,7 @@ def chosen(logits, **settings):
 
 
 @pytest.mark.parametrize("vocab_size", [7, 100, 128, 32000, 32016])
-def test_the_argmax_of_blocks_is_the_first_of_the_largest(vocab_size):
+def test_the_argmax_is_the_first_of_the_largest(vocab_size):
     logits = torch.randint(-2, 2, (6, vocab_size)).float()  # many logits are equal
     logits[1], logits[2], logits[3, -1], logits[4, 3:5] = -math.inf, 0, 5, math.nan
     assert sampling.argmax(logits).tolist() == [
