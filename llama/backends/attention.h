@@ -101,7 +101,7 @@ static void attend_prefill(const Heads &h, const float *qkv, const T *cache, con
     const int64_t computed = panels - (sequence.length - sequence.outputs) / panel;
     const int64_t kv_length = sequence.start + sequence.length, S = (kv_length + FLOAT_N - 1) / FLOAT_N * FLOAT_N;
     float *keys = (float *)scratch<PACKED_KV>(2 * K * S * width * sizeof(float)), *values = keys + K * S * width;
-    parallel_for(K, 1, [&](int64_t head, int64_t end) {
+    parallel_for(K, [&](int64_t head, int64_t end) {
         for (; head < end; head++) {
             const T *k = cache + (sequence.slot * 2 * K + head) * h.max_seq_len * width, *v = k + K * h.max_seq_len * width;
             for (int64_t s = 0; s < kv_length; s += FLOAT_N)
@@ -109,10 +109,10 @@ static void attend_prefill(const Heads &h, const float *qkv, const T *cache, con
             pack_values(v, kv_length, D, values + head * S * width);
         }
     });
-    parallel_for(H * computed, 1, [&](int64_t i, int64_t stop) {
+    parallel_for(H * computed, [&](int64_t i, int64_t stop) {
         float *scores = (float *)scratch<SCORES>(panel * (S + 1 + D) * sizeof(float)), *inverse_sum = scores + panel * S;
         for (; i < stop; i++) {
-            const int64_t head = i % H, from = (panels - 1 - i / H) * panel;  // the longest first, for load balance
+            const int64_t head = i / computed, from = (panels - 1 - i % computed) * panel;  // the longest first
             const int64_t rows = std::min(panel, sequence.length - from), end = sequence.start + from + rows;
             const int64_t padded = (end + L - 1) / L * L;
             const float *k = keys + head / (H / K) * S * width, *v = values + head / (H / K) * S * width;
@@ -146,7 +146,7 @@ static void attend_prefill(const Heads &h, const float *qkv, const T *cache, con
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t j = 0; j < D; j++) to[r * H * D + j] *= inverse_sum[r];
         }
-    }, 1000);
+    });
 }
 
 // Attention of the sequences of a few tokens, as in decode steps, one token at a time. Queries in `qkv` have RoPE applied.
@@ -159,7 +159,7 @@ static void attend_decode(const Heads &h, const float *qkv, const T *cache, cons
     const auto keys = [&](int64_t part) {
         return cache + (sequences[part / (K * splits)].slot * 2 * K + part / splits % K) * size;
     };
-    parallel_for(count * K * splits, 1, [&](int64_t part, int64_t end) {
+    parallel_for(count * K * splits, [&](int64_t part, int64_t end) {
         for (; part < end; part++) {
             const int64_t i = part / (K * splits), head = part / splits % K, first = part % splits * Q_HEADS;
             const Sequence sequence = sequences[i];

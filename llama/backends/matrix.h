@@ -33,15 +33,17 @@ constexpr int TILE_N = TILE_V * L;  // outputs of a tile of quantized weights
 static int64_t chunk_columns(const Matrix &m) { return std::min<int64_t>(m.kind == INT8 ? 128 : 32, m.group & -m.group); }
 
 // Calls work(matrix, y, begin, end) for ranges of tiles, of `unit` outputs, of matrices whose outputs are concatenated.
-// This is one job, as threads wait for each other at the end of every job.
+// This is one job, as threads wait for each other at the end of every job. Ranges have at most 768 outputs, so that what
+// is read again for every block of rows stays in a cache.
 template <typename Work>
 static void for_each_tile(const Matrix *m, int count, float *y, int64_t unit, const Work &work) {
     const auto tiles = [&](int i) { return (m[i].out + unit - 1) / unit; };
     int64_t all = 0;
     for (int i = 0; i < count; i++) all += tiles(i);
-    parallel_for(all, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(all, [&](int64_t begin, int64_t end) {
         float *to = y;
         for (int i = 0; i < count; to += m[i].out, begin -= tiles(i), end -= tiles(i), i++)
-            if (begin < tiles(i) && end > 0) work(m[i], to, std::max<int64_t>(begin, 0), std::min(end, tiles(i)));
+            for (int64_t t = std::max<int64_t>(begin, 0), last = std::min(end, tiles(i)), stop; t < last; t = stop)
+                work(m[i], to, t, stop = std::min(last, t + 768 / unit));
     });
 }

@@ -164,7 +164,7 @@ static uint32_t unpack_int4(const uint8_t *q) {
 // tile is padded with zeros.
 void llama_pack(int64_t bits, const uint8_t *q, uint8_t *to, int64_t out, int64_t in, int64_t group) {
     const int64_t N = TILE_N, half = group % 32 ? 8 : 16, bytes = in * bits / 8, size = N * bytes;
-    parallel_for((out + N - 1) / N, 1, [&](int64_t tile, int64_t end) {
+    parallel_for((out + N - 1) / N, [&](int64_t tile, int64_t end) {
         for (; tile < end; tile++) {
             uint8_t *at = to + tile * size;
             const uint8_t *rows = q + tile * N * bytes;
