@@ -197,6 +197,22 @@ static void test_attention(int64_t H, int64_t K, int64_t D) {
     }
 }
 
+// Every item of a job is computed once, whatever the number of threads.
+static void test_threads() {
+    for (int threads : {1, 2, 5, 70}) {
+        llama_threads(threads);
+        for (int64_t size : {0, 1, 2, 3, 7, 64, 1000}) {
+            std::vector<std::atomic<int>> times(size);
+            for (int jobs = 1; jobs <= 20; jobs++) {
+                parallel_for(size, [&](int64_t i, int64_t end) {
+                    for (; i < end; i++) times[i]++;
+                });
+                expect(std::all_of(times.begin(), times.end(), [&](int n) { return n == jobs; }), "threads", threads, size);
+            }
+        }
+    }
+}
+
 int main(int count, char **arguments) {
     llama_threads(count > 1 ? atoi(arguments[1]) : 2);
     test_conversions_and_reductions();
@@ -217,6 +233,7 @@ int main(int count, char **arguments) {
         test_attention<float>(4, 2, D), test_attention<float>(6, 1, D), test_attention<float>(3, 3, D);
         test_attention<BFloat16>(6, 1, D), test_attention<Half>(4, 2, D);
     }
+    test_threads();
     printf("%s: %d differences\n", llama_instructions(), failures);
     return failures;
 }
