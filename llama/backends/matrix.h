@@ -32,9 +32,9 @@ constexpr int TILE_N = TILE_V * L;  // outputs of a tile of quantized weights
 // Columns of activations that share a scale. For int4 weights, also the columns of a block.
 static int64_t chunk_columns(const Matrix &m) { return std::min<int64_t>(m.kind == INT8 ? 128 : 32, m.group & -m.group); }
 
+constexpr int64_t MOST_OUTPUTS = 768;  // weights that are read again for every block of rows stay in a cache
 // Calls work(matrix, y, begin, end) for ranges of tiles, of `unit` outputs, of matrices whose outputs are concatenated.
-// This is one job, as threads wait for each other at the end of every job. Ranges have at most 768 outputs, so that what
-// is read again for every block of rows stays in a cache.
+// This is one job, as threads wait for each other at the end of every job. A range has at most MOST_OUTPUTS.
 template <typename Work>
 static void for_each_tile(const Matrix *m, int count, float *y, int64_t unit, const Work &work) {
     const auto tiles = [&](int i) { return (m[i].out + unit - 1) / unit; };
@@ -44,6 +44,6 @@ static void for_each_tile(const Matrix *m, int count, float *y, int64_t unit, co
         float *to = y;
         for (int i = 0; i < count; to += m[i].out, begin -= tiles(i), end -= tiles(i), i++)
             for (int64_t t = std::max<int64_t>(begin, 0), last = std::min(end, tiles(i)), stop; t < last; t = stop)
-                work(m[i], to, t, stop = std::min(last, t + 768 / unit));
+                work(m[i], to, t, stop = std::min(last, t + MOST_OUTPUTS / unit));
     });
 }

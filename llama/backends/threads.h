@@ -25,9 +25,9 @@ class ThreadPool {
     Range ranges[MAX_RANGES];
     std::mutex caller, sleep_mutex;
     std::condition_variable wake;
-    std::atomic<int64_t> done{0};       // items
+    std::atomic<int64_t> done{0};             // items
     std::atomic<int> sleeping{0}, active{1};  // numbers of threads; `active` includes the caller
-    std::atomic<bool> idle{true};  // no job follows soon: workers sleep instead of spinning
+    std::atomic<bool> idle{true};             // no job follows soon: workers sleep instead of spinning
     int started = 1;
     void (*work)(const void *, int64_t, int64_t) = nullptr;
     const void *argument = nullptr;
