@@ -7,8 +7,8 @@
 The bundled models are evaluated on new documents from the generator of their training text (seed 1000): `small` on
 documents, `small-chat` on the answers in conversations. Another model is evaluated on the given text, by default
 Python's `pydoc topics`, in windows of 400 tokens. Matmuls are in float32 with the quantized weights; "as computed" uses
-the fastest matmul on this machine, which may quantize activations too. Calibration uses text that the model generates,
-or `--calibrate FILE`. The divergence is the mean Kullback-Leibler divergence over all tokens.
+the fastest matmul on this machine, which may quantize activations too. Calibration uses text that the model generates
+(`small-chat`: dialogs), or `--calibrate FILE`. The divergence is the mean Kullback-Leibler divergence over all tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -28,14 +27,13 @@ import torch.nn.functional as F
 from common import CPU, MODELS, ROOT
 from torch import Tensor
 
-from llama import ModelArgs, Tokenizer, Transformer, parallel
+from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
 from llama.backends.quantized import Quantized, Scheme, dequantize
 from llama.backends.quantized_matmul import kernel
-from llama.checkpoint import Checkpoint, read_quantized, shapes, shard_dim
+from llama.checkpoint import Checkpoint, find_tokenizer, read_quantized, shapes, shard_dim
 from llama.checkpoint.calibrate import calibrated, windows
 from llama.cli import measure
 from llama.cli.convert import AT_ONCE, OWN, WINDOW, own_text
-from llama.engine import Engine
 
 sys.path.insert(0, str(ROOT / "tools"))
 from train_small import batches
@@ -128,15 +126,13 @@ def main(
     tokenizer = Tokenizer(MODELS / "tokenizer.model")
     for name, chat, context in (("small", 0.0, 256), ("small-chat", 1.0, 512)):
         source = Checkpoint(MODELS / name)
-        data = list(islice(batches(tokenizer, 1000, chat, context), 8))
+        data = list(islice(batches(tokenizer, 1000, chat, context), 32))
         args = source.args(tokenizer.n_words)
-        report(name, source, args, data, own(source, args, tokenizer.bos_id, tokenizer.eos_id), nearest)
+        report(name, source, args, data, own(MODELS / name, MODELS / "tokenizer.model", chat > 0), nearest)
 
 
-def own(source: Checkpoint, args: ModelArgs, bos: int, eos: int) -> Callable[[], list[int]]:
-    sized = replace(args, max_batch_size=AT_ONCE, max_seq_len=WINDOW)
-    whole = measure.Source(source, sized, CPU, torch.float32)
-    return cache(lambda: own_text(Engine.of(measure.loaded(whole)), bos, {eos}, OWN))
+def own(folder: Path, tokenizer: Path, chat: bool = False) -> Callable[[], list[int]]:
+    return cache(lambda: own_text(Llama.build(folder, tokenizer, WINDOW, AT_ONCE, device="cpu"), OWN, chat))
 
 
 def report_other(folder: Path, text: str | None, calibrate: str | None, tokens: int, nearest: bool) -> None:
@@ -149,7 +145,7 @@ def report_other(folder: Path, text: str | None, calibrate: str | None, tokens: 
     data = [(rows[:-1].view(-1, 400), rows[1:].view(-1, 400))]
     source = Checkpoint(folder)
     args = source.args(source.vocab_size())
-    to_calibrate = own(source, args, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    to_calibrate = own(folder, find_tokenizer(folder, None))
     if calibrate:
         ids = tokenizer(Path(calibrate).read_text("utf-8"))["input_ids"][:OWN]
         to_calibrate = lambda: ids  # noqa: E731

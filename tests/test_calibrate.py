@@ -1,5 +1,6 @@
 """Quantization that searches for scales, and calibration by a text."""
 
+import itertools
 import json
 import math
 
@@ -10,9 +11,8 @@ from small import GQA, MODELS, TOKENIZER, in_process, random_model, relative_err
 from llama import Llama
 from llama.backends.quantized import Scheme, dequantize, quantize
 from llama.checkpoint import Checkpoint, calibrate
-from llama.checkpoint.calibrate import LEAST, WINDOW, calibrated, factor, gptq, loss, windows
+from llama.checkpoint.calibrate import LEAST, WINDOW, calibrated, factor, gptq, loss, statistics, windows
 from llama.cli.convert import convert, own_text
-from llama.engine import Engine
 
 SCHEMES = [Scheme(8), Scheme(8, 32), *(Scheme(4, group, False) for group in (16, 32, 64, 128)), Scheme(4, 32)]
 EACH = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -84,6 +84,24 @@ def test_columns_compensate_the_error_of_earlier_ones():
     assert dequantize(quantize(weight, Scheme(4, 16)))[0, :3].tolist() == [0, 0, -8]
 
 
+def test_matrices_change_toward_the_original_outputs():
+    """By ridge regression, here as least squares with one more row per column; for new inputs too."""
+    torch.manual_seed(0)
+    y, weight = inputs(1200), torch.randn(48, 128)
+    x = y @ (torch.eye(128) + 0.02 * torch.randn(128, 128))
+    hessian, change = statistics("wq", x[:600].split(200), y[:600].split(200))
+    assert relative_error(hessian, x[:600].t() @ x[:600]) < 1e-5
+    damping = hessian.diagonal().mean().sqrt() * torch.eye(128)
+    rows, outputs = torch.cat([x[:600], damping]), torch.cat([(y - x)[:600] @ weight.t(), torch.zeros(128, 48)])
+    expected = torch.linalg.lstsq(rows, outputs).solution.t()
+    assert relative_error(weight @ change, expected) < 1e-3
+    before, after = (relative_error(x[600:] @ w.t(), y[600:] @ weight.t()) for w in (weight, weight + expected))
+    assert after < 0.7 * before
+    found = [dequantize(gptq(weight, hessian, Scheme(8), each)) for each in (change, None)]
+    assert relative_error(found[0], weight + expected) < 0.03
+    assert relative_error(found[1], weight) < 0.03
+
+
 @pytest.mark.parametrize("kind", ["dead", "none", "one", "few", "huge", "tiny"])
 def test_damaged_hessians(kind):
     """Columns that the text never activates, fewer tokens than columns, and no inputs at all."""
@@ -118,12 +136,13 @@ def ids():
 
 
 def test_hessians_are_of_the_models_inputs(folder, ids, monkeypatch):
-    """Without rounding, the Hessians are those of the inputs of its linear layers."""
+    """Without rounding, the Hessians are those of the inputs of its linear layers, and no matrix changes."""
     source = Checkpoint(folder)
     args, seen, given = source.args(1024), {}, []
 
-    def exact(weight, hessian, scheme):
+    def exact(weight, hessian, scheme, change):
         given.append(hessian)
+        assert not change.any()
         return weight
 
     monkeypatch.setattr(calibrate, "gptq", exact)
@@ -246,14 +265,29 @@ def test_ids_outside_of_the_vocabulary_are_named():
         windows([100] * LEAST, 100)
 
 
-def test_a_model_generates_its_calibration_text():
+@pytest.fixture
+def llama():
+    return Llama.build(MODELS / "small-chat", max_seq_len=WINDOW, max_batch_size=8, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_model_generates_its_calibration_text(llama, chat):
     """Texts begin with BOS, are the same each time, and also come from a model that ends them early."""
-    llama = Llama.build(MODELS / "small", max_seq_len=WINDOW, max_batch_size=8, device="cpu", dtype="float32")
-    engine, bos, eos = llama.engine, llama.tokenizer.bos_id, llama.tokenizer.eos_id
-    found = own_text(engine, bos, {eos}, 300)
+    bos, eos = llama.tokenizer.bos_id, llama.tokenizer.eos_id
+    found = own_text(llama, 300, chat)
     assert 300 <= len(found) < 600 and found[0] == bos and eos not in found
     assert found.count(bos) > 1
-    assert own_text(Engine.of(llama.model), bos, {eos}, 300) == found
+    assert own_text(Llama(llama.model, llama.tokenizer), 300, chat) == found
+    starts = [*(i for i, id in enumerate(found) if id == bos), len(found)]
+    texts = [llama.tokenizer.decode(found[i + 1 : j]) for i, j in itertools.pairwise(starts)]
+    assert all(text.startswith("[INST]") and text.count("[/INST]") == 1 for text in texts) == chat
+
+
+def test_a_chat_format_that_is_too_long_to_calibrate_with(llama, monkeypatch):
+    encode = llama.chat_format.encode
+    monkeypatch.setattr(llama.chat_format, "encode", lambda *dialog: encode(*dialog) * 100)
+    with pytest.raises(ValueError, match=r"the chat format takes \d+ tokens for a question; at most 255 fit"):
+        own_text(llama, 300, True)
 
 
 def test_a_bundled_model_diverges_less(tmp_path, monkeypatch):

@@ -8,12 +8,18 @@ triangular, the sum is that of (E U)², and column j of it is 0 where
     E[:, j] = -sum over i < j of E[:, i] U[i, j] / U[j, j]
 
 which is added to column j of W before it is rounded. Scale and min of each group are fixed before that, by
-`quantized.search` with H's diagonal as the importance of columns. A layer's inputs come from layers that are already
-rounded. One layer's weights, in float32, and its activations are in memory at a time.
+`quantized.search` with H's diagonal as the importance of columns.
+
+A layer's inputs X come from layers that are already rounded, and differ from the original model's inputs Y. The matrix
+to round is therefore not W, but the one that with X comes closest to the original outputs (as in Li et al. 2025, arXiv
+2504.02692): W + W (Y - X)ᵀ X (H + λ I)⁻¹, by ridge regression.
+
+One layer's weights, in float32, before and after rounding, and the activations of both are in memory at a time.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -33,6 +39,14 @@ LEAST, MOST = 1024, 16384  # tokens of a text: fewer are too small a sample of a
 TOGETHER = 4  # windows that pass through a layer at a time
 ROWS = 4096  # of a matrix that are rounded at a time
 BLOCK = 128  # columns between which errors propagate one by one; to later columns they propagate in one matmul
+
+# The matrices of a layer, in the order of their matmuls; those in one row have the same inputs.
+MATMULS = (
+    ["attention.wq", "attention.wk", "attention.wv"],
+    ["attention.wo"],
+    ["feed_forward.w1", "feed_forward.w3"],
+    ["feed_forward.w2"],
+)
 
 
 def windows(ids: Sequence[int], vocab_size: int) -> Tensor:
@@ -55,19 +69,22 @@ def calibrated(
     layouts = [Layout.of(Batch.rows(part, 0, args), args) for part in text.to(device).split(TOGETHER)]
     table = read(weights, "tok_embeddings.weight", args)
     x = [F.embedding(one.batch.tokens.cpu(), table).to(device) for one in layouts]
+    y = x.copy()  # the original model's
     for i in range(args.n_layers):
         with torch.device("meta"):
             layer = TransformerBlock(args)
         prefix = f"layers.{i}."
         found = {name: read(weights, prefix + name, args).to(device) for name, _ in layer.named_parameters()}
         layer.load_state_dict(found, assign=True)
-        yield from calibrate_layer(layer, prefix, x, layouts, scheme)
+        yield from calibrate_layer(layer, prefix, x, y, layouts, scheme)
         weights.release()
     if args.n_labels:  # a score head stays in floats
         return
     norm = read(weights, "norm.weight", args).to(device)
-    hessian = hessian_of("output.weight", (F.rms_norm(part, norm.shape, norm, args.norm_eps) for part in x))
-    yield "output.weight", gptq(read(weights, "output.weight", args), hessian, scheme.of("output.weight") or scheme)
+    normed = ([F.rms_norm(part, norm.shape, norm, args.norm_eps) for part in parts] for parts in (x, y))
+    hessian, change = statistics("output.weight", *normed)
+    weight = read(weights, "output.weight", args)
+    yield "output.weight", gptq(weight, hessian, scheme.of("output.weight") or scheme, change)
 
 
 def read(weights: Weights, name: str, args: ModelArgs) -> Tensor:
@@ -75,48 +92,62 @@ def read(weights: Weights, name: str, args: ModelArgs) -> Tensor:
 
 
 def calibrate_layer(
-    layer: TransformerBlock, prefix: str, x: list[Tensor], layouts: Sequence[Layout], scheme: Scheme
+    layer: TransformerBlock, prefix: str, x: list[Tensor], y: list[Tensor], layouts: Sequence[Layout], scheme: Scheme
 ) -> Iterator[tuple[str, Quantized]]:
     """Round a layer's matrices in the order of their matmuls, each for the inputs that the rounded ones before it give.
-    Replaces the layer's inputs `x` by its outputs."""
-    linears = dict(layer.named_modules())
-    # So that attention returns the inputs of wo, and the feed-forward those of w2.
-    layer.attention.wo = layer.feed_forward.w2 = nn.Identity()  # type: ignore[assignment]
-
-    def fit(names: Sequence[str], inputs: Iterable[Tensor]) -> Iterator[tuple[str, Quantized]]:
-        hessian = hessian_of(f"{prefix}{names[0]}.weight", inputs)
+    Replaces the layer's inputs, `x` of the rounded model and `y` of the original, by its outputs."""
+    rounded = copy.deepcopy(layer)
+    originals, replaced = dict(layer.named_modules()), dict(rounded.named_modules())
+    steps = inputs_of(rounded, x, layouts), inputs_of(layer, y, layouts), MATMULS
+    for ours, theirs, names in zip(*steps, strict=True):
+        hessian, change = statistics(f"{prefix}{names[0]}.weight", ours, theirs)
         for name in names:
-            matrix = gptq(linears[name].weight, hessian, scheme)
-            linears[name].weight = nn.Parameter(dequantize(matrix).to(x[0].device), requires_grad=False)
+            matrix = gptq(originals[name].weight, hessian, scheme, change)
+            replaced[name].weight = nn.Parameter(dequantize(matrix).to(x[0].device), requires_grad=False)
             yield f"{prefix}{name}.weight", matrix
 
+
+def inputs_of(layer: TransformerBlock, x: list[Tensor], layouts: Sequence[Layout]) -> Iterator[list[Tensor]]:
+    """The inputs of MATMULS, each computed when it is asked for, with the weights that the layer then has. Replaces the
+    layer's inputs `x` by its outputs."""
+    wo, w2 = layer.attention.wo, layer.feed_forward.w2
+    # So that attention returns the inputs of wo, and the feed-forward those of w2.
+    layer.attention.wo = layer.feed_forward.w2 = nn.Identity()  # type: ignore[assignment]
     normed = [layer.attention_norm(part) for part in x]
-    yield from fit(["attention.wq", "attention.wk", "attention.wv"], normed)
+    yield normed
     mixed = [layer.attention(part, layout) for part, layout in zip(normed, layouts, strict=True)]
-    yield from fit(["attention.wo"], mixed)
-    x[:] = [part + linears["attention.wo"](y) for part, y in zip(x, mixed, strict=True)]
+    yield mixed
+    x[:] = [part + wo(inner) for part, inner in zip(x, mixed, strict=True)]
     normed = [layer.ffn_norm(part) for part in x]
-    yield from fit(["feed_forward.w1", "feed_forward.w3"], normed)
+    yield normed
     gated = [layer.feed_forward(part) for part in normed]
-    yield from fit(["feed_forward.w2"], gated)
-    x[:] = [part + linears["feed_forward.w2"](y) for part, y in zip(x, gated, strict=True)]
+    yield gated
+    x[:] = [part + w2(inner) for part, inner in zip(x, gated, strict=True)]
 
 
-def hessian_of(name: str, inputs: Iterable[Tensor]) -> Tensor:
-    """H = Xᵀ X (in, in), summed over inputs X (tokens, in) of the matrix `name`."""
-    total = sum(x.t() @ x for x in inputs)
-    assert isinstance(total, Tensor)
-    if not total.isfinite().all():
+def statistics(name: str, rounded: Iterable[Tensor], original: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """For inputs X of the matrix `name` W in the rounded model, and Y in the original, both (tokens, in): H = Xᵀ X, and
+    (Y - X)ᵀ X (H + λ I)⁻¹, which times W is the change of W that brings its outputs closest to the original ones; both
+    (in, in)."""
+    hessian = covariance = torch.zeros(())
+    for x, y in zip(rounded, original, strict=True):
+        hessian, covariance = hessian + x.t() @ x, covariance + (y - x).t() @ x
+    if not (hessian.isfinite().all() and covariance.isfinite().all()):
         raise FloatingPointError(f"the text to calibrate with gives {name} inputs that are NaN or infinite")
-    return total
+    # Damped by the mean sum of squares, as a text is a small sample: less damping fits noise where columns are many.
+    damping = hessian.diagonal().mean().clamp(min=1e-20)
+    damped = hessian + torch.diag(damping.expand(len(hessian)))
+    return hessian, torch.linalg.solve(damped, covariance, left=False)
 
 
-def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Quantized:
+def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, change: Tensor | None = None) -> Quantized:
     """A matrix (out, in), on any device, rounded for inputs with this Hessian (in, in); the result is on the CPU. No
-    output's error, for these inputs, is larger than with `quantize`."""
+    output's error, for these inputs, is larger than with `quantize`. With `change` (in, in), rounds W + W change."""
     hessian, upper, order = factor(hessian)
-    ratios = upper / upper.diagonal()
-    found = [round_rows(rows, hessian, ratios, order, scheme) for rows in weight.to(hessian).split(ROWS)]
+    ratios, found = upper / upper.diagonal(), []
+    for rows in weight.to(hessian).split(ROWS):
+        wanted = rows if change is None else rows + rows @ change
+        found.append(round_rows(wanted, hessian, ratios, order, scheme))
     return stack(found).map(Tensor.cpu)
 
 
