@@ -132,7 +132,9 @@ def main(
 
 
 def own(folder: Path, tokenizer: Path, chat: bool = False) -> Callable[[], list[int]]:
-    return cache(lambda: own_text(Llama.build(folder, tokenizer, WINDOW, AT_ONCE, device="cpu"), OWN, chat))
+    """Text that the model generates, as `convert --calibrate auto` or `chat` does; each call returns the same."""
+    built = partial(Llama.build, folder, tokenizer, WINDOW, AT_ONCE, compile=True, device="cpu")
+    return cache(lambda: own_text(built(), OWN, chat))
 
 
 def report_other(folder: Path, text: str | None, calibrate: str | None, tokens: int, nearest: bool) -> None:

@@ -52,8 +52,8 @@ def convert(
         quantize: int8 or int4, for meta and for gguf (Q8_0, Q4_0): store the matrices quantized
         symmetric: int4 without a minimum per group, which saves half a bit per weight in groups of 32
         search: search the scale of each group for the least squared error; by default for int4
-        calibrate: quantize by GPTQ, which minimizes the change of each layer's outputs on a text: a file in UTF-8, or
-            text that the model generates: auto, or chat for dialogs in its chat format
+        calibrate: quantize by GPTQ, which minimizes the change of each layer's outputs on a text, a file in UTF-8 or
+            what the model generates (auto, or chat for dialogs in its chat format)
     """
     folder = find_folder(src, "src")
     asked = None if dtype is None else devices.as_dtype(dtype)
@@ -69,7 +69,7 @@ def convert(
 
     def text() -> list[int]:
         if calibrate in ("auto", "chat"):
-            llama = Llama.build(folder, tokenizer, WINDOW, AT_ONCE, lora=lora)
+            llama = Llama.build(folder, tokenizer, WINDOW, AT_ONCE, compile=True, lora=lora)
             llama.model.params.check_output()
             return own_text(llama, OWN, calibrate == "chat")
         return Tokenizer(tokenizer).encode(Path(str(calibrate)).read_text("utf-8"), bos=True, eos=False)
