@@ -22,11 +22,12 @@ INLINE void for_blocks(int64_t r, int64_t rows, const Work &work) {
     if constexpr (most > 1) for_blocks<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
 }
 
-// The same, but the last six or seven rows are a block of eight, which repeats the last row: this is faster.
-template <int most, typename Work>
-INLINE void for_overlapping_blocks(int64_t r, int64_t rows, const Work &work) {
-    for (; r + (most == 8 ? 6 : most) <= rows; r += most) work(std::integral_constant<int, most>(), r);
-    if constexpr (most > 1) for_overlapping_blocks<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
+// The same, but the last block may have up to `spare` rows too many, which repeat the last one: fewer blocks are faster.
+template <int most, int spare, typename Work>
+INLINE void for_padded_blocks(int64_t r, int64_t rows, const Work &work) {
+    constexpr int next = most > 8 ? 8 : most > 4 ? 4 : most / 2;
+    for (; r + std::max(most - spare, next + 1) <= rows; r += most) work(std::integral_constant<int, most>(), r);
+    if constexpr (most > 1) for_padded_blocks<next, spare>(r, rows, work);
 }
 
 // The micro-kernels below compute O outputs of R rows, and store output o of row r in y[o * y_stride + r]. The outputs are
@@ -173,7 +174,7 @@ static const float *pack_x(const float *x, int64_t rows, int64_t in) {
                 memcpy(to + (k / block * rows + r) * (block + L), x + r * in + k, std::min(block, in - k) * sizeof(float));
         });
     else
-        for_overlapping_blocks<GROUP_ROWS<T>>(0, rows, [&](auto R, int64_t r) {
+        for_padded_blocks<GROUP_ROWS<T>, 2>(0, rows, [&](auto R, int64_t r) {
             for (int i = 0; i < R; i++)
                 pack_row<IS_INTERLEAVED<T, R> ? ROW_LANES : L>(x + std::min(r + i, rows - 1) * in, i, R, in, to + r * in);
         });
@@ -188,7 +189,7 @@ static void dot_matmul(const T *w, int64_t in, const float *x, float *y, int64_t
     const int64_t padded = rows == 1 ? 1 : rows + 2;  // the last block of rows may have two more
     float *columns = rows == 1 ? y + begin : (float *)scratch<COLUMNS>((end - begin) * padded * sizeof(float));
     const auto block = [&](int64_t n, int64_t outputs, int64_t output_stride) {  // outputs n, n + output_stride, ..
-        for_overlapping_blocks<GROUP_ROWS<T>>(0, rows, [&](auto R, int64_t r) {
+        for_padded_blocks<GROUP_ROWS<T>, 2>(0, rows, [&](auto R, int64_t r) {
             constexpr int accumulators = IS_INTERLEAVED<T, R> ? (BYTES == 64 ? 24 : 12) * VECTOR_ROWS : 3 * DOT_ROWS;
             constexpr int most = std::min<int>(DOT_N, accumulators / R);  // outputs whose accumulators are in registers
             const auto kernel = [&](auto O, int64_t o) {

@@ -8,13 +8,14 @@
 #include "quantized_rows.h"
 
 constexpr int64_t BLOCK_M = 96;  // rows of x that are multiplied with a tile while they stay in the L2 cache
+constexpr int64_t FAR = 10240;   // bytes that int8 weights are prefetched ahead for eight or more rows; 4 KiB otherwise
 
 // Dot products of a chunk of columns: R rows of x with V vectors of outputs of a tile. Weights are prefetched if `cold`.
 template <int chunk, int R, int V>
 INLINE void chunk_dots_int8(const uint8_t *w, bool cold, const QuantizedRow *x, int64_t begin, I (&dots)[R][V]) {
 #pragma GCC unroll 8
     for (int k = 0; k < chunk / 4; k++, w += TILE_N * 4) {
-        for (int i = 0; cold && i < V * BYTES; i += 64) prefetch(w + i + 4096);
+        for (int i = 0; cold && i < V * BYTES; i += 64) prefetch(w + i + (R < 8 ? 4096 : FAR));
         for (int half = 0; half < HALVES; half++) {
             B weights[V];
             for (int v = 0; v < V; v++) weights[v] = int8_operand(load_as<B>(w + v * BYTES), half);
@@ -49,11 +50,11 @@ INLINE void chunk_dots_int4(const uint8_t *w, bool cold, const QuantizedRow *x, 
         for (int v = 0; v < V; v++) dots[r][v] = HALVES == 2 ? widen_add(dots[r][v], part[r][v]) : part[r][v];
 }
 
-// Micro-kernel: computes R rows of a tile's outputs, and stores the first n of each row. `cold`: the weights are not cached
-// yet and are prefetched.
+// Micro-kernel: computes R rows of a tile's outputs, and stores the first n of each of the first `rows` rows. `cold`: the
+// weights are not cached yet and are prefetched.
 template <int R, int bits, int chunk>
-__attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, const QuantizedRow *x, float *y,
-                                                 int64_t stride, int64_t n, bool cold) {
+__attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, const QuantizedRow *x, int64_t rows,
+                                                 float *y, int64_t stride, int64_t n, bool cold) {
     constexpr int V = TILE_V;
     const uint8_t *w = (const uint8_t *)m.weight + tile * TILE_N * m.in * bits / 8;
     const Half *mins = m.min ? m.min : m.scale;     // times 0
@@ -80,7 +81,7 @@ __attribute__((noinline)) static void int_kernel(const Matrix &m, int64_t tile, 
             }
         if ((k += chunk) == end) at += TILE_N, end += m.group;
     }
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R && r < rows; r++)
         if (n >= V * L)
             for (int v = 0; v < V; v++) store(y + r * stride + v * L, total[r][v]);
         else if (n > 0)
@@ -99,7 +100,7 @@ __attribute__((noinline)) static void amx_int8_kernel(const Matrix &m, int64_t t
     for (int64_t k = 0, c = 0, end = m.group; k < m.in; c++) {
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
         for (const char *a = x->low + k; a < x->low + k + 128; a += 64, w += 64 * TILE_N) {
-            for (int i = 0; i < 64 * TILE_N; i += 64) prefetch(w + i + 4096);
+            for (int i = 0; i < 64 * TILE_N; i += 64) prefetch(w + i + FAR);
             tile_load<6>(w, 128), tile_load<4>(a, x_stride), tile_multiply<int8_t, 0, 4, 6>();
             tile_load<7>(w + 64, 128), tile_multiply<int8_t, 1, 4, 7>();
             if (!is_32) continue;
@@ -157,7 +158,7 @@ static void int_matmul(const Matrix &m, const QuantizedRow *row, float *y, int64
             const int64_t left = m.out - tile * TILE_N;
             float *to = y + tile * TILE_N;
             const auto kernel = [&](auto R, int64_t r) {
-                int_kernel<R, bits, chunk>(m, tile, row + r, to + r * stride, stride, left, r == 0);
+                int_kernel<R, bits, chunk>(m, tile, row + r, last - r, to + r * stride, stride, left, r == 0);
             };
             if (amx)
                 for (int64_t r = 0, n; r < rows; r += n) {
@@ -166,7 +167,8 @@ static void int_matmul(const Matrix &m, const QuantizedRow *row, float *y, int64
                     const auto multiply = n == 32 ? amx_int8_kernel<true> : amx_int8_kernel<false>;
                     multiply(m, tile, row + from, n, to + from * stride, stride, left);
                 }
-            else rows > DOT_MAX_ROWS ? for_blocks<most[1]>(r0, last, kernel) : for_blocks<most[0]>(r0, last, kernel);
+            else if (rows > DOT_MAX_ROWS) for_blocks<most[1]>(r0, last, kernel);
+            else for_padded_blocks<most[0], SPARE_ROWS>(r0, last, kernel);
             for (int64_t r = r0; r < last; r++)
                 if (row[r].n_outliers) add_outliers<bits>(m, tile, row[r], to + r * stride, left);
         }
