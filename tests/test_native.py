@@ -123,7 +123,7 @@ def test_native_is_more_accurate_than_plain_in_16_bits(dtype):
 @needs_cpp
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_any_number_of_rows(quantize):
-    """From the number of rows on at which it is slower, the plain backend computes."""
+    """Also where the last rows are fewer than a block."""
     model = loaded(WIDE, quantize, torch.float32 if quantize else torch.bfloat16, max_batch_size=20)
     for B in range(1, 21):
         (plain, _), (found, _) = both(model, [(slot, 3 + slot % 5, 1) for slot in range(B)], compiled)
