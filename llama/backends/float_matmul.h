@@ -15,19 +15,13 @@ constexpr int FLOAT_N = FLOAT_V * L;  // outputs of a tile of packed weights
 template <int n>
 constexpr std::integral_constant<int, n> constant{};
 
-// Splits rows r .. rows - 1 into blocks of constant sizes R, the largest of `most`, and calls work(constant<R>, r).
-template <int most, typename Work>
+// Splits rows r .. rows - 1 into blocks of constant sizes R, the largest of `most`, and calls work(constant<R>, r). The last
+// block may have up to `spare` rows too many, which stand for the last row: fewer blocks are faster.
+template <int most, int spare = 0, typename Work>
 INLINE void for_blocks(int64_t r, int64_t rows, const Work &work) {
-    for (; r + most <= rows; r += most) work(std::integral_constant<int, most>(), r);
-    if constexpr (most > 1) for_blocks<(most > 8 ? 8 : most > 4 ? 4 : most / 2)>(r, rows, work);
-}
-
-// The same, but the last block may have up to `spare` rows too many, which repeat the last one: fewer blocks are faster.
-template <int most, int spare, typename Work>
-INLINE void for_padded_blocks(int64_t r, int64_t rows, const Work &work) {
     constexpr int next = most > 8 ? 8 : most > 4 ? 4 : most / 2;
     for (; r + std::max(most - spare, next + 1) <= rows; r += most) work(std::integral_constant<int, most>(), r);
-    if constexpr (most > 1) for_padded_blocks<next, spare>(r, rows, work);
+    if constexpr (most > 1) for_blocks<next, spare>(r, rows, work);
 }
 
 // The micro-kernels below compute O outputs of R rows, and store output o of row r in y[o * y_stride + r]. The outputs are
@@ -174,7 +168,7 @@ static const float *pack_x(const float *x, int64_t rows, int64_t in) {
                 memcpy(to + (k / block * rows + r) * (block + L), x + r * in + k, std::min(block, in - k) * sizeof(float));
         });
     else
-        for_padded_blocks<GROUP_ROWS<T>, 2>(0, rows, [&](auto R, int64_t r) {
+        for_blocks<GROUP_ROWS<T>, FLOAT_SPARE>(0, rows, [&](auto R, int64_t r) {
             for (int i = 0; i < R; i++)
                 pack_row<IS_INTERLEAVED<T, R> ? ROW_LANES : L>(x + std::min(r + i, rows - 1) * in, i, R, in, to + r * in);
         });
@@ -186,10 +180,10 @@ static const float *pack_x(const float *x, int64_t rows, int64_t in) {
 template <typename T>
 static void dot_matmul(const T *w, int64_t in, const float *x, float *y, int64_t rows, int64_t stride, int64_t begin,
                         int64_t end) {
-    const int64_t padded = rows == 1 ? 1 : rows + 2;  // the last block of rows may have two more
+    const int64_t padded = rows == 1 ? 1 : rows + FLOAT_SPARE;
     float *columns = rows == 1 ? y + begin : (float *)scratch<COLUMNS>((end - begin) * padded * sizeof(float));
     const auto block = [&](int64_t n, int64_t outputs, int64_t output_stride) {  // outputs n, n + output_stride, ..
-        for_padded_blocks<GROUP_ROWS<T>, 2>(0, rows, [&](auto R, int64_t r) {
+        for_blocks<GROUP_ROWS<T>, FLOAT_SPARE>(0, rows, [&](auto R, int64_t r) {
             constexpr int accumulators = IS_INTERLEAVED<T, R> ? (BYTES == 64 ? 24 : 12) * VECTOR_ROWS : 3 * DOT_ROWS;
             constexpr int most = std::min<int>(DOT_N, accumulators / R);  // outputs whose accumulators are in registers
             const auto kernel = [&](auto O, int64_t o) {

@@ -168,7 +168,7 @@ static void int_matmul(const Matrix &m, const QuantizedRow *row, float *y, int64
                     multiply(m, tile, row + from, n, to + from * stride, stride, left);
                 }
             else if (rows > DOT_MAX_ROWS) for_blocks<most[1]>(r0, last, kernel);
-            else for_padded_blocks<most[0], SPARE_ROWS>(r0, last, kernel);
+            else for_blocks<most[0], INT_SPARE>(r0, last, kernel);
             for (int64_t r = r0; r < last; r++)
                 if (row[r].n_outliers) add_outliers<bits>(m, tile, row[r], to + r * stride, left);
         }

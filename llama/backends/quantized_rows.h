@@ -92,20 +92,20 @@ static void quantize_row(const float *x, const Matrix &m, QuantizedRow &to) {
 }
 
 // Quantizes the rows of x for matrices of the kind and groups of m; valid until the next call. The last row is repeated
-// SPARE_ROWS times, for for_padded_blocks.
+// INT_SPARE times, for for_blocks.
 static const QuantizedRow *quantize_rows(const Matrix &m, const float *x, int64_t rows) {
     const int64_t chunks = m.in / chunk_columns(m), size = m.in * (m.kind == INT8 ? sizeof(Activation8) : 1);
     const int64_t bytes = (size + 3 * chunks * sizeof(float) + 63) / 64 * 64, outliers = m.in / 4;  // of a row
-    const int64_t lists = rows * outliers * sizeof(Outliers), headers = (rows + SPARE_ROWS) * sizeof(QuantizedRow);
+    const int64_t lists = rows * outliers * sizeof(Outliers), headers = (rows + INT_SPARE) * sizeof(QuantizedRow);
     char *at = (char *)scratch<QUANTIZED_X>(rows * bytes + headers + lists);
     QuantizedRow *row = (QuantizedRow *)(at + rows * bytes);
-    Outliers *list = (Outliers *)(row + rows + SPARE_ROWS);  // behind what is read for every tile
+    Outliers *list = (Outliers *)(row + rows + INT_SPARE);  // behind what is read for every tile
     parallel_for_rows(rows, m.in, [&](int64_t r) {
         float *scale = (float *)(at + r * bytes + size);
         row[r] = {at + r * bytes, scale, (int32_t *)scale + chunks, scale + 2 * chunks, list + r * outliers, 0};
         if (m.kind == INT8) quantize_row<Activation8>(x + r * m.in, m, row[r]);
         else quantize_row<int8_t>(x + r * m.in, m, row[r]);
     });
-    std::fill_n(row + rows, SPARE_ROWS, row[rows - 1]);
+    std::fill_n(row + rows, INT_SPARE, row[rows - 1]);
     return row;
 }

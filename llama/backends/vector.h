@@ -21,17 +21,18 @@
 // Register blocking: a micro-kernel accumulates R rows x V vectors of outputs in registers. There are 32 registers, or 16
 // with AVX2 and SSE. FLOAT_ROWS x FLOAT_V is the largest block for floats, INT8_ROWS or INT4_ROWS x TILE_V for integers, and
 // DOT_ROWS the most rows of one that computes dot products. BYTES is the vector width; a tile of packed integer weights is
-// TILE_V vectors wide. The last block of integers may have SPARE_ROWS rows too many (for_padded_blocks).
+// TILE_V vectors wide. The last block may have INT_SPARE or FLOAT_SPARE rows too many.
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-constexpr int BYTES = 64, FLOAT_ROWS = 12, FLOAT_V = 2, DOT_ROWS = 8, TILE_V = 2, SPARE_ROWS = 3;
+constexpr int BYTES = 64, FLOAT_ROWS = 12, FLOAT_V = 2, DOT_ROWS = 8, TILE_V = 2, INT_SPARE = 3;
 constexpr int INT8_ROWS[] = {8, 4}, INT4_ROWS[] = {6, 4};  // for up to DOT_MAX_ROWS rows, and for more
 #elif defined(__AVX2__)
-constexpr int BYTES = 32, FLOAT_ROWS = 6, FLOAT_V = 2, DOT_ROWS = 4, TILE_V = 2, SPARE_ROWS = 1;
+constexpr int BYTES = 32, FLOAT_ROWS = 6, FLOAT_V = 2, DOT_ROWS = 4, TILE_V = 2, INT_SPARE = 1;
 constexpr int INT8_ROWS[] = {8, 6}, INT4_ROWS[] = {4, 4};
 #else
-constexpr int BYTES = 16, FLOAT_ROWS = 6, FLOAT_V = 4, DOT_ROWS = 4, TILE_V = 4, SPARE_ROWS = 1;
+constexpr int BYTES = 16, FLOAT_ROWS = 6, FLOAT_V = 4, DOT_ROWS = 4, TILE_V = 4, INT_SPARE = 1;
 constexpr int INT8_ROWS[] = {6, 6}, INT4_ROWS[] = {4, 4};
 #endif
+constexpr int FLOAT_SPARE = 2;
 constexpr int L = BYTES / 4;  // lanes: 32-bit elements of a vector
 
 template <typename T, int bytes = BYTES>
